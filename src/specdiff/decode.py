@@ -1,0 +1,167 @@
+"""The algorithm of the paper (Christopher et al. 2024, Algorithm 1): draft, score, verify, commit.
+
+`step` is one round of it. `decode` runs rounds over a fixed batch; the engine runs the same `step` while rows join and
+leave. Write the loop by hand with `start`, `admit`, `step` and `release` where neither fits.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from specdiff.drafters.base import Drafter
+from specdiff.errors import UsageError
+from specdiff.noise import Noise
+from specdiff.sampling import probabilities
+from specdiff.targets.base import Target
+from specdiff.types import Batch, Context, Draft, Round, Verification
+from specdiff.verify import Verifier, token
+
+Stop = Callable[[Round], Bool[Tensor, "B"]]
+DraftLength = Callable[[Round | None], int]
+
+
+@dataclass(slots=True)
+class Run:
+    """One running batch: the two roles with the state each handed out, the rows, and what the drafter may see of them."""
+
+    target: Target[Any]
+    drafter: Drafter[Any]
+    verifier: Verifier
+    cache: Any
+    state: Any
+    batch: Batch
+    context: Context
+
+
+@torch.inference_mode()
+def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
+    """One round of `draft_len` tokens (0: a plain one). Advances `run.batch`; nobody else does."""
+    clock = Stopwatch()
+    noise = Noise.of(run.batch)
+    draft = run.drafter.propose(run.context, run.state, noise, draft_len) if draft_len else Draft.empty(run.batch)
+    clock.lap("draft")
+    output = run.target.score(run.cache, run.batch, draft)
+    clock.lap("score")
+    verification = run.verifier(draft, probabilities(output.logits, run.batch.params), noise)
+    clock.lap("verify")
+    run.target.keep(run.cache, run.batch, verification)
+    batch, emitted = commit(run.batch, verification)
+    clock.lap("commit")
+    done = Round(draft, verification, emitted, batch, clock.seconds)
+    if stop is not None:
+        batch = replace(batch, done=batch.done | stop(done))
+        done = replace(done, batch=batch)
+    run.batch = batch
+    run.context = _seen(run.context, done, output.features, proposed=bool(draft_len))
+    return done
+
+
+def commit(batch: Batch, verification: Verification) -> tuple[Batch, Int[Tensor, "B"]]:
+    """Append what was verified, cut exactly at the first stop id and at the row's limit; returns the emitted counts too."""
+    tokens, n = verification.tokens, verification.accepted + 1
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    stops = (tokens[..., None] == batch.params.stop_ids[:, None]).any(-1) & (index < n[:, None])
+    first = torch.where(stops, index, tokens.shape[1]).amin(1)
+    emitted = torch.minimum(torch.minimum(n, first + 1), batch.params.limit - batch.length).masked_fill(batch.done, 0)
+    slot = batch.length[:, None] + index
+    fits = (index < emitted[:, None]) & (slot < batch.ids.shape[1])
+    slot = slot.clamp(max=batch.ids.shape[1] - 1)
+    ids = batch.ids.scatter(1, slot, torch.where(fits, tokens, batch.ids.gather(1, slot)))
+    length = batch.length + emitted
+    done = batch.done | (first < emitted) | (length >= batch.params.limit)
+    return replace(batch, ids=ids, length=length, round=batch.round + (emitted > 0), done=done), emitted
+
+
+def start(
+    target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier: Verifier = token, slots: int | None = None
+) -> Run:
+    """Open both roles for the batch's rows. `slots` bounds a row's positions, drafts included (default: limit + draft_len)."""
+    rows = len(batch.length)
+    room = slots or int(batch.params.limit.max()) + drafter.draft_len + 1
+    context = Context(batch, None, torch.zeros_like(batch.length), None)
+    return Run(target, drafter, verifier, target.open(rows, room, drafter.taps), drafter.open(rows, room), batch, context)
+
+
+@torch.inference_mode()
+def admit(run: Run, rows: Int[Tensor, "R"]) -> None:
+    """Fill both caches for the rows of `run.batch` that hold new prompts."""
+    prompts = [run.batch.ids[r, : run.batch.length[r]] for r in rows]
+    features = run.target.admit(run.cache, rows, prompts)
+    kept, size = run.context.features, run.context.feature_size.index_copy(0, rows, run.batch.length[rows] - 1)
+    if features is not None:
+        width = max(features.shape[1], 0 if kept is None else kept.shape[1])
+        kept = _widen(features.new_zeros(len(size), 0, features.shape[2]) if kept is None else kept, width)
+        kept = kept.index_copy(0, rows, _widen(features, width))
+    run.context = replace(run.context, batch=run.batch, features=kept, feature_size=size)
+    run.drafter.admit(run.state, run.context, rows)
+
+
+def release(run: Run, rows: Int[Tensor, "R"]) -> None:
+    """Give up the rows' places in both caches."""
+    run.target.release(run.cache, rows)
+    run.drafter.release(run.state, rows)
+
+
+def decode(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    batch: Batch,
+    *,
+    verifier: Verifier = token,
+    draft_len: int | DraftLength | None = None,
+    stop: Stop | None = None,
+) -> Iterator[Round]:
+    """Rounds until every row is done: at a stop id, at its limit, or where `stop` says so.
+
+    Args:
+        batch: the prompts (`Batch.of`); seeds and sampling parameters are the rows' own.
+        draft_len: K, or a rule that names the next round's from the last round; None: the drafter's own.
+        stop: looks at each Round and says which rows end with it.
+
+    Raises UsageError if a fixed `draft_len` is below 1 (plain decoding is `NoDrafter`).
+    """
+    length = drafter.draft_len if draft_len is None else draft_len
+    if isinstance(draft_len, int) and draft_len < 1:
+        raise UsageError(f"draft_len must be at least 1, not {draft_len}; for plain decoding use the drafter 'none'")
+    slots = int(batch.params.limit.max()) + max(drafter.draft_len, length if isinstance(length, int) else 0) + 1
+    run = start(target, drafter, batch, verifier=verifier, slots=slots)
+    admit(run, torch.arange(len(batch.length), device=batch.length.device))
+    last: Round | None = None
+    while not bool(run.batch.done.all()):
+        last = step(run, length if isinstance(length, int) else length(last), stop)
+        yield last
+
+
+def _seen(context: Context, done: Round, features: Tensor | None, proposed: bool) -> Context:
+    """What the drafter sees next: a proposing drafter has consumed its features; the round's own come behind them."""
+    size = torch.zeros_like(context.feature_size) if proposed else context.feature_size
+    if features is None:
+        return Context(done.batch, None, size, done)
+    old = features[:, :0] if proposed or context.features is None else context.features
+    entered = done.emitted  # the anchor and all but the last of the emitted tokens are in the target's cache now
+    merged = _widen(old, int((size + entered).max()))
+    index = torch.arange(merged.shape[1], device=size.device)
+    fresh = (index - size[:, None]).clamp(0, features.shape[1] - 1)[..., None].expand(-1, -1, features.shape[2])
+    merged = torch.where((index >= size[:, None])[..., None], features.gather(1, fresh), merged)
+    return Context(done.batch, merged, size + entered, done)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, 0, 0, max(0, width - x.shape[1])))
+
+
+class Stopwatch:
+    """Host seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage], self.last = now - self.last, now

@@ -1,0 +1,43 @@
+"""Everything specdiff raises on purpose.
+
+SpecdiffError
+├── UsageError(ValueError)     an argument the caller can mend           exit code 2
+│   └── UnknownNameError       no such model, drafter or verifier
+├── ConfigError                a config.json with a missing, odd or unsupported field
+├── WeightsError               weights that are missing, truncated, misshapen or pickled
+├── UnsupportedModelError      a target this library cannot score exactly
+├── DrafterError               a drafter that cannot be built, or does not fit its target
+└── MissingExtraError          an optional dependency that is not installed
+"""
+
+
+class SpecdiffError(Exception):
+    """Base of every error raised on purpose; the message names the offending value and the fix."""
+
+
+class UsageError(SpecdiffError, ValueError):
+    """A bad argument: the message says which, its value, and what is allowed."""
+
+
+class UnknownNameError(UsageError):
+    """A model, drafter or verifier nobody knows."""
+
+
+class ConfigError(SpecdiffError):
+    """A checkpoint's config.json lacks a field, or holds a value that is not understood."""
+
+
+class WeightsError(SpecdiffError):
+    """A checkpoint's tensors are missing, truncated, misshapen, or in a format that could run code."""
+
+
+class UnsupportedModelError(SpecdiffError):
+    """The target failed the self-test, or is of a family the ragged cache cannot serve exactly."""
+
+
+class DrafterError(SpecdiffError):
+    """A drafter that raises while being built, or that does not fit its target."""
+
+
+class MissingExtraError(SpecdiffError):
+    """An optional dependency is missing; the message is the command that installs it."""

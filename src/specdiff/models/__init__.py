@@ -1,0 +1,1 @@
+"""Hugging Face causal LMs over a ragged static cache."""

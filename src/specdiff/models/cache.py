@@ -1,0 +1,49 @@
+"""A static key/value cache whose rows advance independently.
+
+Each forward writes its keys and values at per-row slots and attends to a bucketed prefix of them, so cost follows length
+and shapes stay few. Nothing is ever removed: a rejected slot is simply overwritten, because the next write starts there.
+
+Shapes: B rows, R rows of this forward, A key/value heads, N positions of this forward, S slots, D head width.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BUCKET = 128
+
+
+@dataclass(slots=True)
+class RaggedCache:
+    """`place` before each forward; `update` from inside attention. Layers appear at their first write."""
+
+    rows: int
+    slots: int
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    values: dict[int, Tensor] = field(default_factory=dict)
+    at: Int[Tensor, "R N"] = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    selected: Int[Tensor, "R"] | None = None
+    bound: int = 0
+
+    def place(self, at: Int[Tensor, "R N"], selected: Int[Tensor, "R"] | None = None, length: int | None = None) -> None:
+        """The next forward writes row `selected[r]` (default: every row) at slots `at[r]`, and attends below `length`."""
+        self.at, self.selected = at, selected
+        reach = int(at.max()) + 1 if length is None else length
+        self.bound = min(self.slots, -(-reach // BUCKET) * BUCKET)
+
+    def update(
+        self, keys: Float[Tensor, "R A N D"], values: Float[Tensor, "R A N D"], layer: int
+    ) -> tuple[Float[Tensor, "R A S D"], Float[Tensor, "R A S D"]]:
+        """Store this forward's keys and values; return all that may be attended."""
+        if layer not in self.keys:
+            self.keys[layer] = keys.new_zeros(self.rows, keys.shape[1], self.slots, keys.shape[3])
+            self.values[layer] = values.new_zeros(self.rows, values.shape[1], self.slots, values.shape[3])
+        return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    def _write(self, store: Tensor, new: Tensor) -> Tensor:
+        rows = torch.arange(len(new), device=new.device) if self.selected is None else self.selected
+        # advanced-index assignment: scatter_ on a bf16 CPU tensor copies all of it
+        store.transpose(1, 2)[rows[:, None], self.at] = new.transpose(1, 2)
+        return store[:, :, : self.bound] if self.selected is None else store[rows, :, : self.bound]

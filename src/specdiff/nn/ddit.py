@@ -1,0 +1,332 @@
+"""The score network of SEDD (Lou, Meng, Ermon 2024, arXiv 2310.16834): a diffusion transformer over tokens.
+
+It reads and writes the authors' checkpoint layout (`louaaron/sedd-small`), without flash-attn and on any device. Ours adds
+an attention mask, so rows of different length share a batch; a key/value cache, for networks whose context is causal; and
+`borrow_embeddings`, where a drafter reads and writes through its target's own embedding and head.
+
+Shapes: B rows, L positions of this call, S attended positions, H width, A heads, V output words (MASK last when absorbing).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from specdiff import weights
+from specdiff.errors import ConfigError
+
+FREQUENCIES = 256  # width of the sinusoidal embedding of sigma
+
+
+@dataclass(frozen=True, slots=True)
+class SEDDConfig:
+    """Sizes of a SEDD network, under the names of the authors' `config.json`.
+
+    `process` is their "graph". `attention="causal-context"` lets clean context positions see only their past (at most
+    `context_window` of it), so that their keys and values never change and can be cached; the canvas stays bidirectional.
+    `time_conditioning=False` feeds sigma = 0: the optimal absorbing denoiser does not depend on time (Ou et al. 2024).
+    """
+
+    tokens: int
+    hidden_size: int
+    n_blocks: int
+    n_heads: int
+    cond_dim: int
+    length: int = 1024
+    dropout: float = 0.1
+    scale_by_sigma: bool = True
+    process: str = "absorb"
+    schedule: str = "loglinear"
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
+    borrow_embeddings: bool = False
+    draft_vocab_size: int | None = None
+    attention: str = "bidirectional"
+    context_window: int | None = None
+    time_conditioning: bool = True
+
+    @property
+    def mask_id(self) -> int | None:
+        """The MASK token: one past the vocabulary. The uniform process has none."""
+        return self.tokens if self.process == "absorb" else None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the log-score."""
+        return self.tokens + (self.process == "absorb")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
+        """Read a checkpoint's `config.json`; extra keys are ignored. Raises ConfigError naming a missing or bad field."""
+        model = weights.section(data, "model", where)
+        graph = weights.section(data, "graph", where)
+        noise = weights.section(data, "noise", where)
+        required = {key: weights.field(model, key, int, where) for key in ("hidden_size", "n_blocks", "n_heads", "cond_dim")}
+        values: dict[str, Any] = {
+            "tokens": weights.field(data, "tokens", int, where),
+            "process": weights.choice(graph, "type", ("absorb", "uniform"), where),
+            "schedule": weights.choice(noise, "type", ("loglinear", "geometric"), where),
+            **required,
+            **{key: model[key] for key in ("length", "dropout", "scale_by_sigma") if key in model},
+            **{key: noise[key] for key in ("sigma_min", "sigma_max") if key in noise},
+            **{key: data[key] for key in _OURS if key in data},
+        }
+        config = cls(**values)
+        if config.hidden_size % config.n_heads:
+            raise ConfigError(f"{where}: hidden_size {config.hidden_size} is not a multiple of n_heads {config.n_heads}")
+        weights.choice({"attention": config.attention}, "attention", ("bidirectional", "causal-context"), where)
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that `from_json` reads."""
+        model = ("hidden_size", "n_blocks", "n_heads", "cond_dim", "length", "dropout", "scale_by_sigma")
+        noise = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max} if self.schedule == "geometric" else {}
+        return {
+            "model_type": "sedd",
+            "tokens": self.tokens,
+            "graph": {"type": self.process},
+            "noise": {"type": self.schedule, **noise},
+            "model": {key: getattr(self, key) for key in model},
+            **{key: getattr(self, key) for key in _OURS},
+        }
+
+
+_OURS = ("borrow_embeddings", "draft_vocab_size", "attention", "context_window", "time_conditioning")
+
+
+class KeyValueStore(Protocol):
+    """What attention needs of a cache: store this call's keys and values, hand back all that may be attended."""
+
+    def update(
+        self, keys: Float[Tensor, "B A L D"], values: Float[Tensor, "B A L D"], layer_idx: int
+    ) -> tuple[Float[Tensor, "B A S D"], Float[Tensor, "B A S D"]]: ...
+
+
+class Embedding(nn.Module):
+    """The checkpoint's own table [V, H]."""
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(size, dim))
+        nn.init.kaiming_uniform_(self.embedding, a=math.sqrt(5))
+
+    def forward(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+        return F.embedding(ids, self.embedding)
+
+
+class BorrowedEmbedding(nn.Module):
+    """The target's table, with one vector of our own for MASK (the id just past it)."""
+
+    weight: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.full((size, dim), torch.nan), persistent=False)
+        self.mask_embedding = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
+        masked = ids == len(self.weight)
+        return torch.where(masked[..., None], self.mask_embedding, F.embedding(ids.masked_fill(masked, 0), self.weight).float())
+
+
+class SigmaEmbedding(nn.Module):
+    """Noise level -> conditioning vector, a sinusoid through a small MLP (sigma is not rescaled)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C"]:
+        half = FREQUENCIES // 2
+        frequency = torch.exp(-math.log(1e4) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
+        angle = sigma[:, None].float() * frequency
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        conditioning: Tensor = F.silu(self.mlp(features.to(self.mlp[0].weight.dtype)))
+        return conditioning
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in fp32 with a weight and no bias."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
+        return F.layer_norm(x.float(), x.shape[-1:]) * self.weight
+
+
+def rotate(x: Float[Tensor, "B A L D"], angle: Float[Tensor, "B L D/2"]) -> Float[Tensor, "B A L D"]:
+    """Rotary position embedding, rotate-half convention (Su et al. 2021)."""
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the conditioning vector (adaLN; Peebles & Xie 2023)."""
+
+    def __init__(self, layer: int, config: SEDDConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.layer, self.heads, self.dropout = layer, config.n_heads, config.dropout
+        self.norm1 = LayerNorm(dim)
+        self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn_out = nn.Linear(dim, dim, bias=False)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim)
+        nn.init.zeros_(self.adaLN_modulation.weight)
+        nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B L H"],
+        conditioning: Float[Tensor, "B C"],
+        angle: Float[Tensor, "B L D/2"],
+        mask: Bool[Tensor, "B 1 L S"] | None,
+        cache: KeyValueStore | None,
+    ) -> Float[Tensor, "B L H"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
+        h = (self.norm1(x) * (1 + scale1) + shift1).to(self.attn_qkv.weight.dtype)
+        x = x + gate1 * F.dropout(self.attn_out(self.attend(h, angle, mask, cache)), self.dropout, self.training)
+        h = (self.norm2(x) * (1 + scale2) + shift2).to(self.attn_qkv.weight.dtype)
+        return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+
+    def attend(
+        self,
+        h: Float[Tensor, "B L H"],
+        angle: Float[Tensor, "B L D/2"],
+        mask: Bool[Tensor, "B 1 L S"] | None,
+        cache: KeyValueStore | None,
+    ) -> Float[Tensor, "B L H"]:
+        q, k, v = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # layout (three, head, dim)
+        q, k = rotate(q, angle), rotate(k, angle)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+class OutputLayer(nn.Module):
+    """Final adaLN norm, then the checkpoint's own read-out, or none where the target's head is borrowed."""
+
+    def __init__(self, config: SEDDConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.norm_final = LayerNorm(dim)
+        self.linear: nn.Linear | None = None
+        if not config.borrow_embeddings:
+            self.linear = nn.Linear(dim, config.vocab_size)
+            nn.init.zeros_(self.linear.weight)
+            nn.init.zeros_(self.linear.bias)
+        self.adaLN_modulation = nn.Linear(config.cond_dim, 2 * dim)
+        nn.init.zeros_(self.adaLN_modulation.weight)
+        nn.init.zeros_(self.adaLN_modulation.bias)
+
+    def forward(self, x: Float[Tensor, "B L H"], conditioning: Float[Tensor, "B C"]) -> Float[Tensor, "B L H"]:
+        shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
+        normed: Tensor = self.norm_final(x) * (1 + scale) + shift
+        return normed
+
+
+class SEDD(nn.Module):
+    """SEDD's network. `model(ids, sigma)` gives the log-score; drafting calls `hidden` and `logits` on the canvas alone."""
+
+    draft_vocab: Tensor
+    head: Tensor
+
+    def __init__(self, config: SEDDConfig) -> None:
+        super().__init__()
+        self.config = config
+        borrowed = config.borrow_embeddings
+        self.vocab_embed = (BorrowedEmbedding if borrowed else Embedding)(
+            config.tokens if borrowed else config.vocab_size, config.hidden_size
+        )
+        self.sigma_map = SigmaEmbedding(config.cond_dim)
+        self.blocks = nn.ModuleList([Block(i, config) for i in range(config.n_blocks)])
+        self.output_layer = OutputLayer(config)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("draft_vocab", torch.full((config.draft_vocab_size,), -1))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a checkpoint folder or hub id in the authors' layout, or a borrowed one (then call `borrow`).
+
+        Raises ConfigError or WeightsError, naming the file and the field or tensor.
+        """
+        path = weights.locate(folder)
+        config = SEDDConfig.from_json(weights.read_config(path), str(path / weights.CONFIG))
+        model = cls(config)
+        weights.load_into(model, path, ignore=("rotary_emb.inv_freq",))
+        return model.to(dtype).eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
+        """Write `config.json` (with `extra` keys) and `model.safetensors` atomically."""
+        weights.save(self, Path(folder), {**self.config.to_json(), **extra}, dtype)
+
+    def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
+        """Read and write through the target's embedding and head; only the `draft_vocab` rows of the head are kept.
+
+        Raises ConfigError if the target's sizes are not those this network was trained for.
+        """
+        expected = (self.config.tokens, self.config.hidden_size)
+        if tuple(embedding.shape) != expected or tuple(head.shape) != expected:
+            raise ConfigError(
+                f"this drafter borrows an embedding of {expected[0]} words x {expected[1]}, but the target's is "
+                f"{embedding.shape[0]} x {embedding.shape[1]}; use a drafter trained for this target"
+            )
+        assert isinstance(self.vocab_embed, BorrowedEmbedding)
+        self.vocab_embed.weight = embedding.detach()
+        rows = head.detach() if self.config.draft_vocab_size is None else head.detach()[self.draft_vocab.to(head.device)]
+        self.register_buffer("head", rows, persistent=False)
+        return self
+
+    def hidden(
+        self,
+        ids: Int[Tensor, "B L"],
+        sigma: Float[Tensor, "B"],
+        *,
+        mask: Bool[Tensor, "B 1 L S"] | None = None,
+        positions: Int[Tensor, "B L"] | None = None,
+        cache: KeyValueStore | None = None,
+    ) -> Float[Tensor, "B L H"]:
+        """The normed final states. `mask` says who attends whom (None: everyone); positions default to 0..L-1."""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        size = self.config.hidden_size // self.config.n_heads
+        frequency = 1e-4 ** (torch.arange(0, size, 2, device=ids.device, dtype=torch.float32) / size)
+        angle = positions[..., None].float() * frequency
+        conditioning = self.sigma_map(sigma if self.config.time_conditioning else torch.zeros_like(sigma))
+        x = self.vocab_embed(ids).float()  # the residual stream stays in fp32
+        for block in self.blocks:
+            x = block(x, conditioning, angle, mask, cache)
+        states: Tensor = self.output_layer(x, conditioning)
+        return states
+
+    def logits(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
+        """Raw network output, before any sigma offset: C = V columns, or the borrowed (draft) vocabulary without MASK."""
+        if self.output_layer.linear is not None:
+            return self.output_layer.linear(hidden.to(self.output_layer.linear.weight.dtype)).float()
+        return F.linear(hidden.to(self.head.dtype), self.head).float()
+
+    def forward(
+        self, ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"], mask: Bool[Tensor, "B 1 L L"] | None = None
+    ) -> Float[Tensor, "B L V"]:
+        """The log-score log s_theta(x, sigma)_y (SEDD section 3), zero at each position's current token."""
+        score = self.logits(self.hidden(ids, sigma, mask=mask))
+        if self.config.borrow_embeddings:
+            columns = self.draft_vocab if self.config.draft_vocab_size is not None else slice(0, self.config.tokens)
+            full = score.new_full((*score.shape[:-1], self.config.vocab_size), -torch.inf)
+            full[..., columns] = score
+            score = full
+        if self.config.scale_by_sigma:
+            # fp32 on purpose: the offset reaches 17.7 at t = 1, where bf16 numbers are 0.125 apart
+            s = sigma.float()[:, None, None]
+            score = score - torch.where(s < 0.5, torch.expm1(s), s.exp() - 1).log() - math.log(self.config.vocab_size - 1)
+        return score.scatter(-1, ids[..., None], 0.0)

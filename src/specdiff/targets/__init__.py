@@ -1,0 +1,1 @@
+"""Targets: the model whose law is preserved."""

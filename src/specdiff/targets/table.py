@@ -1,0 +1,76 @@
+"""A toy target with an exact law, for tests and examples: p(next | last two tokens) is a table.
+
+Its cache holds token ids the way a real one holds keys and values (written at slots, overwritten after a rejection), and
+scoring reads nothing else: a stale slot shows at once.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from specdiff.targets.base import Target
+from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
+
+
+@dataclass(slots=True)
+class TableCache:
+    slots: Int[Tensor, "B S"]
+    taps: int
+
+
+class TableTarget(Target[TableCache]):
+    """logits(next) = table[before last, last]. `table` is [V, V, V]; float64 makes its law exact."""
+
+    def __init__(self, table: Float[Tensor, "V V V"]) -> None:
+        self.table = table
+        size = table.shape[-1]
+        self.info = TargetInfo("table", size, size, 1, 1 << 30, table.dtype, table.device)
+
+    @classmethod
+    def random(cls, vocab_size: int, seed: int = 0, sharpness: float = 1.5) -> Self:
+        generator = torch.Generator().manual_seed(seed)
+        return cls(sharpness * torch.randn(vocab_size, vocab_size, vocab_size, dtype=torch.float64, generator=generator))
+
+    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> TableCache:
+        return TableCache(torch.zeros(rows, slots, dtype=torch.long, device=self.table.device), len(taps))
+
+    def admit(self, cache: TableCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> Float[Tensor, "R N D"] | None:
+        for row, prompt in zip(rows, prompts, strict=True):
+            cache.slots[row, : len(prompt) - 1] = prompt[:-1]
+        seen = torch.nn.utils.rnn.pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
+        return self._features(cache, seen)
+
+    def score(self, cache: TableCache, batch: Batch, draft: Draft) -> TargetOutput:
+        at = batch.length[:, None] - 1 + torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)
+        at = at.clamp(max=cache.slots.shape[1] - 1)
+        ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
+        cache.slots.scatter_(1, at, ids)
+        last = cache.slots.gather(1, at)
+        before = torch.where(at > 0, cache.slots.gather(1, (at - 1).clamp(min=0)), 0)
+        return TargetOutput(self.table[before, last], self._features(cache, ids))
+
+    def keep(self, cache: TableCache, batch: Batch, verification: Verification) -> None:
+        return None
+
+    def release(self, cache: TableCache, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+    def _features(self, cache: TableCache, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"] | None:
+        """One-hot tokens stand for hidden states, once per tap."""
+        return torch.nn.functional.one_hot(ids, self.info.vocab_size).double().repeat(1, 1, cache.taps) if cache.taps else None
+
+    def law(self, prompt: Sequence[int], length: int) -> dict[tuple[int, ...], float]:
+        """Every continuation of `length` tokens with its exact probability at temperature 1."""
+        p = torch.softmax(self.table, dim=-1)
+        result = {}
+        for tail in itertools.product(range(self.info.vocab_size), repeat=length):
+            row, mass = [0, *prompt, *tail], 1.0
+            for i in range(len(prompt) + 1, len(row)):
+                mass *= float(p[row[i - 2], row[i - 1], row[i]])
+            result[tail] = mass
+        return result

@@ -1,0 +1,222 @@
+"""The nouns every room speaks: what is asked for, what is drafted, scored, verified, and what came of a round.
+
+Shapes: B rows, S slots (positions a row may reach), K drafted tokens, V target vocabulary, D tapped feature width,
+E stop ids. All are plain tensors in frozen dataclasses; only `decode` advances a Batch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdiff.errors import UsageError
+
+PADDING = -1  # fills unused stop ids; no token has this id
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """What one request asks for. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+
+    Filters apply in transformers' order: temperature, top-k, top-p, min-p. Raises UsageError naming the bad value.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _demand(self, "max_tokens", self.max_tokens >= 1, "at least 1")
+        _demand(self, "temperature", 0 <= self.temperature < math.inf, "a finite number >= 0 (0 is greedy)")
+        _demand(self, "top_k", self.top_k >= 0, ">= 0 (0 is off)")
+        _demand(self, "top_p", 0 < self.top_p <= 1, "in (0, 1] (1 is off)")
+        _demand(self, "min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)")
+        _demand(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids >= 0")
+
+
+def _demand(owner: object, name: str, met: bool, allowed: str) -> None:
+    if not met:  # NaN meets no comparison, so it ends here too
+        raise UsageError(f"{name} must be {allowed}, not {getattr(owner, name)!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """SamplingParams of a whole batch, one entry a row, with each row's length limit and stop ids.
+
+    `active` names the options some row really uses: known on the host, so that unused ones cost neither work nor a sync.
+    """
+
+    temperature: Float[Tensor, "B"]
+    top_k: Int[Tensor, "B"]
+    top_p: Float[Tensor, "B"]
+    min_p: Float[Tensor, "B"]
+    limit: Int[Tensor, "B"]
+    stop_ids: Int[Tensor, "B E"]
+    active: frozenset[str]
+
+    @classmethod
+    def stack(cls, rows: Sequence[SamplingParams], limit: Int[Tensor, "B"], device: torch.device | str = "cpu") -> Self:
+        """One row per request; `limit` is the length (prompt included) at which it must end."""
+        width = max((len(r.stop_token_ids) for r in rows), default=0)
+        stop = [[*r.stop_token_ids, *[PADDING] * (width - len(r.stop_token_ids))] for r in rows]
+        off = SamplingParams()
+        used = {"greedy": any(r.temperature == 0 for r in rows), "temperature": any(r.temperature != 1 for r in rows)}
+        used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in ("top_k", "top_p", "min_p")}
+        return cls(
+            temperature=torch.tensor([r.temperature for r in rows], dtype=torch.float32, device=device),
+            top_k=torch.tensor([r.top_k for r in rows], device=device),
+            top_p=torch.tensor([r.top_p for r in rows], dtype=torch.float32, device=device),
+            min_p=torch.tensor([r.min_p for r in rows], dtype=torch.float32, device=device),
+            limit=limit.to(device),
+            stop_ids=torch.tensor(stop, dtype=torch.long, device=device).view(len(rows), width),
+            active=frozenset(name for name, on in used.items() if on),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The committed tokens. `ids[b, :length[b]]` never changes; what lies beyond is scratch.
+
+    `round` counts the rounds a row has run, `seed` keys its randomness, `done` rows are computed but no longer advance.
+    """
+
+    ids: Int[Tensor, "B S"]
+    length: Int[Tensor, "B"]
+    prompt_length: Int[Tensor, "B"]
+    round: Int[Tensor, "B"]
+    done: Bool[Tensor, "B"]
+    seed: Int[Tensor, "B"]
+    params: Params
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        *,
+        slots: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A fresh batch, one prompt a row. `slots` defaults to what the longest row can reach."""
+        length = torch.tensor([len(p) for p in prompts])
+        limit = length + torch.tensor([p.max_tokens for p in params])
+        ids = torch.zeros(len(prompts), slots or int(limit.max()), dtype=torch.long)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        length, zero = length.to(device), torch.zeros(len(prompts), dtype=torch.long, device=device)
+        signed = [s - (1 << 64) if s >= 1 << 63 else s for s in (s % (1 << 64) for s in seeds)]
+        seed = torch.tensor(signed, dtype=torch.long, device=device)
+        return cls(ids.to(device), length, length.clone(), zero, zero.bool(), seed, Params.stack(params, limit, device))
+
+    @property
+    def anchor(self) -> Int[Tensor, "B"]:
+        """The last committed token of each row."""
+        return self.ids.gather(1, self.length[:, None] - 1)[:, 0]
+
+    def with_rows(self, rows: Int[Tensor, "R"], joined: "Batch") -> "Batch":
+        """This batch with `joined`'s rows (in order) put at `rows`: how requests join a running batch."""
+        width = self.ids.shape[1]
+        ids = torch.nn.functional.pad(joined.ids[:, :width], (0, max(0, width - joined.ids.shape[1])))
+        names = [f.name for f in fields(self) if f.name not in ("ids", "params")]
+        changed = {name: getattr(self, name).index_copy(0, rows, getattr(joined, name)) for name in names}
+        return replace(self, ids=self.ids.index_copy(0, rows, ids), params=_join(self.params, rows, joined.params), **changed)
+
+
+def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
+    width = max(params.stop_ids.shape[1], joined.stop_ids.shape[1])
+    stop = [torch.nn.functional.pad(p.stop_ids, (0, width - p.stop_ids.shape[1]), value=PADDING) for p in (params, joined)]
+    names = ("temperature", "top_k", "top_p", "min_p", "limit")
+    changed = {name: getattr(params, name).index_copy(0, rows, getattr(joined, name)) for name in names}
+    return Params(stop_ids=stop[0].index_copy(0, rows, stop[1]), active=params.active | joined.active, **changed)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """K proposed tokens a row and the law each was *really drawn from*.
+
+    `probs[b, k]` must be P(x_k | x_<k, R_k), with R_k everything that was used to compute rows 0..k of it (LOSSLESS: the
+    contract); None is a point mass on each token. `size` is how many of the K count in each row (None: all).
+    `parents[b, k]` makes a tree: the node each node continues, -1 for the anchor (None: a chain).
+    """
+
+    tokens: Int[Tensor, "B K"]
+    probs: Float[Tensor, "B K V"] | None = None
+    size: Int[Tensor, "B"] | None = None
+    parents: Int[Tensor, "B K"] | None = None
+
+    @classmethod
+    def empty(cls, batch: Batch) -> Self:
+        """No draft: the round is a plain one."""
+        return cls(batch.ids[:, :0])
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What one scoring pass returns. Row 0 is at the anchor, row k after k draft tokens."""
+
+    logits: Float[Tensor, "B K+1 V"]
+    features: Float[Tensor, "B K+1 D"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """`accepted` draft tokens, then one of the target's own: `tokens[b, :accepted[b] + 1]`, zeros behind.
+
+    `path[b, k]` is the scored row that each emitted token's successor was drawn at (a chain: 0..K).
+    """
+
+    accepted: Int[Tensor, "B"]
+    tokens: Int[Tensor, "B K+1"]
+    path: Int[Tensor, "B K+1"]
+    logprobs: Float[Tensor, "B K+1"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One turn of draft, score, verify, commit. `batch` is as it stands afterwards.
+
+    `emitted[b]` tokens were committed: accepted + 1, fewer where a stop id or the length limit fell inside, 0 for done rows.
+    """
+
+    draft: Draft
+    verification: Verification
+    emitted: Int[Tensor, "B"]
+    batch: Batch
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """All that a drafter may see.
+
+    `features[b, :feature_size[b]]` belong to the positions that entered the target's cache since the row's last propose
+    (prompt[:-1] on admission). `previous` is valid where `batch.round > 0`.
+    """
+
+    batch: Batch
+    features: Float[Tensor, "B N D"] | None
+    feature_size: Int[Tensor, "B"]
+    previous: Round | None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """What a drafter may know of its target. `embedding` and `head` [V, hidden] are None where the target has none."""
+
+    name: str
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+    embedding: Tensor | None = None
+    head: Tensor | None = None

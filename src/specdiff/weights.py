@@ -1,0 +1,126 @@
+"""safetensors and config.json in and out, with the errors people need. Nothing is ever unpickled."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from specdiff.errors import ConfigError, UnknownNameError, WeightsError
+
+CONFIG = "config.json"
+TENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+
+T = TypeVar("T")
+
+
+def locate(source: str | Path) -> Path:
+    """A local folder as it is, a hub id downloaded (HF_HUB_OFFLINE and HF_TOKEN honoured). Raises UnknownNameError."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, HFValidationError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnknownNameError(f"{source!r} is neither a folder here nor a hub id that can be fetched: {reason}") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as a dict. Raises ConfigError if it is absent or not a JSON object."""
+    path = folder / CONFIG
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no {CONFIG}; a drafter folder needs {CONFIG} and {TENSORS}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def field(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
+    """`data[key]`, checked to be of `kind`. Raises ConfigError naming the file, the key and the value found."""
+    if key not in data:
+        raise ConfigError(f"{where} lacks the key {key!r} ({kind.__name__})")
+    value = data[key]
+    if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+        raise ConfigError(f"{where}: {key} must be of type {kind.__name__}, not {value!r}")
+    return value
+
+
+def section(data: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    """`data[key]` as a nested object."""
+    return field(data, key, dict, where)
+
+
+def choice(data: Mapping[str, Any], key: str, allowed: Sequence[str], where: str) -> str:
+    """`data[key]`, one of the `allowed` strings."""
+    value = field(data, key, str, where)
+    if value not in allowed:
+        raise ConfigError(f"{where}: {key} is {value!r}; known are {', '.join(allowed)}")
+    return value
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's model.safetensors. Raises WeightsError if it is absent, truncated or a pickle."""
+    path = folder / TENSORS
+    if not path.exists() and (folder / PICKLE).exists():
+        raise WeightsError(
+            f"{folder / PICKLE} is a pickle, which can run code when it is read, so it is not opened. Convert it once, where you "
+            f"trust it:  python -c \"import torch, safetensors.torch as s; "
+            f"s.save_file(torch.load('{PICKLE}', weights_only=True), '{TENSORS}')\""
+        )
+    if not path.exists():
+        raise WeightsError(f"{folder} holds no {TENSORS}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} cannot be read (truncated or damaged?): {error}") from None
+
+
+def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = ()) -> None:
+    """Fill every parameter and persistent buffer of `model`; a missing, surplus or misshapen tensor is an error."""
+    path, tensors = folder / TENSORS, read_tensors(folder)
+    for name in ignore:
+        tensors.pop(name, None)
+    wanted = model.state_dict()
+    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    if missing or surplus:
+        told = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(surplus)}"] * bool(surplus)
+        raise WeightsError(f"{path} {' and '.join(told)}; does its {CONFIG} describe another network?")
+    for name, tensor in wanted.items():
+        found = tensors[name]
+        if found.shape != tensor.shape:
+            raise WeightsError(f"{path}: {name} has shape {list(found.shape)}, but {CONFIG} asks for {list(tensor.shape)}")
+        if tensor.is_floating_point():
+            tensor.fill_(torch.nan)  # so that a tensor the copy misses is loud
+        tensor.copy_(found)
+
+
+def save(model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write config.json and model.safetensors; each file appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = model.state_dict().items()
+    tensors = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous().cpu() for k, v in state}
+    partial = folder / f".{TENSORS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / TENSORS)
+    partial = folder / f".{CONFIG}.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / CONFIG)
+
+
+def _few(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
