@@ -1,0 +1,41 @@
+"""specdiff: a Hugging Face causal LM made faster by a discrete-diffusion drafter, with output provably the target's own.
+
+    lm = specdiff.load("smollm2-135m")
+    print(lm.generate("Write a haiku about rain", max_tokens=64).text)
+
+Importing this package imports neither transformers nor rich; each public name loads where it is first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Batch": "types",
+    "Context": "types",
+    "Draft": "types",
+    "Drafter": "drafters.base",
+    "Generation": "lm",
+    "Purpose": "noise",
+    "Round": "types",
+    "SamplingParams": "types",
+    "SpecdiffError": "errors",
+    "SpeculativeLM": "lm",
+    "Target": "targets.base",
+    "TargetInfo": "types",
+    "decode": None,
+    "load": "lm",
+}
+
+__all__ = sorted(_HOME)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
+    home = _HOME[name]
+    return import_module(f"specdiff.{name}") if home is None else getattr(import_module(f"specdiff.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

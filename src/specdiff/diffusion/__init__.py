@@ -1,0 +1,1 @@
+"""Discrete diffusion: noise schedules, forward processes, and their reversal."""

@@ -1,0 +1,92 @@
+"""Drafting with a denoiser: the orders in which a canvas of MASK becomes K tokens with lawful probabilities.
+
+Written once for every denoiser. Only orders that fix positions left to right between network passes are here: with any
+other order the probabilities stored at draw time are not the law P(x_k | x_<k, R_k) that the ratio test needs.
+"""
+
+from dataclasses import replace
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdiff.drafters.base import Drafter
+from specdiff.errors import UsageError
+from specdiff.noise import Noise, Purpose
+from specdiff.sampling import draw, probabilities
+from specdiff.types import Context, Draft, Params
+
+DenoiserState = TypeVar("DenoiserState")
+ORDERS = ("one-shot", "left-to-right")
+
+
+class Denoiser(Protocol[DenoiserState]):
+    """What SEDD and block networks have in common: a canvas, partly revealed, to logits of the clean tokens."""
+
+    mask_id: int
+    draft_len: int
+    taps: tuple[int, ...]
+
+    def open(self, rows: int, slots: int) -> DenoiserState: ...
+
+    def admit(self, state: DenoiserState, context: Context, rows: Int[Tensor, "R"]) -> None: ...
+
+    def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None: ...
+
+    def denoise(
+        self, context: Context, state: DenoiserState, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K V"]: ...
+
+
+class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
+    """K tokens in `steps` (T) network passes.
+
+    one-shot: T = 1, positions independent. left-to-right: the K positions fall into T contiguous groups, one pass each, and
+    later groups see what earlier ones drew. `draft_temperature` sharpens or flattens what is drawn *and* verified (0: greedy
+    drafts, point masses); always lossless, it only moves the acceptance rate.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser[DenoiserState], *, steps: int = 1, order: str | None = None, draft_temperature: float = 1.0
+    ) -> None:
+        order = order or ("one-shot" if steps == 1 else "left-to-right")
+        if order not in ORDERS:
+            raise UsageError(f"unknown order {order!r}; known are {', '.join(ORDERS)}")
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1, not {steps}")
+        if order == "one-shot" and steps != 1:
+            raise UsageError(f"order 'one-shot' is one network pass; steps={steps} needs order 'left-to-right'")
+        if not 0 <= draft_temperature < float("inf"):
+            raise UsageError(f"draft_temperature must be a finite number >= 0, not {draft_temperature}")
+        self.denoiser, self.steps, self.draft_temperature = denoiser, steps, draft_temperature
+        self.taps, self.draft_len = denoiser.taps, denoiser.draft_len
+
+    def open(self, rows: int, slots: int) -> DenoiserState:
+        return self.denoiser.open(rows, slots)
+
+    def admit(self, state: DenoiserState, context: Context, rows: Int[Tensor, "R"]) -> None:
+        self.denoiser.admit(state, context, rows)
+
+    def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None:
+        self.denoiser.release(state, rows)
+
+    def propose(self, context: Context, state: DenoiserState, noise: Noise, draft_len: int) -> Draft:
+        """One pass a group; every token is drawn from exactly the row of probabilities that is handed on."""
+        params = _tempered(context.batch.params, self.draft_temperature)
+        uniform = noise.uniform(Purpose.DRAFT, draft_len)
+        canvas = uniform.new_full(uniform.shape, self.denoiser.mask_id, dtype=torch.long)
+        probs: list[Tensor] = []
+        for group in torch.arange(draft_len, device=canvas.device).tensor_split(min(self.steps, draft_len)):
+            revealed = torch.arange(draft_len, device=canvas.device) < group[0]
+            logits = self.denoiser.denoise(context, state, canvas, revealed.expand_as(canvas))
+            q = probabilities(logits[:, group], params)
+            canvas = canvas.index_copy(1, group, draw(q, uniform[:, group]))
+            probs.append(q)
+        return Draft(canvas, torch.cat(probs, dim=1))
+
+
+def _tempered(params: Params, factor: float) -> Params:
+    if factor == 1.0:
+        return params
+    return replace(params, temperature=params.temperature * factor, active=params.active | {"temperature", "greedy"})

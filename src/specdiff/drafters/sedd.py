@@ -1,0 +1,145 @@
+"""The paper's drafter: SEDD conditions on committed tokens by projection and denoises gamma MASK tokens behind them.
+
+Canvas = the last `window` committed tokens, then K positions that are MASK or already revealed. Only those K need logits.
+A network with causal context reads each committed token once and caches its keys and values; a bidirectional one (the
+authors' checkpoints) reads the window anew in every pass.
+
+Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.errors import ConfigError, DrafterError, UsageError
+from specdiff.models.cache import RaggedCache
+from specdiff.models.masks import causal
+from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
+from specdiff.nn.ddit import SEDD
+from specdiff.types import Context, TargetInfo
+from specdiff.weights import read_config
+
+WINDOW = 128  # context of a bidirectional network, where the user names none
+CHUNK = 512  # most context tokens read in one pass, so that a long prompt's attention stays small
+
+
+@dataclass(slots=True)
+class SEDDState:
+    """Keys and values of the committed tokens (causal context only), and how many of them each row has read."""
+
+    cache: RaggedCache | None
+    read: Int[Tensor, "B"]
+
+
+class SEDDDenoiser:
+    """A SEDD network of the absorbing process, as a Denoiser over its target's vocabulary."""
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, model: SEDD, target: TargetInfo, *, window: int | None = None, draft_len: int = 8) -> None:
+        config = model.config
+        if config.process != "absorb" or config.mask_id is None:
+            raise DrafterError("a SEDD drafter of the uniform process is not supported; use one of the absorbing process")
+        if config.tokens != target.vocab_size:
+            raise DrafterError(
+                f"this drafter writes a vocabulary of {config.tokens} tokens, but the target {target.name!r} has {target.vocab_size}; "
+                f"use a drafter trained for this target"
+            )
+        self.cached = config.attention == "causal-context"
+        if window is not None and window < 1:
+            raise UsageError(f"window must be at least 1, not {window}")
+        if self.cached and window not in (None, config.context_window):
+            raise UsageError(f"window={window}, but this drafter was trained with a fixed context of {config.context_window}")
+        fits = None if self.cached else config.length
+        self.window = config.context_window if self.cached else min(window or WINDOW, config.length - 1)
+        if config.borrow_embeddings:
+            if target.embedding is None or target.head is None:
+                raise DrafterError(f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer")
+            model = model.borrow(target.embedding, target.head)
+        self.model, self.longest = model.to(target.device).eval(), fits
+        self.mask_id, self.draft_len, self.vocab_size = config.mask_id, draft_len, target.vocab_size
+        self.schedule: Schedule = Loglinear() if config.schedule == "loglinear" else Geometric(config.sigma_min, config.sigma_max)
+
+    def open(self, rows: int, slots: int) -> SEDDState:
+        device = self.model.sigma_map.mlp[0].weight.device
+        return SEDDState(RaggedCache(rows, slots) if self.cached else None, torch.zeros(rows, dtype=torch.long, device=device))
+
+    def admit(self, state: SEDDState, context: Context, rows: Int[Tensor, "R"]) -> None:
+        state.read[rows] = 0
+
+    def release(self, state: SEDDState, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+    def denoise(
+        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K V"]:
+        """Logits of the clean tokens: softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels)."""
+        K = canvas.shape[1]
+        if self.longest is not None and K >= self.longest:
+            raise UsageError(f"draft_len {K} does not fit this drafter's canvas of {self.longest} positions")
+        hidden = self._cached(context, state, canvas) if state.cache is not None else self._windowed(context, canvas, revealed)
+        logits = self.model.logits(hidden[:, -K:])
+        if self.model.config.draft_vocab_size is not None:
+            full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
+            return full.index_copy_(2, self.model.draft_vocab, logits)
+        return logits[..., : self.vocab_size]
+
+    def _cached(self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"]) -> Float[Tensor, "B L H"]:
+        """Feed the tokens committed since the last pass, and the canvas behind them."""
+        batch, cache = context.batch, state.cache
+        assert cache is not None
+        behind = int((batch.length - state.read).max())  # rows that are less far behind re-read tokens: same keys, same values
+        while behind > CHUNK:
+            at = (batch.length[:, None] - behind + torch.arange(CHUNK, device=canvas.device)).clamp(min=0)
+            self._pass(cache, batch.ids.gather(1, at), at, causal(at, cache.slots, self.window))
+            behind -= CHUNK
+        old = (batch.length[:, None] - behind + torch.arange(behind, device=canvas.device)).clamp(min=0)
+        new = (batch.length[:, None] + torch.arange(canvas.shape[1], device=canvas.device)).clamp(max=cache.slots - 1)
+        slot = torch.arange(cache.slots, device=canvas.device)
+        first = (batch.length - (self.window or cache.slots))[:, None]
+        block = (slot >= first) & (slot < batch.length[:, None] + canvas.shape[1])
+        mask = torch.cat([causal(old, cache.slots, self.window), block[:, None, None].expand(-1, 1, canvas.shape[1], -1)], dim=2)
+        state.read.copy_(batch.length)
+        return self._pass(cache, torch.cat([batch.ids.gather(1, old), canvas], 1), torch.cat([old, new], 1), mask)
+
+    def _pass(
+        self, cache: RaggedCache, ids: Int[Tensor, "B L"], at: Int[Tensor, "B L"], mask: Bool[Tensor, "B 1 L S"]
+    ) -> Float[Tensor, "B L H"]:
+        cache.place(at)
+        sigma = torch.zeros(len(ids), device=ids.device)
+        return self.model.hidden(ids, sigma, mask=mask[..., : cache.bound], positions=at, cache=cache)
+
+    def _windowed(self, context: Context, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]) -> Float[Tensor, "B L H"]:
+        """The whole canvas in one bidirectional pass, at the time whose expected share of MASK it has."""
+        batch, K = context.batch, canvas.shape[1]
+        room = self.longest or K + WINDOW
+        W = min(self.window or room, room - K, int(batch.length.max()))
+        at = batch.length[:, None] - W + torch.arange(W, device=canvas.device)
+        ids = torch.cat([batch.ids.gather(1, at.clamp(min=0)), canvas], dim=1)
+        real = torch.cat([at >= 0, torch.ones_like(canvas, dtype=torch.bool)], dim=1)  # short rows are padded on the left
+        positions = (real.cumsum(1) - 1).clamp(min=0)
+        share = (~revealed).sum(1) / real.sum(1)
+        t = torch.tensor([self.schedule.time_of_masked_share(s) for s in share.tolist()], device=canvas.device)
+        return self.model.hidden(ids, self.schedule.total(t), mask=real[:, None, None], positions=positions)
+
+
+def sedd(
+    target: TargetInfo,
+    folder: str | Path,
+    *,
+    steps: int = 1,
+    order: str | None = None,
+    window: int | None = None,
+    draft_temperature: float = 1.0,
+) -> DenoisingDrafter[SEDDState]:
+    """A SEDD drafter from a folder or hub id. Raises ConfigError, WeightsError or DrafterError naming what does not fit."""
+    model = SEDD.from_pretrained(folder)
+    draft_len = read_config(Path(folder)).get("draft_len", 8) if Path(folder).is_dir() else 8
+    if not isinstance(draft_len, int) or draft_len < 1:
+        raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")
+    denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len)
+    return DenoisingDrafter(denoiser, steps=steps, order=order, draft_temperature=draft_temperature)

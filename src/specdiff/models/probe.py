@@ -1,0 +1,45 @@
+"""The self-test a target passes at load: ragged scoring equals a plain full forward, or the model is refused."""
+
+import torch
+
+from specdiff.errors import UnsupportedModelError
+from specdiff.models.cache import RaggedCache
+from specdiff.models.causal import RaggedModel
+
+LENGTH, PREFILL, ROWS = 14, (4, 6), 2
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; 16-bit dtypes round far more coarsely
+COARSE = 0.08
+
+
+@torch.inference_mode()
+def self_test(model: RaggedModel) -> float:
+    """Two rows at different lengths, one rejected draft. Returns the error relative to the largest logit.
+
+    Raises UnsupportedModelError naming it where it is out of tolerance.
+    """
+    net = model.model
+    vocab = net.config.get_text_config().vocab_size
+    device = net.device
+    ids = torch.randint(vocab, (ROWS, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    full = net(ids, use_cache=False).logits.float()
+    cache = RaggedCache(ROWS, LENGTH + 2)
+    for row, size in enumerate(PREFILL):
+        at = torch.arange(size, device=device)[None]
+        model.forward(cache, ids[row : row + 1, :size], at, selected=torch.tensor([row], device=device))
+    start = torch.tensor(PREFILL, device=device)[:, None]
+    rejected = (ids[:, :4] + 1) % vocab
+    model.forward(cache, rejected, start + torch.arange(4, device=device))
+    error = 0.0
+    for size in (3, 1, 4):
+        at = start + torch.arange(size, device=device)
+        logits, _ = model.forward(cache, ids.gather(1, at), at)
+        expected = full.gather(1, at[..., None].expand(-1, -1, full.shape[-1]))
+        error = max(error, float((logits.float() - expected).abs().max() / full.abs().max().clamp(min=1e-9)))
+        start = start + size
+    allowed = TOLERANCE.get(net.dtype, COARSE)
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            f"this {net.config.model_type} model fails the self-test: scoring over the ragged cache differs from a plain forward by "
+            f"{error:.1e} of its largest logit (allowed {allowed:.0e} in {net.dtype}), so its output could not be exact"
+        )
+    return error

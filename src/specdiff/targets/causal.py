@@ -1,0 +1,74 @@
+"""A Hugging Face causal LM as the target."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdiff.models.cache import RaggedCache
+from specdiff.models.causal import RaggedModel
+from specdiff.models.probe import self_test
+from specdiff.targets.base import Target
+from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
+
+CHUNK = 512  # prompt positions a forward, so that a long prompt's logits and scores stay small
+
+
+@dataclass(slots=True)
+class CausalCache:
+    store: RaggedCache
+    taps: tuple[int, ...]
+
+
+class CausalTarget(Target[CausalCache]):
+    """Scores drafts with `model`. The self-test runs here: a model that cannot be scored exactly is refused."""
+
+    def __init__(self, model: PreTrainedModel, name: str = "") -> None:
+        self.ragged = RaggedModel(model)
+        self.error = self_test(self.ragged)
+        self.model = model
+        text = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        self.info = TargetInfo(
+            name=name or str(model.config.name_or_path),
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            layers=text.num_hidden_layers,
+            max_positions=self.ragged.max_positions,
+            dtype=model.dtype,
+            device=model.device,
+            embedding=model.get_input_embeddings().weight.detach(),
+            head=None if head is None or getattr(head, "bias", None) is not None else head.weight.detach(),
+        )
+
+    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
+        return CausalCache(RaggedCache(rows, slots), tuple(taps))
+
+    def admit(self, cache: CausalCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> Float[Tensor, "R N D"] | None:
+        ids = torch.nn.utils.rnn.pad_sequence([p[:-1] for p in prompts], batch_first=True)  # padding is overwritten by later rounds
+        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        features = [
+            self.ragged.forward(cache.store, i, a, selected=rows, taps=cache.taps, last=1)[1]
+            for i, a in zip(ids.split(CHUNK, dim=1), at.split(CHUNK, dim=1), strict=True)
+            if i.shape[1]
+        ]
+        kept = [f for f in features if f is not None]
+        if not cache.taps:
+            return None
+        empty = ids.new_zeros(len(ids), 0, self.info.hidden_size * len(cache.taps), dtype=self.info.dtype)
+        return torch.cat(kept, dim=1) if kept else empty
+
+    def score(self, cache: CausalCache, batch: Batch, draft: Draft) -> TargetOutput:
+        ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
+        at = batch.length[:, None] - 1 + torch.arange(ids.shape[1], device=ids.device)
+        logits, features = self.ragged.forward(cache.store, ids, at.clamp(max=cache.store.slots - 1), taps=cache.taps)
+        return TargetOutput(logits, features)
+
+    def keep(self, cache: CausalCache, batch: Batch, verification: Verification) -> None:
+        return None  # a chain's accepted entries already lie at their slots
+
+    def release(self, cache: CausalCache, rows: Int[Tensor, "R"]) -> None:
+        return None  # the next request overwrites the row
