@@ -148,7 +148,9 @@ def _import_module(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise UnknownNameError(f"no module {error.name!r} (from the drafter {name}:...); is it installed, or did you mean a ./file.py?") from error
+        raise UnknownNameError(
+            f"no module {error.name!r} (from the drafter {name}:...); is it installed, or did you mean a ./file.py?"
+        ) from error
     except Exception as error:
         raise DrafterError(f"the module {name} raised {type(error).__name__} while being imported: {error}") from error
 

@@ -77,9 +77,7 @@ def commit(batch: Batch, verification: Verification) -> tuple[Batch, Int[Tensor,
     return replace(batch, ids=ids, length=length, round=batch.round + (emitted > 0), done=done), emitted
 
 
-def start(
-    target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier: Verifier = token, slots: int | None = None
-) -> Run:
+def start(target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier: Verifier = token, slots: int | None = None) -> Run:
     """Open both roles for the batch's rows. `slots` bounds a row's positions, drafts included (default: limit + draft_len)."""
     rows = len(batch.length)
     room = slots or int(batch.params.limit.max()) + drafter.draft_len + 1

@@ -191,7 +191,9 @@ class SpeculativeLM:
         return self.tokenizer
 
     def _text(self, ids: Sequence[int]) -> str:
-        return "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return (
+            "" if self.tokenizer is None else str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        )
 
 
 class _Detokenizer:

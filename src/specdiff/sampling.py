@@ -52,7 +52,7 @@ def _top_p(p: Float[Tensor, "B N V"], top_p: Float[Tensor, "B"]) -> Bool[Tensor,
     best, order = p.topk(min(PREFIX, p.shape[-1]), dim=-1)
     enough = (best.sum(-1, keepdim=True) >= limit) & (best[..., -1:] < best.amax(-1, keepdim=True))
     if not bool((enough | (limit >= 1)).all()):
-        best, order = p.sort(-1, descending=True, stable=True)  # exact fallback: the prefix may not hold the whole set
+        best, order = p.sort(dim=-1, descending=True, stable=True)  # exact fallback: the prefix may not hold the whole set
     before = best.cumsum(-1) - best
     keep = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before < limit)
     return keep | (limit >= 1)

@@ -1,7 +1,6 @@
 """safetensors and config.json in and out, with the errors people need. Nothing is ever unpickled."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +25,7 @@ def locate(source: str | Path) -> Path:
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
@@ -78,7 +77,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if not path.exists() and (folder / PICKLE).exists():
         raise WeightsError(
             f"{folder / PICKLE} is a pickle, which can run code when it is read, so it is not opened. Convert it once, where you "
-            f"trust it:  python -c \"import torch, safetensors.torch as s; "
+            f'trust it:  python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{PICKLE}', weights_only=True), '{TENSORS}')\""
         )
     if not path.exists():
@@ -115,10 +114,10 @@ def save(model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch
     tensors = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous().cpu() for k, v in state}
     partial = folder / f".{TENSORS}.partial"
     save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / TENSORS)
+    partial.replace(folder / TENSORS)
     partial = folder / f".{CONFIG}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG)
+    partial.replace(folder / CONFIG)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -16,6 +16,8 @@ class Schedule(Protocol):
 
     def rate(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]: ...
 
+    def time_of_masked_share(self, share: float) -> float: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Loglinear:

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.masks import causal
-from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.nn.ddit import SEDD
 from specdiff.types import Context, TargetInfo
 from specdiff.weights import read_config
@@ -60,13 +60,13 @@ class SEDDDenoiser:
             if target.embedding is None or target.head is None:
                 raise DrafterError(f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer")
             model = model.borrow(target.embedding, target.head)
-        self.model, self.longest = model.to(target.device).eval(), fits
+        self.model, self.longest, self.device = model.to(target.device).eval(), fits, target.device
         self.mask_id, self.draft_len, self.vocab_size = config.mask_id, draft_len, target.vocab_size
         self.schedule: Schedule = Loglinear() if config.schedule == "loglinear" else Geometric(config.sigma_min, config.sigma_max)
 
     def open(self, rows: int, slots: int) -> SEDDState:
-        device = self.model.sigma_map.mlp[0].weight.device
-        return SEDDState(RaggedCache(rows, slots) if self.cached else None, torch.zeros(rows, dtype=torch.long, device=device))
+        read = torch.zeros(rows, dtype=torch.long, device=self.device)
+        return SEDDState(RaggedCache(rows, slots) if self.cached else None, read)
 
     def admit(self, state: SEDDState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.read[rows] = 0
@@ -79,7 +79,7 @@ class SEDDDenoiser:
     ) -> Float[Tensor, "B K V"]:
         """Logits of the clean tokens: softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels)."""
         K = canvas.shape[1]
-        if self.longest is not None and K >= self.longest:
+        if self.longest is not None and self.longest <= K:
             raise UsageError(f"draft_len {K} does not fit this drafter's canvas of {self.longest} positions")
         hidden = self._cached(context, state, canvas) if state.cache is not None else self._windowed(context, canvas, revealed)
         logits = self.model.logits(hidden[:, -K:])

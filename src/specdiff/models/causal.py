@@ -140,7 +140,8 @@ def load_model(folder: Path | str, dtype: torch.dtype | None, device: torch.devi
         if type(error).__name__ != "SafetensorError":
             raise
         raise WeightsError(f"a *.safetensors of {str(folder)!r} cannot be read (truncated or damaged?): {error}") from error
-    loaded: PreTrainedModel = model.to(device)
+    placed: Any = model
+    loaded: PreTrainedModel = placed.to(device)
     return loaded
 
 

