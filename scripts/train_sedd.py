@@ -79,7 +79,13 @@ def pick_anchors(lengths: torch.Tensor, prompts: torch.Tensor, count: int, gener
 
 
 def loss_and_hits(
-    model: SEDD, ids: torch.Tensor, lengths: torch.Tensor, anchors: torch.Tensor, gamma: int, reveal: torch.Tensor, decay: float,
+    model: SEDD,
+    ids: torch.Tensor,
+    lengths: torch.Tensor,
+    anchors: torch.Tensor,
+    gamma: int,
+    reveal: torch.Tensor,
+    decay: float,
     auxiliary: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted cross-entropy, and top-1 hits and validity [B, N, gamma]."""
@@ -190,14 +196,18 @@ def main() -> None:
         for block in model.blocks:  # open gates: from the authors' zeros, a short run spends its budget learning to open them
             gates = block.adaLN_modulation.bias.view(6, width)
             gates[2], gates[5] = 1.0, 1.0
-        model.output_layer.adaLN_modulation.bias[:width] = unigram_shift(model.head, torch.bincount(seen, minlength=words)[model.draft_vocab])
+        model.output_layer.adaLN_modulation.bias[:width] = unigram_shift(
+            model.head, torch.bincount(seen, minlength=words)[model.draft_vocab]
+        )
     model.to(device)
     column = torch.full((words,), -1, device=device)
     column[model.draft_vocab] = torch.arange(a.draft_vocab, device=device)
     model.column_of = column
     decayed = [q for q in model.parameters() if q.dim() > 1]
     plain = [q for q in model.parameters() if q.dim() <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=a.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=a.lr, betas=(0.9, 0.98)
+    )
     step, spent = 0, 0.0
     a.out.mkdir(parents=True, exist_ok=True)
     state = a.out / "training.safetensors"
@@ -206,11 +216,19 @@ def main() -> None:
         step, spent = int(saved.pop("step")), float(saved.pop("spent"))
         model.load_state_dict({k[2:]: v for k, v in saved.items() if k.startswith("m.")})
         for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):
-            optimizer.state[q] = {"step": torch.tensor(float(step)), "exp_avg": saved[f"o.{i}.a"].to(device), "exp_avg_sq": saved[f"o.{i}.b"].to(device)}
+            optimizer.state[q] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": saved[f"o.{i}.a"].to(device),
+                "exp_avg_sq": saved[f"o.{i}.b"].to(device),
+            }
         print(f"resumed at step {step}, {spent / 60:.1f} min", flush=True)
 
     def checkpoint() -> None:
-        tensors = {"step": torch.tensor(step), "spent": torch.tensor(spent, dtype=torch.float64), **{f"m.{k}": v.cpu() for k, v in model.state_dict().items()}}
+        tensors = {
+            "step": torch.tensor(step),
+            "spent": torch.tensor(spent, dtype=torch.float64),
+            **{f"m.{k}": v.cpu() for k, v in model.state_dict().items()},
+        }
         for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):
             tensors |= {f"o.{i}.a": optimizer.state[q]["exp_avg"].cpu(), f"o.{i}.b": optimizer.state[q]["exp_avg_sq"].cpu()}
         save_file(tensors, a.out / ".training.partial")

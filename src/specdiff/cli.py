@@ -105,12 +105,17 @@ def generate(
     begin = time.perf_counter()
     answer, interrupted = _stream(lm.stream(text, **options), out, show_accepted)
     seconds = time.perf_counter() - begin
-    report: dict[str, Any] = {"model": model, "drafter": drafter, "seconds": seconds, "tokens_per_second": len(answer.token_ids) / max(seconds, 1e-9)}
-    notes.print(_footer("specdiff", answer, seconds), style="dim")
+    report: dict[str, Any] = {
+        "model": model,
+        "drafter": drafter,
+        "seconds": seconds,
+        "tokens_per_second": len(answer.token_ids) / max(seconds, 1e-9),
+    }
+    notes.print(_footer("specdiff", answer, seconds), style="dim", soft_wrap=True)
     if compare and not interrupted:
         with notes.status("decoding plainly, and both once more"):
             report["compare"] = _compare(lm, text, options, answer, seconds)
-        notes.print(_verdict(report["compare"], temperature, verifier), style="dim")
+        notes.print(_verdict(report["compare"], temperature, verifier), style="dim", soft_wrap=True)
     if as_json:
         print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "accepted": answer.accepted}
                          | {"finish_reason": answer.finish_reason, "stats": answer.stats.as_dict()} | report))  # fmt: skip

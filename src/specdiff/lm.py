@@ -126,8 +126,8 @@ class SpeculativeLM:
             raise UsageError("the prompt holds no tokens; give at least one")
         if len(ids) >= self.max_len:
             raise UsageError(
-                f"the prompt has {len(ids)} tokens, but max_len is {self.max_len} with at least one to generate; shorten it or raise max_len"
-                f" (the model's own limit is {self.target.info.max_positions})"
+                f"the prompt has {len(ids)} tokens, which leaves none to generate within max_len {self.max_len}; shorten it or raise "
+                f"max_len (the model's own limit is {self.target.info.max_positions})"
             )
         return ids
 
@@ -150,7 +150,7 @@ class SpeculativeLM:
         if rows < 1:
             raise UsageError(f"rows must be at least 1, not {rows}")
         params = _sampling(sampling)
-        stop = () if ignore_eos else self._end_ids()
+        stop = () if ignore_eos else self.end_ids
         root = secrets.randbits(63) if seed is None else seed
         requests = []
         for i, prompt in enumerate(prompts):
@@ -177,7 +177,9 @@ class SpeculativeLM:
             self._built[key] = catalog.drafter(self.spec, self.target.info, options)
         return self._built[key]
 
-    def _end_ids(self) -> tuple[int, ...]:
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """The token ids that end an answer, as model and tokenizer name them."""
         model = getattr(self.target, "model", None)
         ends: set[int] = set()
         for source in (getattr(model, "generation_config", None), getattr(model, "config", None), self.tokenizer):

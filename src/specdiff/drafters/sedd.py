@@ -20,6 +20,7 @@ from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.masks import causal
 from specdiff.nn.ddit import SEDD
+from specdiff.nn.linear import stream_weights
 from specdiff.types import Context, TargetInfo
 from specdiff.weights import read_config
 
@@ -60,6 +61,7 @@ class SEDDDenoiser:
             if target.embedding is None or target.head is None:
                 raise DrafterError(f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer")
             model = model.borrow(target.embedding, target.head)
+        stream_weights(model)
         self.model, self.longest, self.device = model.to(target.device).eval(), fits, target.device
         self.mask_id, self.draft_len, self.vocab_size = config.mask_id, draft_len, target.vocab_size
         self.schedule: Schedule = Loglinear() if config.schedule == "loglinear" else Geometric(config.sigma_min, config.sigma_max)

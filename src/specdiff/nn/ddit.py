@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from specdiff import weights
 from specdiff.errors import ConfigError
+from specdiff.nn.linear import linear
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of sigma
 
@@ -197,7 +198,8 @@ class Block(nn.Module):
         h = (self.norm1(x) * (1 + scale1) + shift1).to(self.attn_qkv.weight.dtype)
         x = x + gate1 * F.dropout(self.attn_out(self.attend(h, angle, mask, cache)), self.dropout, self.training)
         h = (self.norm2(x) * (1 + scale2) + shift2).to(self.attn_qkv.weight.dtype)
-        return x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+        out: Tensor = x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
+        return out
 
     def attend(
         self,
@@ -314,8 +316,8 @@ class SEDD(nn.Module):
         """Raw network output, before any sigma offset: C = V columns, or the borrowed (draft) vocabulary without MASK."""
         if self.output_layer.linear is not None:
             read_out = self.output_layer.linear
-            return F.linear(hidden.to(read_out.weight.dtype), read_out.weight, read_out.bias).float()
-        return F.linear(hidden.to(self.head.dtype), self.head).float()
+            return linear(hidden.to(read_out.weight.dtype), read_out.weight, read_out.bias).float()
+        return linear(hidden.to(self.head.dtype), self.head).float()
 
     def forward(
         self, ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"], mask: Bool[Tensor, "B 1 L L"] | None = None

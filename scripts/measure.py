@@ -1,0 +1,221 @@
+"""The core's own figures, as ratios in one process: alternating, medians with min and max.
+
+    python scripts/measure.py forward      ragged forward against a DynamicCache forward
+    python scripts/measure.py host         host time per round outside the networks
+    python scripts/measure.py draft-cost   SEDD draft cost against window, blocks and gamma (untrained networks)
+    python scripts/measure.py acceptance   tau and break-even tau of a drafter on held-out prompts, temperature 0 and 1
+
+Nothing else should run on the machine meanwhile.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+import specdiff
+from specdiff import decode, stats
+from specdiff.drafters.base import NoDrafter
+from specdiff.drafters.sedd import SEDDDenoiser, SEDDState
+from specdiff.models.cache import RaggedCache
+from specdiff.nn.ddit import SEDD, SEDDConfig
+from specdiff.types import Batch, Context, Round, SamplingParams
+from specdiff.verify import verifier
+
+
+def alternate(candidates: dict[str, Callable[[], Any]], times: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, taken in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for i in range(times + 2):
+        for name, run in candidates.items():
+            begin = time.perf_counter()
+            run()
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - begin)
+    return seconds
+
+
+def spread(values: list[float]) -> str:
+    return f"{1e3 * statistics.median(values):6.1f} ms ({1e3 * min(values):.1f}-{1e3 * max(values):.1f})"
+
+
+@torch.inference_mode()
+def forward(a: argparse.Namespace) -> None:
+    from transformers import DynamicCache
+
+    lm = specdiff.load(a.model, "none", dtype=a.dtype)
+    model, ragged = lm.target.model, lm.target.ragged
+    context = torch.randint(lm.target.info.vocab_size, (1, a.context))
+    dynamic = DynamicCache(config=model.config)
+    stock = type(model).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=model.dtype).eval()  # transformers' own attention
+    stock(context, past_key_values=dynamic)
+    cache = RaggedCache(1, a.context + 64)
+    ragged.forward(cache, context, torch.arange(a.context)[None], last=1)
+    print(f"{'n':>4} {'dynamic cache':>28} {'ragged cache':>28}  ratio")
+    for n in (1, 8, 16, 32):
+        ids = torch.randint(lm.target.info.vocab_size, (1, n))
+        at = torch.arange(a.context, a.context + n)[None]
+
+        def plain(ids: torch.Tensor = ids, n: int = n) -> None:
+            stock(ids, past_key_values=dynamic)
+            dynamic.crop(-n)
+
+        result = alternate({"dynamic": plain, "ragged": lambda ids=ids, at=at: ragged.forward(cache, ids, at)}, a.times)
+        ratio = statistics.median(result["ragged"]) / statistics.median(result["dynamic"])
+        print(f"{n:4} {spread(result['dynamic']):>28} {spread(result['ragged']):>28}  {ratio:.3f}", flush=True)
+
+
+class Meter:
+    """Seconds spent inside wrapped calls: what is left of a round is the host's."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def wrap(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.seconds += time.perf_counter() - begin
+            return result
+
+        return timed
+
+
+def host(a: argparse.Namespace) -> None:
+    lm = specdiff.load(a.model, a.drafter, dtype=a.dtype)
+    meter = Meter()
+    lm.target.ragged.model.forward = meter.wrap(lm.target.ragged.model.forward)
+    lm.drafter.denoiser.model.hidden = meter.wrap(lm.drafter.denoiser.model.hidden)
+    lm.drafter.denoiser.model.logits = meter.wrap(lm.drafter.denoiser.model.logits)
+    for name in ("token", "block", "match"):
+        for options in ({"temperature": 0}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9}):
+            prompt = lm.encode("Explain how rain forms, step by step.")
+            batch = Batch.of([prompt], [SamplingParams(max_tokens=a.tokens, **options)], [1], slots=len(prompt) + a.tokens + 64)
+            shares = []
+            for last in decode.decode(lm.target, lm.drafter, batch, verifier=verifier(name), draft_len=a.draft_len):
+                total = sum(last.seconds.values())
+                shares.append((total - meter.seconds, total))
+                meter.seconds = 0.0
+            shares = shares[2:]
+            outside, total = statistics.median(s[0] for s in shares), statistics.median(s[1] for s in shares)
+            print(
+                f"{name:6} {options!s:36} host {1e3 * outside:5.2f} ms of {1e3 * total:6.1f} ms a round = {100 * outside / total:.1f} %",
+                flush=True,
+            )
+
+
+@torch.inference_mode()
+def draft_cost(a: argparse.Namespace) -> None:
+    """One propose in the steady state: two newly committed tokens where the context is cached, the whole window where not."""
+    lm = specdiff.load(a.model, "none", dtype=a.dtype)
+    info = lm.target.info
+    prompt = torch.randint(info.vocab_size, (a.context,)).tolist()
+    gammas = (4, 8, 16, 32)
+    plain = RaggedCache(1, a.context + 64)
+    lm.target.ragged.forward(plain, torch.tensor([prompt]), torch.arange(a.context)[None], last=1)
+
+    def score(n: int) -> Callable[[], Any]:
+        at = torch.arange(a.context, a.context + n)[None]
+        return lambda: lm.target.ragged.forward(plain, torch.zeros_like(at), at)
+
+    target = {n: statistics.median(s) for n, s in alternate({n: score(n) for n in (1, *(g + 1 for g in gammas))}, a.times).items()}
+    print("target, ms: " + ", ".join(f"n={n} {1e3 * s:.1f}" for n, s in target.items()))
+    print(f"{'context':>16} {'blocks':>6} {'gamma':>6} {'draft':>26}  break-even tau")
+    for attention, window in (("causal-context", 128), ("bidirectional", 32), ("bidirectional", 64), ("bidirectional", 128)):
+        for blocks in (2, 3, 4):
+            config = SEDDConfig(
+                info.vocab_size, info.hidden_size, blocks, info.hidden_size // 64, 128, borrow_embeddings=True, draft_vocab_size=a.draft_vocab,
+                attention=attention, context_window=window, time_conditioning=False,
+            )  # fmt: skip
+            network = SEDD(config).eval()
+            network.draft_vocab.copy_(torch.arange(a.draft_vocab))
+            denoiser = SEDDDenoiser(network, info, window=window)
+            batch = Batch.of([prompt], [SamplingParams(max_tokens=64)], [0])
+            context = Context(batch, None, torch.zeros(1, dtype=torch.long), None)
+            state = denoiser.open(1, a.context + 64)
+
+            def propose(gamma: int, d: SEDDDenoiser = denoiser, s: SEDDState = state, c: Context = context) -> None:
+                s.read.clamp_(max=a.context - 2)
+                canvas = torch.full((1, gamma), d.mask_id)
+                d.denoise(c, s, canvas, torch.zeros_like(canvas, dtype=torch.bool))
+
+            result = alternate({g: (lambda g=g: propose(g)) for g in gammas}, a.times)
+            for gamma, seconds in result.items():
+                tau = (statistics.median(seconds) + target[gamma + 1]) / target[1]
+                name = "cached 128" if attention == "causal-context" else f"window {window}"
+                print(f"{name:>16} {blocks:6} {gamma:6} {spread(seconds):>26}  {tau:.2f}", flush=True)
+
+
+def held_out(path: str, count: int) -> list[list[int]]:
+    """Prompts of the last conversations of the corpus, up to where the answer begins."""
+    data = load_file(path)
+    offsets, lengths = data["offsets"].tolist(), data["prompt_lengths"].tolist()
+    rows = range(len(lengths) - count, len(lengths))
+    return [data["tokens"][offsets[i] : offsets[i] + lengths[i]].tolist() for i in rows]
+
+
+class Tally:
+    """One way of decoding over all prompts: Stats, the same up to the first repeated 8-gram, and seconds of every round."""
+
+    def __init__(self) -> None:
+        self.all, self.fresh, self.rounds = stats.Stats(), stats.Stats(), list[float]()
+
+    def run(self, rounds: Iterable[Round]) -> None:
+        tokens: list[int] = []
+        for r in rounds:
+            n, accepted, drafted = int(r.emitted), int(r.verification.accepted), r.draft.tokens.shape[1]
+            self.rounds.append(sum(r.seconds.values()))
+            self.all.add(drafted, accepted, n, r.seconds)
+            tokens += r.verification.tokens[0, :n].tolist()
+            grams = [tuple(tokens[k : k + 8]) for k in range(len(tokens) - 7)]
+            if len(set(grams)) == len(grams):
+                self.fresh.add(drafted, accepted, n, {})
+
+
+def acceptance(a: argparse.Namespace) -> None:
+    """tau, and the tau at which this drafter would break even: median seconds of its rounds over those of plain rounds."""
+    lm = specdiff.load(a.model, a.drafter, dtype=a.dtype)
+    for temperature in (0.0, 1.0):
+        tallies = {name: Tally() for name in ("plain", "token", "block", "match")}
+        for i, prompt in enumerate(held_out(a.data, a.prompts)):
+            params = SamplingParams(max_tokens=a.tokens, temperature=temperature, stop_token_ids=lm.end_ids)
+            for name, tally in tallies.items():
+                batch = Batch.of([prompt], [params], [i], slots=len(prompt) + a.tokens + 64)
+                if name == "plain":
+                    tally.run(decode.decode(lm.target, NoDrafter(), batch))
+                else:
+                    tally.run(decode.decode(lm.target, lm.drafter, batch, verifier=verifier(name), draft_len=a.draft_len))
+        plain = tallies.pop("plain")
+        for name, tally in tallies.items():
+            even = statistics.median(tally.rounds) / statistics.median(plain.rounds)
+            rate = tally.all.tokens / sum(tally.rounds) / (plain.all.tokens / sum(plain.rounds))
+            row = {"temperature": temperature, "verifier": name, "draft_len": a.draft_len, "tokens": tally.all.tokens}
+            row |= {"tau": tally.all.tau, "tau_before_loop": tally.fresh.tau, "break_even_tau": even, "speed_vs_plain": rate}
+            row |= {"alpha": tally.all.alpha, "per_position": tally.all.per_position}
+            print(json.dumps(row, default=float), flush=True)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("forward", "host", "draft-cost", "acceptance"))
+    p.add_argument("--model", default="smollm2-135m")
+    p.add_argument("--drafter", default="sedd")
+    p.add_argument("--dtype", default="auto")
+    p.add_argument("--draft-len", type=int, default=4)
+    p.add_argument("--draft-vocab", type=int, default=8192)
+    p.add_argument("--context", type=int, default=256)
+    p.add_argument("--times", type=int, default=9)
+    p.add_argument("--tokens", type=int, default=96)
+    p.add_argument("--prompts", type=int, default=16)
+    p.add_argument("--data", help="corpus whose last rows are held out (acceptance)")
+    a = p.parse_args()
+    {"forward": forward, "host": host, "draft-cost": draft_cost, "acceptance": acceptance}[a.what](a)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,298 @@
+"""Small lawful drafters with laws that can be enumerated, and variants with one bug planted in each.
+
+Shapes: B rows, K drafted tokens, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from specdiff import verify
+from specdiff.drafters.base import Drafter
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.noise import Noise, Purpose
+from specdiff.sampling import draw, probabilities
+from specdiff.targets.table import TableTarget
+from specdiff.types import Batch, Context, Draft, Params, TargetOutput, Verification
+
+
+class ToyDenoiser:
+    """A denoiser made of tables: logits[k] = position[k] + anchor[last committed] + left and right[nearest revealed token].
+
+    Reading to the right costs lawful orders nothing (nothing there is revealed yet) and makes any other order pay.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, vocab_size: int, seed: int = 0, sharpness: float = 1.5, draft_len: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.mask_id, self.draft_len = vocab_size, draft_len
+        shape = {"position": 16, "anchor": vocab_size, "left": vocab_size + 1, "right": vocab_size + 1}
+        self.tables = {
+            name: sharpness * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator) for name, rows in shape.items()
+        }
+
+    def open(self, rows: int, slots: int) -> None:
+        return None
+
+    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+    def denoise(
+        self, context: Context, state: None, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
+    ) -> Float[Tensor, "B K V"]:
+        left = self._nearest(canvas, revealed)
+        right = self._nearest(canvas.flip(1), revealed.flip(1)).flip(1)
+        table = self.tables
+        anchor = table["anchor"][context.batch.anchor][:, None]
+        return table["position"][: canvas.shape[1]] + anchor + table["left"][left] + table["right"][right]
+
+    def _nearest(self, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+        """The last revealed token up to each position, MASK where there is none."""
+        at = torch.where(revealed, torch.arange(canvas.shape[1]), -1).cummax(1).values
+        return torch.where(at < 0, self.mask_id, canvas.gather(1, at.clamp(min=0)))
+
+
+class Stateless(Drafter[None]):
+    """What the drafters below share: nothing to remember. (Abstract still: they say what they propose.)"""
+
+    def open(self, rows: int, slots: int) -> None:
+        return None
+
+    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+
+class PointMasses(Stateless):
+    """Random tokens handed on without probabilities, and a random number of them a row: lawful under every verifier."""
+
+    draft_len = 3
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        tokens = (noise.uniform(Purpose.DRAFT, draft_len, index=0) * self.vocab_size).long()
+        size = (noise.uniform(Purpose.DRAFT, 1, index=1)[:, 0] * (draft_len + 1)).long()
+        return Draft(tokens, None, size)
+
+
+# ---- planted bugs: drafters ----
+
+
+class AnyOrder(Stateless):
+    """BUG: unmasks right to left, one pass a position, and stores each q as it was when the token was drawn."""
+
+    def __init__(self, denoiser: ToyDenoiser) -> None:
+        self.denoiser, self.draft_len = denoiser, denoiser.draft_len
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        uniform = noise.uniform(Purpose.DRAFT, draft_len)
+        canvas = torch.full(uniform.shape, self.denoiser.mask_id)
+        probs = torch.zeros(*uniform.shape, self.denoiser.mask_id, dtype=torch.float64)
+        for k in reversed(range(draft_len)):
+            revealed = (torch.arange(draft_len) > k).expand_as(canvas)
+            q = probabilities(self.denoiser.denoise(context, None, canvas, revealed), context.batch.params)[:, k]
+            canvas[:, k], probs[:, k] = draw(q, uniform[:, k]), q
+        return Draft(canvas, probs)
+
+
+class DropsUnlikely(Stateless):
+    """BUG: cuts its draft before the first token it finds unlikely itself, which drops a token because of what it is."""
+
+    def __init__(self, inner: DenoisingDrafter[None], floor: float) -> None:
+        self.inner, self.floor, self.draft_len = inner, floor, inner.draft_len
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        draft = self.inner.propose(context, None, noise, draft_len)
+        assert draft.probs is not None
+        sure = draft.probs.gather(-1, draft.tokens[..., None])[..., 0] >= self.floor
+        return replace(draft, size=sure.long().cumprod(1).sum(1))
+
+
+class Misreported(Stateless):
+    """BUG: draws from sharpened probabilities, hands on the raw ones."""
+
+    def __init__(self, denoiser: ToyDenoiser, draft_temperature: float) -> None:
+        self.drawn = DenoisingDrafter(denoiser, draft_temperature=draft_temperature)
+        self.told, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        tokens = self.drawn.propose(context, None, noise, draft_len).tokens
+        return replace(self.told.propose(context, None, noise, draft_len), tokens=tokens)
+
+
+class Through(Stateless):
+    """A stateless drafter that is handed other noise than the round's."""
+
+    def __init__(self, inner: Drafter[None], change: Callable[[Noise], Noise]) -> None:
+        self.inner, self.change, self.draft_len = inner, change, inner.draft_len
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        return self.inner.propose(context, state, self.change(noise), draft_len)
+
+
+def every_round_alike(noise: Noise) -> Noise:
+    """BUG: a position drafted again gets the draw it had in the round before."""
+    return replace(noise, round=torch.zeros_like(noise.round))
+
+
+@dataclass(frozen=True, slots=True)
+class OneUniform(Noise):
+    """BUG: every position and so every diffusion step draws with one and the same uniform."""
+
+    def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
+        return Noise.uniform(self, purpose, 1, index).repeat(1, n)
+
+
+@dataclass(frozen=True, slots=True)
+class OneStream(Noise):
+    """BUG: the draft is drawn with the very uniforms that then decide whether it stands."""
+
+    def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
+        return Noise.uniform(self, Purpose.RATIO, n, index)
+
+
+def one_uniform(noise: Noise) -> Noise:
+    return OneUniform(noise.seed, noise.round, noise.position)
+
+
+def one_stream(noise: Noise) -> Noise:
+    return OneStream(noise.seed, noise.round, noise.position)
+
+
+# ---- planted bugs: plans, and verifiers that draw from them ----
+
+PlanFunction = Callable[[Draft, Float[Tensor, "B K+1 V"]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Tampered:
+    """A plan's thresholds with another law for the token after them."""
+
+    thresholds: Float[Tensor, "B K"]
+    residual: Callable[[Int[Tensor, "B"]], Float[Tensor, "B V"]]
+
+
+def swapped(plan: PlanFunction) -> PlanFunction:
+    """BUG: accepts with q/p instead of p/q."""
+
+    def tampered(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Tampered:
+        assert draft.probs is not None
+        other = plan(replace(draft, probs=p[:, :-1]), torch.cat([draft.probs, p[:, -1:]], dim=1))
+        return Tampered(other.thresholds, plan(draft, p).residual)
+
+    return tampered
+
+
+def no_residual(plan: PlanFunction) -> PlanFunction:
+    """BUG: after a rejection the next token comes from p."""
+
+    def tampered(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Tampered:
+        return Tampered(plan(draft, p).thresholds, lambda rows: p[torch.arange(len(p)), rows])
+
+    return tampered
+
+
+def early_bonus(plan: PlanFunction) -> PlanFunction:
+    """BUG: when all K stand, the bonus token is drawn at row K-1."""
+
+    def tampered(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Tampered:
+        real, K = plan(draft, p), draft.tokens.shape[1]
+        return Tampered(real.thresholds, lambda rows: torch.where((rows == K)[:, None], p[:, max(K - 1, 0)], real.residual(rows)))
+
+    return tampered
+
+
+def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
+    """The draw that belongs to a plan: the longest passing prefix (block), or up to the first failure."""
+
+    def verifier(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verification:
+        planned, K = plan(draft, p), draft.tokens.shape[1]
+        passed = noise.uniform(Purpose.RATIO, K) < planned.thresholds
+        n = (passed * torch.arange(1, K + 1)).amax(1) if longest else passed.long().cumprod(1).sum(1)
+        following = draw(planned.residual(n), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
+        index = torch.arange(K + 1).expand(len(n), -1)
+        tokens = torch.where(index < n[:, None], torch.nn.functional.pad(draft.tokens, (0, 1)), 0)
+        return Verification(n, torch.where(index == n[:, None], following[:, None], tokens), index)
+
+    return verifier
+
+
+# ---- planted bugs: targets ----
+
+
+@dataclass(slots=True)
+class StaleCache:
+    slots: Int[Tensor, "B S"]
+    written: Bool[Tensor, "B S"]
+
+
+class StaleTarget(TableTarget):
+    """BUG: a table target that leaves a slot as it is once written (`shift` 0), or writes `shift` slots off."""
+
+    def __init__(self, table: Float[Tensor, "V V V"], shift: int) -> None:
+        super().__init__(table)
+        self.shift = shift
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        if self.shift:
+            moved = replace(batch, length=batch.length + self.shift, ids=torch.nn.functional.pad(batch.ids, (self.shift, 0)))
+            super().score(cache, moved, draft)  # writes too far along; what follows reads where it should have written
+            return self._read(cache, batch, draft)
+        at = self._slots(cache, batch, draft)
+        before = cache.slots.gather(1, at)
+        super().score(cache, batch, draft)
+        fresh = cache.slots.gather(1, at)
+        cache.slots.scatter_(1, at, torch.where(before == 0, fresh, before))  # 0 is what an empty slot holds
+        return self._read(cache, batch, draft)
+
+    def _slots(self, cache: Any, batch: Batch, draft: Draft) -> Int[Tensor, "B K+1"]:
+        at = batch.length[:, None] - 1 + torch.arange(draft.tokens.shape[1] + 1)
+        return at.clamp(max=cache.slots.shape[1] - 1)
+
+    def _read(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        at = self._slots(cache, batch, draft)
+        before = torch.where(at > 0, cache.slots.gather(1, (at - 1).clamp(min=0)), 0)
+        return TargetOutput(self.table[before, cache.slots.gather(1, at)])
+
+
+# ---- noise that holds what it is told ----
+
+
+@dataclass(frozen=True, slots=True)
+class Grid(Noise):
+    """Noise with uniforms (and Gumbels) chosen by the test, by purpose."""
+
+    uniforms: dict[Purpose, Float[Tensor, "B n"]]
+    gumbels: Float[Tensor, "B n V"] | None = None
+
+    @classmethod
+    def holding(cls, rows: int, gumbels: Tensor | None = None, **uniforms: Tensor) -> "Grid":
+        zero = torch.zeros(rows, dtype=torch.long)
+        return cls(zero, zero, zero, {Purpose[name.upper()]: value for name, value in uniforms.items()}, gumbels)
+
+    def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
+        return self.uniforms[purpose][:, :n]
+
+    def shared(self, n: int, vocab_size: int) -> Float[Tensor, "B n V"]:
+        assert self.gumbels is not None
+        return self.gumbels[:, :n, :vocab_size]
+
+
+def tile(row: Any, rows: int) -> Any:
+    """A one-row Batch or Params (or any struct of tensors) `rows` times over: much faster than `Batch.of` on 1e5 prompts."""
+    if isinstance(row, Tensor):
+        return row.expand(rows, *row.shape[1:]).clone()
+    names = [name for name in row.__dataclass_fields__ if isinstance(getattr(row, name), Tensor | Params)]
+    return replace(row, **{name: tile(getattr(row, name), rows) for name in names})
