@@ -104,7 +104,7 @@ def host(a: argparse.Namespace) -> None:
             shares = shares[2:]
             outside, total = statistics.median(s[0] for s in shares), statistics.median(s[1] for s in shares)
             print(
-                f"{name:6} {options!s:36} host {1e3 * outside:5.2f} ms of {1e3 * total:6.1f} ms a round = {100 * outside / total:.1f} %",
+                f"{name:6} {options!s:36} host {1e3 * outside:5.2f} ms of {1e3 * total:6.1f} ms a round = {share:.1f} %",
                 flush=True,
             )
 
@@ -129,8 +129,8 @@ def draft_cost(a: argparse.Namespace) -> None:
     for attention, window in (("causal-context", 128), ("bidirectional", 32), ("bidirectional", 64), ("bidirectional", 128)):
         for blocks in (2, 3, 4):
             config = SEDDConfig(
-                info.vocab_size, info.hidden_size, blocks, info.hidden_size // 64, 128, borrow_embeddings=True, draft_vocab_size=a.draft_vocab,
-                attention=attention, context_window=window, time_conditioning=False,
+                tokens=info.vocab_size, hidden_size=info.hidden_size, n_blocks=blocks, n_heads=info.hidden_size // 64, cond_dim=128,
+                borrow_embeddings=True, draft_vocab_size=a.draft_vocab, attention=attention, context_window=window, time_conditioning=False,
             )  # fmt: skip
             network = SEDD(config).eval()
             network.draft_vocab.copy_(torch.arange(a.draft_vocab))

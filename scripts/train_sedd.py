@@ -9,7 +9,6 @@ and is all MASK, or (`--revealed` of the time) has its first tokens revealed, as
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
@@ -160,6 +159,7 @@ def unigram_shift(head: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--target", type=Path, required=True, help="the target as a safetensors folder")
+    p.add_argument("--name", nargs="+", default=["smollm2-135m", "smollm2-135m-hub"], help="model specs this drafter is for")
     p.add_argument("--data", type=Path, required=True, help="tokens, offsets, prompt_lengths, mode in one safetensors file")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--minutes", type=float, default=100, help="training time in all, over every resumption")
@@ -232,8 +232,8 @@ def main() -> None:
         for i, q in enumerate(q for group in optimizer.param_groups for q in group["params"]):
             tensors |= {f"o.{i}.a": optimizer.state[q]["exp_avg"].cpu(), f"o.{i}.b": optimizer.state[q]["exp_avg_sq"].cpu()}
         save_file(tensors, a.out / ".training.partial")
-        os.replace(a.out / ".training.partial", state)
-        model.save_pretrained(a.out / "drafter", torch.bfloat16, draft_len=4)
+        (a.out / ".training.partial").replace(state)
+        model.save_pretrained(a.out / "drafter", torch.bfloat16, draft_len=4, targets=a.name)
 
     model.train()
     seconds = a.minutes * 60
@@ -264,7 +264,7 @@ def main() -> None:
             last_eval = spent
             result = {"step": step, "minutes": round(spent / 60, 1), "train_loss": round(running, 3), **evaluate(model, corpus, device)}
             print(json.dumps(result), flush=True)
-            with open(a.out / "curve.jsonl", "a") as f:
+            with (a.out / "curve.jsonl").open("a") as f:
                 f.write(json.dumps(result) + "\n")
         if spent - last_save > 300 or spent >= seconds:
             last_save = spent

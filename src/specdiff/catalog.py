@@ -96,7 +96,7 @@ def _bundled_for(info: TargetInfo, kind: str | None = None) -> Path | None:
     """The bundled drafter whose config names this target (and is of this kind)."""
     for folder in sorted(BUNDLED.glob(f"*/{CONFIG}")):
         config = read_config(folder.parent)
-        if config.get("target") == info.name and kind in (None, config.get("model_type")) and config.get("tokens") == info.vocab_size:
+        if info.name in config.get("targets", ()) and kind in (None, config.get("model_type")):
             return folder.parent
     return None
 

@@ -182,16 +182,15 @@ def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> t
     """Print as it comes. Ctrl-C keeps what was generated. Returns the answer, and whether it was cut short."""
     from specdiff.lm import Generation
 
-    answer, shown = Generation(), ""
+    answer = Generation()
     try:
         for piece in pieces:
+            answer = piece.generation
             out.print(piece.text, end="", markup=False, style="green" if show_accepted and piece.accepted else None)
             out.file.flush()
-            shown += piece.text
-            answer = piece.generation or answer
     except KeyboardInterrupt:
         out.print()
-        answer.text, answer.finish_reason = shown, "interrupted"
+        answer.finish_reason = "interrupted"
         return answer, True
     out.print()
     return answer, False

@@ -37,11 +37,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A bit of streamed text. `accepted`: it came from the draft. The last piece carries the whole Generation."""
+    """A bit of streamed text. `accepted`: it came from the draft. `generation` is the answer so far, whole with the last piece."""
 
     text: str
     accepted: bool
-    generation: Generation | None = None
+    generation: Generation
 
 
 class SpeculativeLM:
@@ -90,10 +90,11 @@ class SpeculativeLM:
         for _, new, finished in self._progress([prompt], [generation], **options):
             for token, accepted in new:
                 if piece := text.add(token):
-                    yield Piece(piece, accepted)
+                    generation.text += piece
+                    yield Piece(piece, accepted, generation)
             if finished:
                 rest = text.finish()
-                generation.text = text.shown
+                generation.text += rest
                 yield Piece(rest, False, generation)
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
