@@ -68,10 +68,9 @@ def commit(batch: Batch, verification: Verification) -> tuple[Batch, Int[Tensor,
     stops = (tokens[..., None] == batch.params.stop_ids[:, None]).any(-1) & (index < n[:, None])
     first = torch.where(stops, index, tokens.shape[1]).amin(1)
     emitted = torch.minimum(torch.minimum(n, first + 1), batch.params.limit - batch.length).masked_fill(batch.done, 0)
-    slot = batch.length[:, None] + index
-    fits = (index < emitted[:, None]) & (slot < batch.ids.shape[1])
-    slot = slot.clamp(max=batch.ids.shape[1] - 1)
-    ids = batch.ids.scatter(1, slot, torch.where(fits, tokens, batch.ids.gather(1, slot)))
+    offset = torch.arange(batch.ids.shape[1], device=tokens.device) - batch.length[:, None]
+    new = (offset >= 0) & (offset < emitted[:, None])
+    ids = torch.where(new, tokens.gather(1, offset.clamp(0, tokens.shape[1] - 1)), batch.ids)
     length = batch.length + emitted
     done = batch.done | (first < emitted) | (length >= batch.params.limit)
     return replace(batch, ids=ids, length=length, round=batch.round + (emitted > 0), done=done), emitted

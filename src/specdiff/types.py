@@ -1,7 +1,7 @@
 """The nouns every room speaks: what is asked for, what is drafted, scored, verified, and what came of a round.
 
-Shapes: B rows, S slots (positions a row may reach), K drafted tokens, V target vocabulary, D tapped feature width,
-E stop ids. All are plain tensors in frozen dataclasses; only `decode` advances a Batch.
+Shapes: B rows, S slots (positions a row may reach), K drafted tokens, N = K + 1 scored positions, V target vocabulary,
+D tapped feature width, E stop ids. All are plain tensors in frozen dataclasses; only `decode` advances a Batch.
 """
 
 import math
@@ -162,8 +162,8 @@ class Draft:
 class TargetOutput:
     """What one scoring pass returns. Row 0 is at the anchor, row k after k draft tokens."""
 
-    logits: Float[Tensor, "B K+1 V"]
-    features: Float[Tensor, "B K+1 D"] | None = None
+    logits: Float[Tensor, "B N V"]
+    features: Float[Tensor, "B N D"] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +174,9 @@ class Verification:
     """
 
     accepted: Int[Tensor, "B"]
-    tokens: Int[Tensor, "B K+1"]
-    path: Int[Tensor, "B K+1"]
-    logprobs: Float[Tensor, "B K+1"] | None = None
+    tokens: Int[Tensor, "B N"]
+    path: Int[Tensor, "B N"]
+    logprobs: Float[Tensor, "B N"] | None = None
 
 
 @dataclass(frozen=True, slots=True)

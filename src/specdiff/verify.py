@@ -3,7 +3,7 @@
 Each verifier is a plan (a pure function of draft and target probabilities: thresholds, and residual laws) and a draw (the
 plan met with uniforms). Tests enumerate every row of the plan; the loop only ever calls the draw.
 
-Shapes: B rows, K drafted tokens, V vocabulary. Row k of p and q conditions on the first k draft tokens; rows k >= size
+Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary. Row k of p and q conditions on the first k draft tokens; rows k >= size
 have q_k = 0, so at n = size the residual is p itself and the bonus token needs no branch.
 """
 
@@ -19,7 +19,7 @@ from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw
 from specdiff.types import Draft, Verification
 
-Verifier = Callable[[Draft, Float[Tensor, "B K+1 V"], Noise], Verification]
+Verifier = Callable[[Draft, Float[Tensor, "B N V"], Noise], Verification]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +30,9 @@ class Plan:
     """
 
     thresholds: Float[Tensor, "B K"]
-    weight: Float[Tensor, "B K+1"]
+    weight: Float[Tensor, "B N"]
     draft: Draft
-    p: Float[Tensor, "B K+1 V"]
+    p: Float[Tensor, "B N V"]
 
     def residual(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
         """The normalised law of the next token after `rows[b]` accepted ones."""
@@ -65,7 +65,7 @@ def _q_row(draft: Draft, like: Float[Tensor, "B V"], rows: Int[Tensor, "B"]) -> 
     return torch.where((rows < _sizes(draft))[:, None], q, 0)
 
 
-def _ratio(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Float[Tensor, "B K"]:
+def _ratio(draft: Draft, p: Float[Tensor, "B N V"]) -> Float[Tensor, "B K"]:
     """p_k(x_k) / q_k(x_k): 0 where p is 0 (also over q = 0), infinite where only q is."""
     x = draft.tokens[..., None]
     target = p[:, :-1].gather(-1, x)[..., 0]
@@ -75,12 +75,12 @@ def _ratio(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Float[Tensor, "B K"]:
     return torch.where(target > 0, ratio, 0)
 
 
-def token_plan(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Plan:
+def token_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     """Speculative sampling (Leviathan et al. 2023; SpecDiff, Algorithm 1): token k passes with min(1, p_k(x_k)/q_k(x_k))."""
     return Plan(torch.where(_counted(draft), _ratio(draft, p), 0), torch.ones_like(p[..., 0]), draft, p)
 
 
-def block_plan(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Plan:
+def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     """Block verification (Sun et al., ICLR 2025): w_{k+1} = min(1, w_k p_k(x_k)/q_k(x_k)), and h_k = S_k/(S_k + 1 - w_k).
 
     `thresholds[:, k - 1]` is h_k, the chance that the first k tokens stand given that no longer prefix does.
@@ -102,7 +102,7 @@ def block_plan(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Plan:
     return Plan(torch.where(_counted(draft), h, 0), weight, draft, p)
 
 
-def match_plan(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Plan:
+def match_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     """The law of `match`: the draft, however it came about, is a point mass."""
     return token_plan(Draft(draft.tokens, None, draft.size), p)
 
@@ -114,7 +114,7 @@ def _emit(draft: Draft, accepted: Int[Tensor, "B"], following: Int[Tensor, "B"])
     return Verification(accepted, torch.where(index == n, following[:, None], tokens), index)
 
 
-def token(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verification:
+def token(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
     """Accept the longest prefix whose every token passes; then draw from the residual at its end."""
     plan = token_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, draft.tokens.shape[1]) < plan.thresholds
@@ -122,7 +122,7 @@ def token(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verificati
     return _emit(draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0]))
 
 
-def block(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verification:
+def block(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
     """Accept the longest prefix that passes, judged as wholes from the longest down; never fewer in expectation than `token`."""
     K = draft.tokens.shape[1]
     plan = block_plan(draft, p)
@@ -131,7 +131,7 @@ def block(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verificati
     return _emit(draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0]))
 
 
-def match(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verification:
+def match(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
     """Sample the target's own y_k ~ p_k, accept while the draft agrees; lossless for any draft.
 
     The draws are keyed by position alone, so the text depends on target, prompt and seed, and on no drafter.
@@ -139,12 +139,12 @@ def match(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verificati
     return _agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
 
 
-def match_gumbel(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verification:
+def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
     """`match` with y_k = argmax(log p_k + Gumbel noise), which a drafter may share on purpose to agree more often."""
     return _agree(draft, (p.log() + noise.shared(p.shape[1], p.shape[2]).to(p.dtype)).argmax(-1))
 
 
-def _agree(draft: Draft, own: Int[Tensor, "B K+1"]) -> Verification:
+def _agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
     accepted = ((draft.tokens == own[:, :-1]) & _counted(draft)).long().cumprod(1).sum(1)
     return _emit(draft, accepted, own.gather(1, accepted[:, None])[:, 0])
 

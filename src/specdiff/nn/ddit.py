@@ -148,7 +148,7 @@ class SigmaEmbedding(nn.Module):
         frequency = torch.exp(-math.log(1e4) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
         angle = sigma[:, None].float() * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        conditioning: Tensor = F.silu(self.mlp(features))
+        conditioning: Tensor = F.silu(self.mlp(features.to(next(self.mlp.parameters()).dtype)))
         return conditioning
 
 
@@ -163,7 +163,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x.float(), x.shape[-1:]) * self.weight.float()
 
 
-def rotate(x: Float[Tensor, "B A L D"], angle: Float[Tensor, "B L D/2"]) -> Float[Tensor, "B A L D"]:
+def rotate(x: Float[Tensor, "B A L D"], angle: Float[Tensor, "B L P"]) -> Float[Tensor, "B A L D"]:
     """Rotary position embedding, rotate-half convention (Su et al. 2021)."""
     cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
@@ -190,7 +190,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B L H"],
         conditioning: Float[Tensor, "B C"],
-        angle: Float[Tensor, "B L D/2"],
+        angle: Float[Tensor, "B L P"],
         mask: Bool[Tensor, "B 1 L S"] | None,
         cache: KeyValueStore | None,
     ) -> Float[Tensor, "B L H"]:
@@ -204,7 +204,7 @@ class Block(nn.Module):
     def attend(
         self,
         h: Float[Tensor, "B L H"],
-        angle: Float[Tensor, "B L D/2"],
+        angle: Float[Tensor, "B L P"],
         mask: Bool[Tensor, "B 1 L S"] | None,
         cache: KeyValueStore | None,
     ) -> Float[Tensor, "B L H"]:
