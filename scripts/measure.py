@@ -1,6 +1,7 @@
 """The core's own figures, as ratios in one process: alternating, medians with min and max.
 
     python scripts/measure.py forward      ragged forward against a DynamicCache forward
+    python scripts/measure.py linear       few-row products: the stock kernel against ours
     python scripts/measure.py host         host time per round outside the networks
     python scripts/measure.py draft-cost   SEDD draft cost against window, blocks and gamma (untrained networks)
     python scripts/measure.py acceptance   tau and break-even tau of a drafter on held-out prompts, temperature 0 and 1
@@ -24,6 +25,7 @@ from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.sedd import SEDDDenoiser, SEDDState
 from specdiff.models.cache import RaggedCache
 from specdiff.nn.ddit import SEDD, SEDDConfig
+from specdiff.nn.linear import linear
 from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import verifier
 
@@ -68,6 +70,26 @@ def forward(a: argparse.Namespace) -> None:
         result = alternate({"dynamic": plain, "ragged": lambda ids=ids, at=at: ragged.forward(cache, ids, at)}, a.times)
         ratio = statistics.median(result["ragged"]) / statistics.median(result["dynamic"])
         print(f"{n:4} {spread(result['dynamic']):>28} {spread(result['ragged']):>28}  {ratio:.3f}", flush=True)
+
+
+@torch.inference_mode()
+def few_rows(a: argparse.Namespace) -> None:
+    """All of one SmolLM2 layer kind's weights at once, so that nothing stays in cache; and the output head."""
+    shapes = {
+        "576 -> 1536 x 45": (45, 1536, 576),
+        "1536 -> 576 x 45": (45, 576, 1536),
+        "576 -> 576 x 90": (90, 576, 576),
+        "head": (1, 49152, 576),
+    }
+    for rows in (1, 2, 5, 9, 16, 17, 33):
+        told = []
+        for name, (count, out, wide) in shapes.items():
+            weights, x = [torch.randn(out, wide) for _ in range(count)], torch.randn(1, rows, wide)
+            candidates = {"stock": torch.nn.functional.linear, "ours": linear}
+            calls = {k: (lambda f=f, w=weights, x=x: [f(x, each) for each in w]) for k, f in candidates.items()}
+            ms = {k: 1e3 * statistics.median(v) for k, v in alternate(calls, a.times).items()}
+            told.append(f"{name}: {ms['stock']:.1f} -> {ms['ours']:.1f} ms")
+        print(f"{rows:3} rows  " + "   ".join(told), flush=True)
 
 
 class Meter:
@@ -202,7 +224,7 @@ def acceptance(a: argparse.Namespace) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("forward", "host", "draft-cost", "acceptance"))
+    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "acceptance"))
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--drafter", default="sedd")
     p.add_argument("--dtype", default="auto")
@@ -214,7 +236,7 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--data", help="corpus whose last rows are held out (acceptance)")
     a = p.parse_args()
-    {"forward": forward, "host": host, "draft-cost": draft_cost, "acceptance": acceptance}[a.what](a)
+    {"forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "acceptance": acceptance}[a.what](a)
 
 
 if __name__ == "__main__":
