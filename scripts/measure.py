@@ -24,7 +24,8 @@ from specdiff import decode, stats
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.sedd import SEDDDenoiser, SEDDState
 from specdiff.models.cache import RaggedCache
-from specdiff.nn.ddit import SEDD, SEDDConfig
+from specdiff.nn.config import SEDDConfig
+from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import linear
 from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import verifier

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from specdiff.nn.ddit import SEDD, SEDDConfig
+from specdiff.nn.config import SEDDConfig
+from specdiff.nn.ddit import SEDD
 
 IGNORE = -100
 

@@ -22,7 +22,7 @@ from specdiff.models.masks import causal
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import stream_weights
 from specdiff.types import Context, TargetInfo
-from specdiff.weights import read_config
+from specdiff.weights import locate, read_config
 
 WINDOW = 128  # context of a bidirectional network, where the user names none
 CHUNK = 512  # most context tokens read in one pass, so that a long prompt's attention stays small
@@ -139,8 +139,8 @@ def sedd(
     draft_temperature: float = 1.0,
 ) -> DenoisingDrafter[SEDDState]:
     """A SEDD drafter from a folder or hub id. Raises ConfigError, WeightsError or DrafterError naming what does not fit."""
-    model = SEDD.from_pretrained(folder)
-    draft_len = read_config(Path(folder)).get("draft_len", 8) if Path(folder).is_dir() else 8
+    path = locate(folder)
+    model, draft_len = SEDD.from_pretrained(path), read_config(path).get("draft_len", 8)
     if not isinstance(draft_len, int) or draft_len < 1:
         raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")
     denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len)

@@ -1,0 +1,84 @@
+"""A SEDD checkpoint's config.json: the authors' fields and ours."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from specdiff import weights
+from specdiff.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class SEDDConfig:
+    """Sizes of a SEDD network, under the names of the authors' `config.json`.
+
+    `process` is their "graph". `attention="causal-context"` lets clean context positions see only their past (at most
+    `context_window` of it), so that their keys and values never change and can be cached; the canvas stays bidirectional.
+    `time_conditioning=False` feeds sigma = 0: the optimal absorbing denoiser does not depend on time (Ou et al. 2024).
+    """
+
+    tokens: int
+    hidden_size: int
+    n_blocks: int
+    n_heads: int
+    cond_dim: int
+    length: int = 1024
+    dropout: float = 0.1
+    scale_by_sigma: bool = True
+    process: str = "absorb"
+    schedule: str = "loglinear"
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
+    borrow_embeddings: bool = False
+    draft_vocab_size: int | None = None
+    attention: str = "bidirectional"
+    context_window: int | None = None
+    time_conditioning: bool = True
+
+    @property
+    def mask_id(self) -> int | None:
+        """The MASK token: one past the vocabulary. The uniform process has none."""
+        return self.tokens if self.process == "absorb" else None
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the width of the log-score."""
+        return self.tokens + (self.process == "absorb")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
+        """Read a checkpoint's `config.json`; extra keys are ignored. Raises ConfigError naming a missing or bad field."""
+        model = weights.section(data, "model", where)
+        graph = weights.section(data, "graph", where)
+        noise = weights.section(data, "noise", where)
+        required = {key: weights.field(model, key, int, where) for key in ("hidden_size", "n_blocks", "n_heads", "cond_dim")}
+        values: dict[str, Any] = {
+            "tokens": weights.field(data, "tokens", int, where),
+            "process": weights.choice(graph, "type", ("absorb", "uniform"), where),
+            "schedule": weights.choice(noise, "type", ("loglinear", "geometric"), where),
+            **required,
+            **{key: model[key] for key in ("length", "dropout", "scale_by_sigma") if key in model},
+            **{key: noise[key] for key in ("sigma_min", "sigma_max") if key in noise},
+            **{key: data[key] for key in _OURS if key in data},
+        }
+        config = cls(**values)
+        if config.hidden_size % config.n_heads:
+            raise ConfigError(f"{where}: hidden_size {config.hidden_size} is not a multiple of n_heads {config.n_heads}")
+        weights.choice({"attention": config.attention}, "attention", ("bidirectional", "causal-context"), where)
+        return config
+
+    def to_json(self) -> dict[str, Any]:
+        """The `config.json` that `from_json` reads."""
+        model = ("hidden_size", "n_blocks", "n_heads", "cond_dim", "length", "dropout", "scale_by_sigma")
+        noise = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max} if self.schedule == "geometric" else {}
+        return {
+            "model_type": "sedd",
+            "tokens": self.tokens,
+            "graph": {"type": self.process},
+            "noise": {"type": self.schedule, **noise},
+            "model": {key: getattr(self, key) for key in model},
+            **{key: getattr(self, key) for key in _OURS},
+        }
+
+
+_OURS = ("borrow_embeddings", "draft_vocab_size", "attention", "context_window", "time_conditioning")
