@@ -1,9 +1,9 @@
 """Small lawful drafters with laws that can be enumerated, and variants with one bug planted in each.
 
-Shapes: B rows, K drafted tokens, V vocabulary.
+Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
+from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, Params, TargetOutput, Verification
 
@@ -45,9 +46,7 @@ class ToyDenoiser:
     def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
         return None
 
-    def denoise(
-        self, context: Context, state: None, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
-    ) -> Float[Tensor, "B K V"]:
+    def denoise(self, context: Context, state: None, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]) -> Float[Tensor, "B K V"]:
         left = self._nearest(canvas, revealed)
         right = self._nearest(canvas.flip(1), revealed.flip(1)).flip(1)
         table = self.tables
@@ -173,7 +172,7 @@ def one_stream(noise: Noise) -> Noise:
 
 # ---- planted bugs: plans, and verifiers that draw from them ----
 
-PlanFunction = Callable[[Draft, Float[Tensor, "B K+1 V"]], Any]
+PlanFunction = Callable[[Draft, Float[Tensor, "B N V"]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +186,7 @@ class Tampered:
 def swapped(plan: PlanFunction) -> PlanFunction:
     """BUG: accepts with q/p instead of p/q."""
 
-    def tampered(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Tampered:
+    def tampered(draft: Draft, p: Float[Tensor, "B N V"]) -> Tampered:
         assert draft.probs is not None
         other = plan(replace(draft, probs=p[:, :-1]), torch.cat([draft.probs, p[:, -1:]], dim=1))
         return Tampered(other.thresholds, plan(draft, p).residual)
@@ -198,7 +197,7 @@ def swapped(plan: PlanFunction) -> PlanFunction:
 def no_residual(plan: PlanFunction) -> PlanFunction:
     """BUG: after a rejection the next token comes from p."""
 
-    def tampered(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Tampered:
+    def tampered(draft: Draft, p: Float[Tensor, "B N V"]) -> Tampered:
         return Tampered(plan(draft, p).thresholds, lambda rows: p[torch.arange(len(p)), rows])
 
     return tampered
@@ -207,7 +206,7 @@ def no_residual(plan: PlanFunction) -> PlanFunction:
 def early_bonus(plan: PlanFunction) -> PlanFunction:
     """BUG: when all K stand, the bonus token is drawn at row K-1."""
 
-    def tampered(draft: Draft, p: Float[Tensor, "B K+1 V"]) -> Tampered:
+    def tampered(draft: Draft, p: Float[Tensor, "B N V"]) -> Tampered:
         real, K = plan(draft, p), draft.tokens.shape[1]
         return Tampered(real.thresholds, lambda rows: torch.where((rows == K)[:, None], p[:, max(K - 1, 0)], real.residual(rows)))
 
@@ -217,7 +216,7 @@ def early_bonus(plan: PlanFunction) -> PlanFunction:
 def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
     """The draw that belongs to a plan: the longest passing prefix (block), or up to the first failure."""
 
-    def verifier(draft: Draft, p: Float[Tensor, "B K+1 V"], noise: Noise) -> Verification:
+    def verifier(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
         planned, K = plan(draft, p), draft.tokens.shape[1]
         passed = noise.uniform(Purpose.RATIO, K) < planned.thresholds
         n = (passed * torch.arange(1, K + 1)).amax(1) if longest else passed.long().cumprod(1).sum(1)
@@ -234,37 +233,38 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
 
 @dataclass(slots=True)
 class StaleCache:
-    slots: Int[Tensor, "B S"]
+    ids: Int[Tensor, "B S"]
     written: Bool[Tensor, "B S"]
 
 
-class StaleTarget(TableTarget):
-    """BUG: a table target that leaves a slot as it is once written (`shift` 0), or writes `shift` slots off."""
+class StaleTarget(Target[StaleCache]):
+    """BUG: the table target, but a slot once written stays as it is (`keeps`), or is written `shift` slots off."""
 
-    def __init__(self, table: Float[Tensor, "V V V"], shift: int) -> None:
-        super().__init__(table)
-        self.shift = shift
+    def __init__(self, table: Float[Tensor, "V V V"], *, keeps: bool = False, shift: int = 0) -> None:
+        self.table, self.keeps, self.shift = table, keeps, shift
+        self.info = TableTarget(table).info
 
-    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
-        if self.shift:
-            moved = replace(batch, length=batch.length + self.shift, ids=torch.nn.functional.pad(batch.ids, (self.shift, 0)))
-            super().score(cache, moved, draft)  # writes too far along; what follows reads where it should have written
-            return self._read(cache, batch, draft)
-        at = self._slots(cache, batch, draft)
-        before = cache.slots.gather(1, at)
-        super().score(cache, batch, draft)
-        fresh = cache.slots.gather(1, at)
-        cache.slots.scatter_(1, at, torch.where(before == 0, fresh, before))  # 0 is what an empty slot holds
-        return self._read(cache, batch, draft)
+    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> StaleCache:
+        return StaleCache(torch.zeros(rows, slots + self.shift, dtype=torch.long), torch.zeros(rows, slots + self.shift, dtype=torch.bool))
 
-    def _slots(self, cache: Any, batch: Batch, draft: Draft) -> Int[Tensor, "B K+1"]:
+    def admit(self, cache: StaleCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> None:
+        for row, prompt in zip(rows, prompts, strict=True):
+            cache.ids[row, : len(prompt) - 1] = prompt[:-1]
+
+    def score(self, cache: StaleCache, batch: Batch, draft: Draft) -> TargetOutput:
         at = batch.length[:, None] - 1 + torch.arange(draft.tokens.shape[1] + 1)
-        return at.clamp(max=cache.slots.shape[1] - 1)
+        there, new = at + self.shift, torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
+        stays = cache.written.gather(1, there) & self.keeps
+        cache.ids.scatter_(1, there, torch.where(stays, cache.ids.gather(1, there), new))
+        cache.written.scatter_(1, there, True)
+        before = torch.where(at > 0, cache.ids.gather(1, (at - 1).clamp(min=0)), 0)
+        return TargetOutput(self.table[before, cache.ids.gather(1, at)])
 
-    def _read(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
-        at = self._slots(cache, batch, draft)
-        before = torch.where(at > 0, cache.slots.gather(1, (at - 1).clamp(min=0)), 0)
-        return TargetOutput(self.table[before, cache.slots.gather(1, at)])
+    def keep(self, cache: StaleCache, batch: Batch, verification: Verification) -> None:
+        return None
+
+    def release(self, cache: StaleCache, rows: Int[Tensor, "R"]) -> None:
+        return None
 
 
 # ---- noise that holds what it is told ----

@@ -1,0 +1,295 @@
+"""SEDD as a drafter: its canvas, its time, its cache, and that what it hands on is what it drew from."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from specdiff.drafters import sedd as module
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.sedd import SEDDDenoiser
+from specdiff.errors import DrafterError, UsageError
+from specdiff.noise import Noise
+from specdiff.types import Batch, Context, Draft, TargetInfo
+
+PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [7], [2, 7, 1, 8, 2])
+SHAPES: dict[str, dict[str, Any]] = {
+    "windowed": {},
+    "windowed-narrow": {"window": 4},
+    "windowed-draft-vocab": {"borrow_embeddings": True, "draft_vocab_size": 20},
+    "cached": tiny.CACHED,
+    "cached-banded": {**tiny.CACHED, "context_window": 4},
+    "cached-own": {"attention": "causal-context"},
+}
+
+
+def info(**changes: Any) -> TargetInfo:
+    generator = torch.Generator().manual_seed(9)
+    embedding, head = torch.randn(2, tiny.VOCAB, tiny.WIDTH, generator=generator)
+    base = TargetInfo("tiny", tiny.VOCAB, tiny.WIDTH, 2, 256, torch.float32, torch.device("cpu"), embedding, head / 4)
+    return replace(base, **changes)
+
+
+def context(batch: Batch) -> Context:
+    return Context(batch, None, torch.zeros_like(batch.length), None)
+
+
+def propose(drafter: Any, batch: Batch, draft_len: int, state: Any = None, **sampling: Any) -> Draft:
+    if state is None:
+        state = drafter.open(len(batch.length), batch.ids.shape[1] + draft_len + 1)
+        drafter.admit(state, context(batch), torch.arange(len(batch.length)))
+    with torch.inference_mode():
+        return drafter.propose(context(batch), state, Noise.of(batch), draft_len)
+
+
+def committed(batch: Batch, rows: list[list[int]]) -> Batch:
+    """The batch after each row was given more tokens: what `decode` would do."""
+    ids, length = batch.ids.clone(), batch.length.clone()
+    for b, new in enumerate(rows):
+        ids[b, length[b] : length[b] + len(new)] = torch.tensor(new, dtype=torch.long)
+        length[b] += len(new)
+    return replace(batch, ids=ids, length=length, round=batch.round + 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 8])
+def test_q_is_a_law_over_the_draft_vocabulary(shape: str, steps: int) -> None:
+    drafter = tiny.drafter(info(), steps=steps, **SHAPES[shape])
+    batch = tiny.batch_of(PROMPTS)
+    draft = propose(drafter, batch, 6)
+    assert draft.tokens.shape == (3, 6)
+    assert draft.probs is not None
+    assert draft.probs.shape == (3, 6, tiny.VOCAB)
+    torch.testing.assert_close(draft.probs.sum(-1), torch.ones(3, 6), rtol=0, atol=1e-5)
+    assert (draft.probs >= 0).all()
+    assert (draft.probs.gather(-1, draft.tokens[..., None]) > 0).all()
+    network = drafter.denoiser.model
+    if network.config.draft_vocab_size is not None:
+        outside = torch.ones(tiny.VOCAB, dtype=torch.bool)
+        outside[network.draft_vocab] = False
+        assert (draft.probs[..., outside] == 0).all()
+        assert (draft.probs[..., ~outside] > 0).all()
+        assert torch.isin(draft.tokens, network.draft_vocab).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_row_drafts_the_same_alone(shape: str, steps: int) -> None:
+    drafter = tiny.drafter(info(), steps=steps, **SHAPES[shape])
+    together = propose(drafter, tiny.batch_of(PROMPTS), 5)
+    for row, prompt in enumerate(PROMPTS):
+        alone = propose(drafter, tiny.batch_of([prompt], seeds=[row]), 5)
+        assert alone.tokens[0].tolist() == together.tokens[row].tolist()
+        torch.testing.assert_close(alone.probs[0], together.probs[row], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_later_groups_condition_on_earlier_ones(shape: str) -> None:
+    """left-to-right: each group's q is the network's law given the committed tokens and all earlier groups, and nothing else."""
+    drafter = tiny.drafter(info(), steps=3, **SHAPES[shape])
+    batch = tiny.batch_of(PROMPTS)
+    draft = propose(drafter, batch, 7)
+    denoiser = drafter.denoiser
+    for group in torch.arange(7).tensor_split(3):
+        canvas = torch.where(torch.arange(7) < group[0], draft.tokens, denoiser.mask_id)
+        state = denoiser.open(3, 96)
+        denoiser.admit(state, context(batch), torch.arange(3))
+        with torch.inference_mode():
+            logits = denoiser.denoise(context(batch), state, canvas, (torch.arange(7) < group[0]).expand(3, 7))
+        torch.testing.assert_close(draft.probs[:, group], logits[:, group].softmax(-1), rtol=0, atol=1e-5)
+
+
+def test_one_shot_is_one_pass_and_t_steps_are_t_passes() -> None:
+    drafter = tiny.drafter(info())
+    denoiser, calls = drafter.denoiser, []
+    whole = denoiser.denoise
+    denoiser.denoise = lambda *given: calls.append(given[3][0].sum().item()) or whole(*given)
+    for steps, expected in [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (6, [0, 1, 2, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5])]:
+        calls.clear()
+        propose(DenoisingDrafter(denoiser, steps=steps), tiny.batch_of(PROMPTS), 6)
+        assert calls == expected
+
+
+def test_draft_temperature() -> None:
+    """0 gives point masses on the likeliest token; the request's own temperature multiplies in."""
+    batch = tiny.batch_of(PROMPTS)
+    soft = propose(tiny.drafter(info()), batch, 4)
+    hard = propose(tiny.drafter(info(), draft_temperature=0.0), batch, 4)
+    assert torch.equal(hard.tokens, soft.probs.argmax(-1))
+    assert torch.equal(hard.probs, torch.nn.functional.one_hot(hard.tokens, tiny.VOCAB).float())
+    greedy = propose(tiny.drafter(info()), tiny.batch_of(PROMPTS, temperature=0.0), 4)
+    assert torch.equal(greedy.probs, hard.probs)
+    sharp = propose(tiny.drafter(info(), draft_temperature=0.5), tiny.batch_of(PROMPTS, temperature=0.5), 4)
+    torch.testing.assert_close(sharp.probs, soft.probs.pow(4) / soft.probs.pow(4).sum(-1, keepdim=True), rtol=0, atol=1e-5)
+
+
+def test_the_requests_filters_shape_q() -> None:
+    draft = propose(tiny.drafter(info()), tiny.batch_of(PROMPTS, top_k=3), 4)
+    assert ((draft.probs > 0).sum(-1) == 3).all()
+
+
+def listened(drafter: Any) -> list[Tensor]:
+    """The sigmas the network is called with, one a pass."""
+    heard: list[Tensor] = []
+    network = drafter.denoiser.model
+    whole = network.hidden
+    vars(network)["hidden"] = lambda ids, sigma, **given: heard.append(sigma) or whole(ids, sigma, **given)
+    return heard
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_time_of_the_canvas(window: int | None) -> None:
+    """1 - e^-sigma(t) = m/L over the unpadded positions, clamped to t = 1, anew in each left-to-right pass."""
+    drafter = tiny.drafter(info(), steps=3, window=window)
+    heard = listened(drafter)
+    propose(drafter, tiny.batch_of(PROMPTS), 6)
+    assert len(heard) == 3
+    for step, sigma in enumerate(heard):
+        for row, prompt in enumerate(PROMPTS):
+            masked, length = 6 - 2 * step, min(len(prompt), window or 128) + 6
+            t = min(1.0, masked / ((1 - 1e-3) * length))
+            assert sigma[row].item() == pytest.approx(-math.log(1 - (1 - 1e-3) * t), rel=1e-5)
+            assert 1 - math.exp(-sigma[row].item()) == pytest.approx(min(0.999, masked / length), rel=1e-5)
+
+
+def test_the_time_of_the_canvas_geometric() -> None:
+    drafter = tiny.drafter(info(), schedule="geometric", sigma_min=1e-3, sigma_max=6.0)
+    heard = listened(drafter)
+    propose(drafter, tiny.batch_of(PROMPTS), 6)
+    for row, prompt in enumerate(PROMPTS):
+        assert 1 - math.exp(-heard[0][row].item()) == pytest.approx(6 / (len(prompt) + 6), rel=1e-4)
+
+
+def test_the_canvas_reads_no_further_than_its_window() -> None:
+    """A token before the window changes nothing, the first inside it does."""
+    for shape in ({"window": 4}, {**tiny.CACHED, "context_window": 4, "n_blocks": 1}):
+        drafter = tiny.drafter(info(), **shape)
+        before = propose(drafter, tiny.batch_of([PROMPTS[0]]), 5).probs
+        for position, changes in [(7, False), (8, True)]:
+            other = [*PROMPTS[0]]
+            other[position] = (other[position] + 1) % tiny.VOCAB
+            after = propose(drafter, tiny.batch_of([other]), 5).probs
+            assert (not torch.equal(before, after)) is changes
+
+
+def test_a_long_prompt_fits_the_networks_length() -> None:
+    drafter = tiny.drafter(info(), length=16)
+    draft = propose(drafter, tiny.batch_of([list(range(40))]), 6)
+    assert draft.tokens.shape == (1, 6)
+    with pytest.raises(UsageError, match="draft_len 16.*16 positions"):
+        propose(drafter, tiny.batch_of([list(range(40))]), 16)
+
+
+def banded(drafter: Any, batch: Batch, canvas: Tensor) -> Tensor:
+    """Logits from one pass over everything: context under a causal band, the canvas bidirectional over its window and itself."""
+    network, window, K = drafter.denoiser.model, drafter.denoiser.window, canvas.shape[1]
+    rows = []
+    for b, n in enumerate(batch.length.tolist()):
+        ids = torch.cat([batch.ids[b, :n], canvas[b]])[None]
+        mask = torch.zeros(n + K, n + K, dtype=torch.bool)
+        for i in range(n + K):
+            for j in range(n + K):
+                seen = j <= i and (window is None or j > i - window)
+                mask[i, j] = seen if i < n else j >= n - (window or n)
+        with torch.no_grad():
+            states = network.hidden(ids, torch.zeros(1), mask=mask[None, None])
+            rows.append(network.logits(states[:, n:])[0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("shape", ["cached", "cached-banded", "cached-own"])
+@pytest.mark.parametrize("chunk", [512, 3])
+def test_incremental_equals_recomputed(shape: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over rounds of uneven progress, partly revealed canvases and a long one that leaves stale entries behind."""
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    drafter = tiny.drafter(info(), **SHAPES[shape] | {"time_conditioning": False})
+    denoiser, batch = drafter.denoiser, tiny.batch_of(PROMPTS, max_tokens=40)
+    state = denoiser.open(3, 64)
+    denoiser.admit(state, context(batch), torch.arange(3))
+    generator = torch.Generator().manual_seed(4)
+    for K, new in [(5, (1, 6, 2)), (16, (1, 1, 1)), (3, (4, 1, 0)), (4, (5, 2, 1)), (1, (1, 2, 1)), (8, (1, 1, 1))]:
+        shown = torch.arange(K) < K // 2
+        masked = torch.full((3, K), denoiser.mask_id)
+        revealed = torch.where(shown, torch.randint(tiny.VOCAB, (3, K), generator=generator), masked)
+        for canvas, known in ((masked, torch.zeros(K, dtype=torch.bool)), (revealed, shown)):
+            fresh = denoiser.open(3, 64)
+            denoiser.admit(fresh, context(batch), torch.arange(3))
+            with torch.inference_mode():
+                kept = denoiser.denoise(context(batch), state, canvas, known.expand(3, K))
+                again = denoiser.denoise(context(batch), fresh, canvas, known.expand(3, K))
+            torch.testing.assert_close(kept, again, rtol=0, atol=1e-5)
+            full = banded(drafter, batch, canvas)
+            columns = denoiser.model.draft_vocab if denoiser.model.config.draft_vocab_size else slice(0, tiny.VOCAB)
+            torch.testing.assert_close(kept[..., columns], full[..., : tiny.VOCAB], rtol=0, atol=2e-5)
+        drawn = [torch.randint(tiny.VOCAB, (n,), generator=generator).tolist() for n in new]
+        batch = committed(batch, drawn)
+
+
+def test_a_new_request_forgets_the_rows_old_one() -> None:
+    drafter = tiny.drafter(info(), **tiny.CACHED)
+    old = tiny.batch_of(PROMPTS)
+    state = drafter.open(3, 64)
+    drafter.admit(state, context(old), torch.arange(3))
+    propose(drafter, old, 6, state)
+    row, joined = torch.tensor([0]), tiny.batch_of([[8, 8, 1]], seeds=[5])
+    drafter.release(state, row)
+    batch = old.with_rows(row, joined)
+    drafter.admit(state, context(batch), row)
+    together, alone = propose(drafter, batch, 6, state), propose(drafter, joined, 6)
+    torch.testing.assert_close(together.probs[0], alone.probs[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(together.probs[2], propose(drafter, old, 6).probs[2], rtol=0, atol=1e-5)
+
+
+def test_two_streams_never_meet() -> None:
+    """Interleaved runs of one drafter over different prompts: all that changes lives in the states."""
+    drafter = tiny.drafter(info(), steps=2, **tiny.CACHED)
+    first, second = tiny.batch_of([PROMPTS[0]]), tiny.batch_of([PROMPTS[2]])
+    states = [drafter.open(1, 64), drafter.open(1, 64)]
+    for state, batch in zip(states, (first, second), strict=True):
+        drafter.admit(state, context(batch), torch.arange(1))
+    for new in ([4, 4], [1]):
+        for state, batch in zip(states, (first, second), strict=True):
+            torch.testing.assert_close(propose(drafter, batch, 4, state).probs, propose(drafter, batch, 4).probs, rtol=0, atol=1e-5)
+        first, second = committed(first, [new]), committed(second, [new[::-1]])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "error", "told"),
+    [
+        ({"process": "uniform", "scale_by_sigma": False}, {}, DrafterError, "uniform process.*absorbing"),
+        ({"tokens": 47}, {}, DrafterError, "47 tokens.*'tiny' has 48"),
+        ({}, {"window": 0}, UsageError, "window must be at least 1, not 0"),
+        ({"attention": "causal-context", "context_window": 8}, {"window": 4}, UsageError, "window=4.*8"),
+    ],
+)
+def test_a_drafter_that_does_not_fit_is_refused(changes: dict[str, Any], options: dict[str, Any], error: type[Exception], told: str) -> None:
+    network = tiny.sedd(tiny.sedd_config(**changes))
+    with pytest.raises(error, match=told):
+        SEDDDenoiser(network, info(), **options)
+
+
+@pytest.mark.parametrize("part", ["embedding", "head"])
+def test_borrowing_from_a_target_without_is_refused(part: str) -> None:
+    network = tiny.sedd(tiny.sedd_config(borrow_embeddings=True))
+    with pytest.raises(DrafterError, match="borrows its target's embedding and head, which 'tiny' does not offer"):
+        SEDDDenoiser(network, info(**{part: None}))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"order": "any"}, "unknown order 'any'; known are one-shot, left-to-right"),
+        ({"order": "one-shot", "steps": 2}, "steps=2 needs order 'left-to-right'"),
+        ({"draft_temperature": -1.0}, "draft_temperature.*-1.0"),
+        ({"draft_temperature": math.nan}, "draft_temperature.*nan"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any], told: str) -> None:
+    denoiser = tiny.drafter(info()).denoiser
+    with pytest.raises(UsageError, match=told):
+        DenoisingDrafter(denoiser, **options)

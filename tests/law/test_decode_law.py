@@ -1,0 +1,178 @@
+"""L2: texts written by the real loop have the target's law, whatever drafts, verifies or filters; planted bugs do not hide."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from samples import DENOISER, DRAFTERS, PAIRS, TARGET, compare, fit, last, law, texts, written
+
+from doubles import (
+    AnyOrder,
+    DropsUnlikely,
+    Misreported,
+    StaleTarget,
+    Through,
+    early_bonus,
+    every_round_alike,
+    no_residual,
+    one_stream,
+    one_uniform,
+    swapped,
+    verifier_of,
+)
+from specdiff import decode, engine, verify
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.types import Batch, SamplingParams
+from specdiff.verify import VERIFIERS
+
+SETTINGS = {
+    "T=1": SamplingParams(max_tokens=4),
+    "T=0.7": SamplingParams(max_tokens=3, temperature=0.7),
+    "top_k=2": SamplingParams(max_tokens=3, top_k=2),
+    "top_p=0.7": SamplingParams(max_tokens=3, top_p=0.7),
+    "min_p=0.2": SamplingParams(max_tokens=3, min_p=0.2),
+}
+PLAIN = SETTINGS["T=1"]
+STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
+TESTS = len(PAIRS) * (len(SETTINGS) + 3) + 25  # G-tests in this file that a lawful program has to pass
+PASSES = 1e-3 / TESTS
+CAUGHT = 1e-6
+pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
+
+
+def test_the_law_is_the_targets_own_and_the_filters_bite() -> None:
+    assert law(PLAIN) == pytest.approx(TARGET.law([1], 4), abs=1e-15)
+    plain = law(SamplingParams(max_tokens=3))
+    for name, params in SETTINGS.items():
+        assert sum(law(params).values()) == pytest.approx(1, abs=1e-12)
+        if name != "T=1":
+            assert sum(abs(law(params).get(text, 0) - p) for text, p in plain.items()) > 0.05, f"{name} changes nothing here"
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pairs
+def test_texts_have_the_targets_law(drafter: str, verifier: str, setting: str) -> None:
+    assert fit(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], SETTINGS[setting]) > PASSES
+
+
+@pairs
+def test_greedy_texts_are_the_argmax_path(drafter: str, verifier: str) -> None:
+    params = SamplingParams(max_tokens=12, temperature=0)
+    (path,) = law(params)
+    found = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], params, count=2000, rows=2000)
+    assert found.tolist() == [list(path)] * 2000
+
+
+@pairs
+def test_texts_end_where_the_law_says(drafter: str, verifier: str) -> None:
+    """At the first stop id or at max_tokens, both often inside what a round had accepted."""
+    found = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], STOPPING, count=60_000)
+    assert compare(found, law(STOPPING)) > PASSES
+    assert {int(n) for n in (found >= 0).sum(1).unique()} == {1, 2, 3, 4, 5}
+
+
+@pairs
+def test_decode_after_a_longer_prompt(drafter: str, verifier: str) -> None:
+    prompt = [2, 0, 1]
+    params = SamplingParams(max_tokens=3)
+    batch = Batch.of([prompt] * 5000, [params] * 5000, range(5000))
+    found = written(last(decode.decode(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier])))
+    assert compare(found, law(params, tuple(prompt))) > PASSES
+
+
+@pairs
+def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> None:
+    """3000 requests over 512 rows: a text's law does not depend on who sat in its row before."""
+    requests = [engine.Request([1], STOPPING, seed) for seed in range(3000)]
+    drafter_ = DRAFTERS[drafter]
+    found = defaultdict(list)
+    for progress in engine.run(TARGET, drafter_, requests, verifier=VERIFIERS[verifier], draft_len=drafter_.draft_len, rows=512):
+        found[progress.request] += progress.tokens
+    assert compare(list(found.values()), law(STOPPING)) > PASSES
+
+
+@pytest.mark.parametrize("verifier", ["token", "block", "match"])
+@pytest.mark.parametrize("draft_temperature", [0.0, 0.5, 2.5])
+def test_the_draft_temperature_moves_no_text(verifier: str, draft_temperature: float) -> None:
+    drafter = DenoisingDrafter(DENOISER, steps=2, draft_temperature=draft_temperature)
+    assert fit(TARGET, drafter, VERIFIERS[verifier], PLAIN) > PASSES
+
+
+# ---- L2b: each bug, and its lawful twin in the very same place ----
+
+ONE_SHOT, PER_TOKEN = DRAFTERS["one-shot"], DenoisingDrafter(DENOISER, steps=3)
+PLANS = {"token": verify.token_plan, "block": verify.block_plan}
+ratio_tests = pytest.mark.parametrize("verifier", ["token", "block"])
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("bug", [swapped, no_residual, early_bonus])
+def test_a_wrong_plan_is_caught(bug: Callable[..., Any], name: str) -> None:
+    plan, longest = PLANS[name], name == "block"
+    assert fit(TARGET, ONE_SHOT, _twin(name), PLAIN) > PASSES
+    assert fit(TARGET, ONE_SHOT, verifier_of(bug(plan), longest), PLAIN) < CAUGHT
+
+
+@cache
+def _twin(name: str) -> verify.Verifier:
+    return verifier_of(PLANS[name], longest=name == "block")
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize("fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"])
+def test_a_stale_cache_slot_is_caught(fault: dict[str, Any], verifier: str) -> None:
+    assert fit(StaleTarget(TARGET.table, **fault), ONE_SHOT, VERIFIERS[verifier], PLAIN) < CAUGHT
+
+
+def test_a_cache_without_stale_slots_passes() -> None:
+    assert fit(StaleTarget(TARGET.table), ONE_SHOT, verify.token, PLAIN) > PASSES
+
+
+@ratio_tests
+def test_naive_any_order_is_caught(verifier: str) -> None:
+    assert fit(TARGET, AnyOrder(DENOISER), VERIFIERS[verifier], PLAIN) < CAUGHT
+
+
+@pytest.mark.parametrize("verifier", ["match", "match-gumbel"])
+def test_matching_forgives_any_order(verifier: str) -> None:
+    assert fit(TARGET, AnyOrder(DENOISER), VERIFIERS[verifier], PLAIN) > PASSES
+
+
+def test_draws_reused_across_rounds_are_caught() -> None:
+    assert fit(TARGET, ONE_SHOT, verify.block, PLAIN) > PASSES
+    assert fit(TARGET, Through(ONE_SHOT, every_round_alike), verify.block, PLAIN) < CAUGHT
+
+
+@ratio_tests
+def test_one_uniform_for_all_diffusion_steps_is_caught(verifier: str) -> None:
+    assert fit(TARGET, PER_TOKEN, VERIFIERS[verifier], PLAIN) > PASSES
+    assert fit(TARGET, Through(PER_TOKEN, one_uniform), VERIFIERS[verifier], PLAIN) < CAUGHT
+
+
+@ratio_tests
+def test_a_stream_shared_by_draft_and_verifier_is_caught(verifier: str) -> None:
+    assert fit(TARGET, ONE_SHOT, VERIFIERS[verifier], PLAIN) > PASSES
+    assert fit(TARGET, Through(ONE_SHOT, one_stream), VERIFIERS[verifier], PLAIN) < CAUGHT
+
+
+@ratio_tests
+def test_a_length_that_looks_at_the_token_it_drops_is_caught(verifier: str) -> None:
+    assert fit(TARGET, DropsUnlikely(ONE_SHOT, floor=0), VERIFIERS[verifier], PLAIN) > PASSES
+    assert fit(TARGET, DropsUnlikely(ONE_SHOT, floor=0.4), VERIFIERS[verifier], PLAIN) < CAUGHT
+
+
+@ratio_tests
+def test_probabilities_that_were_not_drawn_from_are_caught(verifier: str) -> None:
+    assert fit(TARGET, Misreported(DENOISER, draft_temperature=1), VERIFIERS[verifier], PLAIN) > PASSES
+    assert fit(TARGET, Misreported(DENOISER, draft_temperature=0.7), VERIFIERS[verifier], PLAIN) < CAUGHT
+
+
+def test_the_comparison_itself() -> None:
+    """A sample that fits passes; one with 2 % too many of a text, or with a text that cannot occur, does not."""
+    expected = law(PLAIN)
+    sample = [text for text, p in expected.items() for _ in range(round(100_000 * p))]
+    assert compare(sample, expected) > 0.9
+    assert compare([*sample, *[max(expected, key=expected.__getitem__)] * 2000], expected) < CAUGHT
+    assert compare([*sample, (0, 0, 0, 0, 0)], expected) == 0

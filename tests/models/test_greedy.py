@@ -1,0 +1,87 @@
+"""L3: greedy speculative text is the target's own greedy text, token for token, in fp32."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel
+
+from specdiff.drafters.base import NoDrafter
+from specdiff.verify import VERIFIERS
+
+NEW = 24
+LENGTHS = (1, 4, 8, 16, 40)
+GAP = 1e-4  # two logits closer than this may change places by rounding
+
+
+def flips(net: PreTrainedModel, got: list[list[int]], want: list[list[int]]) -> int:
+    """How many rows part from `want`, all at near-ties; a row that parts elsewhere fails."""
+    count = 0
+    for ours, theirs in zip(got, want, strict=True):
+        if ours == theirs:
+            continue
+        first = next(i for i, (a, b) in enumerate(itertools.zip_longest(ours, theirs)) if a != b)
+        with torch.no_grad():
+            best = net(torch.tensor([theirs[:first]])).logits[0, -1].topk(2).values
+        assert best[0] - best[1] < GAP, f"parted at {first} of {len(theirs)}, gap {best[0] - best[1]:.2e}"
+        count += 1
+    return count
+
+
+@pytest.fixture(scope="module", params=tiny.FAMILIES)
+def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, object, list[list[int]], list[list[int]]]:
+    """An untouched model, a target of the same weights, eight prompts, and transformers' own greedy text for each."""
+    net = tiny.model(request.param)
+    prompts = tiny.prompts(8)
+    texts = [tiny.plain(net, p, NEW) for p in prompts]
+    assert sum(len(set(text[-NEW:])) for text in texts) > 3 * len(texts)  # not one token for ever
+    return net, tiny.target(request.param), prompts, texts
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_a_random_drafter(pair: tuple, steps: int, rows: int) -> None:
+    net, target, prompts, texts = pair
+    drafters = [tiny.drafter(target.info, steps=steps), tiny.drafter(target.info, steps=steps, **tiny.CACHED)]
+    parted = 0
+    for i, draft_len in enumerate(LENGTHS):
+        chosen = slice(i, i + rows) if rows == 1 else slice(0, rows)
+        got = tiny.decoded(target, drafters[i % 2], tiny.batch_of(prompts[chosen], NEW, temperature=0.0), draft_len=draft_len)
+        parted += flips(net, got, texts[chosen])
+    assert parted <= 1
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_drafter_that_is_mostly_right(pair: tuple, verifier: str) -> None:
+    """Long accepted prefixes, drafts cut by the limit, rejections in between, under every verifier."""
+    net, target, prompts, texts = pair
+    parted = 0
+    for draft_len in LENGTHS:
+        for flaw in (3, 1000):
+            batch = tiny.batch_of(prompts, NEW, temperature=0.0)
+            got = tiny.decoded(
+                target, tiny.Hinted(texts, tiny.VOCAB, flaw), batch, draft_len=draft_len, verifier=VERIFIERS[verifier]
+            )
+            parted += flips(net, got, texts)
+    assert parted <= 1
+
+
+def test_no_drafter(pair: tuple) -> None:
+    net, target, prompts, texts = pair
+    got = tiny.decoded(target, NoDrafter(), tiny.batch_of(prompts, NEW, temperature=0.0))
+    assert flips(net, got, texts) <= 1
+
+
+def test_up_to_the_last_position(pair: tuple) -> None:
+    """Drafts that reach past the model's last position are clamped: the text still runs exactly up to it."""
+    net, target, _, _ = pair
+    limit = target.info.max_positions
+    prompt = torch.randint(tiny.VOCAB, (limit - 12,), generator=torch.Generator().manual_seed(7)).tolist()
+    text = tiny.plain(net, prompt, 12)
+    for draft_len in (3, 16):
+        for flaw in (4, 1000):
+            batch = tiny.batch_of([prompt, prompt[:-5]], 12, temperature=0.0)
+            got = tiny.decoded(target, tiny.Hinted([text, tiny.plain(net, prompt[:-5], 12)], tiny.VOCAB, flaw), batch, draft_len=draft_len)
+            assert flips(net, got[:1], [text]) == 0
+            assert len(got[0]) == limit

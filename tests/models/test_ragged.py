@@ -1,0 +1,266 @@
+"""The ragged cache under unmodified Hugging Face models: every row at its own length, equal to a plain full forward."""
+
+import re
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from specdiff.errors import UnsupportedModelError
+from specdiff.models import masks
+from specdiff.models.cache import RaggedCache
+from specdiff.models.causal import RaggedModel
+from specdiff.models.probe import self_test
+from specdiff.targets.causal import CausalTarget
+from specdiff.types import Draft, Verification
+
+ATTENTIONS = ("specdiff", "sdpa", "eager")
+
+
+def ragged(net: PreTrainedModel, attention: str) -> RaggedModel:
+    wrapped = RaggedModel(net)
+    assert net.config._attn_implementation == "specdiff"  # the default
+    net.set_attn_implementation(attention)
+    return wrapped
+
+
+def full(net: PreTrainedModel, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    with torch.no_grad():
+        out = net(ids, use_cache=False, output_hidden_states=True)
+    return out.logits, out.hidden_states
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_ragged_scoring_equals_a_full_forward(family: str, attention: str) -> None:
+    """Rows admitted one by one, advancing unevenly, with rejected drafts in between and across a bucket's edge."""
+    net, total, taps = tiny.model(family), 150, (0, 1)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(tiny.VOCAB, (4, total), generator=generator)
+    want, hidden = full(tiny.copy_of(net), ids)
+    features = torch.cat([hidden[t + 1] for t in taps], dim=-1)
+    model, cache = ragged(net, attention), RaggedCache(4, total + 8)
+    start = torch.tensor([1, 4, 119, 60])
+    for row, size in enumerate(start.tolist()):
+        model.forward(cache, ids[row : row + 1, :size], torch.arange(size)[None], selected=torch.tensor([row]))
+    for size, advance in [(5, (1, 5, 3, 2)), (1, (1, 1, 1, 1)), (9, (9, 2, 4, 9)), (8, (3, 8, 8, 1)), (6, (6, 1, 6, 6))]:
+        at = start[:, None] + torch.arange(size)
+        wrong = torch.randint(tiny.VOCAB, (4, size), generator=generator)
+        model.forward(cache, wrong, at)
+        logits, tapped = model.forward(cache, ids.gather(1, at), at, taps=taps)
+        rows = torch.arange(4)[:, None]
+        torch.testing.assert_close(logits, want[rows, at], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(tapped, features[rows, at], rtol=1e-5, atol=1e-4)
+        start = start + torch.tensor(advance)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_roles_view(family: str) -> None:
+    """open, admit, score, keep, release: rows 0 and K of the scores, features of prompt[:-1], and a row used again."""
+    target = tiny.target(family)
+    plain = tiny.model(family)
+    prompts = tiny.prompts(3)
+    batch = tiny.batch_of(prompts)
+    cache = target.open(3, 40, taps=(1,))
+    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts])
+    draft = Draft(torch.randint(tiny.VOCAB, (3, 4), generator=torch.Generator().manual_seed(2)))
+    out = target.score(cache, batch, draft)
+    for row, prompt in enumerate(prompts):
+        logits, hidden = full(plain, torch.tensor([prompt + draft.tokens[row].tolist()]))
+        torch.testing.assert_close(out.logits[row], logits[0, len(prompt) - 1 :], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(out.features[row], hidden[2][0, len(prompt) - 1 :], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(features[row, : len(prompt) - 1], hidden[2][0, : len(prompt) - 1], rtol=1e-5, atol=1e-4)
+    nothing = torch.zeros(3, dtype=torch.long)
+    target.keep(cache, batch, Verification(nothing, torch.zeros(3, 5, dtype=torch.long), torch.arange(5).expand(3, 5)))
+    target.release(cache, torch.tensor([1]))
+    joined = [9, 8, 7, 6, 5, 4, 3]
+    target.admit(cache, torch.tensor([1]), [torch.tensor(joined)])
+    batch = batch.with_rows(torch.tensor([1]), tiny.batch_of([joined]))
+    again = target.score(cache, batch, draft)
+    logits, _ = full(plain, torch.tensor([joined + draft.tokens[1].tolist()]))
+    torch.testing.assert_close(again.logits[1], logits[0, len(joined) - 1 :], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(again.logits[0], out.logits[0], rtol=1e-5, atol=1e-4)
+
+
+def test_a_long_prompt_is_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
+    target, prompts = tiny.target("llama"), [list(range(14)), [4, 4], [5]]
+    cache = target.open(3, 40, taps=(0,))
+    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts])
+    out = target.score(cache, tiny.batch_of(prompts), Draft(torch.zeros(3, 0, dtype=torch.long)))
+    for row, prompt in enumerate(prompts):
+        logits, hidden = full(tiny.model("llama"), torch.tensor([prompt]))
+        torch.testing.assert_close(out.logits[row, 0], logits[0, -1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(features[row, : len(prompt) - 1], hidden[1][0, :-1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_what_a_drafter_may_know(family: str) -> None:
+    target = tiny.target(family)
+    info, net = target.info, target.model
+    assert (info.name, info.vocab_size, info.hidden_size, info.layers, info.max_positions) == (
+        f"tiny-{family}", tiny.VOCAB, tiny.WIDTH, 2, 256
+    )  # fmt: skip
+    assert info.dtype == torch.float32
+    assert info.embedding.data_ptr() == net.get_input_embeddings().weight.data_ptr()
+    assert info.head.data_ptr() == net.get_output_embeddings().weight.data_ptr()
+    assert not info.embedding.requires_grad
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("shape", ["masked", "causal", "single"])
+def test_grouped_attention_equals_repeated_keys(heads: tuple[int, int], shape: str) -> None:
+    (Q, A), N, S, D = heads, 1 if shape == "single" else 5, 5 if shape == "causal" else 9, 8
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, h, n, D, generator=generator) for h, n in ((Q, N), (A, S), (A, S)))
+    mask = None
+    if shape == "masked":
+        mask = masks.additive(masks.causal(torch.tensor([[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]), S), torch.float32)
+    got, weights = masks.grouped_attention(torch.nn.Identity(), q, k, v, mask, scaling=0.3)
+    assert weights is None
+    k, v = k.repeat_interleave(Q // A, dim=1), v.repeat_interleave(Q // A, dim=1)
+    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=shape == "causal", scale=0.3)
+    torch.testing.assert_close(got, want.transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def test_masks() -> None:
+    seen = masks.causal(torch.tensor([[2, 3]]), 5)[0, 0]
+    assert seen.long().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    banded = masks.causal(torch.tensor([[2, 3]]), 5, window=2)[0, 0]
+    assert banded.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+    floats = masks.additive(seen[None, None], torch.bfloat16)[0, 0]
+    assert floats.dtype == torch.bfloat16
+    assert floats.isfinite().all()
+    assert torch.equal(floats == 0, seen)
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    return sizes | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | changes
+
+
+REFUSED = {
+    "bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4)),
+    "falcon": lambda: FalconForCausalLM(FalconConfig(**small(alibi=True))),
+    "gpt_neo": lambda: GPTNeoForCausalLM(
+        GPTNeoConfig(
+            vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], max_position_embeddings=64
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_without_plain_positions_are_refused(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"a {family} target cannot be scored exactly.*such as gpt2, llama"):
+        CausalTarget(REFUSED[family]())
+
+
+def test_a_sliding_window_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"mistral.*sliding window of 4 positions.*full attention"):
+        CausalTarget(MistralForCausalLM(MistralConfig(**small(intermediate_size=64, num_key_value_heads=2, sliding_window=4))))
+
+
+def test_a_window_that_never_slides_is_served() -> None:
+    target = CausalTarget(MistralForCausalLM(MistralConfig(**small(intermediate_size=64, num_key_value_heads=2, sliding_window=None))))
+    assert target.error < 1e-4
+
+
+class Deaf(LlamaForCausalLM):
+    """A Llama that ignores where its tokens stand."""
+
+    def forward(self, *arguments: Any, position_ids: Tensor | None = None, **options: Any) -> Any:
+        return super().forward(*arguments, **options)
+
+
+class Blind(LlamaForCausalLM):
+    """A Llama that ignores who may attend whom."""
+
+    def forward(self, *arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        return super().forward(*arguments, **options)
+
+
+class Forgetful(LlamaForCausalLM):
+    """A Llama that never looks into its cache."""
+
+    def forward(self, *arguments: Any, past_key_values: Any = None, use_cache: bool = False, **options: Any) -> Any:
+        return super().forward(*arguments, use_cache=False, **options)
+
+
+class Noisy(LlamaForCausalLM):
+    """A Llama whose logits are a hundredth off when it uses a cache."""
+
+    def forward(self, *arguments: Any, past_key_values: Any = None, **options: Any) -> Any:
+        out = super().forward(*arguments, past_key_values=past_key_values, **options)
+        if past_key_values is not None:
+            out.logits = out.logits + 0.01 * out.logits.abs().max()
+        return out
+
+
+class Broken(LlamaForCausalLM):
+    """A Llama that says NaN when it uses a cache."""
+
+    def forward(self, *arguments: Any, past_key_values: Any = None, **options: Any) -> Any:
+        out = super().forward(*arguments, past_key_values=past_key_values, **options)
+        if past_key_values is not None:
+            out.logits = out.logits * torch.nan
+        return out
+
+
+@pytest.mark.parametrize("kind", [Deaf, Blind, Noisy, Broken])
+def test_a_sabotaged_model_fails_the_self_test(kind: type[PreTrainedModel]) -> None:
+    net = kind(tiny.model("llama").config)
+    net.load_state_dict(tiny.model("llama").state_dict())
+    with pytest.raises(UnsupportedModelError) as caught:
+        CausalTarget(net)
+    told = re.search(r"llama model fails the self-test: .* differs from a plain forward by (\S+) of its largest logit", str(caught.value))
+    assert told, str(caught.value)
+    error = float(told.group(1))
+    assert error != error if kind is Broken else error > 5e-3
+    assert "allowed 1e-03 in torch.float32" in str(caught.value)
+
+
+def test_a_model_without_the_cache_fails_the_self_test() -> None:
+    net = Forgetful(tiny.model("llama").config)
+    net.load_state_dict(tiny.model("llama").state_dict())
+    with pytest.raises((UnsupportedModelError, RuntimeError)):
+        CausalTarget(net)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_self_test_passes_sound_models_closely(family: str) -> None:
+    for attention in ATTENTIONS:
+        assert self_test(ragged(tiny.model(family), attention)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_passes_the_self_test(dtype: torch.dtype) -> None:
+    target = CausalTarget(tiny.model("llama").to(dtype))
+    assert target.info.dtype == dtype
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_model_still_generates_on_its_own(family: str) -> None:
+    """A target's model is the user's own object: padded batches and plain generate mean what they meant before."""
+    net = tiny.model(family)
+    ids = torch.tensor([[0, 0, 0, 5, 9], [3, 1, 4, 1, 5]])
+    mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    before = net.generate(ids, **options)
+    CausalTarget(net)
+    assert torch.equal(net.generate(ids, **options), before)
