@@ -16,46 +16,53 @@ PREFIX = 512  # candidates looked at before a full sort is needed; top-p sets ar
 def probabilities(logits: Float[Tensor, "B N V"], params: Params) -> Float[Tensor, "B N V"]:
     """softmax(logits / temperature) filtered by top-k, top-p and min-p, at least float32. Temperature 0 gives one-hot rows.
 
-    Filters follow transformers' order and tie rules: top-k keeps every token as likely as the k-th; top-p keeps the
-    smallest set of most likely tokens (lower ids first among equals) whose mass reaches top_p, of what top-k left.
+    Filters follow transformers' order. Each keeps every token at least as likely as some threshold, so equals stay or go
+    together: top-k down to the k-th most likely, top-p down to the one at which the mass of what top-k left reaches top_p.
+    A row's result never depends on the other rows' options.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    greedy = (params.temperature == 0)[:, None, None]
-    scale = params.temperature.masked_fill(params.temperature == 0, 1)[:, None, None]
-    p = torch.softmax(logits / scale if "temperature" in params.active else logits, dim=-1)
+    p = torch.softmax(_tempered(logits, params.temperature) if "temperature" in params.active else logits, dim=-1)
     if "top_k" in params.active:
-        p = _renormalise(p * _top_k(p, params.top_k))
+        p = _keep(p, _kth(p, params.top_k), params.top_k > 0)
     if "top_p" in params.active:
-        p = _renormalise(p * _top_p(p, params.top_p))
+        p = _keep(p, _at_mass(p, params.top_p), params.top_p < 1)
     if "min_p" in params.active:
-        p = _renormalise(p * (p >= params.min_p[:, None, None] * p.amax(-1, keepdim=True)))
+        p = _keep(p, params.min_p[:, None, None].to(p.dtype) * p.amax(-1, keepdim=True), params.min_p > 0)
     if "greedy" in params.active:
+        greedy = (params.temperature == 0)[:, None, None]
         p = torch.where(greedy, F.one_hot(logits.argmax(-1), logits.shape[-1]).to(p.dtype), p)
     return p
 
 
-def _renormalise(p: Float[Tensor, "B N V"]) -> Float[Tensor, "B N V"]:
-    return p / p.sum(-1, keepdim=True)
+def _tempered(logits: Float[Tensor, "B N V"], temperature: Float[Tensor, "B"]) -> Float[Tensor, "B N V"]:
+    """Below the largest logit, not above 0: a tiny temperature then gives -inf, never inf - inf."""
+    scale = torch.where(temperature == 0, 1, temperature)[:, None, None].to(logits.dtype)
+    untouched = (temperature == 1)[:, None, None]
+    return torch.where(untouched, logits, (logits - logits.amax(-1, keepdim=True)) / scale)
 
 
-def _top_k(p: Float[Tensor, "B N V"], k: Int[Tensor, "B"]) -> Bool[Tensor, "B N V"]:
-    size = p.shape[-1]
-    k = torch.where(k == 0, size, k).clamp(max=size)
-    most = size if bool((k == size).all()) else int(torch.where(k == size, 1, k).max())
-    best = p.topk(most, dim=-1).values
-    least = best.gather(-1, (k.clamp(max=most) - 1)[:, None, None].expand(*p.shape[:-1], 1))
-    return (p >= least) | (k == size)[:, None, None]
+def _keep(p: Float[Tensor, "B N V"], least: Float[Tensor, "B N 1"], rows: Bool[Tensor, "B"]) -> Float[Tensor, "B N V"]:
+    """The tokens of probability >= least, renormalised; rows that did not ask for the filter stay bit for bit."""
+    kept = torch.where(p >= least, p, 0)
+    return torch.where(rows[:, None, None], kept / kept.sum(-1, keepdim=True), p)
 
 
-def _top_p(p: Float[Tensor, "B N V"], top_p: Float[Tensor, "B"]) -> Bool[Tensor, "B N V"]:
-    limit = top_p[:, None, None].to(p.dtype)
-    best, order = p.topk(min(PREFIX, p.shape[-1]), dim=-1)
-    enough = (best.sum(-1, keepdim=True) >= limit) & (best[..., -1:] < best.amax(-1, keepdim=True))
-    if not bool((enough | (limit >= 1)).all()):
-        best, order = p.sort(dim=-1, descending=True, stable=True)  # exact fallback: the prefix may not hold the whole set
+def _kth(p: Float[Tensor, "B N V"], k: Int[Tensor, "B"]) -> Float[Tensor, "B N 1"]:
+    """The k-th largest probability of each row."""
+    k = k.clamp(1, p.shape[-1])
+    best = p.topk(int(k.max()), dim=-1).values
+    return best.gather(-1, (k - 1)[:, None, None].expand(*p.shape[:-1], 1))
+
+
+def _at_mass(p: Float[Tensor, "B N V"], mass: Float[Tensor, "B"]) -> Float[Tensor, "B N 1"]:
+    """The probability of the token at which the most likely ones first reach the mass."""
+    limit = mass[:, None, None].to(p.dtype)
+    best = p.topk(min(PREFIX, p.shape[-1]), dim=-1).values
+    if not bool(((best.sum(-1, keepdim=True) >= limit) | (limit >= 1)).all()):
+        best = p.sort(dim=-1, descending=True).values  # exact fallback: the prefix may not hold the whole set
     before = best.cumsum(-1) - best
-    keep = torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before < limit)
-    return keep | (limit >= 1)
+    needed = (before < limit).sum(-1, keepdim=True).clamp(min=1)
+    return best.gather(-1, needed - 1)
 
 
 def draw(weights: Float[Tensor, "... V"], uniform: Float[Tensor, "..."]) -> Int[Tensor, "..."]:

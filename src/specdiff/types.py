@@ -67,10 +67,12 @@ class Params:
         width = max((len(r.stop_token_ids) for r in rows), default=0)
         stop = [[*r.stop_token_ids, *[PADDING] * (width - len(r.stop_token_ids))] for r in rows]
         off = SamplingParams()
-        used = {"greedy": any(r.temperature == 0 for r in rows), "temperature": any(r.temperature != 1 for r in rows)}
+        temperature = torch.tensor([r.temperature for r in rows], dtype=torch.float32)
+        # asked of the float32 values: the smallest temperatures round to 0 there, and are greedy
+        used = {"greedy": bool((temperature == 0).any()), "temperature": bool((temperature != 1).any())}
         used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in ("top_k", "top_p", "min_p")}
         return cls(
-            temperature=torch.tensor([r.temperature for r in rows], dtype=torch.float32, device=device),
+            temperature=temperature.to(device),
             top_k=torch.tensor([r.top_k for r in rows], device=device),
             top_p=torch.tensor([r.top_p for r in rows], dtype=torch.float32, device=device),
             min_p=torch.tensor([r.min_p for r in rows], dtype=torch.float32, device=device),

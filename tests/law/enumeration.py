@@ -1,6 +1,7 @@
 """The law of one round, enumerated: every draft, every number of accepted tokens, every following token, in float64.
 
-Shapes: C cases, K drafted tokens, V vocabulary, N prefixes (in Cases) or K + 1 (in rows). A prefix of k tokens is one index below V**k, first token most significant.
+Shapes: C cases, D drafts, T texts, K drafted tokens, V vocabulary; N prefixes (in Cases) or K + 1 (in rows).
+A prefix of k tokens is one index below V**k, first token most significant.
 """
 
 from collections.abc import Callable

@@ -39,6 +39,7 @@ STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
 TESTS = len(PAIRS) * (len(SETTINGS) + 3) + 25  # G-tests in this file that a lawful program has to pass
 PASSES = 1e-3 / TESTS
 CAUGHT = 1e-6
+FEW = 40_000  # texts that give most bugs away
 pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
 
 
@@ -112,7 +113,7 @@ ratio_tests = pytest.mark.parametrize("verifier", ["token", "block"])
 def test_a_wrong_plan_is_caught(bug: Callable[..., Any], name: str) -> None:
     plan, longest = PLANS[name], name == "block"
     assert fit(TARGET, ONE_SHOT, _twin(name), PLAIN) > PASSES
-    assert fit(TARGET, ONE_SHOT, verifier_of(bug(plan), longest), PLAIN) < CAUGHT
+    assert fit(TARGET, ONE_SHOT, verifier_of(bug(plan), longest), PLAIN, FEW) < CAUGHT
 
 
 @cache
@@ -123,7 +124,7 @@ def _twin(name: str) -> verify.Verifier:
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"])
 def test_a_stale_cache_slot_is_caught(fault: dict[str, Any], verifier: str) -> None:
-    assert fit(StaleTarget(TARGET.table, **fault), ONE_SHOT, VERIFIERS[verifier], PLAIN) < CAUGHT
+    assert fit(StaleTarget(TARGET.table, **fault), ONE_SHOT, VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
 
 def test_a_cache_without_stale_slots_passes() -> None:
@@ -132,7 +133,7 @@ def test_a_cache_without_stale_slots_passes() -> None:
 
 @ratio_tests
 def test_naive_any_order_is_caught(verifier: str) -> None:
-    assert fit(TARGET, AnyOrder(DENOISER), VERIFIERS[verifier], PLAIN) < CAUGHT
+    assert fit(TARGET, AnyOrder(DENOISER), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
 
 @pytest.mark.parametrize("verifier", ["match", "match-gumbel"])
@@ -148,25 +149,25 @@ def test_draws_reused_across_rounds_are_caught() -> None:
 @ratio_tests
 def test_one_uniform_for_all_diffusion_steps_is_caught(verifier: str) -> None:
     assert fit(TARGET, PER_TOKEN, VERIFIERS[verifier], PLAIN) > PASSES
-    assert fit(TARGET, Through(PER_TOKEN, one_uniform), VERIFIERS[verifier], PLAIN) < CAUGHT
+    assert fit(TARGET, Through(PER_TOKEN, one_uniform), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
 
 @ratio_tests
 def test_a_stream_shared_by_draft_and_verifier_is_caught(verifier: str) -> None:
     assert fit(TARGET, ONE_SHOT, VERIFIERS[verifier], PLAIN) > PASSES
-    assert fit(TARGET, Through(ONE_SHOT, one_stream), VERIFIERS[verifier], PLAIN) < CAUGHT
+    assert fit(TARGET, Through(ONE_SHOT, one_stream), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
 
 @ratio_tests
 def test_a_length_that_looks_at_the_token_it_drops_is_caught(verifier: str) -> None:
     assert fit(TARGET, DropsUnlikely(ONE_SHOT, floor=0), VERIFIERS[verifier], PLAIN) > PASSES
-    assert fit(TARGET, DropsUnlikely(ONE_SHOT, floor=0.4), VERIFIERS[verifier], PLAIN) < CAUGHT
+    assert fit(TARGET, DropsUnlikely(ONE_SHOT, floor=0.4), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
 
 @ratio_tests
 def test_probabilities_that_were_not_drawn_from_are_caught(verifier: str) -> None:
     assert fit(TARGET, Misreported(DENOISER, draft_temperature=1), VERIFIERS[verifier], PLAIN) > PASSES
-    assert fit(TARGET, Misreported(DENOISER, draft_temperature=0.7), VERIFIERS[verifier], PLAIN) < CAUGHT
+    assert fit(TARGET, Misreported(DENOISER, draft_temperature=0.7), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
 
 def test_the_comparison_itself() -> None:

@@ -39,7 +39,7 @@ ASKED = [
     SamplingParams(max_tokens=20, temperature=1.3, top_k=4, top_p=0.9, min_p=0.05),
 ]
 PROMPTS = [[1], [2, 4], [0, 0, 5], [3, 1, 4, 1, 5]]
-REQUESTS = [Request(PROMPTS[i % 4], ASKED[i % 7], row_seed(11, i)) for i in range(42)]
+REQUESTS = [Request(PROMPTS[i % 4], ASKED[i % 7], row_seed(11, i)) for i in range(21)]
 Texts = list[list[int]]
 pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
 

@@ -1,0 +1,108 @@
+"""Drafting on and off, driven by rounds made up here: seconds and emitted tokens are what the test says they are."""
+
+from collections.abc import Callable
+
+import torch
+from tiny import batch_of
+
+from specdiff.controller import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, PLAIN_PROBES, Controller
+from specdiff.types import Draft, Round, Verification
+
+DRAFT = 8
+
+
+def round_of(draft_len: int, emitted: int, seconds: float, rows: int = 1) -> Round:
+    batch = batch_of([[1]] * rows)
+    tokens = torch.zeros(rows, draft_len + 1, dtype=torch.long)
+    count = torch.full((rows,), emitted)
+    path = torch.arange(draft_len + 1).expand(rows, -1)
+    verification = Verification((count - 1).clamp(min=0), tokens, path)
+    return Round(Draft(tokens[:, :draft_len]), verification, count, batch, {"draft": seconds / 4, "score": 3 * seconds / 4})
+
+
+def driven(controller: Controller, rounds: int, emits: Callable[[int], int], cost: float = 2.0) -> list[int]:
+    """The draft lengths it chose. A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens."""
+    last, chosen = None, []
+    for i in range(rounds):
+        chosen.append(controller(last))
+        last = round_of(chosen[-1], emits(i), cost) if chosen[-1] else round_of(0, 1, 1.0)
+    return chosen
+
+
+def share(chosen: list[int]) -> float:
+    return sum(c > 0 for c in chosen) / len(chosen)
+
+
+def test_it_starts_by_drafting_and_times_a_few_plain_rounds() -> None:
+    chosen = driven(Controller(DRAFT), 40, lambda i: 5)
+    assert chosen[:PATIENCE] == [DRAFT] * PATIENCE
+    assert chosen.count(0) == PLAIN_PROBES
+    assert set(chosen) == {0, DRAFT}
+
+
+def test_it_stays_on_above_break_even() -> None:
+    controller = Controller(DRAFT)
+    chosen = driven(controller, 1000, lambda i: 3)
+    assert chosen.count(0) == PLAIN_PROBES
+    assert controller.tau > controller.break_even
+
+
+def test_it_turns_off_below_break_even() -> None:
+    chosen = driven(Controller(DRAFT), 40, lambda i: 1)
+    assert chosen[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (PLAIN_PROBES + FIRST_PAUSE)
+
+
+def test_it_probes_again_after_ever_longer_pauses() -> None:
+    chosen = driven(Controller(DRAFT), 3000, lambda i: 1)
+    pauses, run = [], 0
+    for c in chosen:
+        if c == 0:
+            run += 1
+        elif run:
+            pauses.append(run)
+            run = 0
+    assert len(pauses) >= 5
+    assert pauses == sorted(pauses)
+    assert pauses[-1] <= LONGEST_PAUSE + PLAIN_PROBES + 1
+    assert share(chosen) < 0.1  # probing costs little
+    assert share(chosen[2000:]) > 0  # and never ends
+
+
+def test_it_comes_back_when_drafts_get_better() -> None:
+    """And after that a dip is forgiven sooner: the pause starts short again."""
+    controller = Controller(DRAFT)
+    driven(controller, 300, lambda i: 1)
+    chosen = driven(controller, 700, lambda i: 6)
+    assert share(chosen[-300:]) == 1
+    assert controller.pause == FIRST_PAUSE
+
+
+def test_break_even_is_measured() -> None:
+    """tau 2 pays where a drafting round costs 1.5 plain ones, and does not where it costs 3."""
+    assert share(driven(Controller(DRAFT), 400, lambda i: 2, cost=1.5)) > 0.95
+    assert share(driven(Controller(DRAFT), 400, lambda i: 2, cost=3.0)) < 0.2
+
+
+def test_a_noisy_drafter_above_break_even_stays_on() -> None:
+    chosen = driven(Controller(DRAFT), 600, lambda i: (1, 5, 2, 6)[i % 4])
+    assert share(chosen) > 0.95
+
+
+def test_rounds_in_which_nothing_ran_count_for_nothing() -> None:
+    controller = Controller(DRAFT)
+    before = controller(None)
+    for _ in range(50):
+        assert controller(round_of(DRAFT, 0, 100.0)) == before
+    assert (controller.tau, controller.drafted, controller.plain) == (0.0, 0, 0)
+
+
+def test_done_rows_do_not_lower_tau() -> None:
+    controller = Controller(DRAFT)
+    mixed = round_of(DRAFT, 4, 2.0, rows=2)
+    mixed.emitted[1] = 0
+    controller(mixed)
+    assert controller.tau == 4
+
+
+def test_nothing_to_draft() -> None:
+    assert driven(Controller(0), 20, lambda i: 1) == [0] * 20

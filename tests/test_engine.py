@@ -1,0 +1,202 @@
+"""Rows join and leave: many requests through few rows give what each gives alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from specdiff import engine
+from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.engine import Progress, Request
+from specdiff.errors import UsageError
+from specdiff.noise import row_seed
+from specdiff.targets.base import Target
+from specdiff.targets.table import TableTarget
+from specdiff.types import Batch, Draft, Round, SamplingParams, TargetOutput, Verification
+from specdiff.verify import VERIFIERS
+
+ROWS = 8
+MANY = 512
+
+
+class Watched(Target[Any]):
+    """Passes everything on, and keeps count of which rows are taken."""
+
+    def __init__(self, inner: Target[Any]) -> None:
+        self.inner, self.info = inner, inner.info
+        self.rows = 0
+        self.taken: set[int] = set()
+        self.most = 0
+        self.admitted: list[list[int]] = []
+        self.scored: list[int] = []
+
+    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
+        self.rows += rows
+        return self.inner.open(rows, slots, taps)
+
+    def admit(self, cache: Any, rows: Tensor, prompts: Sequence[Tensor]) -> Tensor | None:
+        joining = rows.tolist()
+        assert len(joining) == len(set(joining)) == len(prompts)
+        assert not self.taken & set(joining), "a row was given away while taken"
+        self.taken |= set(joining)
+        self.most = max(self.most, len(self.taken))
+        self.admitted += [p.tolist() for p in prompts]
+        return self.inner.admit(cache, rows, prompts)
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        self.scored.append(len(batch.length))
+        return self.inner.score(cache, batch, draft)
+
+    def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
+        self.inner.keep(cache, batch, verification)
+
+    def release(self, cache: Any, rows: Tensor) -> None:
+        assert set(rows.tolist()) <= self.taken
+        self.taken -= set(rows.tolist())
+        self.inner.release(cache, rows)
+
+
+def requests(count: int, vocab: int, stops: bool = True) -> list[Request]:
+    """Prompts, budgets and temperatures of all sorts; ids to stop at in every third."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(count):
+        prompt = torch.randint(vocab, (1 + i % 7,), generator=generator).tolist()
+        stop = (i % vocab, 3) if stops and i % 3 == 0 else ()
+        params = SamplingParams(1 + (i * 5) % 9, (0.0, 0.8, 1.0)[i % 3], top_k=(0, 4)[i % 2], stop_token_ids=stop)
+        made.append(Request(prompt, params, row_seed(1, i)))
+    return made
+
+
+def collected(progress: Iterator[Progress]) -> tuple[dict[int, list[int]], dict[int, str], list[int]]:
+    """Tokens and ends by request, and the requests in the order in which they were first heard of."""
+    tokens: dict[int, list[int]] = {}
+    ends: dict[int, str] = {}
+    for p in progress:
+        assert p.request not in ends, "heard of after its end"
+        assert p.accepted <= min(p.drafted, len(p.tokens))
+        tokens.setdefault(p.request, []).extend(p.tokens)
+        if p.finished:
+            ends[p.request] = p.finished
+    return tokens, ends, list(tokens)
+
+
+def served(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: str = "token", **options: Any) -> Any:
+    return collected(engine.run(target, drafter, asked, verifier=VERIFIERS[verifier], **{"draft_len": 3, "rows": ROWS} | options))
+
+
+@pytest.fixture(scope="module")
+def asked() -> list[Request]:
+    return requests(MANY, tiny.VOCAB)
+
+
+@pytest.fixture(scope="module")
+def target() -> Target[Any]:
+    return tiny.target("gpt2")
+
+
+@pytest.fixture(scope="module")
+def drafter(target: Target[Any]) -> Drafter[Any]:
+    return tiny.drafter(target.info, **tiny.CACHED)
+
+
+def test_many_requests_through_few_rows(target: Target[Any], drafter: Drafter[Any], asked: list[Request]) -> None:
+    watched = Watched(target)
+    tokens, ends, order = served(watched, drafter, asked)
+    assert watched.rows == watched.most == ROWS
+    assert set(watched.scored) == {ROWS}
+    assert not watched.taken
+    assert order == list(range(MANY))  # in order of arrival
+    assert watched.admitted == [list(r.prompt) for r in asked]
+    assert sorted(ends) == list(range(MANY))
+    for i, request in enumerate(asked):
+        stops = request.params.stop_token_ids
+        assert not set(tokens[i][:-1]) & set(stops)
+        assert ends[i] == ("stop" if tokens[i][-1] in stops else "length")
+        assert len(tokens[i]) == request.params.max_tokens or ends[i] == "stop"
+    assert set(ends.values()) == {"stop", "length"}
+    for i in range(0, MANY, 11):  # each alone gives the same
+        alone, end, _ = served(target, drafter, asked[i : i + 1])
+        assert (alone[0], end[0]) == (tokens[i], ends[i]), i
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_all_equal_one_by_one_on_an_exact_target(verifier: str) -> None:
+    table = TableTarget.random(5, seed=3)
+    asked = requests(96, 5)
+    drafter = tiny.drafter(table.info, steps=2, n_blocks=1)
+    tokens, ends, _ = served(table, drafter, asked, verifier)
+    for i, request in enumerate(asked):
+        alone, end, _ = served(table, drafter, [request], verifier)
+        assert (alone[0], end[0]) == (tokens[i], ends[i]), i
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_any_number_of_rows_gives_the_same(rows: int) -> None:
+    table, asked = TableTarget.random(5, seed=3), requests(40, 5)
+    drafter = tiny.drafter(table.info, n_blocks=1)
+    assert served(table, drafter, asked, rows=rows)[:2] == served(table, drafter, asked)[:2]
+
+
+def test_the_order_of_arrival_changes_nothing() -> None:
+    table, asked = TableTarget.random(5, seed=3), requests(40, 5)
+    drafter = tiny.drafter(table.info, n_blocks=1)
+    forth, back = served(table, drafter, asked), served(table, drafter, asked[::-1])
+    assert [forth[0][i] for i in range(40)] == [back[0][39 - i] for i in range(40)]
+
+
+def test_fewer_requests_than_rows_open_fewer(target: Target[Any], drafter: Drafter[Any], asked: list[Request]) -> None:
+    watched = Watched(target)
+    served(watched, drafter, asked[:3])
+    assert watched.rows == 3
+
+
+def test_no_requests_open_nothing(target: Target[Any], drafter: Drafter[Any]) -> None:
+    watched = Watched(target)
+    assert served(watched, drafter, []) == ({}, {}, [])
+    assert watched.rows == 0
+
+
+def test_a_free_row_is_refilled_at_once() -> None:
+    """A long answer holds one row; the short ones pass by on the other."""
+    table = TableTarget.random(5, seed=3)
+    asked = [Request([1], SamplingParams(max_tokens=60), 0), *[Request([2], SamplingParams(max_tokens=2), i) for i in range(9)]]
+    progress = list(engine.run(table, NoDrafter(), asked, verifier=VERIFIERS["token"], draft_len=0, rows=2))
+    ends = [p.request for p in progress if p.finished]
+    assert ends == [*range(1, 10), 0]
+    assert len(progress) == 60 + 9 * 2
+
+
+def test_a_row_may_draft_anything_while_others_are_done() -> None:
+    """The last long request runs on with idle rows beside it: they are not heard of again."""
+    table = TableTarget.random(5, seed=3)
+    asked = [Request([1], SamplingParams(max_tokens=1), 0), Request([1, 2], SamplingParams(max_tokens=30), 1)]
+    drafter = tiny.drafter(table.info, n_blocks=1)
+    tokens, ends, _ = served(table, drafter, asked, rows=2)
+    assert [len(tokens[0]), len(tokens[1])] == [1, 30]
+    assert tokens[1] == served(table, drafter, asked[1:])[0][0]
+    assert ends == {0: "length", 1: "length"}
+
+
+def test_the_draft_length_may_change_between_rounds() -> None:
+    """Under `match` a rule that switches drafting off and on leaves the text alone."""
+    table, asked = TableTarget.random(5, seed=3), requests(40, 5)
+    drafter = tiny.drafter(table.info, n_blocks=1)
+    heard: list[Round | None] = []
+
+    def rule(last: Round | None) -> int:
+        heard.append(last)
+        return (0, 3, 8, 1)[len(heard) % 4]
+
+    assert served(table, drafter, asked, "match", draft_len=rule)[:2] == served(table, NoDrafter(), asked, "match", draft_len=0)[:2]
+    assert heard[0] is None
+    assert all(isinstance(r, Round) for r in heard[1:])
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    asked = [Request([1], SamplingParams(), 0), Request([], SamplingParams(), 0)]
+    with pytest.raises(UsageError, match="prompt 1 holds no tokens"):
+        served(TableTarget.random(5), NoDrafter(), asked, draft_len=0)
