@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-from tiny import batch_of
 
 from specdiff.controller import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, PLAIN_PROBES, Controller
 from specdiff.types import Draft, Round, Verification
+from tiny import batch_of
 
 DRAFT = 8
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from specdiff import engine
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.engine import Progress, Request

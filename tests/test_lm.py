@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+import tiny
 from specdiff import SpeculativeLM, decode
 from specdiff.errors import DrafterError, UsageError
 from specdiff.lm import Piece
@@ -321,7 +321,7 @@ def test_without_a_template_a_string_is_text(lm: SpeculativeLM, tokenizer: Any) 
     bare.chat_template = None
     made = SpeculativeLM(lm.target, "none", bare, 64)
     assert bare.decode(made.encode("the rain")) == "the rain"
-    with pytest.raises(UsageError, match="no chat template.*raw=True"):
+    with pytest.raises(UsageError, match=r"no chat template.*raw=True"):
         made.chat([{"role": "user", "content": "hi"}])
     with pytest.raises(UsageError, match="system prompt needs a chat template"):
         made.generate("the rain", system="in")
@@ -388,7 +388,7 @@ def test_options_of_a_drafter_given_by_name(target: CausalTarget, tokenizer: Any
     assert one.token_ids == made.generate("the", max_tokens=8, seed=0, drafter_options={}).token_ids
     assert one.stats.drafted == 5 * one.stats.rounds
     assert two.token_ids == made.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2}).token_ids
-    with pytest.raises(UsageError, match="'?stepz'?"):
+    with pytest.raises(UsageError, match="stepz"):
         made.generate("the", drafter_options={"stepz": 2})
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from specdiff.drafters import sedd as module
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
@@ -180,7 +180,7 @@ def test_a_long_prompt_fits_the_networks_length() -> None:
     drafter = tiny.drafter(info(), length=16)
     draft = propose(drafter, tiny.batch_of([list(range(40))]), 6)
     assert draft.tokens.shape == (1, 6)
-    with pytest.raises(UsageError, match="draft_len 16.*16 positions"):
+    with pytest.raises(UsageError, match=r"draft_len 16.*16 positions"):
         propose(drafter, tiny.batch_of([list(range(40))]), 16)
 
 
@@ -266,7 +266,9 @@ def test_two_streams_never_meet() -> None:
         ({"attention": "causal-context", "context_window": 8}, {"window": 4}, UsageError, "window=4.*8"),
     ],
 )
-def test_a_drafter_that_does_not_fit_is_refused(changes: dict[str, Any], options: dict[str, Any], error: type[Exception], told: str) -> None:
+def test_a_drafter_that_does_not_fit_is_refused(
+    changes: dict[str, Any], options: dict[str, Any], error: type[Exception], told: str
+) -> None:
     network = tiny.sedd(tiny.sedd_config(**changes))
     with pytest.raises(error, match=told):
         SEDDDenoiser(network, info(), **options)

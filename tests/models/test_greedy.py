@@ -3,10 +3,10 @@
 import itertools
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
+import tiny
 from specdiff.drafters.base import NoDrafter
 from specdiff.verify import VERIFIERS
 
@@ -60,9 +60,7 @@ def test_a_drafter_that_is_mostly_right(pair: tuple, verifier: str) -> None:
     for draft_len in LENGTHS:
         for flaw in (3, 1000):
             batch = tiny.batch_of(prompts, NEW, temperature=0.0)
-            got = tiny.decoded(
-                target, tiny.Hinted(texts, tiny.VOCAB, flaw), batch, draft_len=draft_len, verifier=VERIFIERS[verifier]
-            )
+            got = tiny.decoded(target, tiny.Hinted(texts, tiny.VOCAB, flaw), batch, draft_len=draft_len, verifier=VERIFIERS[verifier])
             parted += flips(net, got, texts)
     assert parted <= 1
 

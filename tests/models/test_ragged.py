@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+import tiny
 from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from test_greedy import flips
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import tiny
 from specdiff import SpeculativeLM, catalog
 from specdiff.drafters.base import Drafter
 from specdiff.verify import VERIFIERS
@@ -46,9 +46,7 @@ def test_greedy_text_is_the_targets_own(
     assert parted <= 1
 
 
-def test_a_random_sedd_drafter_over_the_real_vocabulary(
-    lm: SpeculativeLM, untouched: PreTrainedModel, texts: list[list[int]]
-) -> None:
+def test_a_random_sedd_drafter_over_the_real_vocabulary(lm: SpeculativeLM, untouched: PreTrainedModel, texts: list[list[int]]) -> None:
     info = lm.target.info
     borrowed: dict[str, Any] = {**tiny.CACHED, "hidden_size": info.hidden_size, "n_heads": 9, "n_blocks": 1, "draft_vocab_size": 4096}
     drafter = tiny.drafter(info, steps=2, **borrowed)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import tiny
 from specdiff.errors import ConfigError
 from specdiff.models.cache import RaggedCache
 from specdiff.nn.ddit import SEDD, SEDDConfig
@@ -277,7 +277,7 @@ def test_borrowing_equals_owning_the_same_numbers() -> None:
 
 
 def test_draft_vocab_reads_some_columns_of_the_head() -> None:
-    network, embedding, head = borrowed(draft_vocab_size=10)
+    network, _, _ = borrowed(draft_vocab_size=10)
     whole, _, _ = borrowed()
     whole.load_state_dict({k: v for k, v in network.state_dict().items() if k != "draft_vocab"})
     ids, sigma = torch.tensor([[3, tiny.VOCAB, 7, tiny.VOCAB]]), torch.tensor([0.8])
