@@ -233,6 +233,11 @@ def test_a_weight_of_zero_is_never_drawn(dtype: torch.dtype) -> None:
             assert bool((scaled.gather(1, found) > 0).all())
 
 
+def test_a_total_so_small_that_rounding_lifts_the_uniform_onto_it() -> None:
+    weights = torch.tensor([[5e-324, 0.0], [0.0, 5e-324]], dtype=torch.float64)
+    assert draw(weights, torch.full((2,), ALMOST_ONE, dtype=torch.float64)).tolist() == [0, 1]
+
+
 def test_the_ends_of_the_unit_interval_are_the_first_and_the_last_token() -> None:
     weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
     assert draw(weights, torch.zeros(3)).tolist() == [1, 0, 4]

@@ -165,6 +165,7 @@ def test_a_token_the_target_never_says_is_never_accepted(name: str, probs: bool)
 def test_a_draft_that_is_the_target_is_always_accepted(name: str) -> None:
     cases = Cases.random("equal", 4, 3, 10)
     draft, p = cases.rows()
+    assert torch.allclose(verify.PLANS[name](draft, p).thresholds, torch.ones(len(p), 3, dtype=torch.float64), atol=1e-12)
     top = torch.full((len(p), 3), ALMOST_ONE, dtype=torch.float64)
     result = verify.VERIFIERS[name](draft, p, Grid.holding(len(p), ratio=top, residual=top))
     assert bool((result.accepted == 3).all()) and torch.equal(result.tokens[:, :3], draft.tokens)
