@@ -74,11 +74,9 @@ def test_one_row_each_in_one_batch() -> None:
     found = normalised(logits, *[SamplingParams(**asked) for asked in ASKED])
     for row, asked in enumerate(ASKED):
         alone = normalised(logits[row : row + 1], SamplingParams(**asked))[0]
-        assert torch.equal(found[row] > 0, alone > 0)
-        assert torch.allclose(found[row], alone, atol=1e-15)
+        assert torch.equal(found[row], alone)
 
 
-@pytest.mark.xfail(strict=True, reason="sampling._renormalise also divides the rows that did not ask for the filter")
 @pytest.mark.parametrize("other", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
 def test_a_row_does_not_feel_its_neighbours_at_all(other: dict[str, Any]) -> None:
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
@@ -134,24 +132,20 @@ def flat_with_a_peak(V: int, at: int) -> torch.Tensor:
 
 
 def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
-    """Most likely first, lower ids first among equals, until the mass is reached."""
-    order = np.argsort(-p, kind="stable")
-    before = np.cumsum(p[order]) - p[order]
-    return sorted(order[before < np.float64(np.float32(top_p))].tolist())
+    """The most likely tokens until the mass is reached, with all that are as likely as the last of them."""
+    best = np.sort(p)[::-1]
+    needed = max(1, int((np.cumsum(best) - best < np.float64(np.float32(top_p))).sum()))
+    return np.flatnonzero(p >= best[needed - 1]).tolist()
 
 
 @pytest.mark.parametrize("V", [4, 7, 20, 100, 600])
-def test_top_p_keeps_as_many_equals_as_transformers(V: int) -> None:
+@pytest.mark.parametrize("top_p", [0.1, 0.7])
+def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int) -> None:
+    """Which of several equals transformers keeps hangs on its sort; here they stay or go together."""
     logits = flat_with_a_peak(V, 2)
-    assert int((normalised(logits, SamplingParams(top_p=0.7)) > 0).sum()) == int((warped(logits, {"top_p": 0.7}) > 0).sum())
-
-
-@pytest.mark.parametrize("V", [7, 20, 600])
-@pytest.mark.xfail(strict=True, reason="sampling._top_p: torch.topk does not put lower ids first among equals")
-def test_top_p_keeps_lower_ids_first_among_equals(V: int) -> None:
-    logits = flat_with_a_peak(V, 2)
-    found = normalised(logits, SamplingParams(top_p=0.7))[0]
-    assert found.nonzero()[:, 0].tolist() == smallest_set(torch.softmax(logits, -1)[0].numpy(), 0.7)
+    found, kept = normalised(logits, SamplingParams(top_p=top_p))[0] > 0, warped(logits, {"top_p": top_p})[0] > 0
+    assert found.nonzero()[:, 0].tolist() == smallest_set(torch.softmax(logits, -1)[0].numpy(), top_p)
+    assert torch.equal(found, logits[0] >= logits[0][kept].min())
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1e-3, 0.1, 1.0, 4.0])
@@ -166,15 +160,15 @@ def test_top_p_is_exact_past_the_prefix(top_p: float, sharpness: float) -> None:
         expected = smallest_set(p[row], top_p)
         assert found[row].nonzero()[:, 0].tolist() == expected
         sizes.add(len(expected))
-    if sharpness <= 0.1 and top_p > 0.5:
-        assert min(sizes) > PREFIX
+    if 0 < sharpness <= 0.1 and top_p > 0.5:
+        assert min(sizes) > PREFIX and max(sizes) < 2000
 
 
 def test_a_flat_row_beside_a_peaked_one() -> None:
     logits = torch.stack([torch.zeros(2000, dtype=torch.float64), 5 * torch.randn(2000, dtype=torch.float64)])
     rows = [SamplingParams(top_p=0.7)] * 2
     found = normalised(logits, *rows)
-    assert found[0].nonzero()[:, 0].tolist() == list(range(1400))
+    assert found[0].nonzero()[:, 0].tolist() == list(range(2000))  # equals stay together
     assert torch.equal(found[1], normalised(logits[1:], rows[1])[0])
 
 
@@ -186,8 +180,8 @@ def test_a_flat_row_beside_a_peaked_one() -> None:
     [
         1e-3,
         1e-10,
-        pytest.param(1e-38, marks=pytest.mark.xfail(strict=True, reason="logits / temperature overflows: every entry is NaN")),
-        pytest.param(1e-46, marks=pytest.mark.xfail(strict=True, reason="rounds to 0 in float32, which is not marked greedy: T = 1")),
+        1e-38,  # logits / temperature would overflow
+        1e-46,  # 0 in float32
     ],
 )
 def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
@@ -195,9 +189,7 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
     assert found.tolist() == [[0, 0, 1]]
 
 
-@pytest.mark.parametrize(
-    "top_p", [1e-6, pytest.param(1e-46, marks=pytest.mark.xfail(strict=True, reason="rounds to 0 in float32: no token is kept, all NaN"))]
-)
+@pytest.mark.parametrize("top_p", [1e-6, 1e-46])  # the second is 0 in float32
 def test_a_tiny_top_p_keeps_the_best(top_p: float) -> None:
     assert normalised(torch.tensor([[0.0, 1.0, 2.0]]), SamplingParams(top_p=top_p)).tolist() == [[0, 0, 1]]
 

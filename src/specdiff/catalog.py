@@ -124,6 +124,8 @@ def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> 
     built = getattr(module, name, None)
     if built is None:
         raise UnknownNameError(f"{head} defines no {name!r}")
+    if not callable(built):
+        raise DrafterError(f"{head}:{name} is a {type(built).__name__}, not a Drafter class")
     made = _call(partial(built, info), given | options, f"{head}:{name}")
     if not isinstance(made, Drafter):
         raise DrafterError(f"{head}:{name} gave a {type(made).__name__}, not a specdiff Drafter; subclass specdiff.Drafter")
@@ -139,7 +141,7 @@ def _import_file(path: Path) -> Any:
     sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DrafterError(f"the drafter file {path} raised {type(error).__name__} while being imported: {error}") from error
     return module
 
@@ -161,7 +163,7 @@ def _call(build: Any, options: Mapping[str, Any], name: str) -> Drafter[Any]:
     except SpecdiffError:
         raise
     except TypeError as error:
-        if "argument" in str(error):
+        if options and "argument" in str(error):
             raise UsageError(f"drafter {name} does not take these options ({error}): {json.dumps(dict(options), default=str)}") from error
         raise DrafterError(f"drafter {name} raised TypeError while being built: {error}") from error
     except Exception as error:

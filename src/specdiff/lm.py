@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
+from jinja2 import TemplateError
 
 from specdiff import catalog, engine
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
-from specdiff.errors import DrafterError, UsageError
+from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.noise import row_seed
 from specdiff.stats import Stats
 from specdiff.targets.base import Target
@@ -106,7 +107,12 @@ class SpeculativeLM:
         tokenizer = self._tokenizer()
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template; give a plain prompt with raw=True")
-        ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+        if isinstance(messages, str) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
+            raise UsageError('messages must be a list of {"role": ..., "content": ...}')
+        try:
+            ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"the model's chat template refuses these messages ({type(error).__name__}: {error})") from error
         return [int(i) for i in ids]
 
     def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> list[int]:
@@ -148,6 +154,8 @@ class SpeculativeLM:
         **sampling: Any,
     ) -> Iterator[tuple[int, list[tuple[int, bool]], bool]]:
         """Run the engine and fold its progress into `generations`; yields (prompt, new (token, accepted) pairs, finished)."""
+        if seed is not None and not isinstance(seed, int):
+            raise UsageError(f"seed must be a whole number, not {seed!r}")
         if rows < 1:
             raise UsageError(f"rows must be at least 1, not {rows}")
         params = _sampling(sampling)
@@ -230,7 +238,7 @@ def _sampling(options: Mapping[str, Any]) -> SamplingParams:
 
 
 def _draft_length(given: int | str | None, drafter: Drafter[Any], seeded: bool) -> int | Controller:
-    if isinstance(given, str) and given != "auto":
+    if given not in (None, "auto") and not isinstance(given, int):
         raise UsageError(f"draft_len must be a whole number of at least 1 or 'auto', not {given!r}")
     if isinstance(given, int) and given < 1:
         raise UsageError(f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'")
@@ -271,6 +279,8 @@ def load(
     if isinstance(drafter, str):
         chosen: str | Drafter[Any] = drafter
         built = catalog.drafter(drafter, target.info, drafter_options)
+    elif drafter_options:
+        raise UsageError("drafter_options need a drafter given by name; this one was given as an object")
     else:
         chosen, built = drafter, drafter
     lm = SpeculativeLM(target, built, _load_tokenizer(folder), max_len)
@@ -294,5 +304,8 @@ def _load_tokenizer(folder: Path | str) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        present = [p.name for p in Path(folder).glob("*token*.json")]
+        if present:
+            raise ConfigError(f"{folder}: the tokenizer ({', '.join(sorted(present))}) cannot be read: {error}") from error
         return None  # token ids work without one; text prompts then say what is missing

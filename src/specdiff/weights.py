@@ -58,6 +58,22 @@ def field(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
     return value
 
 
+def positive(data: Mapping[str, Any], key: str, where: str) -> int:
+    """`data[key]`, an integer of at least 1."""
+    value = field(data, key, int, where)
+    if value < 1:
+        raise ConfigError(f"{where}: {key} must be at least 1, not {value}")
+    return value
+
+
+def number(data: Mapping[str, Any], key: str, where: str) -> float:
+    """`data[key]`, a finite number >= 0 (JSON writes 20 for 20.0)."""
+    value = data[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+        raise ConfigError(f"{where}: {key} must be a number >= 0, not {value!r}")
+    return float(value)
+
+
 def section(data: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     """`data[key]` as a nested object."""
     return field(data, key, dict, where)

@@ -55,6 +55,8 @@ class SEDDDenoiser:
             raise UsageError(f"window must be at least 1, not {window}")
         if self.cached and window not in (None, config.context_window):
             raise UsageError(f"window={window}, but this drafter was trained with a fixed context of {config.context_window}")
+        if self.cached and config.time_conditioning:
+            raise DrafterError("this drafter's context is cached, so it cannot depend on time: its config needs time_conditioning false")
         fits = None if self.cached else config.length
         self.window = config.context_window if self.cached else min(window or WINDOW, config.length - 1)
         if config.borrow_embeddings:

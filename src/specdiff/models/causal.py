@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import sdpa_mask
 
 from specdiff.errors import ConfigError, UnknownNameError, UnsupportedModelError, WeightsError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
 
 AttentionInterface.register(masks.ATTENTION, masks.grouped_attention)
+AttentionMaskInterface.register(masks.ATTENTION, sdpa_mask)  # the user's own padded batches still need their mask
 
 # families whose layers keep other state than keys and values at positions, or bias attention by distance on their own
 REFUSED = {"bloom", "falcon_mamba", "lfm2", "mamba", "mamba2", "gpt_neo", "mpt", "recurrent_gemma", "rwkv"}
@@ -125,23 +128,35 @@ def load_model(folder: Path | str, dtype: torch.dtype | None, device: torch.devi
             raise WeightsError(f"{path} holds no *.safetensors{why}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except StrictDataclassError as error:
+        raise ConfigError(f"{path / 'config.json'}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, KeyError, ArithmeticError) as error:
         raise UnknownNameError(f"cannot load the model {str(folder)!r}: {_first_line(error)}") from error
     _refuse(config)
     if getattr(config, "auto_map", None):
         raise UnsupportedModelError(f"{folder}: config.json asks for its own code (auto_map), which is never run")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=False, attn_implementation=None
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=None,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
         raise WeightsError(f"cannot load the weights of {str(folder)!r}: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise WeightsError(f"a *.safetensors of {str(folder)!r} cannot be read (truncated or damaged?): {error}") from error
-    placed: Any = model
-    loaded: PreTrainedModel = placed.to(device)
+    model, report = made
+    bad = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
+    if bad:  # transformers would have filled them with random numbers
+        raise WeightsError(f"{folder}: the safetensors lack, or misshape, {', '.join(bad[:3])}; does config.json describe another model?")
+    loaded: PreTrainedModel = model.to(device)
     return loaded
 
 

@@ -7,6 +7,7 @@ size and modification time.
 import hashlib
 import os
 import shutil
+import struct
 import tempfile
 from importlib import metadata, util
 from pathlib import Path
@@ -63,7 +64,7 @@ def _convert(path: Path, folder: Path) -> None:
         (partial / MARKER).touch()
         shutil.rmtree(folder, ignore_errors=True)
         partial.replace(folder)
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError) as error:
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError, struct.error) as error:
         line = next((s for s in str(error).splitlines() if s.strip()), type(error).__name__)
         raise WeightsError(f"{path} cannot be read as GGUF (truncated or damaged?): {line}") from error
     finally:

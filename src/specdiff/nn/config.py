@@ -51,15 +51,15 @@ class SEDDConfig:
         model = weights.section(data, "model", where)
         graph = weights.section(data, "graph", where)
         noise = weights.section(data, "noise", where)
-        required = {key: weights.field(model, key, int, where) for key in ("hidden_size", "n_blocks", "n_heads", "cond_dim")}
+        required = {key: weights.positive(model, key, where) for key in ("hidden_size", "n_blocks", "n_heads", "cond_dim")}
         values: dict[str, Any] = {
-            "tokens": weights.field(data, "tokens", int, where),
+            "tokens": weights.positive(data, "tokens", where),
             "process": weights.choice(graph, "type", ("absorb", "uniform"), where),
             "schedule": weights.choice(noise, "type", ("loglinear", "geometric"), where),
             **required,
-            **{key: model[key] for key in ("length", "dropout", "scale_by_sigma") if key in model},
-            **{key: noise[key] for key in ("sigma_min", "sigma_max") if key in noise},
-            **{key: data[key] for key in _OURS if key in data},
+            **_optional(model, {"length": int, "dropout": float, "scale_by_sigma": bool}, where),
+            **_optional(noise, {"sigma_min": float, "sigma_max": float}, where),
+            **_optional(data, _OURS, where),
         }
         config = cls(**values)
         if config.hidden_size % config.n_heads:
@@ -81,4 +81,23 @@ class SEDDConfig:
         }
 
 
-_OURS = ("borrow_embeddings", "draft_vocab_size", "attention", "context_window", "time_conditioning")
+def _optional(data: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
+    """The keys that are there and not null, checked."""
+    return {
+        key: weights.positive(data, key, where)
+        if kind is int
+        else weights.number(data, key, where)
+        if kind is float
+        else weights.field(data, key, kind, where)
+        for key, kind in kinds.items()
+        if data.get(key) is not None
+    }
+
+
+_OURS: Mapping[str, type] = {
+    "borrow_embeddings": bool,
+    "draft_vocab_size": int,
+    "attention": str,
+    "context_window": int,
+    "time_conditioning": bool,
+}

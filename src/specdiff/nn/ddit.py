@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from specdiff import weights
-from specdiff.errors import ConfigError
+from specdiff.errors import ConfigError, WeightsError
 from specdiff.nn.config import SEDDConfig
 from specdiff.nn.linear import linear
 
@@ -190,6 +190,8 @@ class SEDD(nn.Module):
         config = SEDDConfig.from_json(weights.read_config(path), str(path / weights.CONFIG))
         model = cls(config)
         weights.load_into(model, path, ignore=("rotary_emb.inv_freq",))
+        if config.draft_vocab_size is not None and not bool(((model.draft_vocab >= 0) & (model.draft_vocab < config.tokens)).all()):
+            raise WeightsError(f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of {config.tokens}")
         return model.to(dtype).eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
