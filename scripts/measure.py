@@ -126,6 +126,7 @@ def host(a: argparse.Namespace) -> None:
                 meter.seconds = 0.0
             shares = shares[2:]
             outside, total = statistics.median(s[0] for s in shares), statistics.median(s[1] for s in shares)
+            share = 100 * outside / total
             print(
                 f"{name:6} {options!s:36} host {1e3 * outside:5.2f} ms of {1e3 * total:6.1f} ms a round = {share:.1f} %",
                 flush=True,

@@ -125,6 +125,14 @@ def test_min_p_keeps_what_is_exactly_on_its_edge() -> None:
     assert torch.equal(found > 0, warped(logits, {"min_p": 0.5}) > 0)
 
 
+def test_top_p_stops_where_the_mass_is_exactly_reached() -> None:
+    logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]], dtype=torch.float64).log()
+    for top_p, kept in [(0.5, 1), (0.75, 2), (0.76, 4)]:
+        found = normalised(logits, SamplingParams(top_p=top_p))
+        assert int((found > 0).sum()) == kept
+    assert torch.equal(normalised(logits, SamplingParams(top_p=0.5)) > 0, warped(logits, {"top_p": 0.5}) > 0)
+
+
 def flat_with_a_peak(V: int, at: int) -> torch.Tensor:
     logits = torch.zeros(1, V, dtype=torch.float64)
     logits[0, at] = 2

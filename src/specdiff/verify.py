@@ -88,7 +88,7 @@ def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     ratio, K = _ratio(draft, p), draft.tokens.shape[1]
     w = [torch.ones_like(p[:, 0, 0])]
     for k in range(K):
-        w.append((w[-1] * ratio[:, k]).clamp(max=1))
+        w.append(torch.where(w[-1] > 0, w[-1] * ratio[:, k], 0).clamp(max=1))  # once 0, always 0: not 0 x infinity
     weight = torch.stack(w, dim=1)
     total = weight.clone()  # S_k where q_k = 0: w_k itself
     if K > 1 and draft.probs is None:

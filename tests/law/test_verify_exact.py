@@ -212,3 +212,10 @@ def test_the_tokens_behind_are_zero_and_the_path_is_the_chain(name: str) -> None
     assert draft.size is not None and bool((result.accepted <= draft.size).all())
     assert bool((result.tokens[index > result.accepted[:, None]] == 0).all())
     assert torch.equal(result.path, index.expand(len(p), 4))
+
+
+def test_block_never_accepts_behind_an_impossible_token() -> None:
+    """q(x) = 0 at the second token, where the first already has p = 0: 0 times infinity must not become acceptance."""
+    draft = Draft(torch.tensor([[0, 1]]), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
+    p = torch.tensor([[[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]]])
+    assert verify.block_plan(draft, p).thresholds.tolist() == [[0, 0]]
