@@ -57,9 +57,10 @@ def _kth(p: Float[Tensor, "B N V"], k: Int[Tensor, "B"]) -> Float[Tensor, "B N 1
 def _at_mass(p: Float[Tensor, "B N V"], mass: Float[Tensor, "B"]) -> Float[Tensor, "B N 1"]:
     """The probability of the token at which the most likely ones first reach the mass."""
     limit = mass[:, None, None].to(p.dtype)
-    best = p.topk(min(PREFIX, p.shape[-1]), dim=-1).values
-    if not bool(((best.sum(-1, keepdim=True) >= limit) | (limit >= 1)).all()):
-        best = p.sort(dim=-1, descending=True).values  # exact fallback: the prefix may not hold the whole set
+    for size in (PREFIX, 8 * PREFIX, p.shape[-1]):  # flat laws need a longer prefix, at worst all of it: always exact
+        best = p.topk(min(size, p.shape[-1]), dim=-1).values
+        if size >= p.shape[-1] or bool(((best.sum(-1, keepdim=True) >= limit) | (limit >= 1)).all()):
+            break
     before = best.cumsum(-1) - best
     needed = (before < limit).sum(-1, keepdim=True).clamp(min=1)
     return best.gather(-1, needed - 1)
