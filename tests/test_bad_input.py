@@ -418,8 +418,8 @@ def test_a_tokenizer_may_not_bring_code(folder: Any) -> None:
     (made / "tokenizer_config.json").write_text(
         json.dumps({"auto_map": {"AutoTokenizer": ["tokenization.Tok", None]}, "tokenizer_class": "Tok"})
     )
-    made_lm = specdiff.load(str(made), device="cpu")
-    assert made_lm.tokenizer is None
+    with pytest.raises(ConfigError, match=r"the tokenizer \(tokenizer_config.json\) cannot be read"):
+        specdiff.load(str(made), device="cpu")
     assert not mark.exists()
 
 

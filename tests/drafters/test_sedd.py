@@ -23,7 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "windowed-draft-vocab": {"borrow_embeddings": True, "draft_vocab_size": 20},
     "cached": tiny.CACHED,
     "cached-banded": {**tiny.CACHED, "context_window": 4},
-    "cached-own": {"attention": "causal-context"},
+    "cached-own": {"attention": "causal-context", "time_conditioning": False},
 }
 
 
@@ -295,3 +295,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], told: str) ->
     denoiser = tiny.drafter(info()).denoiser
     with pytest.raises(UsageError, match=told):
         DenoisingDrafter(denoiser, **options)
+
+
+def test_a_cached_context_cannot_depend_on_time() -> None:
+    with pytest.raises(DrafterError, match="time_conditioning false"):
+        tiny.drafter(info(), **{**tiny.CACHED, "time_conditioning": True})
