@@ -1,4 +1,4 @@
-"""Products of a few rows with a big weight, as decoding makes them: on a CPU, half the time of the stock kernel.
+"""Products of a few rows with a big weight, as decoding makes them: on a CPU, at best in half the time of the stock kernel.
 
 `F.linear` computes x W^T. For two to a dozen rows its float32 CPU kernel runs far from memory bandwidth; W x^T streams the
 weight once. Same numbers but for rounding.
