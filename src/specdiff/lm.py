@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from specdiff import catalog, engine
 from specdiff.controller import Controller
+from specdiff.detokenizer import Detokenizer
 from specdiff.drafters.base import Drafter
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.noise import row_seed
@@ -48,10 +49,19 @@ class Piece:
 class SpeculativeLM:
     """A target, a drafter and a tokenizer. Build it with `specdiff.load`."""
 
-    def __init__(self, target: Target[Any], drafter: str | Drafter[Any], tokenizer: Any, max_len: int) -> None:
+    def __init__(
+        self,
+        target: Target[Any],
+        drafter: str | Drafter[Any],
+        tokenizer: Any,
+        max_len: int,
+        drafter_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.target, self.tokenizer, self.max_len = target, tokenizer, min(max_len, target.info.max_positions)
+        if drafter_options and not isinstance(drafter, str):
+            raise UsageError("drafter_options need a drafter given by name; this one was given as an object")
         self.spec = drafter if isinstance(drafter, str) else None
-        self.drafter = drafter if isinstance(drafter, Drafter) else catalog.drafter(drafter, target.info)
+        self.drafter = catalog.drafter(drafter, target.info, drafter_options) if isinstance(drafter, str) else drafter
         self._built: dict[str, Drafter[Any]] = {"{}": self.drafter}
 
     @overload
@@ -87,7 +97,7 @@ class SpeculativeLM:
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Piece]:
         """Answer one prompt piece by piece; takes what `generate` takes. Joined pieces equal generate's text."""
         generation = Generation()
-        text = _Detokenizer(self)
+        text = Detokenizer(self._text)
         for _, new, finished in self._progress([prompt], [generation], **options):
             for token, accepted in new:
                 if piece := text.add(token):
@@ -207,28 +217,6 @@ class SpeculativeLM:
         )
 
 
-class _Detokenizer:
-    """Text of a growing token list, held back while it ends inside a character."""
-
-    def __init__(self, lm: SpeculativeLM) -> None:
-        self.lm, self.ids, self.shown = lm, list[int](), ""
-        self.start = self.settled = 0  # decode from `start`: a few tokens of context, for tokenizers that look left
-
-    def add(self, token: int) -> str:
-        self.ids.append(token)
-        old, new = self.lm._text(self.ids[self.start : self.settled]), self.lm._text(self.ids[self.start :])
-        if new.endswith("\ufffd") or len(new) <= len(old):
-            return ""
-        self.start, self.settled = self.settled, len(self.ids)
-        self.shown += new[len(old) :]
-        return new[len(old) :]
-
-    def finish(self) -> str:
-        rest = self.lm._text(self.ids)[len(self.shown) :]
-        self.shown += rest
-        return rest
-
-
 def _sampling(options: Mapping[str, Any]) -> SamplingParams:
     known = SamplingParams.__dataclass_fields__
     unknown = [name for name in options if name not in known]
@@ -276,16 +264,7 @@ def load(
     place = _device(device)
     kind = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES[dtype]
     target, folder = catalog.target(model, kind, place)
-    if isinstance(drafter, str):
-        chosen: str | Drafter[Any] = drafter
-        built = catalog.drafter(drafter, target.info, drafter_options)
-    elif drafter_options:
-        raise UsageError("drafter_options need a drafter given by name; this one was given as an object")
-    else:
-        chosen, built = drafter, drafter
-    lm = SpeculativeLM(target, built, _load_tokenizer(folder), max_len)
-    lm.spec = chosen if isinstance(chosen, str) else None
-    return lm
+    return SpeculativeLM(target, drafter, _load_tokenizer(folder), max_len, drafter_options)
 
 
 def _device(name: str) -> torch.device:
