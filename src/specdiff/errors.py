@@ -6,6 +6,7 @@ SpecdiffError
 ├── ConfigError                a config.json with a missing, odd or unsupported field
 ├── WeightsError               weights that are missing, truncated, misshapen or pickled
 ├── UnsupportedModelError      a target this library cannot score exactly
+├── CorpusError                a corpus folder that is absent, damaged, or does not fit
 ├── DrafterError               a drafter that cannot be built, or does not fit its target
 └── MissingExtraError          an optional dependency that is not installed
 """
@@ -33,6 +34,10 @@ class WeightsError(SpecdiffError):
 
 class UnsupportedModelError(SpecdiffError):
     """The target failed the self-test, or is of a family the ragged cache cannot serve exactly."""
+
+
+class CorpusError(SpecdiffError):
+    """A corpus folder is absent, damaged, was begun with other settings, or is of another target."""
 
 
 class DrafterError(SpecdiffError):

@@ -1,0 +1,1 @@
+"""Corpora, teachers and training: how a drafter is made for a target."""

@@ -1,0 +1,111 @@
+"""What distillation learns from: the target's final states at every token of a corpus, precomputed or run in the loop.
+
+The teacher's law over any set of columns is exp(hidden @ head[columns] - log_z); log_z is that of the whole vocabulary, so a
+draft vocabulary's columns rightly sum to less than 1.
+
+Shapes: B rows, L tokens, H width, V vocabulary, N positions.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdiff.errors import CorpusError, UnsupportedModelError
+from specdiff.training.corpus import Corpus, pad, write_tensors
+
+STORED = torch.bfloat16  # log_z is computed from the rounded states, so that the stored law sums to 1
+POSITIONS = 2048  # positions whose whole-vocabulary logits are in memory at a time
+
+
+class Teacher(Protocol):
+    """Final states [B, L, H] and log-normalisers [B, L] of padded corpus rows."""
+
+    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]: ...
+
+
+class PrecomputedTeacher:
+    """Reads what `precompute` stored beside the corpus."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        if not corpus.has_features:
+            raise CorpusError(f"{corpus.folder} holds no target states for all of its shards; compute them:  specdiff data --features")
+        self.corpus = corpus
+
+    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
+        found = [self.corpus.features(row) for row in rows]
+        hidden, log_z = zip(*(f for f in found if f is not None), strict=True)
+        return pad(hidden).to(ids.device).float(), pad(log_z).to(ids.device)
+
+
+class OnlineTeacher:
+    """Runs the target on each batch: no disk, for machines where its forward pass is cheap."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.head = model.eval(), _head(model)
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state  # causal, so padding behind a row changes nothing
+        return hidden.float(), log_normaliser(hidden, self.head)
+
+
+def log_normaliser(hidden: Float[Tensor, "*B H"], head: Float[Tensor, "V H"]) -> Float[Tensor, "*B"]:
+    """log sum exp of the whole vocabulary's logits, in slices that fit memory."""
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(head.dtype)
+    parts = [torch.logsumexp((h @ head.T).float(), -1) for h in flat.split(POSITIONS)]
+    return torch.cat(parts).view(hidden.shape[:-1])
+
+
+@torch.inference_mode()
+def precompute(model: PreTrainedModel, corpus: Corpus, *, rows: int = 8, shards: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
+    """Write the features of every shard that lacks them; yields (tokens done, tokens in all). A killed run loses one shard.
+
+    Raises UnsupportedModelError if the model's logits are not its head times its final states.
+    """
+    model.eval()
+    head = _head(model)
+    device = model.device
+    done = 0
+    first = 0
+    for index, shard in enumerate(corpus.shards):
+        chosen = range(first, first + shard.rows)
+        first += shard.rows
+        if shard.features_path.exists() or (shards is not None and index not in shards):
+            done += int(corpus.manifest["shards"][index]["tokens"])
+            continue
+        tokens = [corpus[i].tokens for i in chosen]
+        hidden: list[Any] = [None] * len(tokens)
+        log_z: list[Any] = [None] * len(tokens)
+        by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        for start in range(0, len(tokens), rows):
+            group = by_length[start : start + rows]
+            ids = pad([tokens[i] for i in group]).to(device)
+            states = model.base_model(ids, use_cache=False).last_hidden_state.to(STORED)
+            normaliser = log_normaliser(states, head)
+            for i, h, z in zip(group, states, normaliser, strict=True):
+                hidden[i], log_z[i] = h[: len(tokens[i])].cpu(), z[: len(tokens[i])].cpu()
+            done += sum(len(tokens[i]) for i in group)
+            yield done, corpus.tokens
+        write_tensors(shard.features_path, {"hidden": torch.cat(hidden), "log_z": torch.cat(log_z)})
+
+
+def _head(model: PreTrainedModel) -> Tensor:
+    """The output matrix, after proof on random tokens that logits really are final states times it."""
+    read_out = model.get_output_embeddings()
+    if not isinstance(read_out, torch.nn.Linear) or read_out.bias is not None:
+        raise UnsupportedModelError(f"{model.config.model_type} has no plain output matrix, so its states cannot teach; train without distill")
+    with torch.inference_mode():
+        ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+        logits = model(ids, use_cache=False).logits.float()
+        states = model.base_model(ids, use_cache=False).last_hidden_state
+        error = (read_out(states).float() - logits).abs().max().item()
+    if error > 1e-2 * max(1.0, logits.abs().max().item()):
+        raise UnsupportedModelError(
+            f"{model.config.model_type} transforms its logits behind its output matrix (difference {error:.2g}), so its states cannot teach; "
+            f"train without distill"
+        )
+    return read_out.weight.detach()
