@@ -1,11 +1,15 @@
-"""Rows join and leave: a queue of requests around `step`, in memory bounded by the number of rows, not of requests."""
+"""Rows join and leave: a stream of requests around `step`, in memory bounded by the number of rows, not of requests.
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+`serve` is the loop, one `Turn` a round, cheap however many rows there are; `run` tells every row's tokens as they come.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from specdiff import decode
 from specdiff.drafters.base import Drafter
@@ -13,6 +17,8 @@ from specdiff.errors import UsageError
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Round, SamplingParams
 from specdiff.verify import Verifier
+
+DraftLength = int | Callable[[Round | None], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +45,33 @@ class Progress:
     seconds: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One round. `owner[row]` is the place in the stream of the request that ran there (None: idle), `ended` the rows it was the
+    last round of. Read it before asking for the next turn: rows then change hands."""
+
+    round: Round
+    owner: Sequence[int | None]
+    ended: Sequence[int]
+
+    def finished(self) -> list[tuple[int, Int[Tensor, "L"], int]]:
+        """(request, its tokens with the prompt in front, on the host, and the prompt's length) of every request that ended."""
+        if not self.ended:
+            return []
+        batch = self.round.batch
+        rows = torch.tensor(self.ended, device=batch.length.device)
+        ids, lengths, prompts = batch.ids[rows].cpu(), batch.length[rows].tolist(), batch.prompt_length[rows].tolist()
+        requests = [r for row in self.ended if (r := self.owner[row]) is not None]
+        return [(r, i[:n].clone(), p) for r, i, n, p in zip(requests, ids, lengths, prompts, strict=True)]
+
+
 def run(
     target: Target[Any],
     drafter: Drafter[Any],
     requests: Sequence[Request],
     *,
     verifier: Verifier,
-    draft_len: int | Callable[[Round | None], int],
+    draft_len: DraftLength,
     rows: int = 8,
 ) -> Iterator[Progress]:
     """Serve every request, at most `rows` at a time, in order of arrival. Raises UsageError for a prompt without tokens.
@@ -53,60 +79,106 @@ def run(
     Each row has slots for the longest request; a row that ends takes the next request while the others go on.
     """
     for i, request in enumerate(requests):
-        if not request.prompt:
-            raise UsageError(f"prompt {i} holds no tokens; give at least one")
-    if not requests:
+        _check(request, i)
+    for turn in serve(target, drafter, requests, verifier=verifier, draft_len=draft_len, rows=rows):
+        yield from _report(turn, requests)
+
+
+def serve(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    requests: Iterable[Request | None],
+    *,
+    verifier: Verifier,
+    draft_len: DraftLength,
+    rows: int = 8,
+    slots: int | None = None,
+) -> Iterator[Turn]:
+    """Run the stream's requests, at most `rows` at a time, until it ends; one Turn a round.
+
+    Args:
+        requests: pulled when a row is free, so a stream may be endless, and may answer to what earlier turns told. None in it
+            means nothing for now: it is asked again after the next round, unless no row runs any more.
+        slots: positions a row may reach, prompt and max_tokens; needed unless `requests` is a sequence.
+
+    Raises UsageError for a prompt without tokens, and for one that does not fit its slots.
+    """
+    if slots is None:
+        if not isinstance(requests, Sequence):
+            raise UsageError("a stream of requests needs slots: the most tokens of prompt and answer together")
+        slots = max((len(r.prompt) + r.params.max_tokens for r in requests if r is not None), default=0)
+    queue = _Queue(iter(requests), slots)
+    slots += (drafter.draft_len if callable(draft_len) else draft_len) + 1
+    joining = queue.take(rows)
+    if not joining:
         return
-    widest = drafter.draft_len if callable(draft_len) else draft_len
-    slots = max(len(r.prompt) + r.params.max_tokens for r in requests) + widest + 1
-    queue = deque(range(len(requests)))
-    owner: list[int | None] = [queue.popleft() for _ in range(min(rows, len(requests)))]
-    running = decode.start(target, drafter, _batch(requests, owner, slots, target), verifier=verifier, slots=slots)
+    owner: list[int | None] = [place for place, _ in joining]
+    running = decode.start(target, drafter, _batch(joining, slots, target), verifier=verifier, slots=slots)
     decode.admit(running, torch.arange(len(owner), device=target.info.device))
     last: Round | None = None
     while any(o is not None for o in owner):
         last = decode.step(running, draft_len(last) if callable(draft_len) else draft_len)
-        free = []
-        for row, progress in _report(last, owner, requests):
-            if progress.finished:
-                owner[row] = None
-                free.append(row)
-            yield progress
-        _refill(running, owner, free, queue, requests, slots)
+        done = last.batch.done.tolist()
+        ended = [row for row, o in enumerate(owner) if o is not None and done[row]]
+        yield Turn(last, owner, ended)
+        _refill(running, owner, ended, queue, slots)
 
 
-def _batch(requests: Sequence[Request], chosen: Sequence[int | None], slots: int, target: Target[Any]) -> Batch:
-    rows = [requests[i] for i in chosen if i is not None]
+class _Queue:
+    """The stream, numbered and checked as it is pulled."""
+
+    def __init__(self, stream: Iterator[Request | None], slots: int) -> None:
+        self.stream, self.slots, self.place = stream, slots, 0
+
+    def take(self, most: int) -> list[tuple[int, Request]]:
+        taken: list[tuple[int, Request]] = []
+        while len(taken) < most and (request := next(self.stream, None)) is not None:
+            _check(request, self.place)
+            if len(request.prompt) + request.params.max_tokens > self.slots:
+                raise UsageError(
+                    f"request {self.place} may reach {len(request.prompt)} + {request.params.max_tokens} tokens, but slots are {self.slots}"
+                )
+            taken.append((self.place, request))
+            self.place += 1
+        return taken
+
+
+def _check(request: Request, place: int) -> None:
+    if not request.prompt:
+        raise UsageError(f"prompt {place} holds no tokens; give at least one")
+
+
+def _batch(chosen: Sequence[tuple[int, Request]], slots: int, target: Target[Any]) -> Batch:
+    rows = [request for _, request in chosen]
     return Batch.of([r.prompt for r in rows], [r.params for r in rows], [r.seed for r in rows], slots=slots, device=target.info.device)
 
 
-def _report(last: Round, owner: Sequence[int | None], requests: Sequence[Request]) -> Iterator[tuple[int, Progress]]:
+def _report(turn: Turn, requests: Sequence[Request]) -> Iterator[Progress]:
     """One Progress a running row; the round's tensors cross to the host once."""
-    emitted, done = last.emitted.tolist(), last.batch.done.tolist()
-    accepted, tokens = last.verification.accepted.tolist(), last.verification.tokens.tolist()
-    sizes = [last.draft.tokens.shape[1]] * len(owner) if last.draft.size is None else last.draft.size.tolist()
-    for row, index in enumerate(owner):
+    last, ended = turn.round, frozenset(turn.ended)
+    emitted, accepted, tokens = last.emitted.tolist(), last.verification.accepted.tolist(), last.verification.tokens.tolist()
+    sizes = [last.draft.tokens.shape[1]] * len(turn.owner) if last.draft.size is None else last.draft.size.tolist()
+    for row, index in enumerate(turn.owner):
         if index is None:
             continue
         new = tokens[row][: emitted[row]]
         stopped = bool(new) and new[-1] in requests[index].params.stop_token_ids
-        finished = ("stop" if stopped else "length") if done[row] else None
-        yield row, Progress(index, new, min(accepted[row], len(new)), sizes[row], finished, dict(last.seconds))
+        finished = ("stop" if stopped else "length") if row in ended else None
+        yield Progress(index, new, min(accepted[row], len(new)), sizes[row], finished, dict(last.seconds))
 
 
-def _refill(
-    running: decode.Run, owner: list[int | None], free: list[int], queue: deque[int], requests: Sequence[Request], slots: int
-) -> None:
-    if not free:
-        return
+def _refill(running: decode.Run, owner: list[int | None], ended: Sequence[int], queue: _Queue, slots: int) -> None:
     device = running.batch.length.device
-    decode.release(running, torch.tensor(free, device=device))
-    joining = [row for row in free if queue]
-    joining = joining[: len(queue)]
+    if ended:
+        decode.release(running, torch.tensor(ended, device=device))
+        for row in ended:
+            owner[row] = None
+    free = [row for row, o in enumerate(owner) if o is None]
+    joining = queue.take(len(free))
     if not joining:
         return
-    for row in joining:
-        owner[row] = queue.popleft()
-    rows = torch.tensor(joining, device=device)
-    running.batch = running.batch.with_rows(rows, _batch(requests, [owner[r] for r in joining], slots, running.target))
+    for row, (place, _) in zip(free, joining, strict=False):
+        owner[row] = place
+    rows = torch.tensor(free[: len(joining)], device=device)
+    running.batch = running.batch.with_rows(rows, _batch(joining, slots, running.target))
     decode.admit(running, rows)
