@@ -264,7 +264,7 @@ def load(
     place = _device(device)
     kind = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES[dtype]
     target, folder = catalog.target(model, kind, place)
-    return SpeculativeLM(target, drafter, _load_tokenizer(folder), max_len, drafter_options)
+    return SpeculativeLM(target, drafter, tokenizer_of(folder), max_len, drafter_options)
 
 
 def _device(name: str) -> torch.device:
@@ -278,7 +278,8 @@ def _device(name: str) -> torch.device:
     return place
 
 
-def _load_tokenizer(folder: Path | str) -> Any:
+def tokenizer_of(folder: Path | str) -> Any:
+    """The tokenizer a model's folder or hub id holds; None without one. Raises ConfigError if it is damaged."""
     from transformers import AutoTokenizer
 
     try:

@@ -1,0 +1,155 @@
+"""Recipes: everything that decides what a training run computes, checked before it starts. Unknown keys are refused."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from specdiff.errors import UsageError
+from specdiff.training.objectives import DIVERGENCES, WEIGHTS
+
+RECIPES = Path(__file__).parent / "recipes"
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Recipe(BaseModel):
+    """One run. Sizes left null are the target's; see DRAFTERS in the documentation for what each choice is worth."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["sedd", "autoregressive", "target"]
+
+    # the network
+    init: str | None = None  # "target" (its first and last layers), a drafter's folder or hub id, or null: from scratch
+    blocks: Count = 2
+    hidden_size: Count | None = None
+    heads: Count | None = None
+    borrow_embeddings: bool = True
+    draft_vocab: Count | None = 8192  # null: the whole vocabulary
+    attention: Literal["causal-context", "bidirectional"] = "causal-context"
+    context_window: Count | None = 128  # committed tokens a draft sees
+    time_conditioning: bool = False
+    process: Literal["absorb", "uniform"] = "absorb"
+    schedule: Literal["loglinear", "geometric"] = "loglinear"
+    length: Count = 1024  # most positions a bidirectional network sees
+    dropout: Share = 0.0
+
+    # what it learns
+    objective: Literal["score_entropy", "denoise", "distill"] = "distill"
+    divergence: str = "hybrid"  # distill only
+    truth_share: Share = 0.0  # distill only: that share of the loss is cross-entropy on the corpus's own tokens
+    drafting_share: Share = 1.0  # share of batches corrupted as drafting does it; the others at uniform t
+    draft_lens: tuple[Count, ...] = (2, 4, 4, 8)  # one of them per batch
+    canvas_tokens: Count = 512  # drafted positions per row and batch (causal context)
+    revealed: Share = 0.15  # canvases with a revealed first part, as between left-to-right passes
+    weights: str = "exponential"  # over the positions of a draft
+    weight_scale: Annotated[float, Field(gt=0)] = 6.0
+    auxiliary: Annotated[float, Field(ge=0)] = 0.5  # first weight of the context's own next-token loss; falls to 0 (causal context)
+
+    # how
+    steps: Count = 3000
+    rows: Count = 4  # per process and accumulated batch
+    accumulation: Count = 1
+    lr: Annotated[float, Field(gt=0)] = 1.5e-3
+    warmup: Annotated[int, Field(ge=0)] = 100
+    final_lr: Share = 0.02  # as a share of lr, at the end of the cosine
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
+    seed: int = 0
+
+    # what is kept and measured
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    draft_len: Count = 4  # what the finished drafter proposes per round
+    save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    save_every: Count = 250
+    eval_every: Count = 1000
+    eval_prompts: Count = 8
+    eval_tokens: Count = 48
+    log_every: Count = 10
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence {self.divergence!r} is unknown; known are {', '.join(DIVERGENCES)}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights {self.weights!r} is unknown; known are {', '.join(WEIGHTS)}")
+        if self.kind == "sedd" and self.attention == "causal-context":
+            if self.objective == "score_entropy" or self.drafting_share < 1:
+                raise ValueError("score_entropy and uniform t (drafting_share < 1) need attention: bidirectional")
+            if self.time_conditioning or self.process == "uniform":
+                raise ValueError("a causal context is cached, so it needs time_conditioning: false and process: absorb")
+        if self.process == "uniform" and (self.objective != "score_entropy" or self.drafting_share > 0):
+            raise ValueError("the uniform process has no MASK: it needs objective: score_entropy and drafting_share: 0")
+        if self.objective == "score_entropy" and self.draft_vocab is not None:
+            raise ValueError("score_entropy compares whole laws: it needs draft_vocab: null")
+        if self.kind != "sedd" and self.objective == "score_entropy":
+            raise ValueError(f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise (cross-entropy) or distill")
+        if self.kind == "target" and self.objective != "denoise":
+            raise ValueError("kind: target learns its data set: objective: denoise (cross-entropy)")
+        if not self.draft_lens:
+            raise ValueError("draft_lens must name at least one draft length")
+        return self
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(p.stem for p in RECIPES.glob("*.yaml"))
+
+
+def load(source: str, changes: Sequence[str] = ()) -> Recipe:
+    """A packaged recipe by name or a YAML file, with `key=value` changes.
+
+    Raises UsageError naming the file, the key and what is allowed.
+    """
+    path = RECIPES / f"{source}.yaml" if source in names() else Path(source).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise UsageError(f"no recipe {source!r}; known are {', '.join(names())}, or a FILE.yaml")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must hold key: value lines, not a {type(data).__name__}")
+    for change in changes:
+        key, given, value = change.partition("=")
+        if not given:
+            raise UsageError(f"--set takes key=value, not {change!r}")
+        try:
+            data[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {change!r}: the value is not valid YAML") from None
+    return checked(data, str(path))
+
+
+def checked(data: dict[str, Any], where: str) -> Recipe:
+    """The recipe a mapping describes. Raises UsageError naming the first bad key."""
+    try:
+        return Recipe(**data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"{where}: unknown key {key!r}; known are {', '.join(Recipe.model_fields)}") from None
+        told = first["msg"].removeprefix("Value error, ")
+        value = f"{key} = {_at(data, first['loc'])!r}: " if key else ""
+        raise UsageError(f"{where}: {value}{told}") from None
+
+
+def _at(data: Any, location: Sequence[Any]) -> Any:
+    for part in location:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return data
+    return data
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The recipe as a file that `load` reads back."""
+    return str(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))

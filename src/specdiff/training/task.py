@@ -1,0 +1,71 @@
+"""What a recipe trains: the network, how a batch is made of corpus rows, and its loss. One file per kind."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specdiff.training.corpus import Corpus, pad
+from specdiff.training.recipe import Recipe
+
+TensorDict = dict[str, Tensor]
+
+
+class Task(nn.Module, ABC):
+    """`forward(batch, progress)` is the loss, so that DDP and FSDP wrap the whole of it. `network` holds all that is trained."""
+
+    network: nn.Module
+
+    def __init__(self, recipe: Recipe, corpus: Corpus) -> None:
+        super().__init__()
+        self.recipe, self.corpus = recipe, corpus
+
+    @abstractmethod
+    def prepare(self, rows: Sequence[int], generator: torch.Generator) -> TensorDict:
+        """A batch of corpus rows, every random choice from `generator`. Runs on the host, ahead of the step."""
+
+    @abstractmethod
+    def forward(self, batch: TensorDict, progress: float) -> tuple[Tensor, TensorDict]:
+        """The loss in nats per token, and detached scalars worth logging. `progress` goes from 0 to 1 over the run."""
+
+    @abstractmethod
+    def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
+        """Write the network, with these tensors, as a folder that `--drafter` (or `--model`) runs."""
+
+    def sizes(self) -> dict[str, int]:
+        """Parameters trained, and those borrowed or frozen beside them."""
+        trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
+        return {"trained": trained, "stored": sum(t.numel() for t in self.network.state_dict().values())}
+
+    def rows(self, rows: Sequence[int]) -> TensorDict:
+        """ids [B, L] padded with 0, lengths [B] and prompt lengths [B]."""
+        found = [self.corpus[i] for i in rows]
+        return {
+            "ids": pad([r.tokens for r in found]),
+            "lengths": torch.tensor([len(r.tokens) for r in found]),
+            "prompts": torch.tensor([r.prompt_length for r in found]),
+        }
+
+
+def columns_of(draft_vocab: Int[Tensor, "C"] | None, vocab_size: int) -> Int[Tensor, "V"]:
+    """Token id -> column of the network's logits, -1 outside the draft vocabulary."""
+    if draft_vocab is None:
+        return torch.arange(vocab_size)
+    columns = torch.full((vocab_size,), -1)
+    columns[draft_vocab] = torch.arange(len(draft_vocab))
+    return columns
+
+
+def most_frequent(corpus: Corpus, rows: range, vocab_size: int, size: int | None) -> Int[Tensor, "C"] | None:
+    """The `size` tokens a corpus uses most, ascending: a draft vocabulary. None for the whole vocabulary."""
+    if size is None or size >= vocab_size:
+        return None
+    return corpus.counts(rows, vocab_size).topk(size).indices.sort().values
+
+
+def weighted_mean(loss: Float[Tensor, "*N"], weight: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
+    """sum(w l) / sum(w); 0 where nothing counts."""
+    return (loss * weight).sum() / weight.sum().clamp(min=1e-9)

@@ -1,0 +1,141 @@
+"""What training sees is what decoding computes: logits of both paths agree to float32 rounding."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import PreTrainedModel
+
+from specdiff.drafters.sedd import SEDDDenoiser
+from specdiff.errors import CorpusError
+from specdiff.models.cache import RaggedCache
+from specdiff.models.causal import RaggedModel
+from specdiff.targets.causal import CausalTarget
+from specdiff.training import networks, recipe
+from specdiff.training.corpus import Corpus, pad
+from specdiff.training.sedd import SEDDTask
+from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, precompute
+from specdiff.types import Batch, Context, SamplingParams
+
+TOLERANCE = 1e-4
+SIZES = ["heads=4", "draft_vocab=20", "context_window=12", "rows=6", "canvas_tokens=24", "objective=denoise", "dropout=0.5"]
+
+
+def shaken(network: torch.nn.Module, seed: int = 3) -> None:
+    """No parameter stays at its initial value: an ignored one would agree by accident."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=g))
+
+
+def batch_at(rows: list[torch.Tensor]) -> Batch:
+    params = SamplingParams(max_tokens=32)
+    return Batch.of([r.tolist() for r in rows], [params] * len(rows), range(len(rows)))
+
+
+def context_of(batch: Batch) -> Context:
+    return Context(batch, None, torch.zeros_like(batch.length), None)
+
+
+@pytest.mark.parametrize("draft_len", [1, 4, 7])
+@pytest.mark.parametrize("init", ["null", "target"])
+def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, init: str) -> None:
+    """Many canvases in one pass, against one canvas at a time over the cache, revealed tokens included."""
+    r = recipe.load("sedd", [*SIZES, f"draft_lens=[{draft_len}]", f"init={init}", "revealed=0.5"])
+    target = CausalTarget(tiny.copy_of(model), "tiny")
+    network = networks.sedd(r, corpus, range(40), model)
+    shaken(network)
+    task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
+    made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        laid, trained, _ = task.canvas_logits(made)
+    denoiser = SEDDDenoiser(network, target.info)
+    compared = 0
+    for n in range(laid.slot.shape[1]):
+        prompts = [made["ids"][b, : made["anchors"][b, n] + 1] for b in range(6)]
+        batch = batch_at(prompts)
+        state = denoiser.open(6, 128)
+        denoiser.admit(state, context_of(batch), torch.arange(6))
+        L = made["ids"].shape[1]
+        canvas = laid.ids[:, L:].view(6, -1, draft_len)[:, n]
+        with torch.inference_mode():
+            decoded = denoiser.denoise(context_of(batch), state, canvas, ~laid.hidden[:, n])
+        seen = laid.hidden[:, n] & laid.inside[:, n]
+        difference = (decoded[..., network.draft_vocab] - trained[:, n])[seen]
+        assert difference.numel() == 0 or difference.abs().max() <= TOLERANCE
+        compared += int(seen.sum())
+    assert compared > 50
+
+
+@pytest.mark.parametrize("draft_len", [1, 5])
+def test_bidirectional_window(corpus: Corpus, model: PreTrainedModel, draft_len: int) -> None:
+    """A drafting-shaped row of training is the canvas that drafting builds, time included."""
+    r = recipe.load("sedd", [*SIZES, "attention=bidirectional", "time_conditioning=true", "length=40", f"draft_lens=[{draft_len}]"])
+    target = CausalTarget(tiny.copy_of(model), "tiny")
+    network = networks.sedd(r, corpus, range(40), model)
+    shaken(network)
+    task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
+    made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        states = network.hidden(made["x"], task.schedule.total(made["t"]), mask=made["real"][:, None, None])
+        trained = network.logits(states)
+    denoiser = SEDDDenoiser(network, target.info, window=12)
+    for b in range(6):
+        first = int((made["drafted"][b] == 0).nonzero())
+        anchor = int(made["start"][b]) + first - 1
+        batch = batch_at([made["ids"][b, : anchor + 1]])
+        canvas = torch.full((1, draft_len), network.config.tokens)
+        with torch.inference_mode():
+            decoded = denoiser.denoise(context_of(batch), denoiser.open(1, 64), canvas, torch.zeros(1, draft_len, dtype=torch.bool))
+        assert (decoded[0][:, network.draft_vocab] - trained[b, first : first + draft_len]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("init", ["null", "target"])
+def test_autoregressive(corpus: Corpus, model: PreTrainedModel, init: str) -> None:
+    """One causal pass over whole rows, against the drafter's cache fed round by round."""
+    r = recipe.load("autoregressive", ["blocks=2", "draft_vocab=20", "objective=denoise", f"init={init}"])
+    network = networks.autoregressive(r, corpus, range(40), model).eval()
+    shaken(network)
+    rows = [corpus[i].tokens for i in range(40, 44)]
+    with torch.no_grad():
+        trained = [network.logits(network.hidden(row[None]))[0] for row in rows]
+    ragged = RaggedModel(network.net)
+    cache = RaggedCache(4, 64)
+    for start in range(0, 9, 3):
+        ids = torch.stack([row[start : start + 3] for row in rows])
+        logits, _ = ragged.forward(cache, ids, torch.arange(start, start + 3).expand(4, -1))
+        for row in range(4):
+            assert (logits[row] - trained[row][start : start + 3]).abs().max() <= TOLERANCE
+
+
+def test_whole_target_as_its_own_drafter(corpus: Corpus, model: PreTrainedModel) -> None:
+    """All of the target's layers, copied by name, are the target: its law must come out exactly."""
+    r = recipe.load("autoregressive", ["blocks=2", "draft_vocab=null", "init=target", "objective=denoise"])
+    network = networks.autoregressive(r, corpus, range(40), model).eval()
+    row = corpus[0].tokens[None]
+    with torch.no_grad():
+        assert (network.logits(network.hidden(row)) - model(row).logits).abs().max() <= TOLERANCE
+
+
+def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) -> None:
+    """States stored beside a corpus give the law the target gives in the loop, to bfloat16 rounding, and it sums to 1."""
+    shutil.copytree(corpus.folder, tmp_path / "corpus")
+    copied = Corpus(tmp_path / "corpus")
+    with pytest.raises(CorpusError, match="--features"):
+        PrecomputedTeacher(copied)
+    assert list(precompute(model, copied, rows=4))[-1] == (corpus.tokens, corpus.tokens)
+    assert list(precompute(model, copied, rows=4)) == []  # nothing is computed twice
+    rows = [0, 5, 11]
+    ids = pad([corpus[i].tokens for i in rows])
+    head = model.get_output_embeddings().weight.detach()
+    stored, log_z = PrecomputedTeacher(Corpus(tmp_path / "corpus"))(rows, ids)
+    live, live_log_z = OnlineTeacher(model)(rows, ids)
+    for i, row in enumerate(rows):
+        n = len(corpus[row].tokens)
+        law = (stored[i, :n] @ head.T - log_z[i, :n, None]).exp()
+        assert (law.sum(-1) - 1).abs().max() < 1e-5
+        assert (law - (live[i, :n] @ head.T - live_log_z[i, :n, None]).exp()).abs().max() < 0.05
