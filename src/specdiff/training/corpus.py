@@ -10,7 +10,9 @@ Shapes: L tokens of one row, H width of the target.
 import bisect
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +61,11 @@ class Corpus:
     def __getitem__(self, row: int) -> Row:
         shard, local = self._find(row)
         return shard.row(local)
+
+    def columns(self) -> Iterator[dict[str, Tensor]]:
+        """Shard by shard: tokens [n], offsets [rows + 1], prompt_lengths, temperatures and keys [rows]."""
+        for shard in self.shards:
+            yield shard.columns | {"tokens": shard.tokens(0, shard.rows)}
 
     def features(self, row: int) -> tuple[Float[Tensor, "L H"], Float[Tensor, "L"]] | None:
         """The target's final states at the row's tokens and the log of its softmax's normaliser there, if they were computed."""
@@ -133,7 +140,9 @@ class CorpusWriter:
     """Appends rows; a full buffer becomes a shard. Opening a folder that a killed writer left goes on behind its last shard.
 
     `about` says what writes it (target, settings, seed); going on with another `about` is refused, for the mixture would
-    be nobody's.
+    be nobody's. `notes` is kept in the manifest, and changes there only together with the shards it speaks of.
+
+    Raises CorpusError for a folder that cannot be written, is being written by another process, or was begun otherwise.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], *, vocab_size: int, shard_tokens: int = 1 << 20) -> None:
@@ -141,18 +150,18 @@ class CorpusWriter:
         self.dtype = torch.uint16 if vocab_size <= 1 << 16 else torch.int32
         self.buffer: list[Row] = []
         self.buffered = 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / MANIFEST).exists():
-            self.manifest = read_manifest(self.folder)
-            for name, value in json.loads(json.dumps(about)).items():
-                if self.manifest["about"].get(name) != value:
-                    raise CorpusError(
-                        f"{self.folder} was begun with {name} = {self.manifest['about'].get(name)!r}, not {value!r}; "
-                        f"repeat that setting to go on, or choose another --out"
-                    )
-        else:
-            self.manifest = {"format": FORMAT, "about": dict(about), "vocab_size": vocab_size, "shards": []}
-            _write_json(self.folder / MANIFEST, self.manifest)
+        self.manifest: dict[str, Any] = {"format": FORMAT, "about": dict(about), "vocab_size": vocab_size, "shards": [], "notes": {}}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(self.folder)
+            if (self.folder / MANIFEST).exists():
+                self.manifest = {"notes": {}} | read_manifest(self.folder)
+                _same(self.folder, self.manifest["about"], about)
+            else:
+                _write_json(self.folder / MANIFEST, self.manifest)
+        except OSError as error:
+            raise CorpusError(f"cannot write to {self.folder} ({error.strerror or error}); choose another --out") from error
+        self.notes: dict[str, Any] = self.manifest["notes"]
 
     @property
     def tokens(self) -> int:
@@ -170,10 +179,20 @@ class CorpusWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered as a shard."""
-        if not self.buffer:
-            return
-        name = f"shard-{len(self.manifest['shards']):05d}.safetensors"
+        """Write what is buffered as a shard, and the notes. Raises CorpusError if the disk does not take it; nothing is lost then."""
+        manifest = self.manifest | {"notes": self.notes}
+        try:
+            if self.buffer:
+                manifest["shards"] = [*manifest["shards"], self._write(f"shard-{len(manifest['shards']):05d}.safetensors")]
+            _write_json(self.folder / MANIFEST, manifest)
+        except (OSError, SafetensorError) as error:
+            raise CorpusError(
+                f"cannot write to {self.folder} ({error}); the {len(self.manifest['shards'])} complete shards are intact: "
+                f"make room, then repeat the command to go on"
+            ) from error
+        self.manifest, self.buffer, self.buffered = manifest, [], 0
+
+    def _write(self, name: str) -> dict[str, Any]:
         lengths = torch.tensor([len(r.tokens) for r in self.buffer])
         write_tensors(
             self.folder / name,
@@ -186,16 +205,40 @@ class CorpusWriter:
             },
         )
         digest = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
-        entry = {"file": name, "rows": len(self.buffer), "tokens": self.buffered, "sha256": digest}
-        self.manifest["shards"].append(entry)
-        _write_json(self.folder / MANIFEST, self.manifest)
-        self.buffer, self.buffered = [], 0
+        return {"file": name, "rows": len(self.buffer), "tokens": self.buffered, "sha256": digest}
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.flush()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if not isinstance(error, CorpusError):  # the disk that refused a shard just now would refuse it again
+                self.flush()
+        finally:
+            self.lock.close()
+
+
+def _lock(folder: Path) -> Any:
+    """Two writers in one folder would overwrite each other's shards. The lock goes with the process, however it ends."""
+    file = (folder / ".lock").open("w")
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise CorpusError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
+    return file
+
+
+def _same(folder: Path, begun: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    for name, value in json.loads(json.dumps(about)).items():
+        if begun.get(name) != value:
+            raise CorpusError(
+                f"{folder} was begun with {name} = {begun.get(name)!r}, not {value!r}; "
+                f"repeat that setting to go on, or choose another --out"
+            )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -218,13 +261,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
-    partial.replace(path)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+        _settle(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _write_json(path: Path, data: Any) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    _settle(partial, path)
+
+
+def _settle(partial: Path, path: Path) -> None:
+    """The content reaches the disk before the name does."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

