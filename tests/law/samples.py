@@ -13,16 +13,31 @@ import torch
 from jaxtyping import Int
 from scipy import stats
 from torch import Tensor
+from transformers import LlamaConfig
 
 from doubles import PointMasses, ToyDenoiser, tile
 from specdiff import decode
+from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.nn.causal import SmallCausalLM
 from specdiff.sampling import probabilities
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
-from specdiff.types import PADDING, Batch, Params, Round, SamplingParams
+from specdiff.types import PADDING, Batch, Params, Round, SamplingParams, TargetInfo
 from specdiff.verify import VERIFIERS, Verifier
+
+
+def causal_drafter(info: TargetInfo, seed: int) -> AutoregressiveDrafter:
+    """A random one-layer causal LM in float64, sharp enough that its tokens hang on those before them."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    network = SmallCausalLM(LlamaConfig(vocab_size=info.vocab_size, bos_token_id=None, eos_token_id=None, **sizes))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=1.0)
+    return AutoregressiveDrafter(network.double(), info, draft_len=3)
+
 
 V = 3
 TARGET = TableTarget.random(V, seed=4)
@@ -32,6 +47,7 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "one-shot": DenoisingDrafter(DENOISER),
     "left-to-right": DenoisingDrafter(DENOISER, steps=2),
     "point": PointMasses(V),
+    "autoregressive": causal_drafter(TARGET.info, seed=6),
 }
 PAIRS = [(drafter, verifier) for drafter in DRAFTERS for verifier in VERIFIERS]
 Law = dict[tuple[int, ...], float]

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
-from samples import PAIRS
+from samples import PAIRS, causal_drafter
 
 from doubles import AnyOrder, PointMasses, ToyDenoiser
 from specdiff import decode, engine
@@ -23,11 +24,12 @@ from specdiff.verify import VERIFIERS
 V = 6
 TARGET = TableTarget.random(V, seed=1)
 DENOISER = ToyDenoiser(V, seed=2)
-DRAFTERS: dict[str, Drafter[None]] = {
+DRAFTERS: dict[str, Drafter[Any]] = {
     "none": NoDrafter(),
     "one-shot": DenoisingDrafter(DENOISER),
     "left-to-right": DenoisingDrafter(DENOISER, steps=2),
     "point": PointMasses(V),
+    "autoregressive": causal_drafter(TARGET.info, seed=3),
 }
 ASKED = [
     SamplingParams(max_tokens=9),
@@ -44,7 +46,7 @@ Texts = list[list[int]]
 pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
 
 
-def decoded(requests: Sequence[Request], drafter: Drafter[None], verifier: str, draft_len: int | None = None) -> Texts:
+def decoded(requests: Sequence[Request], drafter: Drafter[Any], verifier: str, draft_len: int | None = None) -> Texts:
     """The texts of one batch through `decode`."""
     batch = Batch.of([r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests])
     for last in decode.decode(TARGET, drafter, batch, verifier=VERIFIERS[verifier], draft_len=draft_len):
@@ -52,7 +54,7 @@ def decoded(requests: Sequence[Request], drafter: Drafter[None], verifier: str, 
     return [batch.ids[r, batch.prompt_length[r] : batch.length[r]].tolist() for r in range(len(requests))]
 
 
-def served(requests: Sequence[Request], drafter: Drafter[None], verifier: str, rows: int) -> Texts:
+def served(requests: Sequence[Request], drafter: Drafter[Any], verifier: str, rows: int) -> Texts:
     """The texts put together from the engine's stream."""
     found = defaultdict(list)
     for progress in engine.run(TARGET, drafter, requests, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows):

@@ -57,9 +57,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
             raise UsageError(f"steps must be at least 1, not {steps}")
         if order == "one-shot" and steps != 1:
             raise UsageError(f"order 'one-shot' is one network pass; steps={steps} needs order 'left-to-right'")
-        if not 0 <= draft_temperature < float("inf"):
-            raise UsageError(f"draft_temperature must be a finite number >= 0, not {draft_temperature}")
-        self.denoiser, self.steps, self.draft_temperature = denoiser, steps, draft_temperature
+        self.denoiser, self.steps, self.draft_temperature = denoiser, steps, checked_temperature(draft_temperature)
         self.taps, self.draft_len = denoiser.taps, denoiser.draft_len
 
     def open(self, rows: int, slots: int) -> DenoiserState:
@@ -73,7 +71,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
 
     def propose(self, context: Context, state: DenoiserState, noise: Noise, draft_len: int) -> Draft:
         """One pass a group; every token is drawn from exactly the row of probabilities that is handed on."""
-        params = _tempered(context.batch.params, self.draft_temperature)
+        params = tempered(context.batch.params, self.draft_temperature)
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         canvas = uniform.new_full(uniform.shape, self.denoiser.mask_id, dtype=torch.long)
         probs: list[Tensor] = []
@@ -86,7 +84,15 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         return Draft(canvas, torch.cat(probs, dim=1))
 
 
-def _tempered(params: Params, factor: float) -> Params:
+def checked_temperature(draft_temperature: float) -> float:
+    """The draft temperature itself. Raises UsageError where it is none."""
+    if not 0 <= draft_temperature < float("inf"):
+        raise UsageError(f"draft_temperature must be a finite number >= 0, not {draft_temperature}")
+    return draft_temperature
+
+
+def tempered(params: Params, factor: float) -> Params:
+    """The request's parameters with the draft temperature multiplied in (0: greedy)."""
     if factor == 1.0:
         return params
     return replace(params, temperature=params.temperature * factor, active=params.active | {"temperature", "greedy"})

@@ -1,0 +1,128 @@
+"""Standard speculative decoding (Leviathan et al. 2023, Chen et al. 2023): a smaller causal LM drafts one token a pass.
+
+The paper's baseline. By the chain rule each token's law given all before it is what it was drawn from, so the probabilities
+are lawful whatever the network computes.
+
+Shapes: B rows, K drafted positions, S slots, N positions of one pass, V target vocabulary, C columns of the network's head.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from specdiff.drafters.base import Drafter
+from specdiff.drafters.denoising import checked_temperature, tempered
+from specdiff.errors import DrafterError, UnsupportedModelError
+from specdiff.models.cache import RaggedCache
+from specdiff.models.causal import RaggedModel
+from specdiff.models.probe import self_test
+from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.linear import stream_weights
+from specdiff.noise import Noise, Purpose
+from specdiff.sampling import draw, probabilities
+from specdiff.types import Batch, Context, Draft, TargetInfo
+from specdiff.weights import CONFIG, locate, positive, read_config
+
+CHUNK = 512  # most tokens read in one pass, so that a long prompt's attention stays small
+DRAFT_LEN = 4  # where config.json names none
+NOTHING = -1  # no token has this id
+
+
+@dataclass(slots=True)
+class AutoregressiveState:
+    """Keys and values, and which token each slot's were computed from. A slot is only ever trusted behind trusted ones."""
+
+    cache: RaggedCache
+    read: Int[Tensor, "B S"]
+
+
+class AutoregressiveDrafter(Drafter[AutoregressiveState]):
+    """K sequential passes of `model`. The self-test runs here: a network that cannot be cached exactly is refused.
+
+    Past the network's own last position its drafts are poor, yet as lawful. `draft_temperature` as in DenoisingDrafter.
+    Raises DrafterError, ConfigError or UsageError.
+    """
+
+    def __init__(self, model: SmallCausalLM, target: TargetInfo, *, draft_len: int = DRAFT_LEN, draft_temperature: float = 1.0) -> None:
+        if model.vocab_size != target.vocab_size:
+            raise DrafterError(
+                f"this drafter writes a vocabulary of {model.vocab_size} tokens, but the target {target.name!r} has {target.vocab_size}; "
+                f"use a drafter trained for this target"
+            )
+        self.draft_len, self.draft_temperature = draft_len, checked_temperature(draft_temperature)
+        if model.borrows:
+            if target.embedding is None or target.head is None:
+                raise DrafterError(f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer")
+            model.borrow(target.embedding, target.head)
+        stream_weights(model)
+        self.model, self.device, self.vocab_size = model.to(target.device).eval(), target.device, target.vocab_size
+        try:
+            self.ragged = RaggedModel(model.net)
+            self.error = self_test(self.ragged)
+        except UnsupportedModelError as error:
+            raise DrafterError(f"the drafter's network cannot draft from cached keys and values: {error}") from error
+
+    def open(self, rows: int, slots: int) -> AutoregressiveState:
+        return AutoregressiveState(RaggedCache(rows, slots), torch.full((rows, slots), NOTHING, device=self.device))
+
+    def admit(self, state: AutoregressiveState, context: Context, rows: Int[Tensor, "R"]) -> None:
+        state.read[rows] = NOTHING
+
+    def release(self, state: AutoregressiveState, rows: Int[Tensor, "R"]) -> None:
+        return None
+
+    def propose(self, context: Context, state: AutoregressiveState, noise: Noise, draft_len: int) -> Draft:
+        """The tokens committed since the last round in one pass, then one pass a token; each is drawn from the row handed on."""
+        params = tempered(context.batch.params, self.draft_temperature)
+        uniform = noise.uniform(Purpose.DRAFT, draft_len)
+        logits = self._catch_up(context.batch, state)
+        tokens: list[Tensor] = []
+        probs: list[Tensor] = []
+        for k in range(draft_len):
+            if k:
+                at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
+                logits = self._pass(state, tokens[-1], at)
+            q = probabilities(self._spread(logits), params)
+            tokens.append(draw(q, uniform[:, k : k + 1]))
+            probs.append(q)
+        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))
+
+    def _catch_up(self, batch: Batch, state: AutoregressiveState) -> Float[Tensor, "B 1 C"]:
+        """Feed the committed tokens whose keys are not there yet, at least the anchor; accepted draft tokens' are.
+
+        What lies behind the first slot of another token was computed from a rejected draft: it is forgotten here, or a later
+        token that happens to be the same would find it.
+        """
+        width = batch.ids.shape[1]
+        before_anchor = torch.arange(width, device=self.device) < batch.length[:, None] - 1
+        same = (state.read[:, :width] == batch.ids) & before_anchor
+        known = same.long().cumprod(1).sum(1)
+        state.read[torch.arange(state.cache.slots, device=self.device) >= known[:, None]] = NOTHING
+        behind = int((batch.length - known).max())  # rows that are less far behind re-read tokens: same keys, same values
+        at = (batch.length[:, None] - behind + torch.arange(behind, device=self.device)).clamp(min=0)
+        for start in range(0, behind, CHUNK):
+            part = at[:, start : start + CHUNK]
+            logits = self._pass(state, batch.ids.gather(1, part), part)
+        return logits  # of the anchor, which ends every row
+
+    def _pass(self, state: AutoregressiveState, ids: Int[Tensor, "B N"], at: Int[Tensor, "B N"]) -> Float[Tensor, "B 1 C"]:
+        state.read.scatter_(1, at, ids)
+        return self.ragged.forward(state.cache, ids, at, last=1)[0]
+
+    def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
+        """Over the target's vocabulary: what the draft vocabulary lacks cannot be drawn."""
+        if self.model.draft_vocab_size is None:
+            return logits
+        full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
+        return full.index_copy_(2, self.model.draft_vocab, logits)
+
+
+def autoregressive(target: TargetInfo, folder: str | Path, *, draft_temperature: float = 1.0) -> AutoregressiveDrafter:
+    """A causal LM's folder or hub id as a drafter. Raises ConfigError, WeightsError or DrafterError naming what does not fit."""
+    path = locate(folder)
+    model = SmallCausalLM.from_pretrained(path, dtype=target.dtype)
+    draft_len = positive({"draft_len": DRAFT_LEN, **read_config(path)}, "draft_len", str(path / CONFIG))
+    return AutoregressiveDrafter(model, target, draft_len=draft_len, draft_temperature=draft_temperature)
