@@ -346,8 +346,11 @@ def test_folders_that_hold_nothing(tmp_path: Path, target: CausalTarget, folder:
 
 
 def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
-    with pytest.raises(ConfigError, match=r"config\.json: no drafter format with model_type 'llama' is known; known is sedd"):
-        loaded(folder("model"), target)
+    made = folder("model")
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    with pytest.raises(ConfigError, match=r"no drafter format with model_type 'nonsense' is known; known are sedd and the causal LMs"):
+        loaded(made, target)
 
 
 def test_a_drafter_that_is_no_model(folder: Any) -> None:

@@ -52,6 +52,21 @@ def model_names() -> list[str]:
     return [*PACKAGED_MODELS, *HUB_MODELS]
 
 
+def same_target(spec: str) -> list[str]:
+    """Every name under which a target's drafters should be found: its packaged and hub forms are one model."""
+    forms = [*PACKAGED_MODELS, *(n for name, hub in HUB_MODELS.items() for n in (name, hub))]
+    if spec in forms:
+        return forms
+    return [Path(spec).name if Path(spec).expanduser().exists() else spec]
+
+
+def hub_id(spec: str) -> str | None:
+    """The hub id of a model spec, where it has one."""
+    if spec in (*PACKAGED_MODELS, *HUB_MODELS):
+        return next(iter(HUB_MODELS.values()))
+    return None if Path(spec).expanduser().exists() or "/" not in spec else spec
+
+
 def target(spec: str, dtype: torch.dtype | None, device: torch.device) -> tuple[Target[Any], Path | str]:
     """The target a spec names, self-tested, and the folder its tokenizer is in."""
     folder = model_folder(spec)

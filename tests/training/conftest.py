@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
+import tiny
 from specdiff.training.corpus import Corpus, CorpusWriter, Row
 
 

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
+import tiny
 from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import CorpusError
 from specdiff.models.cache import RaggedCache

@@ -87,7 +87,9 @@ class Corrupted:
     drafted: Int[Tensor, "B L"]  # 0, 1, ... along the hidden end of a drafting-shaped row; -1 elsewhere
 
 
-def crop(ids: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], width: int, start: Int[Tensor, "B"], end: Int[Tensor, "B"]) -> tuple[Tensor, Tensor]:
+def crop(
+    ids: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], width: int, start: Int[Tensor, "B"], end: Int[Tensor, "B"]
+) -> tuple[Tensor, Tensor]:
     """Tokens start..end-1 of each row at the left of a [B, width] canvas, and which of it is real."""
     at = start[:, None] + torch.arange(width, device=ids.device)
     real = at < torch.minimum(end, lengths)[:, None]
@@ -95,7 +97,12 @@ def crop(ids: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], width: int, start: 
 
 
 def at_uniform_time(
-    ids: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], length: int, process: Absorbing | Uniform, schedule: Schedule, generator: torch.Generator
+    ids: Int[Tensor, "B S"],
+    lengths: Int[Tensor, "B"],
+    length: int,
+    process: Absorbing | Uniform,
+    schedule: Schedule,
+    generator: torch.Generator,
 ) -> Corrupted:
     """Random crops of up to `length` tokens at t ~ U(1e-3, 1): pre-training's corruption (SEDD, Algorithm 1)."""
     B = len(ids)

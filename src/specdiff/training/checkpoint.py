@@ -1,8 +1,8 @@
 """Training state on disk, in safetensors and JSON: written aside, flushed, renamed, its marker last. Never half there.
 
-    checkpoints/00000250/training.safetensors   m.* network, e.* its moving average, o.* optimizer moments
-    checkpoints/00000250/state.json             step, seconds spent, ...
-    checkpoints/00000250/COMPLETE               only now does it count
+checkpoints/00000250/training.safetensors   m.* network, e.* its moving average, o.* optimizer moments
+checkpoints/00000250/state.json             step, seconds spent, ...
+checkpoints/00000250/COMPLETE               only now does it count
 """
 
 import json
@@ -51,7 +51,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         return load_file(path / "training.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
     except Exception as error:
-        raise WeightsError(f"{path} is marked complete but cannot be read ({error}); delete that folder to go on from an older one") from error
+        raise WeightsError(
+            f"{path} is marked complete but cannot be read ({error}); delete that folder to go on from an older one"
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -39,7 +39,9 @@ def acceptance(
     requests = [
         engine.Request(
             list(p)[-(room - 2) :],
-            SamplingParams(max_tokens=min(max_tokens, room - min(len(p), room - 2)), temperature=temperature, stop_token_ids=tuple(stop_ids)),
+            SamplingParams(
+                max_tokens=min(max_tokens, room - min(len(p), room - 2)), temperature=temperature, stop_token_ids=tuple(stop_ids)
+            ),
             row_seed(seed, i),
         )
         for i, p in enumerate(prompts)
@@ -56,7 +58,7 @@ def of_folder(
 ) -> dict[str, Any]:
     """Acceptance at temperature 0 and 1 of the drafter in `folder`: the very files its users will run."""
     drafter = catalog.drafter(folder, target.info)
-    measured = {}
+    measured: dict[str, Any] = {}
     for temperature in (0.0, 1.0):
         found = acceptance(target, drafter, prompts, temperature=temperature, max_tokens=max_tokens, stop_ids=stop_ids)
         measured |= {f"{name}_at_{temperature:g}": value for name, value in found.items()}

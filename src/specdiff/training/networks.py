@@ -5,7 +5,7 @@ Shapes: V target vocabulary, C draft vocabulary, H width.
 
 import copy
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +36,9 @@ def sedd(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -
                 f"{recipe.init} is a network of attention {network.config.attention!r} and process {network.config.process!r}, "
                 f"but the recipe says {recipe.attention!r} and {recipe.process!r}"
             )
+        for block in network.blocks:
+            assert isinstance(block, Block)
+            block.dropout = recipe.dropout  # the run's, not the one the checkpoint was trained with
         return _borrow_from(network, target) if network.config.borrow_embeddings else network
     width = recipe.hidden_size or text.hidden_size
     vocab = most_frequent(corpus, rows, text.vocab_size, recipe.draft_vocab)
@@ -101,21 +104,24 @@ def autoregressive(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrain
 
 def _fits(found: int, wanted: int, where: str) -> None:
     if found != wanted:
-        raise ConfigError(f"{where} writes a vocabulary of {found} tokens, but the target has {wanted}; start from a drafter of this target")
+        raise ConfigError(
+            f"{where} writes a vocabulary of {found} tokens, but the target has {wanted}; start from a drafter of this target"
+        )
 
 
 def _borrow_from(network: Network, target: PreTrainedModel) -> Network:
-    head = target.get_output_embeddings()
+    head: Any = target.get_output_embeddings()  # type: ignore[no-untyped-call]
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UsageError(f"{target.config.model_type} has no plain output matrix to borrow; train with borrow_embeddings=false")
-    network.borrow(target.get_input_embeddings().weight.detach(), head.weight.detach())
+    table: Any = target.get_input_embeddings()
+    network.borrow(table.weight.detach(), head.weight.detach())
     return network
 
 
 def _final_norm(target: PreTrainedModel) -> Tensor | None:
     """The weight of the norm before the target's head, whatever its family calls it."""
     norms = [m for name, m in target.base_model.named_children() if "norm" in name or name == "ln_f"]
-    return norms[-1].weight.detach().float() if norms else None
+    return norms[-1].get_parameter("weight").detach().float() if norms else None
 
 
 def _open(network: SEDD, counts: Int[Tensor, "V"], norm: Float[Tensor, "H"] | None) -> None:
@@ -167,7 +173,7 @@ def _copy_layers(network: nn.Module, target: PreTrainedModel) -> None:
     """Chosen layers, final norm and positions of the target, by name; raises UsageError where a shape differs."""
     source = target.state_dict()
     layers = target.config.get_text_config().num_hidden_layers
-    own = {k: v for k, v in network.state_dict().items()}
+    own = network.state_dict()
     blocks = 1 + max(int(m.group(2)) for k in own if (m := LAYER.search(k)))
     chosen = _spread(blocks, layers)
     with torch.no_grad():
@@ -176,7 +182,9 @@ def _copy_layers(network: nn.Module, target: PreTrainedModel) -> None:
             if origin not in source:
                 continue
             if source[origin].shape != tensor.shape:
-                raise UsageError(f"init: target needs the target's sizes, but {name} is {list(tensor.shape)}, not {list(source[origin].shape)}")
+                raise UsageError(
+                    f"init: target needs the target's sizes, but {name} is {list(tensor.shape)}, not {list(source[origin].shape)}"
+                )
             tensor.copy_(source[origin])
 
 
@@ -199,19 +207,18 @@ def _copy_attention(network: SEDD, target: PreTrainedModel) -> None:
         assert isinstance(block, Block)
         prefix = found[layer].removesuffix("self_attn.q_proj.weight")
 
-        def of(name: str, prefix: str = prefix) -> Tensor:
-            return source[prefix + name].float()
-
-        def repeated(w: Tensor) -> Tensor:
-            return w.view(-1, head, w.shape[1]).repeat_interleave(groups, 0).reshape(-1, w.shape[1])
-
+        of = {name.removeprefix(prefix).removesuffix(".weight"): w for name, w in source.items() if name.startswith(prefix)}
+        keys, values = (
+            of[name].view(-1, head, of[name].shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
+            for name in ("self_attn.k_proj", "self_attn.v_proj")
+        )
+        up, down = of["mlp.up_proj"], of["mlp.down_proj"]
+        wide, narrow = block.get_parameter("mlp.0.weight"), block.get_parameter("mlp.2.weight")
+        n = min(len(up), len(wide))
         with torch.no_grad():
-            q, k, v = of("self_attn.q_proj.weight"), of("self_attn.k_proj.weight"), of("self_attn.v_proj.weight")
-            block.attn_qkv.weight.copy_(torch.cat([q, repeated(k), repeated(v)]))
-            block.attn_out.weight.copy_(of("self_attn.o_proj.weight"))
-            block.norm1.weight.copy_(of("input_layernorm.weight"))
-            block.norm2.weight.copy_(of("post_attention_layernorm.weight"))
-            up, down = of("mlp.up_proj.weight"), of("mlp.down_proj.weight")
-            n = min(len(up), block.mlp[0].weight.shape[0])
-            block.mlp[0].weight[:n].copy_(up[:n])
-            block.mlp[2].weight[:, :n].copy_(down[:, :n])
+            block.attn_qkv.weight.copy_(torch.cat([of["self_attn.q_proj"], keys, values]))
+            block.attn_out.weight.copy_(of["self_attn.o_proj"])
+            block.norm1.weight.copy_(of["input_layernorm"])
+            block.norm2.weight.copy_(of["post_attention_layernorm"])
+            wide[:n].copy_(up[:n])
+            narrow[:, :n].copy_(down[:, :n])

@@ -81,13 +81,19 @@ class SEDDTask(Task):
     def canvas_logits(self, batch: TensorDict) -> tuple[canvases.Canvases, Float[Tensor, "B N G C"], Float[Tensor, "B L H"]]:
         """Logits of every canvas position (what the decode path computes one canvas at a time), and the clean states."""
         laid, states = self._states(batch)
-        B, L = batch["ids"].shape
+        L = batch["ids"].shape[1]
         return laid, self.network.logits(states[:, L:].view(*laid.slot.shape, -1)), states[:, :L]
 
     def _states(self, batch: TensorDict) -> tuple[canvases.Canvases, Float[Tensor, "B T H"]]:
         config = self.network.config
         laid = canvases.lay_out(
-            batch["ids"], batch["lengths"], batch["anchors"], batch["revealed"], int(batch["draft_len"]), config.context_window, config.tokens
+            batch["ids"],
+            batch["lengths"],
+            batch["anchors"],
+            batch["revealed"],
+            int(batch["draft_len"]),
+            config.context_window,
+            config.tokens,
         )
         sigma = torch.zeros(len(batch["ids"]), device=batch["ids"].device)
         return laid, self.network.hidden(laid.ids, sigma, mask=laid.mask, positions=laid.positions)
@@ -176,11 +182,3 @@ class SEDDTask(Task):
         if self.recipe.truth_share:
             loss = torch.lerp(loss, objectives.denoise(logits, truth), self.recipe.truth_share)
         return Judged(loss, objectives.overlap(logits.detach(), teacher))
-
-
-def with_dropout(network: SEDD, dropout: float) -> SEDD:
-    """The same network, another dropout while it trains."""
-    network.config = replace(network.config, dropout=dropout)
-    for block in network.blocks:
-        block.dropout = dropout
-    return network
