@@ -4,6 +4,7 @@
     python scripts/measure.py linear       few-row products: the stock kernel against ours
     python scripts/measure.py host         host time per round outside the networks
     python scripts/measure.py draft-cost   SEDD draft cost against window, blocks and gamma (untrained networks)
+    python scripts/measure.py data         writing a corpus: transformers' batched generate against our engine
     python scripts/measure.py acceptance   tau and break-even tau of a drafter on held-out prompts, temperature 0 and 1
 
 Nothing else should run on the machine meanwhile.
@@ -31,15 +32,17 @@ from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import verifier
 
 
-def alternate(candidates: dict[str, Callable[[], Any]], times: int) -> dict[str, list[float]]:
+def alternate(
+    candidates: dict[str, Callable[[], Any]], times: int, warm: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each candidate, taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for i in range(times + 2):
+    for i in range(times + warm):
         for name, run in candidates.items():
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            if i >= 2:
-                seconds[name].append(time.perf_counter() - begin)
+            if i >= warm:
+                seconds[name].append(clock() - begin)
     return seconds
 
 
@@ -183,6 +186,38 @@ def held_out(path: str, count: int) -> list[list[int]]:
     return [data["tokens"][offsets[i] : offsets[i] + lengths[i]].tolist() for i in rows]
 
 
+def data(a: argparse.Namespace) -> None:
+    """Equal prompts, equal batch, temperature 1, end of text ignored. CPU seconds of this process too: the machine may be shared."""
+    from specdiff import engine
+
+    lm = specdiff.load(a.model, "none", dtype=a.dtype)
+    stock = type(lm.target.model).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=lm.target.model.dtype).eval()
+    stock.generation_config.eos_token_id = None
+    for rows in a.rows:
+        lengths = [16 + (7 * i) % 32 for i in range(rows)]
+        prompts = [torch.randint(3, lm.target.info.vocab_size, (n,)).tolist() for n in lengths]
+        ids = torch.tensor([[0] * (max(lengths) - n) + p for n, p in zip(lengths, prompts, strict=True)])
+        mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
+        asked = [engine.Request(p, SamplingParams(max_tokens=a.tokens), i) for i, p in enumerate(prompts)]
+
+        def theirs(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> None:
+            out = stock.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=a.tokens, pad_token_id=0)
+            assert out.shape[1] == ids.shape[1] + a.tokens
+
+        def ours(asked: list[engine.Request] = asked, rows: int = rows) -> None:
+            turns = engine.serve(lm.target, lm.drafter, asked, verifier=verifier("match"), draft_len=0, rows=rows)
+            assert sum(len(turn.finished()) for turn in turns) == rows
+
+        for clock in (time.perf_counter, time.process_time):
+            s = {k: statistics.median(v) for k, v in alternate({"hf": theirs, "ours": ours}, a.times, 1, clock).items()}
+            rate = {k: rows * a.tokens / v for k, v in s.items()}
+            print(
+                f"{rows:4} rows, {clock.__name__:12}: transformers {rate['hf']:.1f} tok/s, ours {rate['ours']:.1f} tok/s, "
+                f"ratio {rate['ours'] / rate['hf']:.2f}",
+                flush=True,
+            )
+
+
 class Tally:
     """One way of decoding over all prompts: Stats, the same up to the first repeated 8-gram, and seconds of every round."""
 
@@ -226,7 +261,7 @@ def acceptance(a: argparse.Namespace) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "acceptance"))
+    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "data", "acceptance"))
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--drafter", default="sedd")
     p.add_argument("--dtype", default="auto")
@@ -236,9 +271,11 @@ def main() -> None:
     p.add_argument("--times", type=int, default=9)
     p.add_argument("--tokens", type=int, default=96)
     p.add_argument("--prompts", type=int, default=16)
+    p.add_argument("--rows", type=int, nargs="+", default=[16, 64], help="batch sizes (data)")
     p.add_argument("--data", help="corpus whose last rows are held out (acceptance)")
     a = p.parse_args()
-    {"forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "acceptance": acceptance}[a.what](a)
+    commands = {"forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "acceptance": acceptance}
+    commands[a.what](a)
 
 
 if __name__ == "__main__":

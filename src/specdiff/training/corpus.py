@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -153,7 +154,7 @@ class CorpusWriter:
         self.manifest: dict[str, Any] = {"format": FORMAT, "about": dict(about), "vocab_size": vocab_size, "shards": [], "notes": {}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(self.folder)
+            self.unlock = weakref.finalize(self, os.close, _lock(self.folder))
             if (self.folder / MANIFEST).exists():
                 self.manifest = {"notes": {}} | read_manifest(self.folder)
                 _same(self.folder, self.manifest["about"], about)
@@ -215,19 +216,19 @@ class CorpusWriter:
             if not isinstance(error, CorpusError):  # the disk that refused a shard just now would refuse it again
                 self.flush()
         finally:
-            self.lock.close()
+            self.unlock()
 
 
-def _lock(folder: Path) -> Any:
+def _lock(folder: Path) -> int:
     """Two writers in one folder would overwrite each other's shards. The lock goes with the process, however it ends."""
-    file = (folder / ".lock").open("w")
+    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
     if sys.platform != "win32":
         import fcntl
 
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.close()
+            os.close(file)
             raise CorpusError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
     return file
 
