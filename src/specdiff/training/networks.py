@@ -110,7 +110,7 @@ def _fits(found: int, wanted: int, where: str) -> None:
 
 
 def _borrow_from(network: Network, target: PreTrainedModel) -> Network:
-    head: Any = target.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: Any = target.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UsageError(f"{target.config.model_type} has no plain output matrix to borrow; train with borrow_embeddings=false")
     table: Any = target.get_input_embeddings()
@@ -154,10 +154,10 @@ def unigram_shift(head: Float[Tensor, "C H"], counts: Int[Tensor, "C"]) -> Float
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = -(frequency * torch.log_softmax(head @ shift, -1)).sum() + 1e-4 * shift.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return shift.detach()
 
 

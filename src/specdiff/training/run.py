@@ -1,7 +1,12 @@
 """From a target, a corpus and a recipe to a run that is ready to go on."""
 
+import ctypes
+import importlib
+import resource
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from specdiff import catalog
-from specdiff.errors import CorpusError, UsageError
+from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.lm import SpeculativeLM, tokenizer_of
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import card, evaluation, networks
@@ -23,6 +28,9 @@ from specdiff.training.target import TargetTask
 from specdiff.training.task import Task
 from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, Teacher
 from specdiff.training.trainer import Trainer
+
+TRACKERS = ("none", "tensorboard", "trackio")
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's own numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +51,14 @@ def prepare(
     device: str = "auto",
     command: str = "specdiff train",
     licence: str = "apache-2.0",
-    track: Callable[[dict[str, float], int], None] | None = None,
+    log_to: str = "none",
 ) -> Plan:
     """Load everything, resume if `out` holds a checkpoint, and check that all of it fits together.
 
     Raises CorpusError, ConfigError, UsageError, ... each naming the value and the fix.
     """
+    if log_to not in TRACKERS:
+        raise UsageError(f"unknown --log-to {log_to!r}; known are {', '.join(TRACKERS)}")
     corpus = Corpus(data)
     training, held_out = corpus.split(recipe.held_out)
     accelerator = accelerator_for(recipe, device)
@@ -73,9 +83,16 @@ def prepare(
         card.write(out, recipe, corpus, model, command, task.sizes(), base_model=catalog.hub_id(model), licence=licence)
 
     trainer = Trainer(
-        task, recipe, out, accelerator, training, held_out, evaluate=lambda folder: evaluate(str(folder)) if evaluate else {}, track=track,
+        task,
+        recipe,
+        out,
+        accelerator,
+        training,
+        held_out,
+        evaluate=lambda folder: evaluate(str(folder)) if evaluate else {},
         describe=describe,
-    )  # fmt: skip
+        track=_tracker(log_to, out, recipe) if accelerator.is_main_process else None,
+    )
     return Plan(trainer, target, corpus)
 
 
@@ -104,11 +121,59 @@ def _task(recipe: Recipe, corpus: Corpus, training: range, target: CausalTarget,
     return AutoregressiveTask(recipe, corpus, networks.autoregressive(recipe, corpus, training, model), target.info.head, teacher, about)
 
 
-def seconds_per_step(trainer: Trainer, steps: int = 3) -> float:
-    """Median time of a few real steps, the first left out. Nothing is saved."""
-    times = []
+def settle(threads: int | None = None) -> None:
+    """Make this process a good trainer: its threads, and no memory handed back to the system between steps."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if sys.platform == "linux":  # glibc would unmap every large tensor and fault it in anew: 15 % of a step
+        with suppress(AttributeError):  # another libc
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def forecast(plan: Plan, steps: int = 3) -> dict[str, Any]:
+    """Sizes, memory and time of a run, from a few real steps, the first left out. Nothing is saved."""
+    trainer, times = plan.trainer, []
+    before = trainer.tokens
     for _ in range(steps + 1):
         begin = time.perf_counter()
         trainer.one_step()
         times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[steps // 2]
+    sizes = trainer.task.sizes()
+    copies = 4 + (trainer.recipe.ema is not None)  # weights, gradients, two moments, and the moving average
+    cuda = trainer.accelerator.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return sizes | {
+        "corpus_tokens": plan.corpus.tokens,
+        "tokens_per_step": (trainer.tokens - before) / len(times),
+        "state_bytes": sizes["trained"] * 4 * copies,
+        "peak_bytes": peak,
+        "seconds_per_step": sorted(times[1:])[steps // 2],
+        "steps": trainer.recipe.steps,
+    }
+
+
+def _tracker(name: str, out: Path, recipe: Recipe) -> Callable[[dict[str, float], int], None] | None:
+    """A function that logs to tensorboard or trackio. Raises MissingExtraError if that is not installed."""
+    if name == "none":
+        return None
+    try:
+        if name == "tensorboard":
+            board: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter(str(out / "training" / "tensorboard"))
+
+            def to_tensorboard(values: dict[str, float], step: int) -> None:
+                for key, value in values.items():
+                    board.add_scalar(key, value, step)
+                board.flush()
+
+            return to_tensorboard
+        trackio: Any = importlib.import_module("trackio")
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(f"--log-to {name} needs {error.name}:  pip install {name}") from None
+    trackio.init(project="specdiff", name=out.name, config=recipe.model_dump())
+
+    def to_trackio(values: dict[str, float], step: int) -> None:
+        trackio.log(values, step=step)
+
+    return to_trackio

@@ -97,7 +97,9 @@ def _head(model: PreTrainedModel) -> Tensor:
     """The output matrix, after proof on random tokens that logits really are final states times it."""
     read_out = model.get_output_embeddings()
     if not isinstance(read_out, torch.nn.Linear) or read_out.bias is not None:
-        raise UnsupportedModelError(f"{model.config.model_type} has no plain output matrix, so its states cannot teach; train without distill")
+        raise UnsupportedModelError(
+            f"{model.config.model_type} has no plain output matrix, so its states cannot teach; train without distill"
+        )
     with torch.inference_mode():
         ids = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
         logits = model(ids, use_cache=False).logits.float()
@@ -105,7 +107,7 @@ def _head(model: PreTrainedModel) -> Tensor:
         error = (read_out(states).float() - logits).abs().max().item()
     if error > 1e-2 * max(1.0, logits.abs().max().item()):
         raise UnsupportedModelError(
-            f"{model.config.model_type} transforms its logits behind its output matrix (difference {error:.2g}), so its states cannot teach; "
-            f"train without distill"
+            f"{model.config.model_type} transforms its logits behind its output matrix (difference {error:.2g}), so its states cannot "
+            f"teach; train without distill"
         )
     return read_out.weight.detach()

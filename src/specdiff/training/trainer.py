@@ -166,7 +166,7 @@ class Trainer:
             yield Progress(self.step, recipe.steps, self.spent, record, evaluated)
 
     def _measure(self) -> dict[str, Any]:
-        evaluated = {"step": self.step, "minutes": round(self.spent / 60, 2), "tokens": self.tokens, **self._held_out()}
+        evaluated = {"step": self.step, "minutes": round(self.spent / 60, 2), "tokens": self.tokens, **self.held_out()}
         network = self.state.network()
         if self.accelerator.is_main_process:
             if self.evaluate is not None:
@@ -177,7 +177,7 @@ class Trainer:
         return evaluated
 
     @torch.no_grad()
-    def _held_out(self) -> dict[str, Any]:
+    def held_out(self) -> dict[str, Any]:
         """Losses of fixed batches of held-out rows, at the weights being trained."""
         self.model.eval()
         sums: dict[str, float] = {}
