@@ -151,18 +151,29 @@ class CorpusWriter:
         self.dtype = torch.uint16 if vocab_size <= 1 << 16 else torch.int32
         self.buffer: list[Row] = []
         self.buffered = 0
+        self.refused = False
         self.manifest: dict[str, Any] = {"format": FORMAT, "about": dict(about), "vocab_size": vocab_size, "shards": [], "notes": {}}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.unlock = weakref.finalize(self, os.close, _lock(self.folder))
             if (self.folder / MANIFEST).exists():
                 self.manifest = {"notes": {}} | read_manifest(self.folder)
-                _same(self.folder, self.manifest["about"], about)
+                self._same(about)
             else:
                 _write_json(self.folder / MANIFEST, self.manifest)
         except OSError as error:
             raise CorpusError(f"cannot write to {self.folder} ({error.strerror or error}); choose another --out") from error
         self.notes: dict[str, Any] = self.manifest["notes"]
+
+    def _same(self, about: Mapping[str, Any]) -> None:
+        begun = self.manifest["about"]
+        for name, value in json.loads(json.dumps(about)).items():
+            if begun.get(name) != value:
+                self.unlock()
+                raise CorpusError(
+                    f"{self.folder} was begun with {name} = {begun.get(name)!r}, not {value!r}; "
+                    f"repeat that setting to go on, or choose another --out"
+                )
 
     @property
     def tokens(self) -> int:
@@ -187,6 +198,7 @@ class CorpusWriter:
                 manifest["shards"] = [*manifest["shards"], self._write(f"shard-{len(manifest['shards']):05d}.safetensors")]
             _write_json(self.folder / MANIFEST, manifest)
         except (OSError, SafetensorError) as error:
+            self.refused = True  # on the way out it would be refused again
             raise CorpusError(
                 f"cannot write to {self.folder} ({error}); the {len(self.manifest['shards'])} complete shards are intact: "
                 f"make room, then repeat the command to go on"
@@ -211,9 +223,9 @@ class CorpusWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         try:
-            if not isinstance(error, CorpusError):  # the disk that refused a shard just now would refuse it again
+            if not self.refused:
                 self.flush()
         finally:
             self.unlock()
@@ -231,15 +243,6 @@ def _lock(folder: Path) -> int:
             os.close(file)
             raise CorpusError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
     return file
-
-
-def _same(folder: Path, begun: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    for name, value in json.loads(json.dumps(about)).items():
-        if begun.get(name) != value:
-            raise CorpusError(
-                f"{folder} was begun with {name} = {begun.get(name)!r}, not {value!r}; "
-                f"repeat that setting to go on, or choose another --out"
-            )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

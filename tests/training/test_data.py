@@ -1,0 +1,436 @@
+"""`specdiff data` end to end on a tiny target: sources, temperatures, resumption after SIGKILL, errors, the command itself."""
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import tiny
+from specdiff import SpeculativeLM, cli, engine
+from specdiff.drafters.base import NoDrafter
+from specdiff.engine import Request
+from specdiff.errors import CorpusError, MissingExtraError, UsageError
+from specdiff.noise import row_seed
+from specdiff.targets.causal import CausalTarget
+from specdiff.targets.table import TableTarget
+from specdiff.training import generate, prompts
+from specdiff.training.corpus import Corpus, CorpusWriter, Row
+from specdiff.training.generate import Settings
+from specdiff.training.prompts import OPENING_TOKENS, RecordSource, SelfSource
+from specdiff.training.tally import Tally
+from specdiff.types import SamplingParams
+from specdiff.verify import VERIFIERS
+
+END = 0
+VOCAB = 264
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|im_end|>", "<|im_start|>"]
+SETTINGS = Settings(seed=5, max_tokens=12)
+
+
+def made_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        ["rain"], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", chat_template=template)
+
+
+def network() -> Any:
+    """Flat enough to say anything, and ends a turn after a dozen tokens or so."""
+    model = tiny.model("gpt2", vocab=VOCAB)
+    end = model.get_input_embeddings().weight[END].detach()
+    with torch.no_grad():
+        model.get_parameter("transformer.ln_f.weight").mul_(0.15)
+        model.get_parameter("transformer.ln_f.bias").copy_(3.5 * end / end.square().sum())
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A target as its users have it."""
+    path = tmp_path_factory.mktemp("model")
+    network().save_pretrained(path)
+    made_tokenizer(TEMPLATE).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> SpeculativeLM:
+    return SpeculativeLM(CausalTarget(network(), name=str(folder)), "none", made_tokenizer(TEMPLATE), max_len=256)
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> SpeculativeLM:
+    return SpeculativeLM(CausalTarget(network(), name=str(folder)), "none", made_tokenizer(None), max_len=256)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["specdiff", "data", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def write(lm: SpeculativeLM, source: Any, out: Path, tokens: int = 400, rows: int = 8, settings: Settings = SETTINGS) -> dict[str, Any]:
+    with CorpusWriter(out, generate.about(lm, source, settings), vocab_size=VOCAB, shard_tokens=120) as writer:
+        tally = Tally(writer, Corpus(out).columns())
+        for _ in generate.generate(lm, source, tally, settings, tokens=tokens, rows=rows):
+            pass
+        return tally.close()
+
+
+def texts(out: Path) -> dict[int, Row]:
+    corpus = Corpus(out)
+    rows = [corpus[i] for i in range(len(corpus))]
+    assert len({r.key for r in rows}) == len(rows), "a key came twice"
+    assert len({tuple(r.tokens.tolist()) for r in rows}) == len(rows), "a text came twice"
+    return {r.key: r for r in rows}
+
+
+def same(one: dict[int, Row], other: dict[int, Row]) -> int:
+    """How many keys both have; all of them hold the same text."""
+    shared = one.keys() & other.keys()
+    for key in shared:
+        assert torch.equal(one[key].tokens, other[key].tokens), key
+        assert (one[key].prompt_length, one[key].temperature) == (other[key].prompt_length, other[key].temperature)
+    return len(shared)
+
+
+def test_the_target_asks_itself(lm: SpeculativeLM, tmp_path: Path) -> None:
+    tokenizer = lm.tokenizer
+    prefix, suffix = prompts.turn(lm)
+    assert tokenizer.decode(prefix) == "<|im_start|>user\n" and tokenizer.decode(suffix) == "<|im_end|>\n<|im_start|>assistant\n"
+    summary = write(lm, SelfSource(lm, 48), tmp_path / "c")
+    assert summary["tokens"] >= 400 and set(summary["dropped"]) <= {"question-unended", "question-empty", "duplicate"}
+    for row in texts(tmp_path / "c").values():
+        question, answer = row.tokens[len(prefix) : row.prompt_length - len(suffix)].tolist(), row.tokens[row.prompt_length :].tolist()
+        assert row.tokens[: len(prefix)].tolist() == list(prefix)
+        assert row.tokens[row.prompt_length - len(suffix) : row.prompt_length].tolist() == list(suffix)
+        assert 1 <= len(question) < 48 and END not in question
+        assert len(answer) == SETTINGS.max_tokens or answer[-1] == END
+        assert END not in answer[:-1]
+
+
+def test_each_row_is_a_function_of_its_key(lm: SpeculativeLM, tmp_path: Path) -> None:
+    """Whatever the number of rows, shards, runs, and with a drafter too."""
+    whole = write(lm, SelfSource(lm, 48), tmp_path / "a", tokens=500)
+    for goal in (150, 500):
+        write(lm, SelfSource(lm, 48), tmp_path / "b", tokens=goal, rows=3)
+    drafted = SpeculativeLM(lm.target, tiny.drafter(lm.target.info, **tiny.CACHED), lm.tokenizer, 256)
+    write(drafted, SelfSource(lm, 48), tmp_path / "c", tokens=150)
+    a, b, c = (texts(tmp_path / name) for name in "abc")
+    assert same(a, b) >= 0.8 * len(a) and same(a, c) >= 5
+    assert whole["rows"] == len(a)
+    write(lm, SelfSource(lm, 48), tmp_path / "d", settings=Settings(seed=6, max_tokens=12))
+    d = texts(tmp_path / "d")
+    assert any(not torch.equal(a[k].tokens, d[k].tokens) for k in a.keys() & d.keys())
+
+
+def test_temperatures_come_in_their_shares_and_keep_their_law(lm: SpeculativeLM, tmp_path: Path) -> None:
+    found = [SETTINGS.temperature(key) for key in range(4000)]
+    for temperature, share in zip(SETTINGS.temperatures, SETTINGS.shares, strict=True):
+        assert found.count(temperature) / 4000 == pytest.approx(share, abs=0.03)
+    summary = write(lm, SelfSource(lm, 48), tmp_path / "c", tokens=700)
+    rows = texts(tmp_path / "c")
+    assert all(row.temperature == pytest.approx(SETTINGS.temperature(key)) for key, row in rows.items())
+    assert sum(law["rows"] for law in summary["by_temperature"].values()) == len(rows)
+    greedy = [r for r in rows.values() if r.temperature == 0]
+    assert greedy
+    for row in greedy[:5]:
+        expected = lm.generate(row.tokens[: row.prompt_length].tolist(), max_tokens=12, temperature=0)
+        assert expected.token_ids == row.tokens[row.prompt_length :].tolist()
+
+
+@pytest.mark.parametrize(
+    ("temperatures", "shares", "told"),
+    [
+        ((1.0, 0.0), (0.5, 0.4), r"shares must be at least 0 and sum to 1, not 0.5, 0.4 \(sum 0.9\)"),
+        ((1.0, 0.0), (1.5, -0.5), "shares must be at least 0"),
+        ((1.0, 0.0), (float("nan"), 1.0), "shares must be"),
+        ((1.0,), (0.5, 0.5), "1 temperatures need as many shares, not 2"),
+        ((-1.0,), (1.0,), "temperature must be a finite number >= 0"),
+    ],
+)
+def test_bad_mixtures(temperatures: Any, shares: Any, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Settings(temperatures=temperatures, shares=shares)
+
+
+def test_a_model_without_a_template_starts_from_its_first_token(plain: SpeculativeLM, tmp_path: Path) -> None:
+    summary = write(plain, SelfSource(plain), tmp_path / "c")
+    assert summary["rows"] > 10
+    for row in texts(tmp_path / "c").values():
+        assert row.tokens[0] == END and row.prompt_length == 1 + OPENING_TOKENS  # its EOS stands for the BOS it lacks
+
+
+def test_a_model_with_neither_template_nor_start() -> None:
+    table = TableTarget.random(5)
+    with pytest.raises(UsageError, match="neither a chat template nor a BOS or EOS token"):
+        SelfSource(SpeculativeLM(table, "none", None, 64))
+    with pytest.raises(UsageError, match="no tokenizer, which text needs"):
+        list(RecordSource(SpeculativeLM(table, "none", None, 64), lambda: [{"text": "hi"}], {}, longest=8).prompts(()))
+
+
+def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    records = [
+        {"prompt": "rain?"}, {"messages": talk}, {"messages": talk[:1]}, {"text": "rain rain " * 40}, {"prompt": [3, 4, 5]},
+        {"prompt": " "}, {"prompt": "long " * 300},
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n\n".join(map(json.dumps, records)) + "\n")
+    source = prompts.source(lm, "jsonl", path, longest=200, text_tokens=16)
+    found = list(source.prompts(()))
+    assert [lm.tokenizer.decode(p.ids) for p in found[:2]] == [
+        f"<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant\n" for word in ("rain?", "hi")
+    ]
+    assert found[1].ids == found[2].ids and found[4].ids == (3, 4, 5)
+    assert [p.cut for p in found] == [False, False, False, True, False, False, False] and len(found[3].ids) == 16
+    assert [p.refused for p in found[5:]] == [prompts.EMPTY, prompts.TOO_LONG]
+    assert [p.key for p in source.prompts({0, 2})] == [1, 3, 4, 5, 6]
+    summary = write(lm, source, tmp_path / "c", tokens=10_000)  # gives out before that
+    assert summary["dropped"].pop("duplicate", 0) <= 1 and summary["dropped"] == {"prompt-empty": 1, "prompt-too-long": 1}
+    assert sum(law["cut"] for law in summary["by_temperature"].values()) == 1
+    again = write(lm, source, tmp_path / "c", tokens=10_000)
+    assert again["rows"] == summary["rows"]
+    path.write_text('{"prompt": "another"}\n')
+    with pytest.raises(CorpusError, match="begun with source"):
+        write(lm, prompts.source(lm, "jsonl", path, longest=200, text_tokens=16), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "holds no prompts"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
+        ("[1]\n", "line 1 must be an object"),
+        ('{"question": "a", "id": 3}\n', "has none of the fields messages, prompt, text, article, but question, id"),
+        ('{"prompt": [3, 999]}\n', "token id 999 is outside the target's vocabulary of 264"),
+        ('{"prompt": {"a": 1}}\n', "prompt must be text, not dict"),
+        ('{"messages": [{"who": "me"}]}\n', "messages must be a list"),
+    ],
+)
+def test_bad_jsonl(lm: SpeculativeLM, tmp_path: Path, content: str, told: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=told):
+        list(prompts.source(lm, "jsonl", path, longest=200).prompts(()))
+
+
+def test_text_files(lm: SpeculativeLM, plain: SpeculativeLM, tmp_path: Path) -> None:
+    (tmp_path / "t" / "deep").mkdir(parents=True)
+    (tmp_path / "t" / "a.txt").write_text("\n\n".join(f"paragraph {i} " * 30 for i in range(9)))
+    (tmp_path / "t" / "deep" / "b.txt").write_text("short")
+    (tmp_path / "t" / "c.md").write_text("not read")
+    for model in (lm, plain):  # documents are continued as they are, template or not
+        found = list(prompts.source(model, "text", tmp_path / "t", longest=100, text_tokens=20).prompts(()))
+        assert [len(p.ids) for p in found[:-1]] == [20] * (len(found) - 1) and len(found) == 4
+        assert model.tokenizer.decode(found[0].ids).startswith("paragraph 0")
+        assert model.tokenizer.decode(found[-1].ids) == "short" and not found[-1].cut
+    one = prompts.source(lm, "text", tmp_path / "t" / "a.txt", longest=100, text_tokens=20)
+    assert write(lm, one, tmp_path / "c", tokens=60)["rows"] >= 1
+
+
+def test_sources_that_are_missing(lm: SpeculativeLM, tmp_path: Path) -> None:
+    for kind, path, told in (
+        ("jsonl", None, "--source jsonl needs --input"),
+        ("text", tmp_path / "nowhere", "no such file"),
+        ("csv", tmp_path, "unknown source 'csv'; known are self, jsonl, text"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            prompts.source(lm, kind, path, longest=10)
+    with pytest.raises(UsageError, match="raise --max-model-len, or lower --max-tokens"):
+        prompts.source(lm, "text", tmp_path, longest=0)
+
+
+def test_a_data_set_needs_its_extra(lm: SpeculativeLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'specdiff\[train\]'"):
+        list(prompts.source(lm, "self", dataset="lm1b", longest=10).prompts(()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="the extra specdiff[train] is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_data_sets(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name, field in (("good", "article"), ("bad", "body")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps({"id": i, field: f"rain {i}"}) + "\n" for i in range(5)))
+    found = list(prompts.source(lm, "self", dataset=str(tmp_path / "good"), longest=50).prompts(()))
+    assert [lm.tokenizer.decode(p.ids) for p in found] == [f"rain {i}" for i in range(5)]
+    with pytest.raises(UsageError, match=r"has none of the fields .*; it has id, body"):
+        list(prompts.source(lm, "self", dataset=str(tmp_path / "bad"), longest=50).prompts(()))
+    with pytest.raises(UsageError, match="cannot load the data set"):
+        list(prompts.source(lm, "self", dataset=str(tmp_path / "nowhere"), longest=50).prompts(()))
+
+
+def test_it_gives_up_where_nothing_new_comes(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "BARREN", 20)
+    source = RecordSource(lm, lambda: [{"prompt": [3, 4]}] * 500, {}, longest=8)
+    with pytest.raises(CorpusError, match=r"the last 20 texts were all dropped .*duplicate"):
+        write(lm, source, tmp_path / "c", settings=Settings(max_tokens=3, temperatures=(0.0,), shares=(1.0,)))
+    assert len(texts(tmp_path / "c")) == 1  # what was finished is kept
+
+
+def test_a_stream_answers_to_what_was_told() -> None:
+    """Requests born of earlier ones; None while there is nothing to do; slots that a stream must name."""
+    table = TableTarget.random(5, seed=3)
+    born: list[Request] = [Request([1], SamplingParams(max_tokens=3 + i), i) for i in range(3)]
+    heard: dict[int, list[int]] = {}
+
+    def stream() -> Iterator[Request | None]:
+        while True:
+            yield born.pop(0) if born else None
+
+    options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 0, "rows": 2}
+    for turn in engine.serve(table, NoDrafter(), stream(), slots=24, **options):
+        for place, ids, prompt_length in turn.finished():
+            heard[place] = ids.tolist()
+            if place < 3:
+                born.append(Request(heard[place], SamplingParams(max_tokens=4), row_seed(0, place)))
+            assert prompt_length == (1 if place < 3 else len(heard[place]) - 4)
+    assert [len(heard[i]) for i in range(6)] == [4, 5, 6, 8, 9, 10]
+    with pytest.raises(UsageError, match="needs slots"):
+        next(engine.serve(table, NoDrafter(), stream(), **options))
+    born.append(Request([1, 2], SamplingParams(max_tokens=30), 0))
+    with pytest.raises(UsageError, match=r"request 0 may reach 2 \+ 30 tokens, but slots are 24"):
+        next(engine.serve(table, NoDrafter(), stream(), slots=24, **options))
+
+
+def command(folder: Path, out: Path, tokens: int) -> list[str]:
+    sizes = ["--max-tokens", "24", "--rows", "4", "--shard-tokens", "150", "--max-model-len", "256", "--device", "cpu"]
+    return ["specdiff", "data", "--model", str(folder), "--out", str(out), "--tokens", str(tokens), "-q", *sizes]
+
+
+def start(argv: list[str]) -> int:
+    """The command in a process of its own: forked, since importing torch anew costs more than the work."""
+    child = os.fork()
+    if child == 0:
+        try:
+            sys.argv = argv
+            cli.main()
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
+        os._exit(70)
+    return child
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path) -> None:
+    begin = time.monotonic()
+    assert os.waitpid(start(command(folder, tmp_path / "whole", 1200)), 0)[1] == 0
+    seconds = time.monotonic() - begin
+    killed = 0
+    chance = random.Random(0)
+    for _ in range(3):
+        child = start(command(folder, tmp_path / "torn", 1200))
+        time.sleep(seconds * chance.uniform(0.3, 0.8))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed
+    assert os.waitpid(start(command(folder, tmp_path / "torn", 1200)), 0)[1] == 0
+    whole, torn = texts(tmp_path / "whole"), texts(tmp_path / "torn")
+    assert same(whole, torn) >= 0.8 * len(whole)
+    assert Corpus(tmp_path / "torn").tokens >= 1200
+    notes = Corpus(tmp_path / "torn").manifest["notes"]
+    assert sum(law["rows"] for law in notes["by_temperature"].values()) == len(torn)
+    assert os.waitpid(start(command(folder, tmp_path / "torn", 1500)), 0)[1] == 0  # a greater goal goes on
+    assert Corpus(tmp_path / "torn").tokens >= 1500 and same(texts(tmp_path / "torn"), torn) == len(torn)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_interrupted_it_keeps_what_is_finished(folder: Path, tmp_path: Path) -> None:
+    child = start(command(folder, tmp_path / "c", 10**9))
+    manifest = tmp_path / "c" / "manifest.json"
+    while not (manifest.exists() and json.loads(manifest.read_text())["shards"]):
+        time.sleep(0.05)
+    os.kill(child, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert texts(tmp_path / "c")
+
+
+def test_the_command(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    base = command(folder, out, 300)[2:]
+    code, text, _ = here(*base, "--rows", "auto", "--dry-run", "--json")
+    forecast = json.loads(text)
+    assert code == 0 and not out.exists() and forecast["rows_at_a_time"] >= 8 and forecast["estimated_seconds"] >= 0
+    code, text, told = here(*[a for a in base if a != "-q"], "--json", "--features")
+    summary = json.loads(text)
+    assert code == 0 and summary["tokens"] >= 300 and summary["feature_tokens"] == summary["tokens"] and "% of answer tokens" in told
+    found = Corpus(out)
+    states = found.features(0)
+    assert found.has_features and states is not None and len(states[0]) == len(found[0].tokens)
+    code, text, _ = here("--model", str(folder), "--out", str(out), "--features")  # alone: nothing is left to do
+    assert code == 0 and text == ""
+
+
+def test_the_command_imports(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    data = {"tokens": torch.tensor([5, 6, 7, 8]), "offsets": torch.tensor([0, 2, 4]), "prompt_lengths": torch.tensor([1, 1])}
+    save_file(data, tmp_path / "rows.safetensors")
+    arguments = ("--model", str(folder), "--out", str(tmp_path / "c"), "--from-tokens", str(tmp_path / "rows.safetensors"), "--json")
+    assert json.loads(here(*arguments)[1])["rows"] == 2
+    assert {k: r.tokens.tolist() for k, r in texts(tmp_path / "c").items()} == {0: [5, 6], 1: [7, 8]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        ((), 2, "say how many tokens to write: --tokens N"),
+        (("--tokens", "9", "--shares", "0.5,0.2,0.2"), 2, "sum to 1"),
+        (("--tokens", "9", "--temperatures", "1,hot"), 2, "--temperatures must be numbers separated by commas, not '1,hot'"),
+        (("--tokens", "9", "--rows", "0"), 2, "--rows must be a whole number of at least 1 or 'auto', not '0'"),
+        (("--tokens", "9", "--source", "jsonl", "--input", "/nowhere.jsonl"), 2, "no such file: /nowhere.jsonl"),
+        (("--tokens", "9", "--max-tokens", "2000"), 2, "exceed max_len 256"),
+        (("--from-tokens", "/nowhere.safetensors"), 2, "no such file: /nowhere.safetensors"),
+        (("--features",), 1, "holds no manifest.json"),
+        (("--tokens", "9", "--rows", "2", "--out", "/proc/nowhere"), 1, "cannot write to /proc/nowhere"),
+    ],
+)
+def test_errors_are_one_line(
+    here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, arguments: tuple[str, ...], code: int, told: str
+) -> None:
+    got, out, err = here("--model", str(folder), "--out", str(tmp_path / "c"), "--max-model-len", "256", "--max-tokens", "24", *arguments)
+    assert (got, out) == (code, "") and told in err and "Traceback" not in err
+
+
+def test_another_seed_or_target_is_refused(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    base = command(folder, tmp_path / "c", 100)[2:]
+    assert here(*base)[0] == 0
+    code, _, err = here(*base, "--seed", "9")
+    assert code == 1 and "begun with seed = 0, not 9" in err
+    other = tmp_path / "other"
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("transformer.h.0.ln_1.bias").add_(0.01)
+    model.save_pretrained(other)
+    made_tokenizer(TEMPLATE).save_pretrained(other)
+    code, _, err = here(*command(other, tmp_path / "c", 100)[2:])
+    assert code == 1 and "begun with target" in err
