@@ -103,8 +103,7 @@ class Trainer:
         rate = learning_rate(self.recipe, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        losses: list[torch.Tensor] = []
-        told: TensorDict = {}
+        sums: TensorDict = {}
         self.model.train()
         for i, batch in enumerate(batches):
             torch.manual_seed(self._key(self.step, i))  # dropout draws the same after a resumption
@@ -112,21 +111,22 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, told = self._loss(batch, self.step / self.recipe.steps)
                 self.accelerator.backward(loss / len(batches))
-            losses.append(loss.detach())
-            self.tokens += int(batch["lengths"].sum()) * self.accelerator.num_processes
+            told = {"loss": loss.detach(), "tokens": batch["lengths"].sum().to(loss.device, torch.float32), **told}
+            sums = {name: value + sums.get(name, 0) for name, value in told.items()}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.state.advance(self.step)
-        mean = float(self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean"))
-        if not math.isfinite(mean):
+        total = dict(zip(sums, self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist(), strict=True))
+        self.tokens += round(total.pop("tokens"))
+        mean = {name: value / (len(batches) * self.accelerator.num_processes) for name, value in total.items()}
+        if not math.isfinite(mean["loss"]):
             raise UsageError(
-                f"the loss is {mean} at step {self.step}; go on from the last checkpoint in another --out with a lower lr "
+                f"the loss is {mean['loss']} at step {self.step}; go on from the last checkpoint in another --out with a lower lr "
                 f"({self.recipe.lr}) or clip ({self.recipe.clip})"
             )
-        record = {"step": self.step, "loss": mean, "lr": rate, "norm": float(norm), "tokens": self.tokens}
-        return record | {name: round(float(value), 5) for name, value in told.items()}
+        return {"step": self.step, **mean, "lr": rate, "norm": float(norm), "tokens": self.tokens}
 
     def _loss(self, batch: TensorDict, progress: float) -> tuple[torch.Tensor, TensorDict]:
         loss, told = self.model({k: v.to(self.accelerator.device) for k, v in batch.items()}, progress)

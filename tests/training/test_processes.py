@@ -1,0 +1,145 @@
+"""Training as a process: killed and repeated, over two processes, sharded. Everything runs through the command line."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from specdiff.training.corpus import Corpus
+
+SIZES = ["heads=4", "draft_vocab=40", "context_window=16", "rows=4", "canvas_tokens=16", "warmup=5", "ema=0.9", "dropout=0.2"]
+BOOKS = ["log_every=1", "save_every=2", "eval_every=1000", "eval_prompts=2", "eval_tokens=8"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+LOG, LAST = "training/log.jsonl", "training/checkpoints/{:08d}/training.safetensors"
+
+
+def command(target: Path, corpus: Corpus, out: Path, *changes: str) -> list[str]:
+    settings = [part for change in (*SIZES, *BOOKS, *changes) for part in ("--set", change)]
+    return ["specdiff", "train", "--target", str(target), "--data", str(corpus.folder), "--out", str(out), "--device", "cpu", *settings]
+
+
+def run(arguments: list[str], processes: int = 1) -> None:
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, "-m", *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def equal_files(a: Path, b: Path) -> bool:
+    x, y = load_file(a), load_file(b)
+    return x.keys() == y.keys() and all((x[k] == y[k]).all() for k in x)
+
+
+def kill_until_done(arguments: list[str], out: Path, steps: int, kills: int, chance: random.Random) -> int:
+    """Start the run again and again, each time killed at a random moment behind a little progress; the number of kills."""
+    done = 0
+    log = out / LOG
+    while True:
+        process = subprocess.Popen([sys.executable, "-m", *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        goal = before + chance.randrange(1, max(2, 2 * steps // (kills + 1)))
+        while process.poll() is None and done < kills:
+            if log.exists() and len(log.read_text().splitlines()) >= goal:
+                time.sleep(chance.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                done += 1
+                break
+            time.sleep(0.002)
+        _, error = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, error[-3000:]
+            return done
+
+
+def survives(target: Path, corpus: Corpus, tmp_path: Path, steps: int, kills: int) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(command(target, corpus, whole, f"steps={steps}"))
+    assert kill_until_done(command(target, corpus, parts, f"steps={steps}"), parts, steps, kills, random.Random(kills)) >= kills - 1
+    assert (whole / LOG).read_text() == (parts / LOG).read_text()  # every loss, to the last digit
+    for name in ("model.safetensors", LAST.format(steps)):
+        assert equal_files(whole / name, parts / name)
+
+
+def test_three_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    survives(target_folder, corpus, tmp_path, steps=40, kills=3)
+
+
+@pytest.mark.slow
+def test_fifty_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    survives(target_folder, corpus, tmp_path, steps=300, kills=50)
+
+
+def test_two_processes_are_twice_the_accumulation(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    """DDP over gloo: the same batches, the same losses, the same drafter; and it resumes as one process too."""
+    no_dropout = ("steps=6", "dropout=0")  # dropout's draws belong to a process
+    run(command(target_folder, corpus, tmp_path / "two", *no_dropout), processes=2)
+    run(command(target_folder, corpus, tmp_path / "one", *no_dropout, "accumulation=2"))
+    assert (tmp_path / "two" / LOG).read_text() == (tmp_path / "one" / LOG).read_text()
+    assert equal_files(tmp_path / "two" / "model.safetensors", tmp_path / "one" / "model.safetensors")
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from specdiff.training.state import State
+
+def made(seed):
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    return torch.nn.ModuleDict({"network": model})
+
+def stepped(state, steps):
+    for step in range(steps):
+        torch.manual_seed(100 + step)
+        x = torch.randn(4, 6)
+        state.optimizer.zero_grad()
+        state.model["network"](x).square().mean().backward()
+        state.optimizer.step()
+        state.advance(step)
+
+def state_of(seed, sharded):
+    model = made(seed)
+    if sharded:
+        for layer in (model["network"][0], model["network"][2], model["network"]):
+            fully_shard(layer)
+    return State(model, torch.optim.AdamW(model.parameters(), lr=0.01), 0.9)
+
+dist.init_process_group("gloo")
+plain, sharded = state_of(0, False), state_of(0, True)
+stepped(plain, 3)
+stepped(sharded, 3)
+wanted, found = plain.dump(), sharded.dump()
+again = state_of(1, True)
+if dist.get_rank() == 0:
+    assert wanted.keys() == found.keys() and len(wanted) == 4 + 4 + 12, (sorted(wanted), sorted(found))
+    assert all(torch.allclose(wanted[k].float(), found[k].float(), atol=1e-6) for k in wanted)
+shared = [wanted]
+dist.broadcast_object_list(shared, 0)
+again.restore(shared[0])
+stepped(again, 2)
+stepped(plain, 2)
+wanted, found = plain.dump(), again.dump()
+network = again.network()
+if dist.get_rank() == 0:
+    assert all(torch.allclose(wanted[k].float(), found[k].float(), atol=1e-6) for k in wanted)
+    assert torch.equal(network["0.weight"], found["e.network.0.weight"])
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_state_is_the_plain_one(tmp_path: Path) -> None:
+    """FSDP2 over two gloo processes: what is saved is whole, and restoring it into other shards goes on alike.
+
+    accelerate itself shards on accelerators only, so its own FSDP2 path is run by scripts/gpu.
+    """
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "sharded.py")]
+    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
