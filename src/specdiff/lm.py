@@ -112,15 +112,18 @@ class SpeculativeLM:
         """Answer a conversation of {"role", "content"} messages through the model's chat template."""
         return self.generate(self.render(messages), **options)
 
-    def render(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation, up to where the answer begins. Raises UsageError without a chat template."""
+    def render(self, messages: Sequence[Message], *, answered: bool = False) -> list[int]:
+        """The token ids of a conversation, up to where the answer begins (`answered`: it ends with one, and so does the text).
+
+        Raises UsageError without a chat template.
+        """
         tokenizer = self._tokenizer()
         if not getattr(tokenizer, "chat_template", None):
             raise UsageError("this model has no chat template; give a plain prompt with raw=True")
         if isinstance(messages, str) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
             raise UsageError('messages must be a list of {"role": ..., "content": ...}')
         try:
-            ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
+            ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not answered, tokenize=True, return_dict=False)
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"the model's chat template refuses these messages ({type(error).__name__}: {error})") from error
         return [int(i) for i in ids]
@@ -283,7 +286,8 @@ def tokenizer_of(folder: Path | str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return found if found.vocab_size else None  # for some families transformers makes an empty one up, with an end token of its own
     except (OSError, ValueError, KeyError, TypeError) as error:
         present = [p.name for p in Path(folder).glob("*token*.json")]
         if present:

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +31,7 @@ def data(
     input_path: Annotated[Path | None, typer.Option("--input", help="The JSONL file; the text file, or folder of *.txt.")] = None,
     dataset: Annotated[str | None, typer.Option(help="cnn_dailymail, openwebtext, lm1b, or any Hugging Face data set.")] = None,
     from_tokens: Annotated[Path | None, typer.Option(help="Import rows of a safetensors file instead of generating.")] = None,
+    verbatim: Annotated[bool, typer.Option("--verbatim", help="Store the texts themselves, packed; generate nothing.")] = False,
     temperatures: Annotated[str, typer.Option(help="Of the answers, separated by commas; 0 is greedy.")] = "1.0,0.7,0",
     shares: Annotated[str, typer.Option(help="Share of rows at each temperature (0.4,0.2,0.4; else equal ones).")] = "",
     seed: Annotated[int, typer.Option(help="Same seed, same corpus.")] = 0,
@@ -50,7 +52,7 @@ def data(
 
     Example:  specdiff data --out corpus --tokens 2000000 --features
     """
-    if tokens < 1 and not from_tokens and not features:
+    if tokens < 1 and not (from_tokens or features or verbatim):
         raise UsageError("say how many tokens to write: --tokens N")
     if shard_tokens < 1:
         raise UsageError(f"--shard-tokens must be at least 1, not {shard_tokens}")
@@ -73,6 +75,8 @@ def data(
     try:
         if from_tokens:
             summary = _imported(lm, from_tokens, out, shard_tokens, notes)
+        elif verbatim:
+            summary = _packed(lm, source, input_path, dataset, out, tokens, shard_tokens, notes)
         elif tokens:
             origin = prompts.source(lm, source, input_path, dataset, longest=lm.max_len - max_tokens, text_tokens=text_tokens)
             plan = _plan(lm, origin, settings, rows, notes)
@@ -147,6 +151,33 @@ def _imported(lm: "SpeculativeLM", path: Path, out: Path, shard_tokens: int, not
         return tally.close()
 
 
+def _packed(
+    lm: "SpeculativeLM",
+    source: str,
+    path: Path | None,
+    dataset: str | None,
+    out: Path,
+    tokens: int,
+    shard_tokens: int,
+    notes: "Console",
+) -> dict[str, Any]:
+    from specdiff.training import generate, imports, prompts
+    from specdiff.training.corpus import CorpusWriter
+
+    origin = prompts.source(lm, source, path, dataset, longest=lm.max_len)
+    if not isinstance(origin, prompts.RecordSource):
+        raise UsageError("--verbatim stores texts as they are: name them with --source jsonl or text and --input, or with --dataset")
+    name, vocab = lm.target.info.name, lm.target.info.vocab_size
+    about = {"target": name, "target_sha256": generate.fingerprint(name), "source": origin.about, "row_tokens": lm.max_len}
+    with CorpusWriter(out, about, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
+        tally = _tally(writer)
+        end = lm.end_ids[0] if lm.end_ids else None  # the lowest is the end of a text; ends of turns came later
+        rows = imports.packed(origin.documents(), end, lm.max_len)
+        wanted = takewhile(lambda _: not tokens or writer.tokens < tokens, rows)
+        _watched(imports.add_rows(wanted, tally), lambda: writer.tokens, tokens, notes, "packing", lambda: f"{writer.rows} rows")
+        return tally.close()
+
+
 def _tally(writer: Any) -> "Tally":
     from specdiff.training.corpus import Corpus
     from specdiff.training.tally import Tally
@@ -193,12 +224,12 @@ def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "C
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True, speed_estimate_period=300) as bar:
-        task = bar.add_task(title, total=total, completed=done(), note="")
+        task = bar.add_task(title, total=total or None, completed=done(), note="")
         for tokens in work:
             made += tokens
             now = time.perf_counter()
             note = f"{made / max(now - begin, 1e-9):.0f} tok/s, {told()}"
-            bar.update(task, completed=min(total, done()), note=note)
+            bar.update(task, completed=min(total or done(), done()), note=note)
             if not notes.is_terminal and now - said > REPORT_SECONDS:
                 said = now
                 notes.print(f"{title}: {done()} of {total} tokens, {note}", soft_wrap=True)

@@ -28,7 +28,8 @@ def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping
     for stale in (aside, final):
         shutil.rmtree(stale, ignore_errors=True)
     aside.mkdir()
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside / "training.safetensors")
+    # cloned: tied tensors share memory, which safetensors refuses
+    save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, aside / "training.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
     for path in (aside / "training.safetensors", aside / "state.json"):
         _flush(path)

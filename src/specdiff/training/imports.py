@@ -1,7 +1,8 @@
-"""Token rows someone already has -> a corpus folder."""
+"""Token rows and texts someone already has -> a corpus folder. Nothing is generated."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,20 @@ def about(path: Path, target: str, target_sha256: str) -> dict[str, Any]:
     return {"target": target, "target_sha256": target_sha256, "source": {"kind": "tokens", "input": path.name, "input_sha256": digest}}
 
 
-def add_rows(rows: list[Row], tally: Tally) -> Iterator[int]:
+def packed(documents: Iterable[Sequence[int]], end: int | None, length: int) -> Iterator[Row]:
+    """Documents as rows of `length` tokens: an end token behind each, all joined, cut anew (how SEDD and its paper train)."""
+    joined: list[int] = []
+    keys = count()
+    for document in filter(None, documents):
+        joined += [*document, *([] if end is None else [end])]
+        while len(joined) >= length:
+            yield Row(torch.tensor(joined[:length]), 0, 1.0, next(keys))
+            joined = joined[length:]
+    if len(joined) > 1:
+        yield Row(torch.tensor(joined), 0, 1.0, next(keys))
+
+
+def add_rows(rows: Iterable[Row], tally: Tally) -> Iterator[int]:
     """Hand over the rows that are not there yet; yields the tokens of each."""
     for row in rows:
         if row.key not in tally.known:

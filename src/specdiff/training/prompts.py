@@ -132,12 +132,22 @@ class RecordSource:
         if not found:
             raise UsageError(f"{self.about.get('input')} holds no prompts")
 
-    def _prompt(self, key: int, record: Mapping[str, Any]) -> Prompt:
+    def documents(self) -> Iterator[tuple[int, ...]]:
+        """Every record as it stands, whole: for learning from texts themselves."""
+        for key, record in enumerate(self.records()):
+            field = self._field(key, record)
+            yield self._tokens(record[field], field, key, whole=True)
+
+    def _field(self, key: int, record: Mapping[str, Any]) -> str:
         field = next((f for f in FIELDS if record.get(f) is not None), None)
         if field is None:
             raise UsageError(
                 f"record {key} of {self.about.get('input')} has none of the fields {', '.join(FIELDS)}, but {', '.join(record) or 'none'}"
             )
+        return field
+
+    def _prompt(self, key: int, record: Mapping[str, Any]) -> Prompt:
+        field = self._field(key, record)
         value = record[field]
         document = field in ("text", "article")
         ids = self._tokens(value, field, key)
@@ -145,7 +155,7 @@ class RecordSource:
             return Prompt(key, ids[: self.text_tokens], cut=True)
         return Prompt(key, ids, refused=EMPTY if not ids else TOO_LONG if len(ids) > self.longest else "")
 
-    def _tokens(self, value: Any, field: str, key: int) -> tuple[int, ...]:
+    def _tokens(self, value: Any, field: str, key: int, whole: bool = False) -> tuple[int, ...]:
         if field == "prompt" and isinstance(value, list) and all(isinstance(i, int) for i in value):
             outside = next((i for i in value if not 0 <= i < self.lm.target.info.vocab_size), None)
             if outside is not None:
@@ -155,6 +165,8 @@ class RecordSource:
             raise UsageError('the model has no tokenizer, which text needs; give token ids instead: {"prompt": [1, 2, 3]}')
         if field == "messages":
             answered = value and isinstance(value, list) and isinstance(value[-1], Mapping) and value[-1].get("role") == "assistant"
+            if whole and answered:
+                return tuple(self.lm.render(value, answered=True))
             return tuple(self.lm.render(value[:-1] if answered else value))
         if not isinstance(value, str):
             raise UsageError(f"record {key} of {self.about.get('input')}: {field} must be text, not {type(value).__name__}")
