@@ -71,7 +71,7 @@ def test_other_settings_and_other_writers_are_refused(tmp_path: Path) -> None:
 
 def test_unwritable_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CorpusError, match="cannot write to .*choose another --out"):
+    with pytest.raises(CorpusError, match=r"cannot write to .*choose another --out"):
         writer(tmp_path / "file" / "c")
 
 
@@ -87,7 +87,7 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(corpus, "save_file", full)
     w.add(rows(1, 1)[0])
-    with pytest.raises(CorpusError, match="No space left on device.*1 complete shards are intact"):
+    with pytest.raises(CorpusError, match=r"No space left on device.*1 complete shards are intact"):
         w.flush()
     assert len(Corpus(tmp_path)) == 1 and not list(tmp_path.glob(".*.partial"))
     monkeypatch.setattr(corpus, "save_file", save)
