@@ -1,6 +1,7 @@
 """Runs of the trainer on tiny targets: they learn, resume exactly, and leave folders that run."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
 from specdiff import catalog
-from specdiff.errors import CorpusError, UsageError, WeightsError
+from specdiff.errors import CorpusError, MissingExtraError, UsageError, WeightsError
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import checkpoint, recipe, run
 from specdiff.training.corpus import Corpus
@@ -138,3 +139,21 @@ def test_refusals(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
         trained("sedd", tmp_path / "c", other, corpus, "steps=5")
     with pytest.raises(CorpusError, match="specdiff data"):
         run.prepare(recipe.load("sedd"), model=str(target_folder), data=tmp_path / "nothing", out=tmp_path / "d", device="cpu")
+
+
+def test_tensorboard_and_trackio(tmp_path: Path, target_folder: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = recipe.load("sedd", [*TINY["sedd"], *BOOKS, "steps=3"])
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path, device="cpu", log_to="tensorboard")
+    losses = [p.record["loss"] for p in plan.trainer.run()]
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(tmp_path / "training" / "tensorboard")
+    )
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
+    assert [e.step for e in events.Scalars("tau_at_0")] == [3]
+    with pytest.raises(UsageError, match="known are none, tensorboard, trackio"):
+        run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "b", device="cpu", log_to="magic")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(MissingExtraError, match="pip install trackio"):
+        run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "c", device="cpu", log_to="trackio")
