@@ -62,8 +62,9 @@ def data(
     from rich.console import Console
 
     import specdiff
-    from specdiff.training import generate, prompts
+    from specdiff.training import generate, memory, prompts
 
+    memory.keep_freed()
     heat = _numbers("--temperatures", temperatures)
     spread = _numbers("--shares", shares or ("0.4,0.2,0.4" if temperatures == "1.0,0.7,0" else ",".join([repr(1 / len(heat))] * len(heat))))
     settings = generate.Settings(seed, max_tokens, heat, spread)

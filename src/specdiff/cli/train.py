@@ -45,11 +45,16 @@ def train(
     if threads is not None and threads < 1:
         raise UsageError(f"--threads must be at least 1, not {threads}")
     quiet_libraries()
+    import torch
     from rich.console import Console
+
+    from specdiff.training import memory
 
     run, recipes = _training()
     chosen = recipes.load(recipe, changes or ())
-    run.settle(threads)
+    memory.keep_freed()
+    if threads is not None:
+        torch.set_num_threads(threads)
     notes = Console(stderr=True, highlight=False, quiet=quiet)
     command = shlex.join(["specdiff", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as nowhere:

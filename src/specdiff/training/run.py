@@ -1,12 +1,9 @@
 """From a target, a corpus and a recipe to a run that is ready to go on."""
 
-import ctypes
 import importlib
 import resource
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +27,6 @@ from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, Teacher
 from specdiff.training.trainer import Trainer
 
 TRACKERS = ("none", "tensorboard", "trackio")
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's own numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,17 +115,6 @@ def _task(recipe: Recipe, corpus: Corpus, training: range, target: CausalTarget,
     if recipe.kind == "sedd":
         return SEDDTask(recipe, corpus, networks.sedd(recipe, corpus, training, model), target.info.head, teacher, about)
     return AutoregressiveTask(recipe, corpus, networks.autoregressive(recipe, corpus, training, model), target.info.head, teacher, about)
-
-
-def settle(threads: int | None = None) -> None:
-    """Make this process a good trainer: its threads, and no memory handed back to the system between steps."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if sys.platform == "linux":  # glibc would unmap every large tensor and fault it in anew: 15 % of a step
-        with suppress(AttributeError):  # another libc
-            libc = ctypes.CDLL(None)
-            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
-            libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def forecast(plan: Plan, steps: int = 3) -> dict[str, Any]:
