@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 import specdiff
 from specdiff import decode, stats
@@ -28,6 +27,7 @@ from specdiff.models.cache import RaggedCache
 from specdiff.nn.config import SEDDConfig
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import linear
+from specdiff.training.corpus import Corpus
 from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import verifier
 
@@ -178,12 +178,10 @@ def draft_cost(a: argparse.Namespace) -> None:
                 print(f"{name:>16} {blocks:6} {gamma:6} {spread(seconds):>26}  {tau:.2f}", flush=True)
 
 
-def held_out(path: str, count: int) -> list[list[int]]:
-    """Prompts of the last conversations of the corpus, up to where the answer begins."""
-    data = load_file(path)
-    offsets, lengths = data["offsets"].tolist(), data["prompt_lengths"].tolist()
-    rows = range(len(lengths) - count, len(lengths))
-    return [data["tokens"][offsets[i] : offsets[i] + lengths[i]].tolist() for i in rows]
+def held_out(folder: str, count: int) -> list[list[int]]:
+    """Prompts of the last texts of a corpus, up to where the answer begins."""
+    corpus = Corpus(folder)
+    return [row.tokens[: row.prompt_length].tolist() for row in (corpus[i] for i in range(len(corpus) - count, len(corpus)))]
 
 
 def data(a: argparse.Namespace) -> None:
@@ -272,7 +270,7 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=96)
     p.add_argument("--prompts", type=int, default=16)
     p.add_argument("--rows", type=int, nargs="+", default=[16, 64], help="batch sizes (data)")
-    p.add_argument("--data", help="corpus whose last rows are held out (acceptance)")
+    p.add_argument("--data", help="corpus folder whose last rows are held out (acceptance)")
     a = p.parse_args()
     commands = {"forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "acceptance": acceptance}
     commands[a.what](a)
