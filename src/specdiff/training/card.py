@@ -3,10 +3,10 @@
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import specdiff
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe, as_yaml
 
@@ -31,7 +31,7 @@ def write(
             "## Made",
             "",
             f"- command: `{command}`",
-            f"- specdiff {metadata.version('specdiff')}, commit {commit()}",
+            f"- specdiff {specdiff.__version__}, commit {commit()}",
             f"- parameters: {sizes['trained']:,} trained, {sizes['stored']:,} stored",
             f"- data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({json.dumps(corpus.manifest['about'])}), the last "
             f"{recipe.held_out:.0%} held out",

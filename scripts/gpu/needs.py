@@ -1,0 +1,28 @@
+"""Says what this machine lacks for the campaign, and where it goes. Exit code 1 if anything is missing."""
+
+import importlib
+import os
+import sys
+
+MODULES = {
+    "torch": "torch", "transformers": "transformers", "safetensors": "safetensors", "typer": "typer", "rich": "rich",
+    "jaxtyping": "jaxtyping", "gguf": "gguf", "accelerate": "accelerate", "yaml": "PyYAML", "pydantic": "pydantic",
+    "specdiff.training.run": "specdiff (src/ of this repository)",
+}  # fmt: skip
+
+missing = []
+for module, package in MODULES.items():
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package of the wrong build raises anything
+        missing.append(f"{package} ({type(error).__name__}: {error})")
+if missing:
+    print("missing here:", *missing, sep="\n  ")
+    sys.exit("put its wheel (and those it requires) into runs/gpu/wheels, carry that folder, and repeat scripts/gpu/0-unpack.sh")
+
+import torch  # noqa: E402
+
+device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+print(f"all packages are here; torch {torch.__version__}, {device}")
+if not torch.cuda.is_available() and not os.environ.get("SPECDIFF_GPU_TINY"):
+    sys.exit("without a GPU only SPECDIFF_GPU_TINY=1 is of use")
