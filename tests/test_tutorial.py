@@ -1,0 +1,168 @@
+"""The tutorial runs as it stands there, on a target that a CPU trains for in seconds."""
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors import safe_open
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import specdiff
+import tiny
+from specdiff import cli
+from specdiff.training.recipe import Recipe
+
+pytest.importorskip("yaml", reason="training needs the extra specdiff[train]")
+pytest.importorskip("accelerate", reason="training needs the extra specdiff[train]")
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "train-a-drafter.md"
+SMALL = "--set warmup=1 --set canvas_tokens=16 --set eval_prompts=2 --set eval_tokens=4 --set draft_len=4"
+# What the test changes in the commands, all of it: the model, and sizes. Each line must occur in the document.
+REPLACEMENTS = {
+    "smollm2-135m": "tiny-target",
+    "--tokens 1000000": "--tokens 1500 --max-tokens 24 --rows 8",
+    "--tokens 100000": "--tokens 1500 --max-tokens 24 --rows 8",
+    "--verbatim": "--verbatim --max-model-len 64",
+    "--max-minutes 60": "--max-minutes 0.00001",
+    "steps=3000": f"steps=4 {SMALL}",
+    "steps=1000": f"steps=4 {SMALL}",
+    "steps=400000": f"steps=2 {SMALL} --set rows=2 --set accumulation=1 --set blocks=1 --set hidden_size=16 --set heads=2 --set length=64",
+    "steps=20000": f"steps=2 {SMALL} --set rows=2 --set accumulation=1",
+}
+SKIPPED = 3  # blocks marked `skip`: installing, several GPUs, publishing
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+END, VOCAB = 0, 264
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block. `note` is what follows the language: `skip`, or the name under which the reader saves it."""
+
+    language: str
+    note: str
+    text: str
+
+    def commands(self) -> list[list[str]]:
+        joined = self.text.replace("\\\n", " ")
+        return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+BLOCKS = [Block(*parts) for parts in re.findall(r"^```(\w+) ?(.*?)\n(.*?)^```$", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)]
+EXECUTED = [b for b in BLOCKS if b.note != "skip"]
+
+
+def shrunk(text: str) -> str:
+    for found, small in REPLACEMENTS.items():
+        text = re.sub(rf"{re.escape(found)}(?!\w)", small, text)
+    return text
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the reader has at the start: a model with a chat template that ends its turns, and some texts."""
+    model: Any = tiny.model("llama", vocab=VOCAB, positions=1024)
+    with torch.no_grad():  # one feature is the same at every token, and asks for the end
+        model.model.norm.weight.fill_(0.15)
+        model.model.norm.weight[0] = 1.0
+        model.model.embed_tokens.weight[:, 0] = 2.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[END, 0] = 2.0
+    model.save_pretrained(tmp_path / "tiny-target")
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special, alphabet = ["<|im_end|>", "<|im_start|>"], pre_tokenizers.ByteLevel.alphabet()
+    raw.train_from_iterator(
+        ["rain"], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", chat_template=TEMPLATE)
+    tokenizer.save_pretrained(tmp_path / "tiny-target")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(f"Paragraph {i} tells of rain. " * 4 for i in range(20)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command as a shell runs it; ours in this process, which has imported everything once."""
+    if words[0] != "specdiff":
+        subprocess.run(words, check=True)
+        return
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code, shlex.join(words)
+
+
+def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    told = ""
+    for block in EXECUTED:
+        text = shrunk(block.text)
+        if block.language == "python":
+            exec(text, {})
+        elif block.language == "sh":
+            for words in Block("sh", "", text).commands():
+                run(words, monkeypatch)
+        else:
+            Path(block.note).write_text(text)
+        captured = capfd.readouterr()
+        told += captured.out + captured.err
+    for wanted in (
+        "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of", "the source gave out",
+        "parameters trained", "time is up at step 1 of 4", "going on from step 1 of 4", '"tau_at_1"', "speculative / plain",
+        "by position [",
+    ):  # fmt: skip
+        assert wanted in told, f"{wanted!r} is not in:\n{told}"
+    for name in ("config.json", "model.safetensors", "README.md", "training/log.jsonl", "training/curve.jsonl"):
+        assert (workplace / "my-drafter" / name).is_file()
+    with safe_open(workplace / "drafter-mine" / "model.safetensors", "pt") as file:
+        assert {m.group(1) for k in file.keys() if (m := re.search(r"blocks\.(\d+)\.", k))} == {"0", "1", "2"}  # noqa: SIM118
+    lm = specdiff.load("tiny-target", drafter="my-tuned")
+    assert lm.generate("rain", max_tokens=4, seed=1).stats.tau >= 1
+
+
+def test_every_replacement_has_something_to_replace() -> None:
+    text = "".join(b.text for b in EXECUTED)
+    missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
+    assert not missing, f"no longer in the tutorial: {missing}"
+
+
+def test_every_block_is_of_a_known_kind() -> None:
+    assert len(BLOCKS) == DOCUMENT.read_text().count("```") // 2
+    assert sum(b.note == "skip" for b in BLOCKS) == SKIPPED
+    for block in BLOCKS:
+        kinds = {"sh": ("", "skip"), "python": ("",)}
+        assert block.note in kinds.get(block.language, (block.note,)) and (block.note or block.language in kinds), block
+
+
+def test_skipped_commands_are_at_least_understood() -> None:
+    """Verb, options and their types, by the parser of the command line itself."""
+    verbs: Any = typer.main.get_command(cli.app)
+    ours = [words for b in BLOCKS if b.note == "skip" for words in b.commands() if "specdiff" in words]
+    assert len(ours) == 1
+    for words in ours:
+        verb, *arguments = words[words.index("specdiff") + 1 :]
+        verbs.commands[verb].make_context(verb, arguments)
+
+
+def test_the_table_of_choices_names_keys_and_defaults() -> None:
+    rows = re.findall(r"^\| `(\w+)` \((.*?)\) \|", DOCUMENT.read_text(), flags=re.MULTILINE)
+    assert len(rows) >= 9
+    for key, default in rows:
+        value = Recipe.model_fields[key].default
+        assert default == ("null" if value is None else str(list(value)) if isinstance(value, tuple) else str(value)), key
+
+
+def test_lines_are_short() -> None:
+    lines = DOCUMENT.read_text().splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 140
