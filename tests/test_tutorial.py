@@ -105,6 +105,10 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "".join(b.text for b in EXECUTED)
+    missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
+    assert not missing, f"no longer in the tutorial: {missing}"
+    assert not (large := re.findall(r"[= ]\d{4,}\b", shrunk(text).replace("--tokens 1500", ""))), f"sizes that nothing shrinks: {large}"
     told = ""
     for block in EXECUTED:
         text = shrunk(block.text)
@@ -129,12 +133,6 @@ def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPa
         assert {m.group(1) for k in file.keys() if (m := re.search(r"blocks\.(\d+)\.", k))} == {"0", "1", "2"}  # noqa: SIM118
     lm = specdiff.load("tiny-target", drafter="my-tuned")
     assert lm.generate("rain", max_tokens=4, seed=1).stats.tau >= 1
-
-
-def test_every_replacement_has_something_to_replace() -> None:
-    text = "".join(b.text for b in EXECUTED)
-    missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
-    assert not missing, f"no longer in the tutorial: {missing}"
 
 
 def test_every_block_is_of_a_known_kind() -> None:
