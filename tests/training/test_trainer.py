@@ -92,7 +92,7 @@ def test_score_entropy_pretraining_and_finetuning(process: str, tmp_path: Path, 
     r = recipe.load("sedd-finetune", [*sizes, *books, "steps=5", f"init={tmp_path / 'a'}"])
     plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "b", device="cpu")
     assert plan.trainer.held_out()["held_out_loss"] < 0.95 * before  # it starts where the other ended, not from scratch
-    assert [p.step for p in plan.trainer.run()] == [1, 2, 3, 4, 5]
+    assert [(p.step, bool(p.evaluated)) for p in plan.trainer.run()] == [*((s, False) for s in range(1, 6)), (5, True)]
 
 
 def test_resuming_is_exact(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
@@ -115,6 +115,16 @@ def test_time_limit_saves_and_goes_on(tmp_path: Path, target_folder: Path, corpu
         steps += [p.step for p in plan.trainer.run(max_seconds=0)]
     assert steps == [1, 2, 3]
     assert [p.name for p in checkpoint.complete(tmp_path / "training" / "checkpoints")] == ["00000002", "00000003"]
+
+
+def test_stopped_while_measuring(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+    """The step was saved before it was measured, so only the measurement is made up for."""
+    log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2", stop=2)
+    assert [entry["step"] for entry in log] == [1, 2] and not (tmp_path / "training" / "curve.jsonl").exists()
+    log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2")
+    curve = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4] and [point["step"] for point in curve] == [2, 4]
+    assert trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2") == log  # finished: nothing runs again
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
@@ -144,7 +154,7 @@ def test_refusals(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
 def test_tensorboard_and_trackio(tmp_path: Path, target_folder: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     r = recipe.load("sedd", [*TINY["sedd"], *BOOKS, "steps=3"])
     plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path, device="cpu", log_to="tensorboard")
-    losses = [p.record["loss"] for p in plan.trainer.run()]
+    losses = [p.record["loss"] for p in plan.trainer.run() if not p.evaluated]
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
         str(tmp_path / "training" / "tensorboard")
     )

@@ -229,7 +229,7 @@ def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "C
         for tokens in work:
             made += tokens
             now = time.perf_counter()
-            note = f"{made / max(now - begin, 1e-9):.0f} tok/s, {told()}"
+            note = ", ".join(filter(None, [f"{made / max(now - begin, 1e-9):.0f} tok/s", told()]))
             bar.update(task, completed=min(total or done(), done()), note=note)
             if not notes.is_terminal and now - said > REPORT_SECONDS:
                 said = now

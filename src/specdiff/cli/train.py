@@ -98,7 +98,9 @@ def _run(plan: "Plan", out: Path, max_minutes: float | None, notes: "Console") -
         with Bar(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
             task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, note="")
             for progress in trainer.run(None if max_minutes is None else 60 * max_minutes):
-                bar.update(task, completed=progress.step, note=f"loss {progress.record['loss']:.3f}")
+                due = trainer.due() and not progress.evaluated
+                note = "measuring" if due else f"loss {progress.record['loss']:.3f}" if "loss" in progress.record else ""
+                bar.update(task, completed=progress.step, note=note)
                 last = _tell(progress, notes) or last
     except KeyboardInterrupt:
         notes.print(f"stopped at step {trainer.step}; to go on from the last checkpoint, repeat the command", soft_wrap=True)
@@ -109,13 +111,12 @@ def _run(plan: "Plan", out: Path, max_minutes: float | None, notes: "Console") -
 
 
 def _tell(p: "Progress", notes: "Console") -> dict[str, Any] | None:
-    r = p.record
-    if not notes.is_terminal or p.evaluated:
-        expected = f", expected tau {r['expected_tau']:.2f}" if "expected_tau" in r else ""
-        notes.print(f"step {p.step}/{p.steps}  {p.seconds / 60:.1f} min  loss {r['loss']:.3f}{expected}", soft_wrap=True)
-    if not p.evaluated:
+    r, e = p.record, p.evaluated
+    if e is None:
+        if not notes.is_terminal:
+            expected = f", expected tau {r['expected_tau']:.2f}" if "expected_tau" in r else ""
+            notes.print(f"step {p.step}/{p.steps}  {p.seconds / 60:.1f} min  loss {r['loss']:.3f}{expected}", soft_wrap=True)
         return None
-    e = p.evaluated
     measured = f", tau {e['tau_at_0']:.2f} at T=0 and {e['tau_at_1']:.2f} at T=1" if "tau_at_0" in e else ""
     notes.print(f"step {p.step}: held-out loss {e['held_out_loss']:.3f}{measured}", soft_wrap=True)
     return e

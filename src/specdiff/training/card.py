@@ -57,7 +57,7 @@ def _front_matter(recipe: Recipe, base_model: str | None, licence: str) -> list[
 def _use(recipe: Recipe, model: str, name: str) -> str:
     if recipe.kind == "target":
         return f'`specdiff "Hello" --model {name}` runs it; so does transformers.'
-    return f'`specdiff "Hello" --model {model} --drafter {name}` runs it. The text stays exactly the target\'s; it only comes faster.'
+    return f'`specdiff "Hello" --model {model} --drafter {name}` runs it. The text stays exactly the target\'s; only its speed changes.'
 
 
 def _curve(path: Path) -> list[str]:

@@ -16,7 +16,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Recipe(BaseModel):
-    """One run. Sizes left null are the target's; see DRAFTERS in the documentation for what each choice is worth."""
+    """One run. Sizes left null are the target's; docs/train-a-drafter.md says when to change what."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

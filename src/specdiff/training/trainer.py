@@ -24,7 +24,7 @@ HELD_OUT_ROWS = 64  # most rows the held-out loss is averaged over
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a run tells while it goes: `record` of a logged step, and `evaluated` where it was measured."""
+    """What a run tells while it goes: `record` of a logged step; once more with `evaluated` where it was measured."""
 
     step: int
     steps: int
@@ -71,6 +71,8 @@ class Trainer:
     def run(self, max_seconds: float | None = None) -> Iterator[Progress]:
         """Train to the recipe's last step, or for `max_seconds` from now; yields what is logged. The last state is saved."""
         began, before = time.monotonic(), self.spent
+        if self.due() and not self._measured():  # killed while it was measured
+            yield Progress(self.step, self.recipe.steps, self.spent, {"step": self.step}, self._measure())
         with ThreadPoolExecutor(1) as ahead:
             pending = ahead.submit(self._batches, self.step)
             while self.step < self.recipe.steps:
@@ -92,7 +94,9 @@ class Trainer:
         """A checkpoint, and the folder as it stands. Every process must call it."""
         tensors, network = self.state.dump(), self.state.network()
         if self.accelerator.is_main_process:
-            self._export(network)
+            self.task.export(self.out, network)
+            if self.describe is not None:
+                self.describe()
             told = {"spent": self.spent, "tokens": self.tokens, "processes": self.accelerator.num_processes}
             checkpoint.write(self._work / "checkpoints", self.step, tensors, told)
         self.accelerator.wait_for_everyone()
@@ -153,26 +157,35 @@ class Trainer:
     # what is logged, measured and saved around it
 
     def _keep_books(self, record: dict[str, Any], stopping: bool) -> Iterator[Progress]:
-        """Logs first, the checkpoint last: what a kill leaves logged beyond the checkpoint is cut on resuming."""
+        """Logs before the checkpoint: what a kill leaves logged beyond it is cut on resuming. Then the long work of measuring."""
         recipe = self.recipe
-        ended = stopping or self.step == recipe.steps
-        logged = self.step % recipe.log_every == 0 or ended
+        ended, due = stopping or self.step == recipe.steps, self.due()
+        logged = self.step % recipe.log_every == 0 or ended or due
         if logged:
             self._log("log.jsonl", record)
-        evaluated = self._measure() if self.step % recipe.eval_every == 0 or self.step == recipe.steps else None
-        if self.step % recipe.save_every == 0 or ended:
+        if self.step % recipe.save_every == 0 or ended or due:
             self.save()
-        if logged or evaluated:
-            yield Progress(self.step, recipe.steps, self.spent, record, evaluated)
+        if logged:
+            yield Progress(self.step, recipe.steps, self.spent, record)
+        if due:
+            yield Progress(self.step, recipe.steps, self.spent, record, self._measure())
+
+    def due(self) -> bool:
+        """Whether the run is to be measured at this step."""
+        return self.step > 0 and (self.step % self.recipe.eval_every == 0 or self.step == self.recipe.steps)
+
+    def _measured(self) -> bool:
+        curve = self._work / "curve.jsonl"
+        return curve.exists() and any(json.loads(line)["step"] == self.step for line in curve.read_text(encoding="utf-8").splitlines())
 
     def _measure(self) -> dict[str, Any]:
         evaluated = {"step": self.step, "minutes": round(self.spent / 60, 2), "tokens": self.tokens, **self.held_out()}
-        network = self.state.network()
         if self.accelerator.is_main_process:
             if self.evaluate is not None:
-                self._export(network)
-                evaluated |= self.evaluate(self.out)
+                evaluated |= self.evaluate(self.out)  # what was just exported: the very files a user runs
             self._log("curve.jsonl", evaluated)
+            if self.describe is not None:
+                self.describe()
         self.accelerator.wait_for_everyone()
         return evaluated
 
@@ -188,11 +201,6 @@ class Trainer:
             for name, value in ({"loss": loss} | told).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {f"held_out_{name}": round(value / len(starts), 4) for name, value in sums.items()}
-
-    def _export(self, network: TensorDict) -> None:
-        self.task.export(self.out, network)
-        if self.describe is not None:
-            self.describe()
 
     @property
     def _work(self) -> Path:
