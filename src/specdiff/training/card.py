@@ -1,6 +1,7 @@
 """The model card of a trained folder, written from what the run recorded: nothing in it is typed by hand."""
 
 import json
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import specdiff
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe, as_yaml
 
+FOLDERS = re.compile(r"(?<![\w./:~])~?(/[\w.+-]+)+/(?=[\w.+-])")  # of an absolute path: a card is published, the machine's folders are not
 TITLES = {"sedd": "SEDD drafter", "autoregressive": "autoregressive drafter", "target": "finetuned target"}
 
 
@@ -17,7 +19,7 @@ def write(
     out: Path, recipe: Recipe, corpus: Corpus, model: str, command: str, sizes: Mapping[str, int], *, base_model: str | None, licence: str
 ) -> None:
     """README.md of the folder `out`, whole or not at all."""
-    text = "\n".join(
+    lines = "\n".join(
         [
             *_front_matter(recipe, base_model, licence),
             f"# {TITLES[recipe.kind]} for {model}",
@@ -44,7 +46,7 @@ def write(
         ]
     )
     partial = out / ".README.md.partial"
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(FOLDERS.sub("", lines), encoding="utf-8")
     partial.replace(out / "README.md")
 
 
