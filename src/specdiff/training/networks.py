@@ -3,7 +3,6 @@
 Shapes: V target vocabulary, C draft vocabulary, H width.
 """
 
-import copy
 import re
 from typing import Any, TypeVar
 
@@ -80,7 +79,7 @@ def autoregressive(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrain
             _fits(network.vocab_size, text.vocab_size, recipe.init)
             return network
         return _borrow_from(network, target)
-    config = copy.deepcopy(text)
+    config = type(text).from_dict({key: value for key, value in text.to_dict().items() if not key.startswith("_")})  # without its folder
     names = {"num_hidden_layers", "n_layer", "num_layers"} & set(config.to_dict())
     for name in names:
         setattr(config, name, recipe.blocks)
