@@ -38,6 +38,18 @@ def test_a_supported_family_is_exact(family: Family) -> None:
     assert tiny.decoded(target, tiny.Hinted(texts, VOCAB, flaw=5), batch, draft_len=4) == texts
 
 
+@pytest.mark.parametrize("family", [f for f in SUPPORTED if f.name in ("GPT-Neo", "OPT", "Mistral")], ids=lambda f: f.name)
+def test_up_to_the_last_position(family: Family) -> None:
+    """Drafts that reach past the last position, where GPT-Neo's own band and the position tables end."""
+    plain = model(family)
+    target = CausalTarget(tiny.copy_of(plain))
+    prompt = torch.randint(VOCAB, (target.info.max_positions - NEW,), generator=torch.Generator().manual_seed(7)).tolist()
+    texts = [tiny.plain(plain, p, NEW) for p in (prompt, prompt[:-5])]
+    batch = tiny.batch_of([prompt, prompt[:-5]], NEW, temperature=0.0)
+    assert tiny.decoded(target, tiny.Hinted(texts, VOCAB, flaw=4), batch, draft_len=16) == texts
+    assert len(texts[0]) == target.info.max_positions
+
+
 @torch.inference_mode()
 def logits_error(target: CausalTarget, plain: PreTrainedModel, ids: torch.Tensor) -> float:
     """The largest difference of any logit behind rejected drafts, rows advancing unevenly."""
