@@ -67,14 +67,16 @@ def hub_id(spec: str) -> str | None:
     return None if Path(spec).expanduser().exists() or "/" not in spec else spec
 
 
-def target(spec: str, dtype: torch.dtype | None, device: torch.device) -> tuple[Target[Any], Path | str]:
-    """The target a spec names, self-tested, and the folder its tokenizer is in."""
+def target(
+    spec: str, dtype: torch.dtype | None, device: torch.device, options: Mapping[str, Any] | None = None
+) -> tuple[Target[Any], Path | str]:
+    """The target a spec names, self-tested, and the folder its tokenizer is in. `options`: see `specdiff.load`."""
     folder = model_folder(spec)
     from specdiff.models.causal import load_model
     from specdiff.targets.causal import CausalTarget
 
     try:
-        model = load_model(folder, dtype, device)
+        model = load_model(folder, dtype, device, options)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}. Built-in models: {', '.join(model_names())}") from error
     return CausalTarget(model, name=spec), folder

@@ -52,7 +52,7 @@ class Controller:
         running = last.emitted > 0
         if not bool(running.any()):
             return
-        seconds, emitted = sum(last.seconds.values()), float(last.emitted[running].double().mean())
+        seconds, emitted = sum(last.seconds.values()), float(last.emitted[running].float().mean())
         if last.draft.tokens.shape[1]:
             first = self.drafted == 0
             self.drafting_seconds = seconds if first else MEMORY * self.drafting_seconds + (1 - MEMORY) * seconds

@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +14,7 @@ from specdiff import catalog, engine
 from specdiff.controller import Controller
 from specdiff.detokenizer import Detokenizer
 from specdiff.drafters.base import Drafter
+from specdiff.drafters.elsewhere import across
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.noise import row_seed
 from specdiff.stats import Stats
@@ -56,12 +57,14 @@ class SpeculativeLM:
         tokenizer: Any,
         max_len: int,
         drafter_options: Mapping[str, Any] | None = None,
+        drafter_device: torch.device | None = None,
     ) -> None:
+        self.place = drafter_device or target.info.device
         self.target, self.tokenizer, self.max_len = target, tokenizer, min(max_len, target.info.max_positions)
         if drafter_options and not isinstance(drafter, str):
             raise UsageError("drafter_options need a drafter given by name; this one was given as an object")
         self.spec = drafter if isinstance(drafter, str) else None
-        self.drafter = catalog.drafter(drafter, target.info, drafter_options) if isinstance(drafter, str) else drafter
+        self.drafter = self._build(drafter, drafter_options)
         self._built: dict[str, Drafter[Any]] = {"{}": self.drafter}
 
     @overload
@@ -196,8 +199,13 @@ class SpeculativeLM:
         if key not in self._built:
             if self.spec is None:
                 raise DrafterError("drafter_options need a drafter given by name; this one was given as an object")
-            self._built[key] = catalog.drafter(self.spec, self.target.info, options)
+            self._built[key] = self._build(self.spec, options)
         return self._built[key]
+
+    def _build(self, drafter: str | Drafter[Any], options: Mapping[str, Any] | None) -> Drafter[Any]:
+        info = replace(self.target.info, device=self.place)
+        made = catalog.drafter(drafter, info, options) if isinstance(drafter, str) else drafter
+        return across(made, self.place, self.target.info.device)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -248,6 +256,8 @@ def load(
     dtype: str = "auto",
     max_len: int = 2048,
     drafter_options: Mapping[str, Any] | None = None,
+    drafter_device: str | None = None,
+    model_options: Mapping[str, Any] | None = None,
 ) -> SpeculativeLM:
     """A model made faster by a drafter.
 
@@ -257,6 +267,10 @@ def load(
             "./file.py:Class", or a Drafter.
         device: "auto" is CUDA where there is one.  dtype: "auto" is float32 on a CPU, the checkpoint's own elsewhere.
         max_len: most tokens of prompt and answer together.
+        drafter_options: keyword arguments of the drafter (steps, order, ...).
+        drafter_device: where the drafter runs; None: with the target's embedding. A Drafter given as an object must be there.
+        model_options: how the target is loaded, as keyword arguments of transformers' from_pretrained: device_map (then leave
+            `device` alone), max_memory, offload_folder, quantization_config, attn_implementation.
 
     Raises UnknownNameError, ConfigError, WeightsError, UnsupportedModelError or DrafterError, each naming value and fix.
     """
@@ -264,21 +278,22 @@ def load(
         raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     if max_len < 2:
         raise UsageError(f"max_len must be at least 2, not {max_len}")
+    if device != "auto" and (model_options or {}).get("device_map") is not None:
+        raise UsageError(f"device {device!r} and a device_map in model_options both say where the target goes; give one of them")
     place = _device(device)
     kind = torch.float32 if dtype == "auto" and place.type == "cpu" else DTYPES[dtype]
-    target, folder = catalog.target(model, kind, place)
-    return SpeculativeLM(target, drafter, tokenizer_of(folder), max_len, drafter_options)
+    where = None if drafter_device is None else _device(drafter_device)
+    target, folder = catalog.target(model, kind, place, model_options)
+    return SpeculativeLM(target, drafter, tokenizer_of(folder), max_len, drafter_options, where)
 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
+        return torch.empty(0, device=name).device  # with its index: "cuda" is cuda:0, as tensors say it
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"device {name!r} is not usable here: {str(error).splitlines()[0]}") from None
-    return place
 
 
 def tokenizer_of(folder: Path | str) -> Any:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdiff.devices import exact
 from specdiff.types import Batch
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -67,7 +68,7 @@ class Noise:
         return cls(batch.seed, batch.round, batch.length)
 
     def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
-        """n draws a row in [0, 1), float64 with 53 random bits; entry k is for absolute position `length + k`."""
+        """n draws a row in [0, 1), float64 with 53 random bits where the device has it; entry k is for absolute position `length + k`."""
         return _to_unit(self._hash(purpose, n, index))
 
     def shared(self, n: int, vocab_size: int) -> Float[Tensor, "B n V"]:
@@ -84,7 +85,6 @@ class Noise:
 
 
 def _to_unit(x: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    bits = _shift(x, 11)
-    if x.device.type == "mps":  # no float64 there: 24 bits are what a float32 in [0, 1) can hold
-        return _shift(x, 40).float() * 2.0**-24
-    return bits.double() * 2.0**-53
+    kind = exact(x.device)
+    bits = 53 if kind == torch.float64 else 24  # as many as a number of this kind in [0, 1) can hold
+    return _shift(x, 64 - bits).to(kind) * 2.0**-bits

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdiff.devices import exact
 from specdiff.types import Params
 
 PREFIX = 512  # candidates looked at before a full sort is needed; top-p sets are nearly always smaller
@@ -67,13 +68,13 @@ def _at_mass(p: Float[Tensor, "B N V"], mass: Float[Tensor, "B"]) -> Float[Tenso
 
 
 def draw(weights: Float[Tensor, "... V"], uniform: Float[Tensor, "..."]) -> Int[Tensor, "..."]:
-    """One token a row by inverse CDF: float64 cumulative sum, the uniform scaled by its last entry, searched from the right.
+    """One token a row by inverse CDF: exact cumulative sum (float64), the uniform scaled by its last entry, searched from the right.
 
     `weights` need not be normalised. A token of weight zero is never drawn, whatever the uniform in [0, 1).
     """
-    exact = torch.float32 if weights.device.type == "mps" else torch.float64
-    cdf = weights.to(exact).cumsum(-1)
-    scaled = (uniform.to(exact) * cdf[..., -1]).unsqueeze(-1)
+    precise = exact(weights.device)
+    cdf = weights.to(precise).cumsum(-1)
+    scaled = (uniform.to(precise) * cdf[..., -1]).unsqueeze(-1)
     # rounding may lift u * total onto total itself: stay below it, or a filtered last token could come out
     scaled = torch.minimum(scaled, torch.nextafter(cdf[..., -1:], torch.zeros_like(scaled)))
     return torch.searchsorted(cdf, scaled, right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)

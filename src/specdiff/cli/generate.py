@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli.options import given, quiet_libraries
+from specdiff.cli.options import given, json_object, quiet_libraries
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    drafter_device: Annotated[str | None, typer.Option(help="Where the drafter runs; default: with the target.")] = None,
+    model_options: Annotated[str, typer.Option(help='How the target is loaded, as JSON: {"device_map": "auto", ...}.')] = "{}",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
     max_model_len: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 2048,
     show_accepted: Annotated[bool, typer.Option("--show-accepted", help="Colour the tokens that came from the draft.")] = False,
@@ -58,6 +60,11 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
         "verifier": verifier, "draft_len": _draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
     }  # fmt: skip
+    places: dict[str, Any] = {
+        "device": device,
+        "drafter_device": drafter_device,
+        "model_options": json_object("--model-options", model_options),
+    }
     quiet_libraries()
     from rich.console import Console
 
@@ -65,7 +72,7 @@ def generate(
 
     notes = Console(stderr=True, highlight=False, quiet=quiet)
     with notes.status(f"loading {model}"):
-        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len, drafter_options=given(chosen))
+        lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=given(chosen), **places)
         lm.encode(text, raw=raw, system=system)  # a bad prompt is told before anything is generated
     out = Console(highlight=False, soft_wrap=True, quiet=as_json)
     begin = time.perf_counter()

@@ -1,11 +1,25 @@
 """What several verbs share."""
 
+import json
 import os
 from typing import Any
+
+from specdiff.errors import UsageError
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def json_object(flag: str, text: str) -> dict[str, Any]:
+    """An option given as JSON. Raises UsageError if it is no JSON object."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{flag} is not valid JSON ({error}): {text}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{flag} must be a JSON object, not {text}")
+    return found
 
 
 def quiet_libraries() -> None:

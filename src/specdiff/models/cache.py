@@ -43,7 +43,7 @@ class RaggedCache:
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
-        rows = torch.arange(len(new), device=new.device) if self.selected is None else self.selected
+        rows = torch.arange(len(new), device=new.device) if self.selected is None else self.selected.to(new.device)
         # advanced-index assignment: scatter_ on a bf16 CPU tensor copies all of it
-        store.transpose(1, 2)[rows[:, None], self.at] = new.transpose(1, 2)
+        store.transpose(1, 2)[rows[:, None], self.at.to(new.device)] = new.transpose(1, 2)
         return store[:, :, : self.bound] if self.selected is None else store[rows, :, : self.bound]

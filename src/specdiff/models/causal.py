@@ -3,7 +3,8 @@
 Shapes: R rows of one forward, N positions of it, V vocabulary.
 """
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,21 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.masking_utils import sdpa_mask
 
-from specdiff.errors import ConfigError, UnknownNameError, UnsupportedModelError, WeightsError
+from specdiff.errors import ConfigError, UnknownNameError, UnsupportedModelError, UsageError, WeightsError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
+from specdiff.models.sight import refuse, sight_of
 
 AttentionInterface.register(masks.ATTENTION, masks.grouped_attention)
 AttentionMaskInterface.register(masks.ATTENTION, sdpa_mask)  # the user's own padded batches still need their mask
 
-# families whose layers keep other state than keys and values at positions, or bias attention by distance on their own
-REFUSED = {"bloom", "falcon_mamba", "lfm2", "mamba", "mamba2", "gpt_neo", "mpt", "recurrent_gemma", "rwkv"}
+
+# how a target may be loaded: keyword arguments of transformers' from_pretrained that neither run code nor change its law
+OPTIONS = ("attn_implementation", "device_map", "max_memory", "offload_folder", "quantization_config")
 
 
 class _Layer(CacheLayerMixin):
@@ -56,11 +59,12 @@ class RaggedModel:
     """forward(cache, ids, at) -> logits, and hidden states where asked."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        _refuse(model.config)
-        self.model = model.eval()
+        refuse(model.config)
+        self.model, self.sight = model.eval(), sight_of(model)
         if getattr(model.config, "_attn_implementation", None) == "sdpa":
             model.set_attn_implementation(masks.ATTENTION)
         self.layers: int = model.config.get_text_config().num_hidden_layers
+        self.trims = "logits_to_keep" in inspect.signature(model.forward).parameters  # not every family can spare logits
         self.doors: tuple[RaggedCache, Cache] | None = None
 
     @torch.inference_mode()
@@ -77,18 +81,21 @@ class RaggedModel:
         """Score `ids` at slots `at`, writing their keys and values. `last`: logits for that many final positions only."""
         cache.place(at, selected)
         positions = at.clamp(max=self.max_positions - 1)  # beyond the last position lie only tokens no row may reach
-        mask = masks.additive(masks.causal(at, cache.bound), self.model.dtype)
-        keep = {"logits_to_keep": last} if last else {}
-        out = self.model(
-            ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self._door(cache),
-            use_cache=True,
-            output_hidden_states=bool(taps),
-            **keep,
-        )
-        return out.logits, torch.cat([out.hidden_states[t + 1] for t in taps], dim=-1) if taps else None
+        keep = {"logits_to_keep": last} if last and self.trims else {}
+        with self.sight.looking(at, cache.bound, self.model.dtype) as mask:
+            out = self.model(
+                ids,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=self._door(cache),
+                use_cache=True,
+                output_hidden_states=bool(taps),
+                **keep,
+            )
+        # a model's layers may lie on several devices; what comes of them is wanted where the tokens are
+        return out.logits[:, -last:].to(ids.device), torch.cat(
+            [out.hidden_states[t + 1].to(ids.device) for t in taps], dim=-1
+        ) if taps else None
 
     @property
     def max_positions(self) -> int:
@@ -100,24 +107,26 @@ class RaggedModel:
         return self.doors[1]
 
 
-def _refuse(config: PretrainedConfig) -> None:
-    text = config.get_text_config()
-    if config.model_type in REFUSED or getattr(text, "alibi", False):
-        raise UnsupportedModelError(
-            f"a {config.model_type} target cannot be scored exactly over the ragged cache; supported are models whose layers "
-            f"attend to keys at explicit positions, such as gpt2, llama, qwen2 and qwen3"
-        )
-    window = getattr(text, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(text, "layer_types", None) or ["sliding_attention"])
-    if window is not None and sliding and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
-        raise UnsupportedModelError(
-            f"this {config.model_type} target attends through a sliding window of {window} positions, which the ragged cache "
-            f"does not serve; use a model with full attention"
-        )
+def home(model: PreTrainedModel) -> torch.device:
+    """Where a model's tokens go in, and its logits come out: the device of its embedding, however the rest is spread.
+
+    Raises UnsupportedModelError where the embedding itself is offloaded.
+    """
+    embedding: Any = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":
+        raise UnsupportedModelError("this target's embedding is offloaded; name a device for it in model_options['device_map']")
+    return device
 
 
-def load_model(folder: Path | str, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
-    """A causal LM from a folder or hub id, safetensors only, no remote code. Errors name the file and the fix."""
+def load_model(
+    folder: Path | str, dtype: torch.dtype | None, device: torch.device, options: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """A causal LM from a folder or hub id, safetensors only, no remote code. Errors name the file and the fix.
+
+    `options` go to transformers' from_pretrained (see OPTIONS); with a device_map among them, `device` is not used.
+    """
+    chosen = checked_options(options or {})
     path = Path(folder)
     if path.is_dir():
         if not (path / "config.json").exists():
@@ -132,7 +141,7 @@ def load_model(folder: Path | str, dtype: torch.dtype | None, device: torch.devi
         raise ConfigError(f"{path / 'config.json'}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError, ArithmeticError) as error:
         raise UnknownNameError(f"cannot load the model {str(folder)!r}: {_first_line(error)}") from error
-    _refuse(config)
+    refuse(config)
     if getattr(config, "auto_map", None):
         raise UnsupportedModelError(f"{folder}: config.json asks for its own code (auto_map), which is never run")
     try:
@@ -142,11 +151,11 @@ def load_model(folder: Path | str, dtype: torch.dtype | None, device: torch.devi
             dtype=dtype or "auto",
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=None,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **chosen,
         )
-    except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (OSError, ValueError, RuntimeError, ArithmeticError, ImportError) as error:
         raise WeightsError(f"cannot load the weights of {str(folder)!r}: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
@@ -156,8 +165,20 @@ def load_model(folder: Path | str, dtype: torch.dtype | None, device: torch.devi
     bad = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
     if bad:  # transformers would have filled them with random numbers
         raise WeightsError(f"{folder}: the safetensors lack, or misshape, {', '.join(bad[:3])}; does config.json describe another model?")
-    loaded: PreTrainedModel = model.to(device)
+    placed = "device_map" in chosen or getattr(model, "is_quantized", False)
+    loaded: PreTrainedModel = model if placed else model.to(device)
     return loaded
+
+
+def checked_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What may be said about how a target is loaded. Raises UsageError naming the rest.
+
+    A quantised target is placed by its device_map alone: not every format can be moved afterwards.
+    """
+    unknown = sorted(set(options) - set(OPTIONS))
+    if unknown:
+        raise UsageError(f"unknown model option {unknown[0]!r}; known are {', '.join(OPTIONS)}")
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _first_line(error: Exception) -> str:

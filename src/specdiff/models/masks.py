@@ -36,6 +36,7 @@ def grouped_attention(
     attention_mask: Float[Tensor, "B 1 N S"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "B N Q D"], None]:
     """Scaled dot-product attention with the query heads of a group laid along the query axis.
@@ -50,7 +51,14 @@ def grouped_attention(
         mask = attention_mask.expand(B, 1, N, -1).repeat(1, 1, group, 1)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling).reshape(B, Q, N, -1)
     else:
+        looks_back = getattr(module, "is_causal", True) if is_causal is None else is_causal  # no mask is causal, but for encoders
         out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=Q != A, is_causal=attention_mask is None and N > 1
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=scaling,
+            enable_gqa=Q != A,
+            is_causal=looks_back and attention_mask is None and N > 1,
         )
     return out.transpose(1, 2).contiguous(), None

@@ -27,7 +27,8 @@ def linear(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Floa
 def stream_weights(model: nn.Module) -> None:
     """Let every float32 CPU `nn.Linear` of `model` compute this way; its weights stay where and what they are."""
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        hooked = "forward" in vars(module)  # accelerate brings offloaded weights in by such a forward of its own
+        if type(module) is nn.Linear and not hooked and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
             vars(module)["forward"] = MethodType(_forward, module)
 
 

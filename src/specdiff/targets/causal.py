@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff.models.cache import RaggedCache
-from specdiff.models.causal import RaggedModel
+from specdiff.models.causal import RaggedModel, home
 from specdiff.models.probe import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
@@ -33,7 +33,6 @@ class CausalTarget(Target[CausalCache]):
         self.error = self_test(self.ragged)
         self.model = model
         text = model.config.get_text_config()
-        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         self.info = TargetInfo(
             name=name or str(model.config.name_or_path),
             vocab_size=text.vocab_size,
@@ -41,9 +40,9 @@ class CausalTarget(Target[CausalCache]):
             layers=text.num_hidden_layers,
             max_positions=self.ragged.max_positions,
             dtype=model.dtype,
-            device=model.device,
-            embedding=embedding.weight.detach() if isinstance(embedding, torch.nn.Embedding) else None,
-            head=head.weight.detach() if isinstance(head, torch.nn.Linear) and head.bias is None else None,
+            device=home(model),
+            embedding=_table(model.get_input_embeddings(), torch.nn.Embedding),
+            head=_table(model.get_output_embeddings(), torch.nn.Linear),
         )
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
@@ -74,3 +73,13 @@ class CausalTarget(Target[CausalCache]):
 
     def release(self, cache: CausalCache, rows: Int[Tensor, "R"]) -> None:
         return None  # the next request overwrites the row
+
+
+def _table(layer: torch.nn.Module | None, kind: type[torch.nn.Module]) -> Float[Tensor, "V D"] | None:
+    """The plain matrix of a layer, for drafters to borrow; None where there is a bias, or it is packed (quantised) or offloaded."""
+    parts = {} if layer is None else dict(layer.named_parameters(recurse=False))
+    weight = parts.get("weight")
+    if not isinstance(layer, kind) or weight is None or "bias" in parts:
+        return None
+    plain = type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+    return weight.detach() if plain else None

@@ -1,0 +1,24 @@
+"""What a device can compute in: the one place that knows."""
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+NO_FLOAT64 = frozenset({"mps"})  # kinds of devices
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The most exact float of a device: float64, but float32 where there is none (draws then have 24 random bits instead of 53)."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor, or a frozen dataclass of tensors and dataclasses, on a device; itself where it is there already."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    old = {field.name: getattr(value, field.name) for field in fields(value)}
+    new = {name: moved(part, device) for name, part in old.items()}
+    return replace(value, **new) if any(new[name] is not old[name] for name in old) else value

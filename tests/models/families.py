@@ -1,0 +1,209 @@
+"""The families of targets: the one list that the exactness tests run and docs/supported-models.md is written from.
+
+python tests/models/families.py > docs/supported-models.md
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB, WINDOW, POSITIONS = 48, 5, 96
+ONE, MIXED, ALL = "full", "full and sliding layers", "sliding in all layers"
+
+
+@dataclass(frozen=True)
+class Family:
+    """`config` makes a tiny model of it; `attention` and `remark` are the table's, `window` what its layers must slide by."""
+
+    name: str
+    hub: str
+    config: Callable[[], Any]
+    attention: str = ONE
+    remark: str = ""
+
+    @property
+    def window(self) -> int | None:
+        return None if self.attention == ONE else WINDOW
+
+
+def _tiny(model_type: str, **changes: Any) -> Callable[[], Any]:
+    """A two-layer config in the names most families use."""
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": POSITIONS, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    return lambda: AutoConfig.for_model(model_type, **{k: v for k, v in (sizes | changes).items() if v != "drop"})
+
+
+def _old(model_type: str, **changes: Any) -> Callable[[], Any]:
+    """The same in GPT-2's names."""
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+    return lambda: AutoConfig.for_model(model_type, **(sizes | {"bos_token_id": None, "eos_token_id": None} | changes))
+
+
+def _neo() -> Any:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": POSITIONS}
+    kinds = [[["global", "local"], 2]]
+    return AutoConfig.for_model("gpt_neo", attention_types=kinds, window_size=WINDOW, bos_token_id=None, eos_token_id=None, **sizes)
+
+
+SLIDES: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, **SLIDES}
+NO_GROUPS = {"num_key_value_heads": "drop"}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+    "num_key_value_heads": 4, "n_shared_experts": 1,
+}  # fmt: skip
+
+SUPPORTED = [
+    Family("GPT-2", "openai-community/gpt2", _old("gpt2")),
+    Family("GPT-Neo", "EleutherAI/gpt-neo-125m, gpt-neo-2.7B", _neo, MIXED, "a target of the paper; eager attention only"),
+    Family("GPT-NeoX, Pythia", "EleutherAI/pythia-160m", _tiny("gpt_neox", **NO_GROUPS)),
+    Family("GPT-J", "EleutherAI/gpt-j-6b", _old("gptj", rotary_dim=4)),
+    Family("GPT-BigCode", "bigcode/gpt_bigcode-santacoder", _old("gpt_bigcode")),
+    Family("CodeGen", "Salesforce/codegen-350M-mono", _old("codegen", rotary_dim=4)),
+    Family("OPT", "facebook/opt-125m", _tiny("opt", ffn_dim=64, word_embed_proj_dim=32, intermediate_size="drop", **NO_GROUPS)),
+    Family("Llama, SmolLM2", "meta-llama/Llama-3.2-1B, HuggingFaceTB/SmolLM2-135M-Instruct", _tiny("llama")),
+    Family("Mistral", "mistralai/Mistral-7B-v0.1", _tiny("mistral", sliding_window=WINDOW), ALL),
+    Family("Mistral without a window", "mistralai/Mistral-7B-Instruct-v0.3", _tiny("mistral", sliding_window=None)),
+    Family("Ministral", "mistralai/Ministral-8B-Instruct-2410", _tiny("ministral", head_dim=8, **SLIDES), MIXED),
+    Family("Mixtral", "mistralai/Mixtral-8x7B-v0.1", _tiny("mixtral", num_local_experts=4, sliding_window=None)),
+    Family("Qwen2, Qwen2.5", "Qwen/Qwen2.5-0.5B-Instruct", _tiny("qwen2")),
+    Family("Qwen2, sliding", "Qwen/Qwen2-7B with use_sliding_window", _tiny("qwen2", use_sliding_window=True, **SLIDES), MIXED),
+    Family("Qwen2-MoE", "Qwen/Qwen1.5-MoE-A2.7B", _tiny("qwen2_moe", shared_expert_intermediate_size=16, **EXPERTS)),
+    Family("Qwen3", "Qwen/Qwen3-0.6B", _tiny("qwen3", head_dim=8)),
+    Family("Qwen3-MoE", "Qwen/Qwen3-30B-A3B", _tiny("qwen3_moe", head_dim=8, **EXPERTS)),
+    Family("Gemma", "google/gemma-2b", _tiny("gemma", head_dim=8)),
+    Family("Gemma 2", "google/gemma-2-2b", _tiny("gemma2", **GEMMA), MIXED),
+    Family("Gemma 3", "google/gemma-3-270m", _tiny("gemma3_text", **GEMMA), MIXED, "text models"),
+    Family("Phi", "microsoft/phi-2", _tiny("phi")),
+    Family("Phi-3", "microsoft/Phi-3-mini-4k-instruct", _tiny("phi3", sliding_window=WINDOW), ALL),
+    Family("Phi-3.5-MoE", "microsoft/Phi-3.5-MoE-instruct", _tiny("phimoe", num_local_experts=4)),
+    Family("StableLM", "stabilityai/stablelm-2-1_6b", _tiny("stablelm")),
+    Family("StarCoder2", "bigcode/starcoder2-3b", _tiny("starcoder2", sliding_window=WINDOW), ALL),
+    Family("OLMo", "allenai/OLMo-1B-hf", _tiny("olmo")),
+    Family("OLMo 2", "allenai/OLMo-2-0425-1B", _tiny("olmo2")),
+    Family("OLMo 3", "allenai/Olmo-3-7B-Instruct", _tiny("olmo3", **SLIDES), MIXED),
+    Family("OLMoE", "allenai/OLMoE-1B-7B-0924", _tiny("olmoe", **EXPERTS)),
+    Family("Falcon", "tiiuae/falcon-7b", _tiny("falcon", alibi=False, multi_query=True, **NO_GROUPS), remark="rotary, not alibi"),
+    Family("Cohere", "CohereLabs/c4ai-command-r-v01", _tiny("cohere")),
+    Family("Cohere 2", "CohereLabs/c4ai-command-r7b-12-2024", _tiny("cohere2", **SLIDES), MIXED),
+    Family("Granite", "ibm-granite/granite-3.3-2b-instruct", _tiny("granite")),
+    Family("Granite-MoE", "ibm-granite/granite-3.1-1b-a400m-base", _tiny("granitemoe", num_local_experts=4)),
+    Family("SmolLM3", "HuggingFaceTB/SmolLM3-3B", _tiny("smollm3")),
+    Family("GPT-OSS", "openai/gpt-oss-20b", _tiny("gpt_oss", head_dim=8, num_local_experts=4, **SLIDES), MIXED, "eager attention only"),
+    Family("GLM-4", "zai-org/GLM-4-9B-0414", _tiny("glm4", head_dim=8)),
+    Family("EXAONE 4", "LGAI-EXAONE/EXAONE-4.0-1.2B", _tiny("exaone4", **SLIDES), MIXED),
+    Family("DeepSeek-V2", "deepseek-ai/DeepSeek-V2-Lite", _tiny("deepseek_v2", **LATENT), remark="latent attention, cached unfolded"),
+    Family("DeepSeek-V3", "deepseek-ai/DeepSeek-V3", _tiny("deepseek_v3", **LATENT), remark="as DeepSeek-V2"),
+    Family("Nemotron", "nvidia/Minitron-4B-Base", _tiny("nemotron")),
+    Family("BioGPT", "microsoft/biogpt", _tiny("biogpt", **NO_GROUPS)),
+    Family("XGLM", "facebook/xglm-564M", _tiny("xglm", d_model=32, ffn_dim=64, num_layers=2, attention_heads=4)),
+    Family("CTRL", "Salesforce/ctrl", _old("ctrl", dff=64)),
+    Family("Persimmon", "adept/persimmon-8b-base", _tiny("persimmon", **NO_GROUPS)),
+    Family("Helium", "kyutai/helium-1-2b", _tiny("helium", head_dim=8)),
+    Family("Apertus", "swiss-ai/Apertus-8B-2509", _tiny("apertus")),
+    Family("Arcee", "arcee-ai/AFM-4.5B", _tiny("arcee")),
+    Family("ERNIE 4.5", "baidu/ERNIE-4.5-0.3B-PT", _tiny("ernie4_5")),
+    Family("Seed-OSS", "ByteDance-Seed/Seed-OSS-36B-Instruct", _tiny("seed_oss", head_dim=8)),
+    Family("Hunyuan", "tencent/Hunyuan-0.5B-Instruct", _tiny("hunyuan_v1_dense", head_dim=8)),
+]  # fmt: skip
+
+
+def model(family: Family) -> PreTrainedModel:
+    """A random one, its matrices scaled up so that greedy text is not one token for ever."""
+    torch.manual_seed(0)
+    auto: Any = AutoModelForCausalLM
+    made: PreTrainedModel = auto.from_config(family.config())
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(16 if ".wpe" in name or "embed_positions" in name else 4)
+    made.generation_config.eos_token_id = None
+    return made.eval()
+
+
+def _plain(model_type: str, **changes: Any) -> Callable[[], Any]:
+    return lambda: AutoConfig.for_model(model_type, **changes)
+
+
+DISTANCE, STATE, NOTHING, APART = "alibi", "a state", "no keys and values", "apart from its answer"
+LAYERS = "layers of type"
+REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be told
+    (Family("BLOOM", "bigscience/bloom-560m", _plain("bloom")), DISTANCE),
+    (Family("MPT", "mosaicml/mpt-7b", _plain("mpt")), DISTANCE),
+    (Family("Falcon with alibi", "tiiuae/falcon-rw-1b", _plain("falcon", alibi=True)), DISTANCE),
+    (Family("Mamba, Mamba 2", "state-spaces/mamba-130m-hf", _plain("mamba")), STATE),
+    (Family("Falcon-Mamba", "tiiuae/falcon-mamba-7b", _plain("falcon_mamba")), STATE),
+    (Family("RWKV", "RWKV/rwkv-4-169m-pile", _plain("rwkv")), STATE),
+    (Family("xLSTM", "NX-AI/xLSTM-7b", _plain("xlstm")), STATE),
+    (Family("RecurrentGemma", "google/recurrentgemma-2b", _plain("recurrent_gemma")), STATE),
+    (Family("LFM2", "LiquidAI/LFM2-350M", _plain("lfm2")), STATE),
+    (Family("Jamba", "ai21labs/Jamba-v0.1", _plain("jamba")), LAYERS),
+    (Family("Zamba 2", "Zyphra/Zamba2-1.2B", _plain("zamba2")), LAYERS),
+    (Family("Falcon-H1", "tiiuae/Falcon-H1-0.5B-Base", _plain("falcon_h1")), LAYERS),
+    (Family("Bamba", "ibm-ai-platform/Bamba-9B", _plain("bamba")), LAYERS),
+    (Family("Nemotron-H", "nvidia/Nemotron-H-8B-Base-8K", _plain("nemotron_h")), LAYERS),
+    (Family("Qwen3-Next", "Qwen/Qwen3-Next-80B-A3B-Instruct", _plain("qwen3_next")), LAYERS),
+    (Family("MiniMax", "MiniMaxAI/MiniMax-Text-01-hf", _plain("minimax")), LAYERS),
+    (Family("Llama 4", "meta-llama/Llama-4-Scout-17B-16E", _plain("llama4_text")), LAYERS),
+    (Family("GPT", "openai-community/openai-gpt", _plain("openai-gpt")), NOTHING),
+    (Family("XLNet", "xlnet/xlnet-base-cased", _plain("xlnet")), NOTHING),
+    (Family("Reformer", "google/reformer-enwik8", _plain("reformer")), NOTHING),
+    (Family("T5", "google-t5/t5-small", _plain("t5")), APART),
+    (Family("BART", "facebook/bart-base", _plain("bart")), APART),
+]
+
+
+def page() -> str:
+    """docs/supported-models.md."""
+    from specdiff.errors import UnsupportedModelError
+    from specdiff.models.sight import refuse
+
+    def why(family: Family) -> str:
+        try:
+            refuse(family.config())
+        except UnsupportedModelError as error:
+            return str(error).split("ragged cache: it ")[1].split("; supported are")[0]
+        return "served"  # the tests see to it that none is
+
+    supported = "\n".join(f"| {f.name} | {f.hub} | {f.attention} | exact | {f.remark} |" for f in SUPPORTED)
+    refused = "\n".join(f"| {f.name} | {f.hub} | refused | {why(f)} |" for f, _ in REFUSED)
+    return PAGE.format(supported=supported, refused=refused, version=".".join(transformers.__version__.split(".")[:2]))
+
+
+PAGE = """# Supported targets
+
+Written by `python tests/models/families.py > docs/supported-models.md` from the list the tests run; a test compares the two.
+
+*Exact* means, in float32 on a small random model of the family: rows of one batch at different lengths, with rejected drafts in between
+and beyond any sliding window, give the logits of a plain forward pass within 1e-4, and greedy speculative text is that of transformers'
+own `generate`. Any other causal LM may be tried: a self-test at load compares it with a plain forward pass, once more with its sliding
+window narrowed where it has one, and refuses it if they differ. Checked with transformers {version}.
+
+| family | for example | attention | status | remark |
+|---|---|---|---|---|
+{supported}
+
+Quantised weights and models spread over several devices load through `model_options` (see `specdiff.load`), and take the same self-test:
+weight-only formats pass; formats that round activations by the whole batch at once do not, because a token's logits then depend on its
+neighbours.
+
+## Refused at load
+
+| family | for example | status | why |
+|---|---|---|---|
+{refused}
+
+Encoders such as BERT attend both ways, and fail the self-test. Models that bring their own code (`auto_map`) are never run.
+"""
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

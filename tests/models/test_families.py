@@ -1,0 +1,151 @@
+"""Every family of the table: exact in logits and in greedy text, beyond its window; or refused with the reason."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import REFUSED, SUPPORTED, VOCAB, WINDOW, Family, model, page
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import tiny
+from specdiff.errors import UnsupportedModelError
+from specdiff.models import masks
+from specdiff.models.cache import RaggedCache
+from specdiff.models.probe import LENGTH, self_test
+from specdiff.models.sight import refuse
+from specdiff.targets.causal import CausalTarget
+
+NEW = 16
+SLIDING = [family for family in SUPPORTED if family.window is not None]
+each = pytest.mark.parametrize("family", SUPPORTED, ids=lambda f: f.name)
+sliding = pytest.mark.parametrize("family", SLIDING, ids=lambda f: f.name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@each
+def test_a_supported_family_is_exact(family: Family) -> None:
+    """Prompts and continuations of several windows, rows of different length, one token or more rejected in nearly every round."""
+    plain = model(family)
+    target = CausalTarget(tiny.copy_of(plain))
+    assert target.ragged.sight.window == family.window
+    prompts = [p * 2 for p in tiny.prompts(2, VOCAB)] + [torch.randint(VOCAB, (19,), generator=torch.Generator().manual_seed(1)).tolist()]
+    assert max(map(len, prompts)) > 3 * WINDOW
+    texts = [tiny.plain(plain, prompt, NEW) for prompt in prompts]
+    assert logits_error(target, plain, torch.tensor([text[:NEW] for text in texts])) < 1e-4
+    batch = tiny.batch_of(prompts, NEW, temperature=0.0)
+    assert tiny.decoded(target, tiny.Hinted(texts, VOCAB, flaw=5), batch, draft_len=4) == texts
+
+
+@pytest.mark.parametrize("family", [f for f in SUPPORTED if f.name in ("GPT-Neo", "OPT", "Mistral")], ids=lambda f: f.name)
+def test_up_to_the_last_position(family: Family) -> None:
+    """Drafts that reach past the last position, where GPT-Neo's own band and the position tables end."""
+    plain = model(family)
+    target = CausalTarget(tiny.copy_of(plain))
+    prompt = torch.randint(VOCAB, (target.info.max_positions - NEW,), generator=torch.Generator().manual_seed(7)).tolist()
+    texts = [tiny.plain(plain, p, NEW) for p in (prompt, prompt[:-5])]
+    batch = tiny.batch_of([prompt, prompt[:-5]], NEW, temperature=0.0)
+    assert tiny.decoded(target, tiny.Hinted(texts, VOCAB, flaw=4), batch, draft_len=16) == texts
+    assert len(texts[0]) == target.info.max_positions
+
+
+@torch.inference_mode()
+def logits_error(target: CausalTarget, plain: PreTrainedModel, ids: torch.Tensor) -> float:
+    """The largest difference of any logit behind rejected drafts, rows advancing unevenly."""
+    want = plain(ids, use_cache=False).logits
+    cache, start, worst = RaggedCache(len(ids), ids.shape[1] + 8), torch.tensor([1, 4, 7]), 0.0
+    for row, size in enumerate(start.tolist()):
+        target.ragged.forward(cache, ids[row : row + 1, :size], torch.arange(size)[None], selected=torch.tensor([row]))
+    for advance in ([2, 4, 3], [4, 1, 2], [4, 3, 0]):
+        at = start[:, None] + torch.arange(4)
+        target.ragged.forward(cache, (ids.gather(1, at) + 1) % VOCAB, at)
+        got, _ = target.ragged.forward(cache, ids.gather(1, at), at)
+        worst = max(worst, float((got - want[torch.arange(3)[:, None], at]).abs().max()))
+        start = start + torch.tensor(advance)
+    return worst
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@sliding
+def test_the_model_stays_the_users_own(family: Family) -> None:
+    plain = model(family)
+    text = tiny.plain(plain, [3, 1, 4], NEW)
+    CausalTarget(plain)
+    assert tiny.plain(plain, [3, 1, 4], NEW) == text
+
+
+def wide(family: Family) -> PreTrainedModel:
+    """With a window no self-test can reach the end of, as real models have."""
+    config = family.config()
+    field = "window_size" if config.model_type == "gpt_neo" else "sliding_window"
+    setattr(config, field, 4 * LENGTH)
+    auto: Any = AutoModelForCausalLM
+    torch.manual_seed(0)
+    made: PreTrainedModel = auto.from_config(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(4 if parameter.dim() > 1 else 1)
+    return made.eval()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@sliding
+def test_the_self_test_sees_a_wrong_window_of_any_size(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = CausalTarget(wide(family))
+    assert target.error < 1e-5
+    assert target.ragged.sight.window == 4 * LENGTH  # the narrow one is gone again
+    for wrong in (lambda window: None, lambda window: window + 1, lambda window: window - 1):
+        with monkeypatch.context() as patch:
+            right = masks.causal
+            patch.setattr(masks, "causal", lambda at, n, w=None, f=wrong, r=right: r(at, n, w if w is None else f(w)))
+            with pytest.raises(UnsupportedModelError, match="self-test"):
+                self_test(target.ragged)
+
+
+def test_the_self_test_sees_windows_in_the_wrong_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = next(f for f in SLIDING if f.name == "Gemma 3")
+    target = CausalTarget(wide(family))
+    sight = target.ragged.sight
+    real = sight.looking
+
+    def turned(*arguments: Any) -> AbstractContextManager[Any]:
+        looking = real(*arguments)
+
+        class Swapped:
+            def __enter__(self) -> Any:
+                mask = looking.__enter__()
+                return {"full_attention": mask["sliding_attention"], "sliding_attention": mask["full_attention"]}
+
+            def __exit__(self, *told: Any) -> Any:
+                return looking.__exit__(*told)
+
+        return Swapped()
+
+    monkeypatch.setattr(sight, "looking", turned)
+    with pytest.raises(UnsupportedModelError, match="self-test"):
+        self_test(target.ragged)
+
+
+@pytest.mark.parametrize(("family", "why"), REFUSED, ids=lambda x: x.name if isinstance(x, Family) else "")
+def test_a_family_that_cannot_be_exact_is_refused(family: Family, why: str) -> None:
+    config = family.config()
+    with pytest.raises(UnsupportedModelError, match=rf"a {config.model_type} target cannot be scored exactly.*{why}.*supported-models"):
+        refuse(config)
+
+
+def test_an_encoder_fails_the_self_test() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    net = BertLMHeadModel(BertConfig(**sizes))
+    for parameter in net.parameters():
+        parameter.data *= 10  # as it is made, its tokens hardly look at each other
+    with pytest.raises(UnsupportedModelError, match="bert model fails the self-test"):
+        CausalTarget(net)
+
+
+def test_the_table_in_the_docs_is_this_list() -> None:
+    written = Path(__file__).parents[2] / "docs" / "supported-models.md"
+    assert written.read_text() == page(), "write it anew: python tests/models/families.py > docs/supported-models.md"
