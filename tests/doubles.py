@@ -131,6 +131,18 @@ class Misreported(Stateless):
         return replace(self.told.propose(context, None, noise, draft_len), tokens=tokens)
 
 
+class Forgetful(Stateless):
+    """BUG: draws under the request's penalties, hands on what the probabilities were without them."""
+
+    def __init__(self, denoiser: ToyDenoiser) -> None:
+        self.inner, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        plain = replace(context.batch, params=replace(context.batch.params, active=frozenset()))
+        told = self.inner.propose(replace(context, batch=plain), None, noise, draft_len)
+        return replace(told, tokens=self.inner.propose(context, None, noise, draft_len).tokens)
+
+
 class Through(Stateless):
     """A stateless drafter that is handed other noise than the round's."""
 

@@ -49,6 +49,8 @@ def test_help_version_and_env(here: Callable[..., tuple[int, str, str]]) -> None
         (("hi", "--draft-len", "many"), "'many'"),
         (("hi", "--temperature", "-1"), "temperature must be a finite number >= 0 (0 is greedy), not -1.0"),
         (("hi", "--temperature", "nan"), "not nan"),
+        (("hi", "--logit-bias", "3:1"), "--logit-bias must be ID=VALUE,ID=VALUE,..., not '3:1'"),
+        (("hi", "--allowed-token-ids", "a,b"), "--allowed-token-ids must be ID,ID,..., not 'a,b'"),
         (("hi", "--dtype", "int3"), "unknown dtype 'int3'"),
         (("hi", "--model", "./nowhere"), "no model folder './nowhere'"),
         (("hi", "--no-such-option",), "No such option"),

@@ -14,7 +14,7 @@ _HOME = {
     "Context": "types",
     "Draft": "types",
     "Drafter": "drafters.base",
-    "Generation": "lm",
+    "Generation": "generation",
     "Purpose": "noise",
     "Round": "types",
     "SamplingParams": "types",

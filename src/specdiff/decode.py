@@ -16,7 +16,7 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.noise import Noise
-from specdiff.sampling import probabilities
+from specdiff.sampling import law, logprobs
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Draft, Round, Verification
 from specdiff.verify import Verifier, token
@@ -47,7 +47,9 @@ def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
     clock.lap("draft")
     output = run.target.score(run.cache, run.batch, draft)
     clock.lap("score")
-    verification = run.verifier(draft, probabilities(output.logits, run.batch.params), noise)
+    verification = run.verifier(draft, law(output.logits, run.batch, draft), noise)
+    if run.batch.params.logprobs is not None:
+        verification = replace(verification, logprobs=logprobs(output.logits, verification, run.batch.params.logprobs))
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
     batch, emitted = commit(run.batch, verification)
@@ -99,7 +101,8 @@ def admit(run: Run, rows: Int[Tensor, "R"]) -> None:
 
 
 def release(run: Run, rows: Int[Tensor, "R"]) -> None:
-    """Give up the rows' places in both caches."""
+    """Give up the rows' places in both caches; rows that had more to say are done all the same."""
+    run.batch = replace(run.batch, done=run.batch.done.index_fill(0, rows, True))
     run.target.release(run.cache, rows)
     run.drafter.release(run.state, rows)
 

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from specdiff import decode
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Round, SamplingParams
+from specdiff.types import Batch, Logprobs, Round, SamplingParams
 from specdiff.verify import Verifier
 
 DraftLength = int | Callable[[Round | None], int]
@@ -34,7 +34,8 @@ class Request:
 class Progress:
     """What one round gave one request. The first `accepted` of `tokens` came from the draft; `finished` is set on the last.
 
-    finished: "stop" (a stop id), "length" (max_tokens) or None.
+    finished: "stop" (a stop id), "length" (max_tokens) or None. logprobs: of each token, where asked (else empty), and in
+    top_logprobs (token id, logprob) of the likeliest ones in its place.
     """
 
     request: int
@@ -43,16 +44,41 @@ class Progress:
     drafted: int
     finished: str | None
     seconds: dict[str, float]
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One round. `owner[row]` is the place in the stream of the request that ran there (None: idle), `ended` the rows it was the
-    last round of. Read it before asking for the next turn: rows then change hands."""
+    """One round. `owner[row]` is the place in the stream of the request that ran there (None: idle), `asked[row]` the request, and
+    `ended` the rows it was the last round of. Read it before asking for the next turn: rows then change hands."""
 
     round: Round
     owner: Sequence[int | None]
-    ended: Sequence[int]
+    asked: Sequence[Request]
+    ended: list[int]
+
+    def cancel(self, request: int) -> None:
+        """End a request that would go on (at a stop string, or because nobody listens): its row is free before the next round."""
+        row = self.owner.index(request)
+        if row not in self.ended:
+            self.ended.append(row)
+
+    def progress(self) -> list[Progress]:
+        """One Progress a running row; the round's tensors cross to the host once."""
+        last, ended = self.round, frozenset(self.ended)
+        emitted, accepted, tokens = last.emitted.tolist(), last.verification.accepted.tolist(), last.verification.tokens.tolist()
+        sizes = [last.draft.tokens.shape[1]] * len(self.owner) if last.draft.size is None else last.draft.size.tolist()
+        told = _Told(last.verification.logprobs)
+        found = []
+        for row, (index, request) in enumerate(zip(self.owner, self.asked, strict=True)):
+            if index is not None:
+                new = tokens[row][: emitted[row]]
+                stopped = bool(new) and new[-1] in request.params.stop_token_ids
+                finished = ("stop" if stopped else "length") if row in ended else None
+                kept = min(accepted[row], len(new))
+                found.append(Progress(index, new, kept, sizes[row], finished, dict(last.seconds), *told.of(row, len(new), request)))
+        return found
 
     def finished(self) -> list[tuple[int, Int[Tensor, "L"], int]]:
         """(request, its tokens with the prompt in front, on the host, and the prompt's length) of every request that ended."""
@@ -74,14 +100,13 @@ def run(
     draft_len: DraftLength,
     rows: int = 8,
 ) -> Iterator[Progress]:
-    """Serve every request, at most `rows` at a time, in order of arrival. Raises UsageError for a prompt without tokens.
+    """Serve every request, at most `rows` at a time, in order of arrival. Raises UsageError as `check` does.
 
     Each row has slots for the longest request; a row that ends takes the next request while the others go on.
     """
-    for i, request in enumerate(requests):
-        _check(request, i)
+    check(requests, target)
     for turn in serve(target, drafter, requests, verifier=verifier, draft_len=draft_len, rows=rows):
-        yield from _report(turn, requests)
+        yield from turn.progress()
 
 
 def serve(
@@ -101,18 +126,19 @@ def serve(
             means nothing for now: it is asked again after the next round, unless no row runs any more.
         slots: positions a row may reach, prompt and max_tokens; needed unless `requests` is a sequence.
 
-    Raises UsageError for a prompt without tokens, and for one that does not fit its slots.
+    Raises UsageError as `check` does, and for a prompt that does not fit its slots.
     """
     if slots is None:
         if not isinstance(requests, Sequence):
             raise UsageError("a stream of requests needs slots: the most tokens of prompt and answer together")
         slots = max((len(r.prompt) + r.params.max_tokens for r in requests if r is not None), default=0)
-    queue = _Queue(iter(requests), slots)
+    queue = _Queue(iter(requests), slots, target)
     slots += (drafter.draft_len if callable(draft_len) else draft_len) + 1
     joining = queue.take(rows)
     if not joining:
         return
     owner: list[int | None] = [place for place, _ in joining]
+    asked = [request for _, request in joining]
     running = decode.start(target, drafter, _batch(joining, slots, target), verifier=verifier, slots=slots)
     decode.admit(running, torch.arange(len(owner), device=target.info.device))
     last: Round | None = None
@@ -120,20 +146,20 @@ def serve(
         last = decode.step(running, draft_len(last) if callable(draft_len) else draft_len)
         done = last.batch.done.tolist()
         ended = [row for row, o in enumerate(owner) if o is not None and done[row]]
-        yield Turn(last, owner, ended)
-        _refill(running, owner, ended, queue, slots)
+        yield Turn(last, owner, asked, ended)
+        _refill(running, owner, asked, ended, queue, slots)
 
 
 class _Queue:
     """The stream, numbered and checked as it is pulled."""
 
-    def __init__(self, stream: Iterator[Request | None], slots: int) -> None:
-        self.stream, self.slots, self.place = stream, slots, 0
+    def __init__(self, stream: Iterator[Request | None], slots: int, target: Target[Any]) -> None:
+        self.stream, self.slots, self.target, self.place = stream, slots, target, 0
 
     def take(self, most: int) -> list[tuple[int, Request]]:
         taken: list[tuple[int, Request]] = []
         while len(taken) < most and (request := next(self.stream, None)) is not None:
-            _check(request, self.place)
+            check([request], self.target, self.place)
             if len(request.prompt) + request.params.max_tokens > self.slots:
                 raise UsageError(
                     f"request {self.place} may reach {len(request.prompt)} + {request.params.max_tokens} tokens, but slots are {self.slots}"
@@ -143,9 +169,33 @@ class _Queue:
         return taken
 
 
-def _check(request: Request, place: int) -> None:
-    if not request.prompt:
-        raise UsageError(f"prompt {place} holds no tokens; give at least one")
+def check(requests: Iterable[Request], target: Target[Any], first: int = 0) -> None:
+    """Raises UsageError for a prompt without tokens, and for options that name tokens the target does not have."""
+    size = target.info.vocab_size
+    for place, request in enumerate(requests, first):
+        if not request.prompt:
+            raise UsageError(f"prompt {place} holds no tokens; give at least one")
+        named = {
+            "logit_bias": [token for token, _ in request.params.logit_bias],
+            "allowed_token_ids": request.params.allowed_token_ids or (),
+        }
+        for option, ids in named.items():
+            if ids and max(ids) >= size:
+                raise UsageError(f"{option} names token id {max(ids)}, which is outside the target's vocabulary of {size}")
+
+
+class _Told:
+    """The round's log probabilities on the host, if any row asked for them."""
+
+    def __init__(self, found: Logprobs | None) -> None:
+        self.lists = None if found is None else (found.tokens.tolist(), found.top_ids.tolist(), found.top.tolist())
+
+    def of(self, row: int, length: int, request: Request) -> tuple[list[float], list[list[tuple[int, float]]]]:
+        """What this row's request asked to be told of its new tokens."""
+        if self.lists is None or request.params.logprobs is None:
+            return [], []
+        (own, ids, top), most = (x[row][:length] for x in self.lists), request.params.logprobs
+        return own, [list(zip(i[:most], v[:most], strict=True)) for i, v in zip(ids, top, strict=True)]
 
 
 def _batch(chosen: Sequence[tuple[int, Request]], slots: int, target: Target[Any]) -> Batch:
@@ -153,21 +203,7 @@ def _batch(chosen: Sequence[tuple[int, Request]], slots: int, target: Target[Any
     return Batch.of([r.prompt for r in rows], [r.params for r in rows], [r.seed for r in rows], slots=slots, device=target.info.device)
 
 
-def _report(turn: Turn, requests: Sequence[Request]) -> Iterator[Progress]:
-    """One Progress a running row; the round's tensors cross to the host once."""
-    last, ended = turn.round, frozenset(turn.ended)
-    emitted, accepted, tokens = last.emitted.tolist(), last.verification.accepted.tolist(), last.verification.tokens.tolist()
-    sizes = [last.draft.tokens.shape[1]] * len(turn.owner) if last.draft.size is None else last.draft.size.tolist()
-    for row, index in enumerate(turn.owner):
-        if index is None:
-            continue
-        new = tokens[row][: emitted[row]]
-        stopped = bool(new) and new[-1] in requests[index].params.stop_token_ids
-        finished = ("stop" if stopped else "length") if row in ended else None
-        yield Progress(index, new, min(accepted[row], len(new)), sizes[row], finished, dict(last.seconds))
-
-
-def _refill(running: decode.Run, owner: list[int | None], ended: Sequence[int], queue: _Queue, slots: int) -> None:
+def _refill(running: decode.Run, owner: list[int | None], asked: list[Request], ended: Sequence[int], queue: _Queue, slots: int) -> None:
     device = running.batch.length.device
     if ended:
         decode.release(running, torch.tensor(ended, device=device))
@@ -177,8 +213,8 @@ def _refill(running: decode.Run, owner: list[int | None], ended: Sequence[int], 
     joining = queue.take(len(free))
     if not joining:
         return
-    for row, (place, _) in zip(free, joining, strict=False):
-        owner[row] = place
+    for row, (place, request) in zip(free, joining, strict=False):
+        owner[row], asked[row] = place, request
     rows = torch.tensor(free[: len(joining)], device=device)
     running.batch = running.batch.with_rows(rows, _batch(joining, slots, running.target))
     decode.admit(running, rows)

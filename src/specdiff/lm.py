@@ -3,7 +3,7 @@
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,12 +12,12 @@ from jinja2 import TemplateError
 
 from specdiff import catalog, engine
 from specdiff.controller import Controller
-from specdiff.detokenizer import Detokenizer
+from specdiff.detokenizer import Detokenizer, StopStrings
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.elsewhere import across
 from specdiff.errors import ConfigError, DrafterError, UsageError
+from specdiff.generation import Answer, Generation, Piece
 from specdiff.noise import row_seed
-from specdiff.stats import Stats
 from specdiff.targets.base import Target
 from specdiff.types import SamplingParams
 from specdiff.verify import verifier as verifier_named
@@ -25,26 +25,6 @@ from specdiff.verify import verifier as verifier_named
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(slots=True)
-class Generation:
-    """One answer. `accepted[i]`: token i came from the draft. finish_reason: "stop" (end of text or stop id) or "length"."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    accepted: list[bool] = field(default_factory=list)
-    finish_reason: str = ""
-    stats: Stats = field(default_factory=Stats)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A bit of streamed text. `accepted`: it came from the draft. `generation` is the answer so far, whole with the last piece."""
-
-    text: str
-    accepted: bool
-    generation: Generation
 
 
 class SpeculativeLM:
@@ -77,7 +57,10 @@ class SpeculativeLM:
         A string is a user's turn where the model has a chat template (`raw=True`: plain text); a list of ints is token ids.
 
         Args:
-            max_tokens, temperature, top_k, top_p, min_p, stop_token_ids: see SamplingParams. Answers also end at max_len.
+            max_tokens, temperature, top_k, top_p, min_p, stop_token_ids, repetition_penalty, presence_penalty, frequency_penalty,
+                logit_bias, allowed_token_ids, logprobs: see SamplingParams (logit_bias may be a mapping). Answers also end at max_len.
+            stop: a string, or up to 16 of at most 256 characters; the text ends before the first one that is complete.
+            include_stop: the text ends with it instead.
             seed: same seed, same tokens (row i of a list uses hash(seed, i)). None: a fresh one.
             verifier: "token", "block", "match" or "match-gumbel".
             draft_len: K, "auto" (drafting is off while it does not pay), or None: "auto", but the drafter's own K where a
@@ -91,25 +74,16 @@ class SpeculativeLM:
         single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
         listed: Sequence[Prompt] = [prompts] if single else prompts
         generations = [Generation() for _ in listed]
-        for index, _, finished in self._progress(listed, generations, **options):
-            if finished:
-                done = generations[index]
-                done.text = self._text(done.token_ids)
+        for index, piece in self._pieces(listed, late=not options.get("stop"), **options):
+            generations[index] = piece.generation
+            piece.generation.text += piece.text
         return generations[0] if single else generations
 
     def stream(self, prompt: Prompt, **options: Any) -> Iterator[Piece]:
         """Answer one prompt piece by piece; takes what `generate` takes. Joined pieces equal generate's text."""
-        generation = Generation()
-        text = Detokenizer(self._text)
-        for _, new, finished in self._progress([prompt], [generation], **options):
-            for token, accepted in new:
-                if piece := text.add(token):
-                    generation.text += piece
-                    yield Piece(piece, accepted, generation)
-            if finished:
-                rest = text.finish()
-                generation.text += rest
-                yield Piece(rest, False, generation)
+        for _, piece in self._pieces([prompt], late=False, **options):
+            piece.generation.text += piece.text
+            yield piece
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Generation:
         """Answer a conversation of {"role", "content"} messages through the model's chat template."""
@@ -154,11 +128,11 @@ class SpeculativeLM:
             )
         return ids
 
-    def _progress(
+    def _pieces(
         self,
         prompts: Sequence[Prompt],
-        generations: Sequence[Generation],
         *,
+        late: bool,
         seed: int | None = None,
         verifier: str = "token",
         draft_len: int | str | None = None,
@@ -167,32 +141,36 @@ class SpeculativeLM:
         raw: bool = False,
         system: str | None = None,
         rows: int = 8,
+        stop: str | Sequence[str] = (),
+        include_stop: bool = False,
         **sampling: Any,
-    ) -> Iterator[tuple[int, list[tuple[int, bool]], bool]]:
-        """Run the engine and fold its progress into `generations`; yields (prompt, new (token, accepted) pairs, finished)."""
+    ) -> Iterator[tuple[int, Piece]]:
+        """Run the engine; yields each prompt's pieces with its place, the last one when its answer is whole (`late`: only that)."""
         if seed is not None and not isinstance(seed, int):
             raise UsageError(f"seed must be a whole number, not {seed!r}")
         if rows < 1:
             raise UsageError(f"rows must be at least 1, not {rows}")
         params = _sampling(sampling)
-        stop = () if ignore_eos else self.end_ids
+        answers = [Answer(Detokenizer(self._text, StopStrings(stop, include=include_stop), late=late)) for _ in prompts]
+        if stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        ends = () if ignore_eos else self.end_ids
         root = secrets.randbits(63) if seed is None else seed
         requests = []
         for i, prompt in enumerate(prompts):
             ids = self.encode(prompt, raw=raw, system=system)
             room = min(params.max_tokens, self.max_len - len(ids))
-            own = SamplingParams(room, params.temperature, params.top_k, params.top_p, params.min_p, (*params.stop_token_ids, *stop))
+            own = replace(params, max_tokens=room, stop_token_ids=(*params.stop_token_ids, *ends))
             requests.append(engine.Request(ids, own, row_seed(root, i)))
         drafter = self._drafter(drafter_options or {})
         length = _draft_length(draft_len, drafter, seeded=seed is not None)
-        for p in engine.run(self.target, drafter, requests, verifier=verifier_named(verifier), draft_len=length, rows=rows):
-            g = generations[p.request]
-            new = [(token, k < p.accepted) for k, token in enumerate(p.tokens)]
-            g.token_ids += p.tokens
-            g.accepted += [accepted for _, accepted in new]
-            g.stats.add(p.drafted, p.accepted, len(p.tokens), p.seconds)
-            g.finish_reason = p.finished or ""
-            yield p.request, new, p.finished is not None
+        engine.check(requests, self.target)
+        for turn in engine.serve(self.target, drafter, requests, verifier=verifier_named(verifier), draft_len=length, rows=rows):
+            for p in turn.progress():
+                answer = answers[p.request]
+                yield from ((p.request, piece) for piece in answer.add(p))
+                if answer.done:
+                    turn.cancel(p.request)
 
     def _drafter(self, options: Mapping[str, Any]) -> Drafter[Any]:
         key = json.dumps(dict(options), sort_keys=True, default=str)
@@ -233,6 +211,9 @@ def _sampling(options: Mapping[str, Any]) -> SamplingParams:
     unknown = [name for name in options if name not in known]
     if unknown:
         raise UsageError(f"unknown option {unknown[0]!r}; sampling options are {', '.join(known)}")
+    bias = options.get("logit_bias", ())
+    if isinstance(bias, Mapping):
+        options = {**options, "logit_bias": tuple((int(token), float(value)) for token, value in bias.items())}
     return SamplingParams(**options)
 
 

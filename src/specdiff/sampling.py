@@ -1,6 +1,6 @@
-"""Logits and a request's parameters -> probabilities; and one exact draw from a row of them.
+"""Logits and a request's parameters -> probabilities; one exact draw from a row of them; log probabilities of what came.
 
-Shapes: B rows, N positions, V vocabulary.
+Shapes: B rows, N positions, V vocabulary, M tokens drawn in this round, T top tokens.
 """
 
 import torch
@@ -9,9 +9,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff.devices import exact
-from specdiff.types import Params
+from specdiff.penalties import adjusted
+from specdiff.types import Batch, Draft, Logprobs, Params, Verification
 
 PREFIX = 512  # candidates looked at before a full sort is needed; top-p sets are nearly always smaller
+
+
+def law(logits: Float[Tensor, "B N V"], batch: Batch, drawn: Draft | Int[Tensor, "B M"]) -> Float[Tensor, "B N V"]:
+    """The rows' laws under all that their requests ask: allowed ids, bias, penalties, temperature, filters.
+
+    The target's: `drawn` is the Draft, whose own tokens count at the positions behind them. A drafter's: the tokens it has drawn
+    already in this round, which count everywhere. Temperature and filters alone are `probabilities`.
+    """
+    return probabilities(adjusted(logits, batch, drawn), batch.params)
 
 
 def probabilities(logits: Float[Tensor, "B N V"], params: Params) -> Float[Tensor, "B N V"]:
@@ -78,3 +88,13 @@ def draw(weights: Float[Tensor, "... V"], uniform: Float[Tensor, "..."]) -> Int[
     # rounding may lift u * total onto total itself: stay below it, or a filtered last token could come out
     scaled = torch.minimum(scaled, torch.nextafter(cdf[..., -1:], torch.zeros_like(scaled)))
     return torch.searchsorted(cdf, scaled, right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
+
+
+def logprobs(logits: Float[Tensor, "B N V"], verification: Verification, top: int) -> Logprobs:
+    """Of the emitted tokens and of the `top` likeliest in their place, at the scored row each was judged or drawn at."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    total = logits.logsumexp(-1).gather(1, verification.path)
+    rows = torch.arange(len(logits), device=logits.device)[:, None]
+    best = logits.topk(min(top, logits.shape[-1]), dim=-1)
+    likeliest, ids = (x.gather(1, verification.path[..., None].expand(-1, -1, x.shape[-1])) for x in best)
+    return Logprobs(logits[rows, verification.path, verification.tokens] - total, ids, likeliest - total[..., None])

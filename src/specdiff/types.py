@@ -1,7 +1,8 @@
 """The nouns every room speaks: what is asked for, what is drafted, scored, verified, and what came of a round.
 
 Shapes: B rows, S slots (positions a row may reach), K drafted tokens, N = K + 1 scored positions, V target vocabulary,
-D tapped feature width, E stop ids. All are plain tensors in frozen dataclasses; only `decode` advances a Batch.
+D tapped feature width, E entries of the longest row of a list, T top tokens. All are plain tensors in frozen dataclasses; only
+`decode` advances a Batch.
 """
 
 import math
@@ -15,14 +16,18 @@ from torch import Tensor
 
 from specdiff.errors import UsageError
 
-PADDING = -1  # fills unused stop ids; no token has this id
+PADDING = -1  # fills up lists of token ids; no token has this id
+TOP_LOGPROBS = 20  # most alternatives told of a position
+BIASES = 300  # most entries of a logit bias
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """What one request asks for. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off.
+    """What one request asks for. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off, and so are penalties of 1, 0 and 0.
 
-    Filters apply in transformers' order: temperature, top-k, top-p, min-p. Raises UsageError naming the bad value.
+    Applied in this order (vLLM's; transformers' for what it has): allowed ids, bias, repetition, frequency and presence penalty
+    (see penalties.py), temperature, top-k, top-p, min-p. `logit_bias` holds (token id, value) pairs. `logprobs` asks for the log
+    probability of each token and of so many of the likeliest ones beside it, before any of that. Raises UsageError naming the bad value.
     """
 
     max_tokens: int = 256
@@ -31,6 +36,12 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _demand(self, "max_tokens", self.max_tokens >= 1, "at least 1")
@@ -39,6 +50,18 @@ class SamplingParams:
         _demand(self, "top_p", 0 < self.top_p <= 1, "in (0, 1] (1 is off)")
         _demand(self, "min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)")
         _demand(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids >= 0")
+        _demand(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0 (1 is off)")
+        _demand(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2] (0 is off)")
+        _demand(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2] (0 is off)")
+        if len(self.logit_bias) > BIASES:
+            raise UsageError(f"logit_bias may hold at most {BIASES} entries, not {len(self.logit_bias)}")
+        for token, bias in self.logit_bias:
+            if not (token >= 0 and -100 <= bias <= 100):
+                raise UsageError(f"logit_bias must map token ids >= 0 to numbers in [-100, 100], not {token!r} to {bias!r}")
+        allowed = self.allowed_token_ids
+        _demand(self, "allowed_token_ids", allowed is None or (len(allowed) > 0 and min(allowed) >= 0), "one token id >= 0 at least")
+        wanted = self.logprobs
+        _demand(self, "logprobs", wanted is None or 0 <= wanted <= TOP_LOGPROBS, f"in [0, {TOP_LOGPROBS}], or None (off)")
 
 
 def _demand(owner: object, name: str, met: bool, allowed: str) -> None:
@@ -48,9 +71,10 @@ def _demand(owner: object, name: str, met: bool, allowed: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Params:
-    """SamplingParams of a whole batch, one entry a row, with each row's length limit and stop ids.
+    """SamplingParams of a whole batch, one entry a row, with each row's length limit; lists are filled up with PADDING (bias: 0).
 
-    `active` names the options some row really uses: known on the host, so that unused ones cost neither work nor a sync.
+    `active` names the options some row really uses, `logprobs` the most alternatives any row wants told: known on the host, so
+    that unused options cost neither work nor a sync.
     """
 
     temperature: Float[Tensor, "B"]
@@ -58,28 +82,48 @@ class Params:
     top_p: Float[Tensor, "B"]
     min_p: Float[Tensor, "B"]
     limit: Int[Tensor, "B"]
+    repetition_penalty: Float[Tensor, "B"]
+    presence_penalty: Float[Tensor, "B"]
+    frequency_penalty: Float[Tensor, "B"]
     stop_ids: Int[Tensor, "B E"]
+    bias_ids: Int[Tensor, "B E"]
+    bias: Float[Tensor, "B E"]
+    allowed_ids: Int[Tensor, "B E"]
     active: frozenset[str]
+    logprobs: int | None
 
     @classmethod
     def stack(cls, rows: Sequence[SamplingParams], limit: Int[Tensor, "B"], device: torch.device | str = "cpu") -> Self:
         """One row per request; `limit` is the length (prompt included) at which it must end."""
-        width = max((len(r.stop_token_ids) for r in rows), default=0)
-        stop = [[*r.stop_token_ids, *[PADDING] * (width - len(r.stop_token_ids))] for r in rows]
         off = SamplingParams()
-        temperature = torch.tensor([r.temperature for r in rows], dtype=torch.float32)
+        numbers = {name: torch.tensor([getattr(r, name) for r in rows], dtype=torch.float32) for name in _NUMBERS}
         # asked of the float32 values: the smallest temperatures round to 0 there, and are greedy
-        used = {"greedy": bool((temperature == 0).any()), "temperature": bool((temperature != 1).any())}
-        used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in ("top_k", "top_p", "min_p")}
+        used = {"greedy": bool((numbers["temperature"] == 0).any())}
+        used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in (*_NUMBERS, *_OTHERS)}
+        lists = {
+            "stop_ids": _table([r.stop_token_ids for r in rows], PADDING),
+            "bias_ids": _table([[token for token, _ in r.logit_bias] for r in rows], PADDING),
+            "bias": _table([[bias for _, bias in r.logit_bias] for r in rows], 0.0),
+            "allowed_ids": _table([r.allowed_token_ids or () for r in rows], PADDING),
+        }
         return cls(
-            temperature=temperature.to(device),
             top_k=torch.tensor([r.top_k for r in rows], device=device),
-            top_p=torch.tensor([r.top_p for r in rows], dtype=torch.float32, device=device),
-            min_p=torch.tensor([r.min_p for r in rows], dtype=torch.float32, device=device),
             limit=limit.to(device),
-            stop_ids=torch.tensor(stop, dtype=torch.long, device=device).view(len(rows), width),
             active=frozenset(name for name, on in used.items() if on),
+            logprobs=max((r.logprobs for r in rows if r.logprobs is not None), default=None),
+            **{name: value.to(device) for name, value in (numbers | lists).items()},
         )
+
+
+_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_OTHERS = ("top_k", "logit_bias", "allowed_token_ids")
+
+
+def _table(rows: Sequence[Sequence[float]], fill: float) -> Tensor:
+    """[B, E], as wide as the longest row."""
+    width = max((len(row) for row in rows), default=0)
+    full = [[*row, *[fill] * (width - len(row))] for row in rows]
+    return torch.tensor(full, dtype=torch.long if isinstance(fill, int) else torch.float32).view(len(rows), width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +177,15 @@ class Batch:
 
 
 def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
-    width = max(params.stop_ids.shape[1], joined.stop_ids.shape[1])
-    stop = [torch.nn.functional.pad(p.stop_ids, (0, width - p.stop_ids.shape[1]), value=PADDING) for p in (params, joined)]
-    names = ("temperature", "top_k", "top_p", "min_p", "limit")
-    changed = {name: getattr(params, name).index_copy(0, rows, getattr(joined, name)) for name in names}
-    return Params(stop_ids=stop[0].index_copy(0, rows, stop[1]), active=params.active | joined.active, **changed)
+    changed = {}
+    for name in (f.name for f in fields(params) if f.name not in ("active", "logprobs")):
+        old, new = getattr(params, name), getattr(joined, name)
+        if old.dim() == 2:
+            width, fill = max(old.shape[1], new.shape[1]), 0.0 if old.is_floating_point() else PADDING
+            old, new = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in (old, new))
+        changed[name] = old.index_copy(0, rows, new)
+    wanted = [n for n in (params.logprobs, joined.logprobs) if n is not None]
+    return Params(active=params.active | joined.active, logprobs=max(wanted, default=None), **changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +217,28 @@ class TargetOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Of the emitted tokens, and of the T likeliest in their place: log-softmax of the target's own logits.
+
+    Raw ones, before any option of the request (vLLM's default): an option may emit a token that is unlikely here.
+    """
+
+    tokens: Float[Tensor, "B N"]
+    top_ids: Int[Tensor, "B N T"]
+    top: Float[Tensor, "B N T"]
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """`accepted` draft tokens, then one of the target's own: `tokens[b, :accepted[b] + 1]`, zeros behind.
 
-    `path[b, k]` is the scored row that each emitted token's successor was drawn at (a chain: 0..K).
+    `path[b, k]` is the scored row at which token k was judged or drawn (a chain: 0..K). The loop adds `logprobs` where asked.
     """
 
     accepted: Int[Tensor, "B"]
     tokens: Int[Tensor, "B N"]
     path: Int[Tensor, "B N"]
-    logprobs: Float[Tensor, "B N"] | None = None
+    logprobs: Logprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import LlamaConfig
 
+import reference
 from doubles import PointMasses, ToyDenoiser, tile
 from specdiff import decode
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
@@ -96,14 +97,15 @@ def last(rounds: Iterable[Round]) -> Batch:
 
 @lru_cache(maxsize=64)
 def law(params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
-    """Every text that TARGET may write, up to its stop id or max_tokens, with its chance."""
-    table = probabilities(TARGET.table.view(1, V * V, V), Params.stack([params], torch.tensor([0])))[0].view(V, V, V).tolist()
+    """Every text that TARGET may write, up to its stop id or max_tokens, with its chance; penalties by the slow reference."""
     open_, ended = {(): 1.0}, {}
     for _ in range(params.max_tokens):
         grown = {}
         for text, chance in open_.items():
             before, anchor = [0, *prompt, *text][-2:]
-            for token, p in enumerate(table[before][anchor]):
+            logits = reference.adjusted(TARGET.table[before, anchor].tolist(), prompt, text, params)
+            row = torch.tensor(logits, dtype=torch.float64).view(1, 1, V)
+            for token, p in enumerate(probabilities(row, Params.stack([params], torch.tensor([0])))[0, 0].tolist()):
                 if p > 0:
                     (ended if token in params.stop_token_ids else grown)[(*text, token)] = chance * p
         open_ = grown

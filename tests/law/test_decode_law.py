@@ -11,6 +11,7 @@ from samples import DENOISER, DRAFTERS, PAIRS, TARGET, compare, fit, last, law, 
 from doubles import (
     AnyOrder,
     DropsUnlikely,
+    Forgetful,
     Misreported,
     StaleTarget,
     Through,
@@ -22,7 +23,7 @@ from doubles import (
     swapped,
     verifier_of,
 )
-from specdiff import decode, engine, verify
+from specdiff import decode, engine, sampling, verify
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.types import Batch, SamplingParams
 from specdiff.verify import VERIFIERS
@@ -33,6 +34,17 @@ SETTINGS = {
     "top_k=2": SamplingParams(max_tokens=3, top_k=2),
     "top_p=0.7": SamplingParams(max_tokens=3, top_p=0.7),
     "min_p=0.2": SamplingParams(max_tokens=3, min_p=0.2),
+    "repetition": SamplingParams(max_tokens=4, repetition_penalty=2.5),
+    "counts": SamplingParams(max_tokens=4, presence_penalty=0.5, frequency_penalty=1.5),
+    "all": SamplingParams(
+        max_tokens=4,
+        temperature=0.8,
+        repetition_penalty=0.7,
+        presence_penalty=1.0,
+        frequency_penalty=-0.5,
+        logit_bias=((0, 1.5), (2, -0.5)),
+    ),
+    "allowed": SamplingParams(max_tokens=4, allowed_token_ids=(0, 2)),
 }
 PLAIN = SETTINGS["T=1"]
 STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
@@ -168,6 +180,27 @@ def test_a_length_that_looks_at_the_token_it_drops_is_caught(verifier: str) -> N
 def test_probabilities_that_were_not_drawn_from_are_caught(verifier: str) -> None:
     assert fit(TARGET, Misreported(DENOISER, draft_temperature=1), VERIFIERS[verifier], PLAIN) > PASSES
     assert fit(TARGET, Misreported(DENOISER, draft_temperature=0.7), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize("setting", ["repetition", "counts"])
+def test_a_penalty_that_ignores_the_draft_is_caught(monkeypatch: pytest.MonkeyPatch, setting: str, verifier: str) -> None:
+    """Planted: every scored position counts committed tokens only. `match` alone cannot forgive it either: its p is wrong."""
+    monkeypatch.setattr(decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens[:, :0]))
+    found = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS[setting], count=FEW)
+    assert compare(found, law(SETTINGS[setting])) < CAUGHT
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_penalty_that_counts_the_whole_draft_everywhere_is_caught(monkeypatch: pytest.MonkeyPatch, verifier: str) -> None:
+    monkeypatch.setattr(decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens))
+    found = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS["counts"], count=FEW)
+    assert compare(found, law(SETTINGS["counts"])) < CAUGHT
+
+
+@ratio_tests
+def test_a_draft_law_without_the_penalty_it_was_drawn_under_is_caught(verifier: str) -> None:
+    assert fit(TARGET, Forgetful(DENOISER), VERIFIERS[verifier], SETTINGS["counts"], FEW) < CAUGHT
 
 
 def test_the_comparison_itself() -> None:

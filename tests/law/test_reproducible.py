@@ -39,9 +39,10 @@ ASKED = [
     SamplingParams(max_tokens=1, min_p=0.2),
     SamplingParams(max_tokens=11, temperature=0),
     SamplingParams(max_tokens=20, temperature=1.3, top_k=4, top_p=0.9, min_p=0.05),
+    SamplingParams(max_tokens=14, repetition_penalty=1.7, frequency_penalty=0.8, logit_bias=((2, 1.0),), allowed_token_ids=(0, 1, 2, 4)),
 ]
 PROMPTS = [[1], [2, 4], [0, 0, 5], [3, 1, 4, 1, 5]]
-REQUESTS = [Request(PROMPTS[i % 4], ASKED[i % 7], row_seed(11, i)) for i in range(21)]
+REQUESTS = [Request(PROMPTS[i % 4], ASKED[i % len(ASKED)], row_seed(11, i)) for i in range(21)]
 Texts = list[list[int]]
 pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 import tiny
 from specdiff.drafters.base import NoDrafter
@@ -83,3 +83,36 @@ def test_up_to_the_last_position(pair: tuple) -> None:
             got = tiny.decoded(target, tiny.Hinted([text, tiny.plain(net, prompt[:-5], 12)], tiny.VOCAB, flaw), batch, draft_len=draft_len)
             assert flips(net, got[:1], [text]) == 0
             assert len(got[0]) == limit
+
+
+class Counts(LogitsProcessor):
+    """OpenAI's penalties, which transformers lacks: on the answer alone."""
+
+    def __init__(self, start: int, presence: float, frequency: float) -> None:
+        self.start, self.presence, self.frequency = start, presence, frequency
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        counts = torch.nn.functional.one_hot(input_ids[:, self.start :], scores.shape[-1]).sum(1)
+        return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_penalties_and_bias_are_those_of_transformers(family: str) -> None:
+    """Greedy text of `generate` with its own processors, through drafters that are right, wrong, and untrained."""
+    net, target, prompts = tiny.model(family), tiny.target(family), tiny.prompts(4)
+    bias = {3: -4.0, 7: 6.0, 20: 3.0}
+    asked = {"repetition_penalty": 1.4, "presence_penalty": 0.9, "frequency_penalty": 0.5, "logit_bias": tuple(bias.items())}
+    theirs = {"repetition_penalty": 1.4, "sequence_bias": {(i,): v for i, v in bias.items()}}
+    texts = [tiny.plain(net, p, NEW, logits_processor=[Counts(len(p), 0.9, 0.5)], **theirs) for p in prompts]
+    assert texts != [tiny.plain(net, p, NEW) for p in prompts]
+    drafters = [
+        NoDrafter(),
+        tiny.drafter(target.info, steps=2, **tiny.CACHED),
+        tiny.Hinted(texts, tiny.VOCAB, 3),
+        tiny.Hinted(texts, tiny.VOCAB, 99),
+    ]
+    for drafter in drafters:
+        for draft_len in (1, 4, 9) if drafter.draft_len else (None,):
+            for verifier in ("block", "match"):
+                batch = tiny.batch_of(prompts, NEW, temperature=0.0, **asked)
+                assert tiny.decoded(target, drafter, batch, draft_len=draft_len, verifier=VERIFIERS[verifier]) == texts

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli.options import given, json_object, quiet_libraries
+from specdiff.cli.options import biases, given, json_object, quiet_libraries, token_ids
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdiff.lm import Generation, Piece, SpeculativeLM
+    from specdiff.generation import Generation, Piece
+    from specdiff.lm import SpeculativeLM
 
 
 def generate(
@@ -34,6 +35,13 @@ def generate(
     top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
     min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="On tokens of prompt and answer; 1 is off.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="On tokens of the answer, once each; 0 is off.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="On tokens of the answer, each time; 0 is off.")] = 0.0,
+    logit_bias: Annotated[str, typer.Option(help="ID=VALUE,... with values in [-100, 100].")] = "",
+    allowed_token_ids: Annotated[str, typer.Option(help="ID,...: no other tokens.")] = "",
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: log probabilities, and so many alternatives (<= 20).")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text; also fixes the draft length (else it is auto).")] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
@@ -58,6 +66,8 @@ def generate(
     chosen = {"steps": steps, "order": order, "draft_temperature": draft_temperature}
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+        "logit_bias": biases(logit_bias), "allowed_token_ids": token_ids(allowed_token_ids), "stop": stop or (), "logprobs": logprobs,
         "verifier": verifier, "draft_len": _draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
     }  # fmt: skip
     places: dict[str, Any] = {
@@ -90,8 +100,9 @@ def generate(
             report["compare"] = _compare(lm, text, options, answer, seconds)
         notes.print(_verdict(report["compare"], temperature, verifier), style="dim", soft_wrap=True)
     if as_json:
+        told = {} if logprobs is None else {"logprobs": answer.logprobs, "top_logprobs": answer.top_logprobs}
         print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "accepted": answer.accepted}
-                         | {"finish_reason": answer.finish_reason, "stats": answer.stats.as_dict()} | report))  # fmt: skip
+                         | {"finish_reason": answer.finish_reason, "stats": answer.stats.as_dict()} | told | report))  # fmt: skip
     if interrupted:
         raise typer.Exit(130)
 
@@ -107,7 +118,7 @@ def _draft_length(text: str) -> int | str | None:
 
 def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> tuple["Generation", bool]:
     """Print as it comes. Ctrl-C keeps what was generated. Returns the answer, and whether it was cut short."""
-    from specdiff.lm import Generation
+    from specdiff.generation import Generation
 
     answer = Generation()
     try:

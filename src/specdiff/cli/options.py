@@ -28,3 +28,20 @@ def quiet_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def token_ids(text: str) -> tuple[int, ...] | None:
+    """ID,... as numbers; None for no text. Raises UsageError."""
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else None
+    except ValueError:
+        raise UsageError(f"--allowed-token-ids must be ID,ID,..., not {text!r}") from None
+
+
+def biases(text: str) -> dict[int, float]:
+    """ID=VALUE,... as a mapping. Raises UsageError."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")] if text else []
+        return {int(token): float(value) for token, value in pairs}
+    except ValueError:
+        raise UsageError(f"--logit-bias must be ID=VALUE,ID=VALUE,..., not {text!r}") from None

@@ -6,7 +6,7 @@ are lawful whatever the network computes.
 Shapes: B rows, K drafted positions, S slots, N positions of one pass, V target vocabulary, C columns of the network's head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from specdiff.models.probe import self_test
 from specdiff.nn.causal import SmallCausalLM
 from specdiff.nn.linear import stream_weights
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import draw, probabilities
+from specdiff.sampling import draw, law
 from specdiff.types import Batch, Context, Draft, TargetInfo
 from specdiff.weights import CONFIG, locate, positive, read_config
 
@@ -76,7 +76,7 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
 
     def propose(self, context: Context, state: AutoregressiveState, noise: Noise, draft_len: int) -> Draft:
         """The tokens committed since the last round in one pass, then one pass a token; each is drawn from the row handed on."""
-        params = tempered(context.batch.params, self.draft_temperature)
+        asked = replace(context.batch, params=tempered(context.batch.params, self.draft_temperature))
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         logits = self._catch_up(context.batch, state)
         tokens: list[Tensor] = []
@@ -85,7 +85,7 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
             if k:
                 at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
                 logits = self._pass(state, tokens[-1], at)
-            q = probabilities(self._spread(logits), params)
+            q = law(self._spread(logits), asked, torch.cat(tokens, dim=1) if tokens else context.batch.ids[:, :0])
             tokens.append(draw(q, uniform[:, k : k + 1]))
             probs.append(q)
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))

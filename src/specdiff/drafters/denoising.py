@@ -14,7 +14,7 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import draw, probabilities
+from specdiff.sampling import draw, law
 from specdiff.types import Context, Draft, Params
 
 DenoiserState = TypeVar("DenoiserState")
@@ -70,15 +70,19 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         self.denoiser.release(state, rows)
 
     def propose(self, context: Context, state: DenoiserState, noise: Noise, draft_len: int) -> Draft:
-        """One pass a group; every token is drawn from exactly the row of probabilities that is handed on."""
-        params = tempered(context.batch.params, self.draft_temperature)
+        """One pass a group; every token is drawn from exactly the row of probabilities that is handed on.
+
+        A group's penalties count the tokens of earlier groups, not of its own: those are drawn at once, and q says what they were
+        drawn from.
+        """
+        asked = replace(context.batch, params=tempered(context.batch.params, self.draft_temperature))
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         canvas = uniform.new_full(uniform.shape, self.denoiser.mask_id, dtype=torch.long)
         probs: list[Tensor] = []
         for group in torch.arange(draft_len, device=canvas.device).tensor_split(min(self.steps, draft_len)):
             revealed = torch.arange(draft_len, device=canvas.device) < group[0]
             logits = self.denoiser.denoise(context, state, canvas, revealed.expand_as(canvas))
-            q = probabilities(logits[:, group], params)
+            q = law(logits[:, group], asked, canvas[:, : sum(earlier.shape[1] for earlier in probs)])
             canvas = canvas.index_copy(1, group, draw(q, uniform[:, group]))
             probs.append(q)
         return Draft(canvas, torch.cat(probs, dim=1))
