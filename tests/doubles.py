@@ -3,6 +3,7 @@
 Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff import verify
+from specdiff.diffusion.process import Absorbing, Process
+from specdiff.diffusion.schedule import Schedule
+from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.noise import Noise, Purpose
@@ -59,6 +63,40 @@ class ToyDenoiser:
         return torch.where(at < 0, self.mask_id, canvas.gather(1, at.clamp(min=0)))
 
 
+class ToyScorer(ToyDenoiser):
+    """A score made of tables, of either process: as the toy denoiser, every token weighs on its neighbours on both sides.
+
+    Where the score has no MASK, every token counts as revealed; the score at a token's own place is 1. `coupling` above 1 lets
+    tokens hang more on their neighbours, less on position and anchor.
+    """
+
+    def __init__(self, process: Process, schedule: Schedule, seed: int = 0, coupling: float = 1.0) -> None:
+        super().__init__(process.tokens, seed)
+        for name, table in self.tables.items():
+            table.mul_(coupling if name in ("left", "right") else coupling**-2)
+        self.process, self.schedule = process, schedule
+
+    def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
+        return context.batch.length.double().reciprocal().clamp(max=0.8)
+
+    def log_score(self, context: Context, state: None, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B K V"]:
+        revealed, mask = canvas < self.mask_id, self.mask_id
+        left = self._nearest(torch.nn.functional.pad(canvas, (1, 0), value=mask)[:, :-1], torch.nn.functional.pad(revealed, (1, 0))[:, :-1])
+        right = self._nearest(
+            torch.nn.functional.pad(canvas, (0, 1), value=mask)[:, 1:].flip(1), torch.nn.functional.pad(revealed, (0, 1))[:, 1:].flip(1)
+        ).flip(1)
+        table = self.tables
+        logits = (
+            table["position"][: canvas.shape[1]]
+            + table["anchor"][context.batch.anchor][:, None]
+            + table["left"][left]
+            + table["right"][right]
+        )
+        if isinstance(self.process, Absorbing):
+            logits = torch.nn.functional.pad(logits.log_softmax(-1) - torch.expm1(sigma)[:, None, None].log(), (0, 1))
+        return (logits - logits.gather(-1, canvas[..., None])).scatter(-1, canvas[..., None], 0.0)
+
+
 class Stateless(Drafter[None]):
     """What the drafters below share: nothing to remember. (Abstract still: they say what they propose.)"""
 
@@ -104,6 +142,30 @@ class AnyOrder(Stateless):
             q = probabilities(self.denoiser.denoise(context, None, canvas, revealed), context.batch.params)[:, k]
             canvas[:, k], probs[:, k] = draw(q, uniform[:, k]), q
         return Draft(canvas, probs)
+
+
+class StoresProbabilities(Stateless):
+    """BUG: SEDD's sampler with the paper's recipe taken at its word: each token's probabilities as they were when it was drawn."""
+
+    def __init__(self, inner: AnyOrderDrafter[None]) -> None:
+        self.inner, self.draft_len = inner, inner.draft_len
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        scorer, seen = self.inner.scorer, []
+
+        def listening(canvas: Tensor, sigma: Tensor) -> Tensor:
+            seen.append((canvas, scorer.log_score(context, None, canvas, sigma)))
+            return seen[-1][1]
+
+        listener = copy.copy(scorer)
+        listener.log_score = lambda context, state, canvas, sigma: listening(canvas, sigma)
+        drafter = AnyOrderDrafter(listener, steps=self.inner.steps, sampler=self.inner.sampler)
+        tokens = drafter.propose(context, None, noise, draft_len).tokens
+        probs = torch.zeros(*tokens.shape, scorer.mask_id, dtype=torch.float64)
+        for canvas, log_score in seen:
+            law = probabilities(log_score[..., : scorer.mask_id], context.batch.params)
+            probs = torch.where((canvas == scorer.mask_id)[..., None], law, probs)
+        return Draft(tokens, probs)
 
 
 class DropsUnlikely(Stateless):

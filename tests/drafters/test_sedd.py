@@ -10,6 +10,7 @@ from torch import Tensor
 
 import tiny
 from specdiff.drafters import sedd as module
+from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import DrafterError, UsageError
@@ -25,6 +26,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "cached-banded": {**tiny.CACHED, "context_window": 4},
     "cached-own": {"attention": "causal-context", "time_conditioning": False},
 }
+
+
+UNIFORM: dict[str, Any] = {"process": "uniform", "scale_by_sigma": False, "schedule": "geometric"}
 
 
 def info(**changes: Any) -> TargetInfo:
@@ -260,7 +264,6 @@ def test_two_streams_never_meet() -> None:
 @pytest.mark.parametrize(
     ("changes", "options", "error", "told"),
     [
-        ({"process": "uniform", "scale_by_sigma": False}, {}, DrafterError, "uniform process.*absorbing"),
         ({"tokens": 47}, {}, DrafterError, "47 tokens.*'tiny' has 48"),
         ({}, {"window": 0}, UsageError, "window must be at least 1, not 0"),
         ({"attention": "causal-context", "context_window": 8}, {"window": 4}, UsageError, "window=4.*8"),
@@ -297,6 +300,96 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], told: str) ->
         DenoisingDrafter(denoiser, **options)
 
 
+@pytest.mark.parametrize("order", ["one-shot", "left-to-right"])
+def test_the_uniform_process_has_no_mask_to_reveal(order: str) -> None:
+    denoiser = SEDDDenoiser(tiny.sedd(tiny.sedd_config(**UNIFORM)), info())
+    with pytest.raises(UsageError, match=f"order '{order}' reveals MASK.*uniform process has none; it takes order 'any'"):
+        DenoisingDrafter(denoiser, order=order, steps=1 + (order != "one-shot"))
+
+
 def test_a_cached_context_cannot_depend_on_time() -> None:
     with pytest.raises(DrafterError, match="time_conditioning false"):
         tiny.drafter(info(), **{**tiny.CACHED, "time_conditioning": True})
+
+
+ANY: dict[str, dict[str, Any]] = SHAPES | {
+    "uniform": UNIFORM,
+    "denoiser": {"output": "denoiser"},
+    "cached-denoiser": {**tiny.CACHED, "output": "denoiser"},
+}
+
+
+def any_order(shape: str, **options: Any) -> AnyOrderDrafter[Any]:
+    changes = {**ANY[shape]}
+    window = changes.pop("window", None)
+    return AnyOrderDrafter(SEDDDenoiser(tiny.sedd(tiny.sedd_config(tiny.VOCAB, **changes)), info(), window=window), **options)
+
+
+@pytest.mark.parametrize("sampler", ["analytic", "euler"])
+@pytest.mark.parametrize("shape", ANY)
+def test_any_order_hands_on_point_masses_of_real_tokens(shape: str, sampler: str) -> None:
+    """T passes; a row drafts the same alone; nothing is left MASK, and nothing lies outside the draft vocabulary."""
+    drafter = any_order(shape, steps=3, sampler=sampler)
+    scorer, calls = drafter.scorer, []
+    whole = scorer.log_score
+    scorer.log_score = lambda *given: calls.append(given[3]) or whole(*given)
+    together = propose(drafter, tiny.batch_of(PROMPTS), 5)
+    assert together.probs is None and together.size is None and len(calls) == 3
+    assert ((together.tokens >= 0) & (together.tokens < tiny.VOCAB)).all()
+    assert (calls[0] > calls[1]).all() and (calls[1] > calls[2]).all()
+    if scorer.model.config.draft_vocab_size is not None:
+        assert torch.isin(together.tokens, scorer.model.draft_vocab).all()
+    for row, prompt in enumerate(PROMPTS):
+        assert propose(drafter, tiny.batch_of([prompt], seeds=[row]), 5).tokens[0].tolist() == together.tokens[row].tolist()
+
+
+@pytest.mark.parametrize("shape", ["windowed", "uniform"])
+def test_any_order_starts_at_the_time_of_the_canvas(shape: str) -> None:
+    drafter = any_order(shape, steps=2)
+    heard: list[Tensor] = []
+    whole = drafter.scorer.log_score
+    drafter.scorer.log_score = lambda *given: heard.append(given[3]) or whole(*given)
+    propose(drafter, tiny.batch_of(PROMPTS), 6)
+    for row, prompt in enumerate(PROMPTS):
+        assert 1 - math.exp(-heard[0][row].item()) == pytest.approx(6 / (len(prompt) + 6), rel=1e-4)
+        assert heard[1][row].item() == pytest.approx(drafter.scorer.schedule.total(torch.tensor(1e-5)).item(), rel=1e-3)
+
+
+def test_one_pass_of_any_order_is_a_one_shot_draft() -> None:
+    """The closing step over the whole noise is the denoiser's law: the same uniforms give the same tokens, filters and all."""
+    one_shot, batch = tiny.drafter(info(), output="denoiser"), tiny.batch_of(PROMPTS, temperature=0.7, top_k=5)
+    drafter = AnyOrderDrafter(one_shot.denoiser)
+    assert propose(drafter, batch, 6).tokens.tolist() == propose(one_shot, batch, 6).tokens.tolist()
+    greedy = tiny.batch_of(PROMPTS, temperature=0.0)
+    assert propose(drafter, greedy, 6).tokens.tolist() == propose(one_shot, greedy, 6).tokens.tolist()
+
+
+def test_a_denoisers_score_is_its_law_over_the_odds_of_a_mask() -> None:
+    network, sigma = tiny.sedd(tiny.sedd_config(output="denoiser")), torch.tensor([0.3, 4.0])
+    ids = torch.tensor([[3, tiny.VOCAB, 5], [tiny.VOCAB, tiny.VOCAB, 1]])
+    with torch.no_grad():
+        logits, log_score = network.logits(network.hidden(ids, sigma)), network(ids, sigma)
+    expected = logits[..., : tiny.VOCAB].softmax(-1) / torch.expm1(sigma)[:, None, None]
+    masked = ids == tiny.VOCAB
+    torch.testing.assert_close(log_score.exp()[masked][:, : tiny.VOCAB], expected[masked], rtol=1e-4, atol=1e-7)
+    assert (log_score.gather(-1, ids[..., None]) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"steps": 0}, "steps must be at least 1, not 0"), ({"sampler": "magic"}, "unknown sampler 'magic'; known are analytic, euler")],
+)
+def test_any_order_refuses_options_out_of_range(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        any_order("windowed", **options)
+
+
+def test_the_folder_names_the_order(tmp_path: Any) -> None:
+    tiny.sedd(tiny.sedd_config(**UNIFORM)).save_pretrained(tmp_path / "uniform")
+    tiny.sedd(tiny.sedd_config()).save_pretrained(tmp_path / "absorb")
+    assert isinstance(module.sedd(info(), tmp_path / "uniform", steps=3), AnyOrderDrafter)
+    assert module.sedd(info(), tmp_path / "absorb", order="any", sampler="euler").sampler == "euler"
+    with pytest.raises(UsageError, match="unknown order 'random'; known are one-shot, left-to-right, any"):
+        module.sedd(info(), tmp_path / "absorb", order="random")
+    with pytest.raises(UsageError, match="sampler 'euler' runs the reverse process, which only order 'any' does"):
+        module.sedd(info(), tmp_path / "absorb", sampler="euler")

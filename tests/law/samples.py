@@ -16,11 +16,15 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import reference
-from doubles import PointMasses, ToyDenoiser, tile
+from doubles import PointMasses, ToyDenoiser, ToyScorer, tile
 from specdiff import decode
+from specdiff.diffusion.process import Absorbing, Uniform
+from specdiff.diffusion.schedule import Geometric, Loglinear
+from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.ngram import NGramDrafter
 from specdiff.nn.causal import SmallCausalLM
 from specdiff.sampling import probabilities
 from specdiff.targets.base import Target
@@ -49,6 +53,9 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "left-to-right": DenoisingDrafter(DENOISER, steps=2),
     "point": PointMasses(V),
     "autoregressive": causal_drafter(TARGET.info, seed=6),
+    "ngram": NGramDrafter(TARGET.info, longest=2),
+    "any": AnyOrderDrafter(ToyScorer(Absorbing(V), Loglinear(), seed=7), steps=2),
+    "any of the uniform process": AnyOrderDrafter(ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"),
 }
 PAIRS = [(drafter, verifier) for drafter in DRAFTERS for verifier in VERIFIERS]
 Law = dict[tuple[int, ...], float]

@@ -11,10 +11,14 @@ import pytest
 import torch
 from samples import PAIRS, causal_drafter
 
-from doubles import AnyOrder, PointMasses, ToyDenoiser
+from doubles import AnyOrder, PointMasses, ToyDenoiser, ToyScorer
 from specdiff import decode, engine
+from specdiff.diffusion.process import Absorbing, Uniform
+from specdiff.diffusion.schedule import Geometric, Loglinear
+from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.ngram import NGramDrafter
 from specdiff.engine import Request
 from specdiff.noise import Noise, row_seed
 from specdiff.targets.table import TableTarget
@@ -30,6 +34,9 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "left-to-right": DenoisingDrafter(DENOISER, steps=2),
     "point": PointMasses(V),
     "autoregressive": causal_drafter(TARGET.info, seed=3),
+    "ngram": NGramDrafter(TARGET.info, longest=2),
+    "any": AnyOrderDrafter(ToyScorer(Absorbing(V), Loglinear(), seed=7), steps=2),
+    "any of the uniform process": AnyOrderDrafter(ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"),
 }
 ASKED = [
     SamplingParams(max_tokens=9),

@@ -13,6 +13,7 @@ import typer
 from specdiff.cli.data import data
 from specdiff.cli.env import env
 from specdiff.cli.generate import generate
+from specdiff.cli.sample import sample
 from specdiff.cli.train import train
 from specdiff.errors import SpecdiffError, UsageError
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
     context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, data, train, env):
+for verb in (generate, sample, data, train, env):
     app.command()(verb)
 
 

@@ -23,11 +23,12 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
     drafter: Annotated[
-        str, typer.Option(help="auto, none, sedd, autoregressive, a folder or hub id, module:Class, ./file.py:Class.")
+        str, typer.Option(help="auto, none, ngram, sedd, autoregressive, a folder or hub id, module:Class, ./file.py:Class.")
     ] = "auto",
     draft_len: Annotated[str, typer.Option(help="Tokens per draft, or auto: no drafting while it does not pay. Default: see --seed.")] = "",
     steps: Annotated[int | None, typer.Option(help="Network passes per draft (T).")] = None,
-    order: Annotated[str | None, typer.Option(help="one-shot or left-to-right.")] = None,
+    order: Annotated[str | None, typer.Option(help="one-shot, left-to-right or any.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="Of order any: analytic or euler.")] = None,
     draft_temperature: Annotated[float | None, typer.Option(help="Sharpens or flattens drafts; always lossless.")] = None,
     verifier: Annotated[str, typer.Option(help="token, block, match or match-gumbel.")] = "token",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
@@ -63,7 +64,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty; give some text, or pipe it into 'specdiff generate -'")
-    chosen = {"steps": steps, "order": order, "draft_temperature": draft_temperature}
+    chosen = {"steps": steps, "order": order, "sampler": sampler, "draft_temperature": draft_temperature}
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,

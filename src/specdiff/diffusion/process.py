@@ -30,6 +30,10 @@ class Process(ABC):
         """x_t given x_0, by one uniform in [0, 1) a position."""
 
     @abstractmethod
+    def limit(self, uniform: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """What is left of any x_0 after endless noise, by one uniform in [0, 1) a position."""
+
+    @abstractmethod
     def transp_transition(self, x: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"]) -> Float[Tensor, "B L V"]:
         """Entry y: the chance that y has become x after noise sigma."""
 
@@ -70,6 +74,10 @@ class Absorbing(Process):
     def corrupt(self, x0: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"], uniform: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
         """x_t given x_0: each token is MASK with probability 1 - e^-sigma."""
         return torch.where(uniform < -torch.expm1(-sigma), self.mask_id, x0)
+
+    def limit(self, uniform: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """MASK everywhere."""
+        return torch.full_like(uniform, self.mask_id, dtype=torch.long)
 
     def transp_transition(self, x: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"]) -> Float[Tensor, "B L V"]:
         """Entry y: the chance that y has become x after noise sigma, e^-s [y = x] + (1 - e^-s) [x = MASK]."""
@@ -123,6 +131,10 @@ class Uniform(Process):
         replaced = -torch.expm1(-sigma.double())
         token = (uniform / replaced * self.tokens).long()  # below V: of doubles u < p, u/p rounds to 1 - 2^-53 at most
         return torch.where(uniform < replaced, token, x0)
+
+    def limit(self, uniform: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
+        """Any token, each as likely."""
+        return (uniform * self.tokens).long()
 
     def transp_transition(self, x: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"]) -> Float[Tensor, "B L V"]:
         """Entry y: the chance that y has become x after noise sigma, e^-s [y = x] + (1 - e^-s)/V."""

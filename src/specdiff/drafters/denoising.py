@@ -1,7 +1,8 @@
 """Drafting with a denoiser: the orders in which a canvas of MASK becomes K tokens with lawful probabilities.
 
 Written once for every denoiser. Only orders that fix positions left to right between network passes are here: with any
-other order the probabilities stored at draw time are not the law P(x_k | x_<k, R_k) that the ratio test needs.
+other order the probabilities stored at draw time are not the law P(x_k | x_<k, R_k) that the ratio test needs. (`anyorder` hands
+on point masses instead.)
 """
 
 from dataclasses import replace
@@ -24,7 +25,7 @@ ORDERS = ("one-shot", "left-to-right")
 class Denoiser(Protocol[DenoiserState]):
     """What SEDD and block networks have in common: a canvas, partly revealed, to logits of the clean tokens."""
 
-    mask_id: int
+    mask_id: int | None  # None: noise is no token of its own, so nothing tells what is still to be revealed
     draft_len: int
     taps: tuple[int, ...]
 
@@ -57,6 +58,9 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
             raise UsageError(f"steps must be at least 1, not {steps}")
         if order == "one-shot" and steps != 1:
             raise UsageError(f"order 'one-shot' is one network pass; steps={steps} needs order 'left-to-right'")
+        if denoiser.mask_id is None:
+            raise UsageError(f"order {order!r} reveals MASK tokens, and a drafter of the uniform process has none; it takes order 'any'")
+        self.mask_id = denoiser.mask_id
         self.denoiser, self.steps, self.draft_temperature = denoiser, steps, checked_temperature(draft_temperature)
         self.taps, self.draft_len = denoiser.taps, denoiser.draft_len
 
@@ -77,7 +81,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         """
         asked = replace(context.batch, params=tempered(context.batch.params, self.draft_temperature))
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
-        canvas = uniform.new_full(uniform.shape, self.denoiser.mask_id, dtype=torch.long)
+        canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
         probs: list[Tensor] = []
         for group in torch.arange(draft_len, device=canvas.device).tensor_split(min(self.steps, draft_len)):
             revealed = torch.arange(draft_len, device=canvas.device) < group[0]

@@ -1,10 +1,10 @@
-"""The paper's drafter: SEDD conditions on committed tokens by projection and denoises gamma MASK tokens behind them.
+"""The paper's drafter: SEDD conditions on committed tokens by projection and denoises gamma tokens of noise behind them.
 
-Canvas = the last `window` committed tokens, then K positions that are MASK or already revealed. Only those K need logits.
+Canvas = the last `window` committed tokens, then K positions that are noise or already revealed. Only those K need logits.
 A network with causal context reads each committed token once and caches its keys and values; a bidirectional one (the
 authors' checkpoints) reads the window anew in every pass.
 
-Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary.
+Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary; of a score also MASK.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
-from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.denoising import ORDERS, DenoisingDrafter
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.masks import causal
@@ -37,14 +39,12 @@ class SEDDState:
 
 
 class SEDDDenoiser:
-    """A SEDD network of the absorbing process, as a Denoiser over its target's vocabulary."""
+    """A SEDD network over its target's vocabulary, as a Scorer; one of the absorbing process also as a Denoiser."""
 
     taps: tuple[int, ...] = ()
 
     def __init__(self, model: SEDD, target: TargetInfo, *, window: int | None = None, draft_len: int = 8) -> None:
         config = model.config
-        if config.process != "absorb" or config.mask_id is None:
-            raise DrafterError("a SEDD drafter of the uniform process is not supported; use one of the absorbing process")
         if config.tokens != target.vocab_size:
             raise DrafterError(
                 f"this drafter writes a vocabulary of {config.tokens} tokens, but the target {target.name!r} has {target.vocab_size}; "
@@ -66,6 +66,7 @@ class SEDDDenoiser:
         stream_weights(model)
         self.model, self.longest, self.device = model.to(target.device).eval(), fits, target.device
         self.mask_id, self.draft_len, self.vocab_size = config.mask_id, draft_len, target.vocab_size
+        self.process: Process = Absorbing(config.tokens) if config.process == "absorb" else Uniform(config.tokens)
         self.schedule: Schedule = Loglinear() if config.schedule == "loglinear" else Geometric(config.sigma_min, config.sigma_max)
 
     def open(self, rows: int, slots: int) -> SEDDState:
@@ -82,15 +83,45 @@ class SEDDDenoiser:
         self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
     ) -> Float[Tensor, "B K V"]:
         """Logits of the clean tokens: softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels)."""
-        K = canvas.shape[1]
-        if self.longest is not None and self.longest <= K:
-            raise UsageError(f"draft_len {K} does not fit this drafter's canvas of {self.longest} positions")
-        hidden = self._cached(context, state, canvas) if state.cache is not None else self._windowed(context, canvas, revealed)
-        logits = self.model.logits(hidden[:, -K:])
+        sigma = None if self.cached else self.schedule.total(self._time(context, canvas.shape[1], (~revealed).sum(1)))
+        logits = self._logits(context, state, canvas, sigma)
         if self.model.config.draft_vocab_size is not None:
             full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
             return full.index_copy_(2, self.model.draft_vocab, logits)
         return logits[..., : self.vocab_size]
+
+    def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
+        """The time of a fresh canvas; with the uniform process, of one whose drafted positions are all replaced."""
+        return self._time(context, draft_len, torch.full_like(context.batch.length, draft_len))
+
+    def log_score(
+        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B K V"]:
+        """The log-score of the canvas's positions, where the context is clean and the canvas has noise sigma."""
+        return self.model.log_score(self._logits(context, state, canvas, sigma), canvas, sigma)
+
+    def _logits(
+        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"] | None
+    ) -> Float[Tensor, "B K C"]:
+        """Raw network output at the canvas; a cached context knows no time."""
+        if state.cache is not None:
+            hidden = self._cached(context, state, canvas)
+        else:
+            assert sigma is not None
+            hidden = self._windowed(context, canvas, sigma)
+        return self.model.logits(hidden[:, -canvas.shape[1] :])
+
+    def _room(self, draft_len: int) -> int:
+        """The most committed tokens in view beside a canvas of `draft_len`."""
+        room = WINDOW if self.longest is None else self.longest - draft_len
+        return min(self.window or room, room)
+
+    def _time(self, context: Context, draft_len: int, noised: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+        """The time whose expected share of noise is that of the canvas, padding apart."""
+        if self.longest is not None and self.longest <= draft_len:
+            raise UsageError(f"draft_len {draft_len} does not fit this drafter's canvas of {self.longest} positions")
+        share = noised / (context.batch.length.clamp(max=self._room(draft_len)) + draft_len)
+        return torch.tensor([self.schedule.time_of_masked_share(s) for s in share.tolist()], device=share.device)
 
     def _cached(self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"]) -> Float[Tensor, "B L H"]:
         """Feed the tokens committed since the last pass, and the canvas behind them."""
@@ -117,18 +148,15 @@ class SEDDDenoiser:
         sigma = torch.zeros(len(ids), device=ids.device)
         return self.model.hidden(ids, sigma, mask=mask[..., : cache.bound], positions=at, cache=cache)
 
-    def _windowed(self, context: Context, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]) -> Float[Tensor, "B L H"]:
-        """The whole canvas in one bidirectional pass, at the time whose expected share of MASK it has."""
-        batch, K = context.batch, canvas.shape[1]
-        room = self.longest or K + WINDOW
-        W = min(self.window or room, room - K, int(batch.length.max()))
+    def _windowed(self, context: Context, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B L H"]:
+        """The whole canvas and what it sees in one bidirectional pass."""
+        batch = context.batch
+        W = min(self._room(canvas.shape[1]), int(batch.length.max()))
         at = batch.length[:, None] - W + torch.arange(W, device=canvas.device)
         ids = torch.cat([batch.ids.gather(1, at.clamp(min=0)), canvas], dim=1)
         real = torch.cat([at >= 0, torch.ones_like(canvas, dtype=torch.bool)], dim=1)  # short rows are padded on the left
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        share = (~revealed).sum(1) / real.sum(1)
-        t = torch.tensor([self.schedule.time_of_masked_share(s) for s in share.tolist()], device=canvas.device)
-        return self.model.hidden(ids, self.schedule.total(t), mask=real[:, None, None], positions=positions)
+        return self.model.hidden(ids, sigma, mask=real[:, None, None], positions=positions)
 
 
 def sedd(
@@ -137,13 +165,27 @@ def sedd(
     *,
     steps: int = 1,
     order: str | None = None,
+    sampler: str | None = None,
     window: int | None = None,
     draft_temperature: float = 1.0,
-) -> DenoisingDrafter[SEDDState]:
-    """A SEDD drafter from a folder or hub id. Raises ConfigError, WeightsError or DrafterError naming what does not fit."""
+) -> DenoisingDrafter[SEDDState] | AnyOrderDrafter[SEDDState]:
+    """A SEDD drafter from a folder or hub id.
+
+    Args:
+        order: "one-shot", "left-to-right" or "any"; by default the first or second as `steps` has it, "any" where there is no MASK.
+        sampler: of order "any", "analytic" (the default) or "euler".
+
+    Raises ConfigError, WeightsError, DrafterError or UsageError naming what does not fit.
+    """
+    if order not in (None, *ORDERS, "any"):
+        raise UsageError(f"unknown order {order!r}; known are {', '.join(ORDERS)}, any")
     path = locate(folder)
     model, draft_len = SEDD.from_pretrained(path), read_config(path).get("draft_len", 8)
     if not isinstance(draft_len, int) or draft_len < 1:
         raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")
     denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len)
+    if order == "any" or (order is None and denoiser.mask_id is None):
+        return AnyOrderDrafter(denoiser, steps=steps, sampler=sampler or "analytic", draft_temperature=draft_temperature)
+    if sampler is not None:
+        raise UsageError(f"sampler {sampler!r} runs the reverse process, which only order 'any' does")
     return DenoisingDrafter(denoiser, steps=steps, order=order, draft_temperature=draft_temperature)

@@ -14,6 +14,8 @@ class SEDDConfig:
 
     `process` is their "graph". `attention="causal-context"` lets clean context positions see only their past (at most
     `context_window` of it), so that their keys and values never change and can be cached; the canvas stays bidirectional.
+    `output` says what the network was trained to give: "score" (score entropy: its exponential is the score), or "denoiser"
+    (cross-entropy, distillation, MDLM: softmax is p(x0 | x_t), and its scale means nothing).
     `time_conditioning=False` feeds sigma = 0: the optimal absorbing denoiser does not depend on time (Ou et al. 2024).
     """
 
@@ -34,6 +36,7 @@ class SEDDConfig:
     attention: str = "bidirectional"
     context_window: int | None = None
     time_conditioning: bool = True
+    output: str = "score"
 
     @property
     def mask_id(self) -> int | None:
@@ -65,6 +68,9 @@ class SEDDConfig:
         if config.hidden_size % config.n_heads:
             raise ConfigError(f"{where}: hidden_size {config.hidden_size} is not a multiple of n_heads {config.n_heads}")
         weights.choice({"attention": config.attention}, "attention", ("bidirectional", "causal-context"), where)
+        weights.choice({"output": config.output}, "output", ("score", "denoiser"), where)
+        if config.output == "denoiser" and config.process == "uniform":
+            raise ConfigError(f"{where}: output is 'denoiser', but the uniform process has no MASK to denoise; it needs 'score'")
         return config
 
     def to_json(self) -> dict[str, Any]:
@@ -100,4 +106,5 @@ _OURS: Mapping[str, type] = {
     "attention": str,
     "context_window": int,
     "time_conditioning": bool,
+    "output": str,
 }

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from specdiff import weights
 from specdiff.errors import ConfigError, WeightsError
+from specdiff.nn import mdlm
 from specdiff.nn.config import SEDDConfig
 from specdiff.nn.linear import linear
 
@@ -182,14 +183,16 @@ class SEDD(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a checkpoint folder or hub id in the authors' layout, or a borrowed one (then call `borrow`).
+        """Load a checkpoint folder or hub id in the authors' layout, in MDLM's, or a borrowed one (then call `borrow`).
 
         Raises ConfigError or WeightsError, naming the file and the field or tensor.
         """
         path = weights.locate(folder)
-        config = SEDDConfig.from_json(weights.read_config(path), str(path / weights.CONFIG))
+        data, where = weights.read_config(path), str(path / weights.CONFIG)
+        foreign = mdlm.recognised(data)
+        config = mdlm.config(data, where) if foreign else SEDDConfig.from_json(data, where)
         model = cls(config)
-        weights.load_into(model, path, ignore=("rotary_emb.inv_freq",))
+        weights.load_into(model, path, ignore=("rotary_emb.inv_freq",), prefix=mdlm.PREFIX if foreign else "")
         if config.draft_vocab_size is not None and not bool(((model.draft_vocab >= 0) & (model.draft_vocab < config.tokens)).all()):
             raise WeightsError(f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of {config.tokens}")
         return model.to(dtype).eval()
@@ -248,14 +251,24 @@ class SEDD(nn.Module):
         self, ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"], mask: Bool[Tensor, "B 1 L L"] | None = None
     ) -> Float[Tensor, "B L V"]:
         """The log-score log s_theta(x, sigma)_y (SEDD section 3), zero at each position's current token."""
-        score = self.logits(self.hidden(ids, sigma, mask=mask))
+        return self.log_score(self.logits(self.hidden(ids, sigma, mask=mask)), ids, sigma)
+
+    def log_score(self, logits: Float[Tensor, "B L C"], ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B L V"]:
+        """The log-score at positions that hold `ids`, from their raw output.
+
+        A denoiser's is that of its law: s = p / (e^sigma - 1) at MASK (Ou et al. 2024), whatever the scale of its logits.
+        """
+        score = logits
         if self.config.borrow_embeddings:
             columns = self.draft_vocab if self.config.draft_vocab_size is not None else slice(0, self.config.tokens)
             full = score.new_full((*score.shape[:-1], self.config.vocab_size), -torch.inf)
             full[..., columns] = score
             score = full
-        if self.config.scale_by_sigma:
-            # fp32 on purpose: the offset reaches 17.7 at t = 1, where bf16 numbers are 0.125 apart
-            s = sigma.float()[:, None, None]
+        # fp32 on purpose: the offset reaches 17.7 at t = 1, where bf16 numbers are 0.125 apart
+        s = sigma.float()[:, None, None]
+        if self.config.output == "denoiser":
+            clean = score[..., : self.config.tokens].log_softmax(-1) - torch.expm1(s).log()
+            score = F.pad(clean, (0, 1))
+        elif self.config.scale_by_sigma:
             score = score - torch.where(s < 0.5, torch.expm1(s), s.exp() - 1).log() - math.log(self.config.vocab_size - 1)
         return score.scatter(-1, ids[..., None], 0.0)

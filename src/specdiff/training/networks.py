@@ -4,6 +4,7 @@ Shapes: V target vocabulary, C draft vocabulary, H width.
 """
 
 import re
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +39,7 @@ def sedd(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -
         for block in network.blocks:
             assert isinstance(block, Block)
             block.dropout = recipe.dropout  # the run's, not the one the checkpoint was trained with
+        network.config = replace(network.config, output=_output(recipe))
         return _borrow_from(network, target) if network.config.borrow_embeddings else network
     width = recipe.hidden_size or text.hidden_size
     vocab = most_frequent(corpus, rows, text.vocab_size, recipe.draft_vocab)
@@ -57,6 +59,7 @@ def sedd(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -
         attention=recipe.attention,
         context_window=recipe.context_window if recipe.attention == "causal-context" else None,
         time_conditioning=recipe.time_conditioning,
+        output=_output(recipe),
     )
     network = SEDD(config)
     if vocab is not None:
@@ -67,6 +70,11 @@ def sedd(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -
     if recipe.init == "target":
         _copy_attention(network, target)
     return network
+
+
+def _output(recipe: Recipe) -> str:
+    """What the objective makes of the output: cross-entropy and distillation leave a score's scale free."""
+    return "score" if recipe.objective == "score_entropy" else "denoiser"
 
 
 def autoregressive(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -> SmallCausalLM:
