@@ -145,7 +145,8 @@ def test_a_sound_drafter_does_not_feel_it() -> None:
     guard = Guarded(SOUND, V)
     state = guard.open(50, 20)
     one, two = guard.propose(context, state, noise, 3), SOUND.propose(context, None, noise, 3)
-    assert torch.equal(one.tokens, two.tokens) and one.probs is two.probs and one.size is not None and one.size.tolist() == [3] * 50
+    assert one.probs is not None and two.probs is not None and one.size is not None
+    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.probs, two.probs) and one.size.tolist() == [3] * 50
 
 
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")

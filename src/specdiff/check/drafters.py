@@ -24,7 +24,7 @@ from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
 from specdiff.verify import Verifier, match, token
 
-LARGE = 24  # a draft longer than anyone uses
+LARGE = 16  # a draft longer than most use
 SMALL = 5  # the toy's vocabulary; 3 where whole texts are counted
 ASKED = (
     SamplingParams(max_tokens=12),
