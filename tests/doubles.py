@@ -22,7 +22,7 @@ from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
-from specdiff.types import Batch, Context, Draft, Params, TargetOutput, Verification
+from specdiff.types import Batch, Context, Draft, TargetOutput, Verification
 
 
 class ToyDenoiser:
@@ -362,11 +362,3 @@ class Grid(Noise):
     def shared(self, n: int, vocab_size: int) -> Float[Tensor, "B n V"]:
         assert self.gumbels is not None
         return self.gumbels[:, :n, :vocab_size]
-
-
-def tile(row: Any, rows: int) -> Any:
-    """A one-row Batch or Params (or any struct of tensors) `rows` times over: much faster than `Batch.of` on 1e5 prompts."""
-    if isinstance(row, Tensor):
-        return row.expand(rows, *row.shape[1:]).clone()
-    names = [name for name in row.__dataclass_fields__ if isinstance(getattr(row, name), Tensor | Params)]
-    return replace(row, **{name: tile(getattr(row, name), rows) for name in names})

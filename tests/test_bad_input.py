@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import specdiff
 import tiny
-from specdiff import SpeculativeLM, catalog
+from specdiff import SpeculativeLM, catalog, templates
 from specdiff.drafters.base import NoDrafter
 from specdiff.errors import (
     ConfigError,
@@ -363,7 +363,9 @@ def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
     made = folder("model")
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    with pytest.raises(ConfigError, match=r"no drafter format with model_type 'nonsense' is known; known are sedd, mdlm and transformers' causal LMs"):
+    with pytest.raises(
+        ConfigError, match=r"no drafter format with model_type 'nonsense' is known; known are sedd, mdlm and transformers' causal LMs"
+    ):
         loaded(made, target)
 
 
@@ -654,18 +656,49 @@ def chatting(target: CausalTarget, template: str) -> SpeculativeLM:
         "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10**12) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ 'x' * 5000000 }}",
+        "{{ '%999999999s' | format('x') | length }}{{ 'x' * 10 ** 10 }}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ raise_exception('roles must alternate') }}",
         "{% if %}",
         "{{ messages[0].content + 1 }}",
     ],
-    ids=["subclasses", "globals", "mutates", "endless", "raises", "syntax", "type"],
+    ids=[
+        "subclasses",
+        "globals",
+        "mutates",
+        "endless",
+        "nested",
+        "bignum",
+        "bomb",
+        "long",
+        "memory",
+        "recursive",
+        "raises",
+        "syntax",
+        "type",
+    ],
 )
-def test_an_evil_or_broken_chat_template(target: CausalTarget, template: str, tmp_path: Path) -> None:
+def test_an_evil_or_broken_chat_template(target: CausalTarget, template: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1)
     mark = tmp_path / "executed"
     made = chatting(target, template.replace("MARK", str(mark)))
     with pytest.raises(SpecdiffError, match="chat template"):
         made.chat([{"role": "user", "content": "hi there"}], max_tokens=1)
     assert not mark.exists()
+
+
+def test_after_a_template_was_stopped_the_next_conversation_is_rendered(target: CausalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templates, "SECONDS", 1)
+    made = chatting(target, "{% if messages|length > 1 %}{{ 10 ** (10 ** 10) }}{% endif %}{{ messages[0].content }}{{ unk_token }}")
+    hi = {"role": "user", "content": "hi"}
+    assert made.render([hi]) == made.tokenizer.apply_chat_template([hi], tokenize=True, return_dict=False)
+    with pytest.raises(UsageError, match=r"chat template refuses these messages \(it did not end within 1 seconds"):
+        made.render([hi, hi])
+    assert len(made.render([hi])) == 2
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user"}], [{"content": "hi"}], ["hi"], [5], "hi"])

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,8 @@ from specdiff.drafters.ngram import NGramDrafter
 from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNameError, UsageError
 from specdiff.targets.base import Target
 from specdiff.types import TargetInfo
+from specdiff.verify import Verifier
+from specdiff.verify import verifier as verifier_named
 from specdiff.weights import CONFIG, locate, read_config
 
 BUNDLED = Path(__file__).parent / "pretrained"
@@ -158,16 +160,54 @@ def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> 
         raise UsageError(f"the options of drafter {head}:{name} are not valid JSON ({error}): {text}") from None
     if not isinstance(given, dict):
         raise UsageError(f"the options of drafter {head}:{name} must be a JSON object, not {text}")
-    module = _import_file(Path(head)) if head.endswith(".py") else _import_module(head)
-    built = getattr(module, name, None)
-    if built is None:
-        raise UnknownNameError(f"{head} defines no {name!r}")
+    built = _named(head, name)
     if not callable(built):
         raise DrafterError(f"{head}:{name} is a {type(built).__name__}, not a Drafter class")
     made = _call(partial(built, info), given | options, f"{head}:{name}")
     if not isinstance(made, Drafter):
         raise DrafterError(f"{head}:{name} gave a {type(made).__name__}, not a specdiff Drafter; subclass specdiff.Drafter")
     return made
+
+
+def verifier(spec: str) -> Verifier:
+    """A built-in verifier, or `module:function` / `./file.py:function`. Raises UsageError or DrafterError naming what is wrong."""
+    head, _, name = spec.partition(":")
+    if not name:
+        return verifier_named(spec)
+    found = _named(head, name)
+    if not callable(found):
+        raise UsageError(f"{spec} is a {type(found).__name__}, not a verifier: a function of draft, probabilities and noise")
+    return cast("Verifier", found)
+
+
+def custom_target(spec: str) -> Target[Any]:
+    """`module:Class` / `./file.py:Class`, called without arguments. Runs the user's own code, on purpose."""
+    head, _, name = spec.partition(":")
+    found = _named(head, name)
+    if not callable(found):
+        raise UsageError(f"{spec} is a {type(found).__name__}, not a Target class")
+    made = found()
+    if not isinstance(made, Target):
+        raise UsageError(f"{spec} gave a {type(made).__name__}, not a specdiff Target; subclass specdiff.Target")
+    return made
+
+
+def target_of(spec: str) -> str | None:
+    """The model a drafter spec was trained for: None where it is built for any target."""
+    if ":" in spec or spec == "none":
+        return None
+    path = Path(spec).expanduser()
+    named = read_config(path).get("targets") if path.is_dir() else None
+    return str(named[0]) if isinstance(named, list) and named else DEFAULT_MODEL
+
+
+def _named(head: str, name: str) -> Any:
+    """What a module or file calls `name`."""
+    module = _import_file(Path(head)) if head.endswith(".py") else _import_module(head)
+    found = getattr(module, name, None)
+    if found is None:
+        raise UnknownNameError(f"{head} defines no {name!r}")
+    return found
 
 
 def _import_file(path: Path) -> Any:

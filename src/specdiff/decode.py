@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
+from specdiff.drafters.guarded import Guarded
 from specdiff.errors import UsageError
 from specdiff.noise import Noise
 from specdiff.sampling import law, logprobs
@@ -79,11 +80,15 @@ def commit(batch: Batch, verification: Verification) -> tuple[Batch, Int[Tensor,
 
 
 def start(target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier: Verifier = token, slots: int | None = None) -> Run:
-    """Open both roles for the batch's rows. `slots` bounds a row's positions, drafts included (default: limit + draft_len)."""
+    """Open both roles for the batch's rows. `slots` bounds a row's positions, drafts included (default: limit + draft_len).
+
+    The drafter is guarded: one that breaks while decoding makes plain rounds, not errors.
+    """
     rows = len(batch.length)
     room = slots or int(batch.params.limit.max()) + drafter.draft_len + 1
     context = Context(batch, None, torch.zeros_like(batch.length), None)
-    return Run(target, drafter, verifier, target.open(rows, room, drafter.taps), drafter.open(rows, room), batch, context)
+    guarded = Guarded(drafter, target.info.vocab_size)
+    return Run(target, guarded, verifier, target.open(rows, room, drafter.taps), guarded.open(rows, room), batch, context)
 
 
 @torch.inference_mode()

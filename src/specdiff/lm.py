@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from jinja2 import TemplateError
 
 from specdiff import catalog, engine
 from specdiff.controller import Controller
@@ -19,6 +18,7 @@ from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.generation import Answer, Generation, Piece
 from specdiff.noise import row_seed
 from specdiff.targets.base import Target
+from specdiff.templates import Renderer, TemplateRefusedError
 from specdiff.types import SamplingParams
 from specdiff.verify import verifier as verifier_named
 
@@ -46,6 +46,7 @@ class SpeculativeLM:
         self.spec = drafter if isinstance(drafter, str) else None
         self.drafter = self._build(drafter, drafter_options)
         self._built: dict[str, Drafter[Any]] = {"{}": self.drafter}
+        self._renderer = Renderer()
 
     @overload
     def generate(self, prompts: str | Sequence[int], **options: Any) -> Generation: ...
@@ -100,10 +101,11 @@ class SpeculativeLM:
         if isinstance(messages, str) or not all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in messages):
             raise UsageError('messages must be a list of {"role": ..., "content": ...}')
         try:
-            ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=not answered, tokenize=True, return_dict=False)
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"the model's chat template refuses these messages ({type(error).__name__}: {error})") from error
-        return [int(i) for i in ids]
+            template, tokens = tokenizer.get_chat_template(), tokenizer.special_tokens_map
+            text = self._renderer.render(template, messages, prompt=not answered, tokens=tokens)
+        except (TemplateRefusedError, ValueError) as error:
+            raise UsageError(f"the model's chat template refuses these messages ({error})") from error
+        return [int(i) for i in tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def encode(self, prompt: Prompt, *, raw: bool = False, system: str | None = None) -> list[int]:
         """Token ids of a prompt, as `generate` would read it. Raises UsageError if there are none, too many, or unknown ones."""

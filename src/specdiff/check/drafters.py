@@ -1,0 +1,279 @@
+"""The suite for a drafter: sound drafts, steady state, the contract, the law of the texts, and what becomes of faults."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specdiff import decode, engine
+from specdiff.check.contract import Scores
+from specdiff.check.findings import FALSE_ALARMS, Finding
+from specdiff.check.recording import Drafted, Record, Watched, differing, drafts, run
+from specdiff.check.texts import compare, law, texts
+from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.guarded import FAULTS, faults, shaped
+from specdiff.engine import Request
+from specdiff.errors import DrafterError, UsageError
+from specdiff.noise import Noise, row_seed
+from specdiff.targets.base import Target
+from specdiff.targets.table import TableTarget
+from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
+from specdiff.verify import Verifier, match, token
+
+LARGE = 16  # a draft longer than most use
+SMALL = 5  # the toy's vocabulary; 3 where whole texts are counted
+ASKED = (
+    SamplingParams(max_tokens=12),
+    SamplingParams(max_tokens=9, temperature=0.6),
+    SamplingParams(max_tokens=12, temperature=1.3, top_k=3),
+    SamplingParams(max_tokens=7, temperature=0),
+    SamplingParams(max_tokens=10, top_p=0.8),
+)
+LAWS = (SamplingParams(max_tokens=4), SamplingParams(max_tokens=3, temperature=0.6), SamplingParams(max_tokens=3, top_k=2))
+Build = Callable[[TargetInfo], Drafter[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A drafter to be built, and what it drafts for: the toy, or the one target it is made for."""
+
+    build: Build
+    target: Target[Any] = field(default_factory=lambda: TableTarget.random(SMALL, seed=3))
+
+    @property
+    def toy(self) -> bool:
+        """Can it be had for any vocabulary? Then texts are short enough to count."""
+        return isinstance(self.target, TableTarget)
+
+
+def requests(target: Target[Any], count: int, asked: Sequence[SamplingParams] = ASKED) -> list[Request]:
+    """Prompts of one to nine random tokens."""
+    generator = torch.Generator().manual_seed(7)
+    V = target.info.vocab_size
+    prompts = [torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)]
+    return [Request(p, asked[i % len(asked)], row_seed(5, i)) for i, p in enumerate(prompts)]
+
+
+def check_drafter(subject: Subject, verifiers: Mapping[str, Verifier], *, quick: bool = False) -> Iterator[Finding]:
+    """Every finding about a drafter, each as it is known; drafts that cannot be read end it early, for they prove nothing further."""
+    drafter = subject.build(subject.target.info)
+    sound = True
+    for finding in soundness(drafter, subject.target):
+        sound &= finding.passed or finding.name == "possible"  # a lie, which the contract's checks explain
+        yield finding
+    if not sound:
+        return
+    yield from steadiness(drafter, subject.target)
+    yield from contract(drafter, subject.target, 300 if quick else 2000)
+    yield from (_laws(subject.build, verifiers, 5000 if quick else 50_000) if subject.toy else ())
+    yield greedy(drafter, subject.target, verifiers)
+    yield survives(drafter, subject.target)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one look at every draft adds up to: how many positions have each fault."""
+
+    vocab_size: int
+    rounds: int = 0
+    counts: Int[Tensor, "4"] = field(default_factory=lambda: torch.zeros(len(FAULTS), dtype=torch.long))
+    impossible: int = 0
+
+    def look(self, context: Context, noise: Noise, draft: Draft, draft_len: int) -> None:
+        shaped(draft, len(context.batch.length), draft_len, self.vocab_size)
+        live = ~context.batch.done
+        half = draft.probs is not None and draft.probs.dtype in (torch.float16, torch.bfloat16)
+        found = faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)[live].flatten().cpu()
+        self.rounds += 1
+        self.counts += found.bincount(minlength=len(FAULTS))
+        if draft.probs is not None and not bool(found.any()):
+            size = draft.tokens.shape[1] if draft.size is None else draft.size[live, None]
+            counted = torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < size
+            own = draft.probs[live].gather(-1, draft.tokens[live, :, None])[..., 0]
+            self.impossible += int(((own <= 0) & counted).sum())
+
+
+def soundness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
+    """Short, usual and long drafts under all sampling parameters: nothing raised, right shapes, laws that are laws."""
+    V = target.info.vocab_size
+    seen, lengths = _Seen(V), sorted({1, drafter.draft_len or 1, LARGE})
+    refused = []
+    for draft_len in lengths:
+        try:
+            run(target, drafter, requests(target, 5), _with_length(seen, draft_len), draft_len=draft_len, rows=3)
+        except UsageError as error:
+            if draft_len == drafter.draft_len:
+                yield Finding("drafts", False, f"it refuses its own draft_len {draft_len}: {error}")
+                return
+            refused.append(draft_len)
+        except Exception as error:
+            what = str(error) if isinstance(error, DrafterError) else f"raised {type(error).__name__}: {error}"
+            yield Finding("drafts", False, f"with draft_len {draft_len} it {what}")
+            return
+    beside = f"; it refuses {refused}" if refused else ""
+    yield Finding("drafts", True, f"{seen.rounds} rounds with draft_len {lengths}{beside}")
+    for place, name in enumerate(("tokens", "probabilities", "size"), start=1):
+        wrong = int(seen.counts[place])
+        yield Finding(name, not wrong, f"it {FAULTS[place]}, at {wrong} positions" if wrong else "sound at every position", wrong, 0)
+    lie = f"{seen.impossible} tokens have probability 0 in the very law they are said to be drawn from"
+    yield Finding("possible", not seen.impossible, lie if seen.impossible else "every token has a chance in its law", seen.impossible, 0)
+
+
+def _with_length(seen: _Seen, draft_len: int) -> Callable[[Context, Noise, Draft], None]:
+    return lambda context, noise, draft: seen.look(context, noise, draft, draft_len)
+
+
+def steadiness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
+    """The draft is a function of the row's text and noise: not of the hour, its neighbours, its row, or rejected tokens."""
+    asked = requests(target, 7)
+    K = max(drafter.draft_len, 1)
+    alone: Record = {}
+    for request in asked:
+        alone |= drafts(target, drafter, [request], draft_len=K, rows=1)
+    yield _same(
+        "deterministic",
+        alone,
+        [drafts(target, drafter, asked[:1], draft_len=K, rows=1)],
+        "the same text and noise gave another draft: draw from `noise` only (no torch.rand, random or clock), so that a seed gives a text",
+    )
+    yield _same(
+        "batches",
+        alone,
+        [drafts(target, drafter, some, draft_len=K, rows=len(asked)) for some in (asked, asked[::-1])],
+        "a row's draft depends on the other rows of its batch, or on its place among them: it may use its own text, state and noise only",
+    )
+    yield _same(
+        "admission",
+        alone,
+        [drafts(target, drafter, asked, draft_len=K, rows=2)],
+        "where a request takes a row over from another, or joins while others run, its draft is not what it is in a batch of its own: "
+        "`admit` must forget what the rows held before, and touch no other row",
+    )
+    yield _same(
+        "rejection",
+        alone,
+        [_fresh(target, drafter, alone, asked, K)],
+        "after some rounds a row's draft is not what a new row with the same text drafts: rejected tokens, or positions counted wrongly, "
+        "live on in its state",
+    )
+
+
+def _same(name: str, one: Record, others: Sequence[Record], otherwise: str) -> Finding:
+    share = max(differing(one, other) for other in others)
+    few = 0.02  # in float32 a draw may fall on the other side of an edge
+    if share <= few:
+        return Finding(name, True, f"{len(one)} drafts compared", share, few)
+    return Finding(name, False, f"{otherwise} ({share:.0%} of the drafts differ)", share, few)
+
+
+def _fresh(target: Target[Any], drafter: Drafter[Any], record: Record, asked: Sequence[Request], draft_len: int) -> Record:
+    """The recorded drafts once more, each by a row that is admitted with the whole text, in the same round's noise."""
+    found: Record = {}
+
+    def keep(context: Context, noise: Noise, draft: Draft) -> None:
+        size = draft.tokens.shape[1] if draft.size is None else int(draft.size[0])
+        law = None if draft.probs is None else draft.probs[0, :size].double().cpu()
+        key = int(context.batch.seed[0]), int(context.batch.round[0])
+        found[key] = Drafted(record[key].text, draft.tokens[0, :size].tolist(), law)
+
+    params = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): r.params for r in asked}
+    for seed, number in [key for key in record if key[1] > 0][:40]:
+        text = record[seed, number].text
+        batch = Batch.of([text], [params[seed]], [seed], slots=len(text) + 2 * draft_len + 2, device=target.info.device)
+        batch = replace(batch, round=batch.round + number)
+        state = decode.start(target, Watched(drafter, keep), batch, verifier=match, slots=len(text) + 2 * draft_len + 2)
+        decode.admit(state, torch.arange(1, device=target.info.device))
+        decode.step(state, draft_len)
+    return found
+
+
+def contract(drafter: Drafter[Any], target: Target[Any], rows: int) -> Iterator[Finding]:
+    """See `specdiff.check.contract`. A real target gets as many texts as are affordable."""
+    small = target.info.vocab_size <= 64
+    scores = Scores(target.info.vocab_size)
+    sampled = [p for p in ASKED if p.temperature]
+    asked = requests(target, rows if small else rows // 25, sampled)
+    K = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
+    run(target, drafter, asked, scores.look, draft_len=K, rows=rows if small else 8, verifier=token)
+    yield from scores.findings()
+
+
+def _laws(build: Build, verifiers: Mapping[str, Verifier], count: int) -> Iterator[Finding]:
+    target = TableTarget.random(3, seed=4)
+    drafter = build(target.info)
+    for name, verifier in verifiers.items():
+        yield of_the_target(f"law under {name}", target, drafter, verifier, count)
+
+
+def of_the_target(name: str, target: TableTarget, drafter: Drafter[Any], verifier: Verifier, count: int) -> Finding:
+    """Monte Carlo through the real loop: do whole texts have the chances the target gives them?"""
+    fits = {p: compare(texts(target, drafter, verifier, p, count=count, rows=count), law(target, p)) for p in LAWS}
+    params, p = min(fits.items(), key=lambda item: item[1])
+    threshold = FALSE_ALARMS / len(LAWS)
+    if p >= threshold:
+        return Finding(name, True, f"{len(LAWS) * count} texts have the target's law (p-value)", p, threshold)
+    found = f"temperature {params.temperature}, top_k {params.top_k}: {count} texts of {params.max_tokens} tokens, G-test p = {p:.1e}"
+    message = f"texts do not have the target's law ({found}): decoding with it is not lossless"
+    return Finding(name, False, message, p, threshold)
+
+
+def greedy(drafter: Drafter[Any], target: Target[Any], verifiers: Mapping[str, Verifier]) -> Finding:
+    """At temperature 0 every text is plain decoding's."""
+    asked = [replace(r, params=SamplingParams(max_tokens=16, temperature=0)) for r in requests(target, 4)]
+    plain = written(target, NoDrafter(), asked, match)
+    wrong = [name for name, verifier in verifiers.items() if written(target, drafter, asked, verifier) != plain]
+    if not wrong:
+        return Finding("greedy", True, "at temperature 0 the tokens are plain decoding's")
+    near = "" if target.info.dtype in (torch.float32, torch.float64) else "; in low precision near-ties do this, check in float32"
+    return Finding("greedy", False, f"at temperature 0 the tokens are not plain decoding's under {', '.join(wrong)}{near}")
+
+
+class _Failing(Drafter[Any]):
+    """`inner`, raising in every second round *after* it has drafted: the state is left as a fault would leave it."""
+
+    def __init__(self, inner: Drafter[Any]) -> None:
+        self.inner, self.calls, self.taps, self.draft_len = inner, 0, inner.taps, inner.draft_len
+
+    def open(self, rows: int, slots: int) -> Any:
+        return self.inner.open(rows, slots)
+
+    def admit(self, state: Any, context: Context, rows: Int[Tensor, "R"]) -> None:
+        self.inner.admit(state, context, rows)
+
+    def release(self, state: Any, rows: Int[Tensor, "R"]) -> None:
+        self.inner.release(state, rows)
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
+        draft = self.inner.propose(context, state, noise, draft_len)
+        self.calls += 1
+        if self.calls % 2 == 0:
+            raise DrafterError("failed, to see what happens")
+        return draft
+
+
+def survives(drafter: Drafter[Any], target: Target[Any]) -> Finding:
+    """Rounds that fail become plain ones, and requests that join later are drafted for again."""
+    asked = requests(target, 6)
+    plain = written(target, NoDrafter(), asked, match)
+    if written(target, _Failing(drafter), asked, match) == plain:
+        return Finding("faults", True, "rounds it fails in become plain ones, and later requests are drafted for")
+    return Finding("faults", False, "after a round in which it raised, the texts are not the target's own: its state does not survive that")
+
+
+def written(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: Verifier) -> dict[int, list[int]]:
+    """The engine's texts, two rows at a time, drafts as long as the drafter likes."""
+    found: dict[int, list[int]] = {}
+
+    def look(context: Context, noise: Noise, draft: Draft) -> None:
+        return None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        served = engine.serve(target, Watched(drafter, look), asked, verifier=verifier, draft_len=drafter.draft_len, rows=2)
+        for turn in served:
+            found |= {request: ids.tolist() for request, ids, _ in turn.finished()}
+    return found

@@ -1,0 +1,114 @@
+"""What a drafter proposes in the real loop, looked at before anyone else touches it.
+
+Shapes: B rows, K drafted tokens, V target vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specdiff import engine
+from specdiff.drafters.base import Drafter
+from specdiff.noise import Noise
+from specdiff.targets.base import Target
+from specdiff.types import Context, Draft
+from specdiff.verify import Verifier, match
+
+Look = Callable[[Context, Noise, Draft], None]
+
+
+class Watched(Drafter[Any]):
+    """`inner`, with every draft shown to `look` as it came; keeps the exceptions it raised."""
+
+    def __init__(self, inner: Drafter[Any], look: Look) -> None:
+        self.inner, self.look, self.raised = inner, look, list[Exception]()
+        self.taps, self.draft_len = inner.taps, inner.draft_len
+
+    def open(self, rows: int, slots: int) -> Any:
+        return self._watch(self.inner.open, rows, slots)
+
+    def admit(self, state: Any, context: Context, rows: Int[Tensor, "R"]) -> None:
+        self._watch(self.inner.admit, state, context, rows)
+
+    def release(self, state: Any, rows: Int[Tensor, "R"]) -> None:
+        self._watch(self.inner.release, state, rows)
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
+        draft: Draft = self._watch(self.inner.propose, context, state, noise, draft_len)
+        self._watch(self.look, context, noise, draft)
+        return draft
+
+    def _watch(self, role: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return role(*arguments)
+        except Exception as error:
+            self.raised.append(error)
+            raise
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """One row's draft in one round: the tokens that count, their laws (None: point masses), and the text it continues."""
+
+    text: tuple[int, ...]
+    tokens: list[int]
+    probs: Tensor | None
+
+
+Record = dict[tuple[int, int], Drafted]  # by (seed, round)
+
+
+def drafts(
+    target: Target[Any], drafter: Drafter[Any], requests: Sequence[engine.Request], *, draft_len: int, rows: int, verifier: Verifier = match
+) -> Record:
+    """Every draft of the requests, `rows` at a time through the engine. Under `match` the texts do not depend on the drafter, so
+    the drafts of two runs continue the same texts. Raises what the drafter raises."""
+    record: Record = {}
+
+    def keep(context: Context, noise: Noise, draft: Draft) -> None:
+        batch = context.batch
+        sizes = [draft.tokens.shape[1]] * len(batch.length) if draft.size is None else draft.size.tolist()
+        for row, size in enumerate(sizes):
+            if not batch.done[row]:
+                text = tuple(batch.ids[row, : batch.length[row]].tolist())
+                law = None if draft.probs is None else draft.probs[row, :size].double().cpu()
+                record[int(batch.seed[row]), int(batch.round[row])] = Drafted(text, draft.tokens[row, :size].tolist(), law)
+
+    run(target, drafter, requests, keep, draft_len=draft_len, rows=rows, verifier=verifier)
+    return record
+
+
+def run(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    requests: Sequence[engine.Request],
+    look: Look,
+    *,
+    draft_len: int,
+    rows: int,
+    verifier: Verifier = match,
+) -> None:
+    """Serve the requests and show every draft to `look`. Raises the first exception of drafter or look, which the loop forgives."""
+    watched = Watched(drafter, look)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # the loop's own word about a faulty drafter
+        for _ in engine.serve(target, watched, requests, verifier=verifier, draft_len=draft_len, rows=rows):
+            if watched.raised:
+                raise watched.raised[0]
+
+
+def differing(one: Record, two: Record) -> float:
+    """The share of drafts that continue the same text but are not the same: other tokens, or laws that are off by 1e-3."""
+    pairs = [(one[key], two[key]) for key in one.keys() & two.keys() if one[key].text == two[key].text]
+    return sum(not _alike(a, b) for a, b in pairs) / max(len(pairs), 1)
+
+
+def _alike(a: Drafted, b: Drafted) -> bool:
+    if a.tokens != b.tokens or (a.probs is None) != (b.probs is None):
+        return False
+    return a.probs is None or b.probs is None or torch.allclose(a.probs, b.probs, rtol=0, atol=1e-3)

@@ -1,0 +1,93 @@
+"""`specdiff check`: is a drafter, a verifier or a target lossless?"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from specdiff.cli.options import quiet_libraries
+from specdiff.errors import UsageError
+
+if TYPE_CHECKING:
+    from specdiff.check import Finding
+
+RATIO_AND_MATCH = ("token", "block", "match")
+
+
+def check(
+    drafter: Annotated[
+        str | None, typer.Argument(help="./file.py:Class[:json], module:Class[:json], a folder or hub id, sedd, autoregressive, none.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The target to draft for. Default: a toy, or the one the drafter was trained for.")
+    ] = None,
+    verifier: Annotated[
+        str | None, typer.Option(help="Name or ./file.py:function: check it (with a drafter: check the drafter under it).")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="Check this target: hub id, folder, built-in name, ./file.py:Class, table.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: coarse bugs only.")] = False,
+) -> None:
+    """Check that DRAFTER (or --verifier, or --target) leaves the target's law as it is. Exit code 1 if a check fails.
+
+    Example:  specdiff check ./mine.py:Mine
+    """
+    if drafter is None and verifier is None and target is None:
+        raise UsageError("nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, or --target SPEC")
+    if drafter is None and model is not None:
+        raise UsageError("--model is the target a drafter is checked with; to check a target itself give --target")
+    quiet_libraries()
+    found: list[Finding] = []
+    for finding in _findings(drafter, model, verifier, target, quick):
+        found.append(finding)
+        if not as_json and not sys.stderr.isatty():
+            continue
+        if not as_json:
+            print(f"\r{len(found)} checks done", end="", file=sys.stderr, flush=True)
+    passed = all(f.passed for f in found)
+    if as_json:
+        print(json.dumps({"passed": passed, "findings": [f.as_dict() for f in found]}))
+    else:
+        _show(found)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _findings(drafter: str | None, model: str | None, verifier: str | None, target: str | None, quick: bool) -> "Iterator[Finding]":
+    import torch
+
+    from specdiff import catalog
+    from specdiff.check import Subject, check_drafter, check_target, check_verifier
+    from specdiff.targets.table import TableTarget
+
+    cpu = torch.device("cpu")
+    if target is not None:
+        toy = TableTarget.random(5) if target == "table" else catalog.custom_target(target) if ":" in target else None
+        yield from check_target(toy or catalog.target(target, torch.float32, cpu)[0], quick=quick)
+    if drafter is None:
+        if verifier is not None:
+            yield from check_verifier(catalog.verifier(verifier), quick=quick)
+        return
+    names = RATIO_AND_MATCH if verifier is None else (verifier,)
+    trained_for = model or catalog.target_of(drafter)
+    chosen = {} if trained_for is None else {"target": catalog.target(trained_for, torch.float32, cpu)[0]}
+    subject = Subject(lambda info: catalog.drafter(drafter, info), **chosen)
+    yield from check_drafter(subject, {name: catalog.verifier(name) for name in names}, quick=quick)
+
+
+def _show(found: "Iterable[Finding]") -> None:
+    """A table on a terminal, plain lines in a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        for f in found:
+            print(f"{'passed' if f.passed else 'FAILED'}  {f.name}: {f.message}")
+        return
+    table = Table("check", "", "what was seen", "statistic", "threshold", box=None, padding=(0, 2, 0, 0))
+    for f in found:
+        numbers = ["" if x is None else f"{x:.3g}" for x in (f.statistic, f.threshold)]
+        table.add_row(f.name, "[green]passed[/]" if f.passed else "[red]FAILED[/]", f.message, *numbers)
+    out.print(table)

@@ -1,0 +1,146 @@
+"""A drafter that may break without breaking anything: its faults cost a draft, never the text or its law.
+
+What may be looked at decides what stays lawful. Probabilities that are no law cut the row's draft in front of them: that depends
+on nothing drawn from them, and the tokens before keep their own q. So does a token no vocabulary holds: the target never says it.
+A drafter that raises, or whose draft has no sensible shape, makes the round a plain one. Either way the row drafts no more until
+its next request; falling back to `match` after a look at the tokens would be biased.
+
+Shapes: B rows, K drafted tokens, V target vocabulary.
+"""
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from specdiff.drafters.base import Drafter
+from specdiff.errors import DrafterError, UsageError
+from specdiff.noise import Noise
+from specdiff.types import Context, Draft
+
+TOLERANCE = 1e-3  # how far from 1 the sum of a law may be: float16 rounds that much
+FAULTS = (
+    "",
+    "drafted a token outside the target's vocabulary",
+    "gave probabilities that are no law (NaN, infinite, negative, or not summing to 1)",
+    "gave a draft size below 0 or above its own length",
+)
+
+
+@dataclass(slots=True)
+class GuardedState:
+    """`off` rows draft nothing. `news` (the last round's worst fault; is every running row off) stays on the device until the next
+    propose: by then the loop has waited for the round's tokens, and reading it waits for nothing more."""
+
+    inner: Any
+    off: Bool[Tensor, "B"]
+    news: Int[Tensor, "2"] | None = None
+    resting: bool = False
+    warned: bool = False
+
+
+class Guarded(Drafter[GuardedState]):
+    """`inner`, watched: for any lawful drafter the same tokens and probabilities. Warns once a run, naming drafter and fault.
+
+    A UsageError passes: it says what the caller can mend. So does all that is no Exception, like an interrupt.
+    """
+
+    def __init__(self, inner: Drafter[Any], vocab_size: int) -> None:
+        self.inner, self.vocab_size = inner, vocab_size
+        self.taps, self.draft_len = inner.taps, inner.draft_len
+
+    def open(self, rows: int, slots: int) -> GuardedState:
+        return GuardedState(self.inner.open(rows, slots), torch.zeros(rows, dtype=torch.bool))
+
+    def admit(self, state: GuardedState, context: Context, rows: Int[Tensor, "R"]) -> None:
+        self._read(state)
+        state.off, state.resting = state.off.to(rows.device).index_fill(0, rows, False), False
+        try:
+            self.inner.admit(state.inner, context, rows)
+        except UsageError:
+            raise
+        except Exception as error:
+            state.off = state.off.index_fill(0, rows, True)
+            self._warn(state, f"raised {type(error).__name__} as requests joined: {error}", error)
+
+    def release(self, state: GuardedState, rows: Int[Tensor, "R"]) -> None:
+        try:
+            self.inner.release(state.inner, rows)
+        except Exception as error:  # the rows' requests are answered: nothing is lost
+            self._warn(state, f"raised {type(error).__name__} as requests left: {error}", error)
+
+    def propose(self, context: Context, state: GuardedState, noise: Noise, draft_len: int) -> Draft:
+        self._read(state)
+        if state.resting:
+            return Draft.empty(context.batch)
+        try:
+            draft = self.inner.propose(context, state.inner, noise, draft_len)
+            shaped(draft, len(context.batch.length), draft_len, self.vocab_size)
+        except UsageError:
+            raise
+        except Exception as error:
+            state.off, state.resting = torch.ones_like(context.batch.done), True
+            self._warn(state, str(error) if isinstance(error, DrafterError) else f"raised {type(error).__name__}: {error}", error)
+            return Draft.empty(context.batch)
+        if not draft.tokens.shape[1]:
+            return draft
+        fault = faults(draft, self.vocab_size)
+        off = state.off.to(fault.device)
+        size = draft.tokens.shape[1] if draft.size is None else draft.size
+        sound = (fault == 0).long().cumprod(1).sum(1)
+        worst = torch.where(context.batch.done | off, 0, fault.amax(1))
+        state.off = off | (worst > 0)
+        state.news = torch.stack([worst.amax(), (state.off | context.batch.done).all().long()])
+        known = draft.tokens.clamp(0, self.vocab_size - 1)  # behind the cut, but the target still looks its embedding up
+        return replace(draft, tokens=known, size=torch.where(off, 0, sound.clamp(max=size).clamp(min=0)))
+
+    def _read(self, state: GuardedState) -> None:
+        if state.news is not None:
+            worst, resting = state.news.tolist()
+            state.news, state.resting = None, bool(resting)
+            if worst:
+                self._warn(state, FAULTS[worst], None)
+
+    def _warn(self, state: GuardedState, fault: str, cause: Exception | None) -> None:
+        if not state.warned:
+            state.warned = True
+            told = (
+                f"the drafter {type(self.inner).__name__} {fault}; it rests, and decoding goes on plainly (its law is the target's still)"
+            )
+            warning = RuntimeWarning(told)
+            warning.__cause__ = cause
+            warnings.warn(warning, stacklevel=2)
+
+
+def shaped(draft: Draft, rows: int, draft_len: int, vocab_size: int) -> None:
+    """Raises DrafterError where types or shapes are not those of a draft: all that can be seen without waiting for the device."""
+    if not isinstance(draft, Draft):
+        raise DrafterError(f"returned a {type(draft).__name__}, not a Draft")
+    if draft.tokens.dim() != 2 or len(draft.tokens) != rows or draft.tokens.shape[1] > draft_len:
+        raise DrafterError(f"gave tokens of shape {list(draft.tokens.shape)}; expected [{rows}, at most {draft_len}]")
+    if draft.tokens.dtype != torch.long:
+        raise DrafterError(f"gave tokens of type {draft.tokens.dtype}, not torch.int64")
+    wanted = (*draft.tokens.shape, vocab_size)
+    if draft.probs is not None and (draft.probs.shape != wanted or not draft.probs.is_floating_point()):
+        raise DrafterError(
+            f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; expected floats {list(wanted)}"
+        )
+    if draft.size is not None and (draft.size.shape != (rows,) or draft.size.is_floating_point()):
+        raise DrafterError(f"gave a size of shape {list(draft.size.shape)} and type {draft.size.dtype}; expected integers [{rows}]")
+
+
+def faults(draft: Draft, vocab_size: int, tolerance: float = TOLERANCE) -> Int[Tensor, "B K"]:
+    """What is wrong at each counted position, as a place in FAULTS; 0 is sound. Waits for nothing: no host sync."""
+    K = draft.tokens.shape[1]
+    found = ((draft.tokens < 0) | (draft.tokens >= vocab_size)).long()
+    if draft.probs is not None:
+        law = (draft.probs.sum(-1) - 1).abs() <= tolerance  # NaN and infinity meet no comparison
+        law &= draft.probs.amin(-1) >= 0
+        found = torch.where(law, found, 2)
+    if draft.size is not None:
+        found = torch.where(torch.arange(K, device=found.device) < draft.size[:, None], found, 0)
+        found = torch.where(((draft.size < 0) | (draft.size > K))[:, None], 3, found)
+    return found

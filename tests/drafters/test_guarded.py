@@ -1,0 +1,206 @@
+"""A drafter that breaks while decoding costs speed, never the text: plain rounds, one warning, and the target's law.
+
+Shapes: B rows, K drafted tokens, V vocabulary.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from doubles import Stateless, ToyDenoiser
+from specdiff import decode, engine, stats
+from specdiff.check.texts import compare, law, texts
+from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.guarded import Guarded
+from specdiff.engine import Request
+from specdiff.errors import UsageError
+from specdiff.noise import Noise
+from specdiff.targets.table import TableTarget
+from specdiff.types import Batch, Context, Draft, SamplingParams
+from specdiff.verify import VERIFIERS
+
+torch.set_num_threads(1)  # thousands of small operations: a second thread costs more than it brings
+
+V = 3
+TARGET = TableTarget.random(V, seed=4)
+SOUND = DenoisingDrafter(ToyDenoiser(V, seed=5), steps=2)
+PARAMS = SamplingParams(max_tokens=4)
+Spoil = Callable[[Draft, torch.Tensor, torch.Tensor], Draft]
+
+
+class Spoiled(Stateless):
+    """`inner`, whose draft is spoilt in the rows and rounds, and from the position on, that a hash of seed and round names."""
+
+    draft_len = 3
+
+    def __init__(self, spoil: Spoil, every: int = 2) -> None:
+        self.spoil, self.every = spoil, every
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        mixed = (context.batch.seed * 0x9E3779B1 + context.batch.round * 0x85EBCA77) >> 7
+        hit, at = mixed % self.every == 0, mixed // self.every % draft_len
+        return self.spoil(SOUND.propose(context, None, noise, draft_len), hit, at)
+
+
+def probs_become(value: float) -> Spoil:
+    def spoil(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+        assert draft.probs is not None
+        here = (torch.arange(draft.tokens.shape[1]) == at[:, None]) & hit[:, None]
+        return replace(draft, probs=torch.where(here[..., None] & (torch.arange(V) == 1), value, draft.probs))
+
+    return spoil
+
+
+def tokens_become(value: int) -> Spoil:
+    """Of point masses: the ratio test of soft drafts would ask for the chance of leaving the vocabulary."""
+
+    def spoil(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+        here = (torch.arange(draft.tokens.shape[1]) == at[:, None]) & hit[:, None]
+        return Draft(torch.where(here, value, draft.tokens))
+
+    return spoil
+
+
+def wrong_size(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+    return replace(draft, size=torch.where(hit, 99 * (2 * at - 1), 3))
+
+
+def raises(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+    if bool(hit.any()):
+        raise RuntimeError("the drafter's own trouble")
+    return draft
+
+
+FAULTS: dict[str, tuple[Spoil, str]] = {
+    "nan": (probs_become(torch.nan), "no law"),
+    "infinite": (probs_become(torch.inf), "no law"),
+    "negative": (probs_become(-0.5), "no law"),
+    "unnormalised": (probs_become(0.9999), "no law"),
+    "beyond the vocabulary": (tokens_become(V), "outside the target's vocabulary"),
+    "below the vocabulary": (tokens_become(-100), "outside the target's vocabulary"),
+    "size": (wrong_size, "draft size"),
+    "raises": (raises, "raised RuntimeError: the drafter's own trouble"),
+    "tokens' shape": (lambda d, hit, at: replace(d, tokens=d.tokens[:, :, None]), "tokens of shape"),
+    "too long": (lambda d, hit, at: Draft(torch.cat([d.tokens, d.tokens], 1)), "tokens of shape"),
+    "tokens' type": (lambda d, hit, at: replace(d, tokens=d.tokens.double()), "tokens of type"),
+    "probabilities' shape": (lambda d, hit, at: replace(d, probs=torch.ones(1, 1)), "probabilities of shape"),
+    "nothing": (lambda d, hit, at: None, "returned a NoneType"),  # type: ignore[arg-type, return-value]
+}
+
+
+def requests(count: int = 5) -> list[Request]:
+    return [Request([i % V, 1], SamplingParams(max_tokens=14), 100 + i) for i in range(count)]
+
+
+def served(drafter: Drafter[Any], asked: Sequence[Request], verifier: str = "match", rows: int = 2) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for turn in engine.serve(TARGET, drafter, asked, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows):
+        found |= {i: ids.tolist() for i, ids, _ in turn.finished()}
+    return found
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_text_goes_on_and_one_warning_names_drafter_and_fault(fault: str) -> None:
+    spoil, told = FAULTS[fault]
+    with pytest.warns(RuntimeWarning, match=f"drafter Spoiled .*{told}") as caught:
+        found = served(Spoiled(spoil), requests())
+    assert len(caught) == 1
+    assert found == served(NoDrafter(), requests())
+
+
+@pytest.mark.filterwarnings("ignore:the drafter Spoiled")
+@pytest.mark.parametrize("verifier", ["token", "block", "match"])
+@pytest.mark.parametrize("fault", ["nan", "negative", "beyond the vocabulary", "size"])
+def test_the_law_is_the_targets_though_rounds_fail_at_random(fault: str, verifier: str) -> None:
+    found = texts(TARGET, Spoiled(FAULTS[fault][0], every=3), VERIFIERS[verifier], PARAMS, count=20_000)
+    assert compare(found, law(TARGET, PARAMS)) > 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:the drafter Spoiled")
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_the_law_is_the_targets_though_it_raises(verifier: str) -> None:
+    """In small batches, or it would raise in the first round of all."""
+    found = texts(TARGET, Spoiled(raises, every=40), VERIFIERS[verifier], PARAMS, count=3000, rows=30)
+    assert compare(found, law(TARGET, PARAMS)) > 1e-5
+
+
+def test_falling_back_by_what_was_drawn_would_show() -> None:
+    """So the law tests above say something: a draft dropped whole because of a late token, its earlier tokens with it."""
+
+    def by_token(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+        return replace(draft, size=torch.where((draft.tokens == 2).any(1), 0, 3))
+
+    found = texts(TARGET, Spoiled(by_token), VERIFIERS["token"], PARAMS, count=40_000)
+    assert compare(found, law(TARGET, PARAMS)) < 1e-6
+
+
+def test_a_sound_drafter_does_not_feel_it() -> None:
+    batch = Batch.of([[1, 2]] * 50, [SamplingParams(max_tokens=9)] * 50, range(50))
+    context, noise = Context(batch, None, torch.zeros_like(batch.length), None), Noise.of(batch)
+    guard = Guarded(SOUND, V)
+    state = guard.open(50, 20)
+    one, two = guard.propose(context, state, noise, 3), SOUND.propose(context, None, noise, 3)
+    assert one.probs is not None and two.probs is not None and one.size is not None
+    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.probs, two.probs) and one.size.tolist() == [3] * 50
+
+
+@pytest.mark.filterwarnings("ignore:the drafter Spoiled")
+def test_the_tokens_before_the_fault_stay_and_then_the_row_rests() -> None:
+    batch = Batch.of([[1]] * 3, [SamplingParams(max_tokens=9)] * 3, range(3))
+    rounds = list(decode.decode(TARGET, Spoiled(lambda d, h, a: probs_become(torch.nan)(d, torch.tensor([1, 0, 0]) > 0, a * 0 + 2)), batch))
+    sizes = [r.draft.size.tolist() for r in rounds if r.draft.size is not None]
+    assert sizes[0] == [2, 3, 3] and {s[0] for s in sizes[1:]} == {0} and {s[1] for s in sizes} == {3}
+    counted = stats.fold(rounds)
+    assert counted[0].plain_rounds == counted[0].rounds - 1 and counted[1].plain_rounds == 0
+
+
+def test_once_every_row_rests_nothing_is_drafted_until_a_request_joins() -> None:
+    calls = []
+
+    def failing(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+        calls.append(len(hit))
+        raise ValueError("no")
+
+    with pytest.warns(RuntimeWarning, match="raised ValueError: no"):
+        served(Spoiled(failing), requests(3), rows=1)
+    assert calls == [1, 1, 1]  # once a request
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, UsageError])
+def test_what_is_no_fault_passes(error: type[BaseException]) -> None:
+    def stop(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+        raise error("stop")
+
+    with pytest.raises(error):
+        served(Spoiled(stop), requests(1))
+
+
+def test_the_targets_own_trouble_is_not_swallowed() -> None:
+    class Full(TableTarget):
+        def score(self, *arguments: Any) -> Any:
+            raise torch.OutOfMemoryError("the device is full")
+
+    with pytest.raises(torch.OutOfMemoryError), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(decode.decode(Full(TARGET.table), SOUND, Batch.of([[1]], [PARAMS], [0])))
+
+
+@pytest.mark.parametrize("role", ["admit", "release"])
+def test_trouble_as_requests_come_and_go(role: str) -> None:
+    class Clumsy(Spoiled):
+        def admit(self, *arguments: Any) -> None:
+            if role == "admit":
+                raise IndexError("lost a row")
+
+        def release(self, *arguments: Any) -> None:
+            if role == "release":
+                raise IndexError("lost a row")
+
+    with pytest.warns(RuntimeWarning, match=r"drafter Clumsy raised IndexError as requests (joined|left): lost a row") as caught:
+        found = served(Clumsy(lambda d, h, a: d), requests())
+    assert len(caught) == 1 and found == served(NoDrafter(), requests())

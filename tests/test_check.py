@@ -1,0 +1,288 @@
+"""The conformance suite passes what is lawful, and fails what is not, by the check that says why.
+
+Shapes: B rows, K drafted tokens, V vocabulary.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from doubles import (
+    DropsUnlikely,
+    Misreported,
+    StaleTarget,
+    Stateless,
+    Through,
+    ToyDenoiser,
+    early_bonus,
+    every_round_alike,
+    no_residual,
+    one_stream,
+    one_uniform,
+    swapped,
+    verifier_of,
+)
+from law.samples import causal_drafter
+from specdiff import catalog, cli, verify
+from specdiff.check import Finding, Subject, check_drafter, check_target, check_verifier
+from specdiff.check.contract import Scores
+from specdiff.check.drafters import requests
+from specdiff.check.recording import run
+from specdiff.check.toys import TableDrafter
+from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.noise import Noise, Purpose
+from specdiff.sampling import draw, probabilities
+from specdiff.targets.table import TableTarget
+from specdiff.types import Context, Draft, TargetInfo
+from specdiff.verify import VERIFIERS
+
+EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
+Build = Callable[[TargetInfo], Drafter[Any]]
+
+
+def failed(findings: Iterable[Finding]) -> dict[str, str]:
+    return {f.name: f.message for f in findings if not f.passed}
+
+
+def toy(info: TargetInfo) -> ToyDenoiser:
+    return ToyDenoiser(info.vocab_size, seed=2)
+
+
+def example(name: str) -> Build:
+    return lambda info: catalog.drafter(str(EXAMPLES / name), info)
+
+
+# ---- what is lawful ----
+
+LAWFUL: dict[str, Build] = {
+    "none": lambda info: NoDrafter(),
+    "example": example("mine.py:Mine"),
+    "table": lambda info: TableDrafter(info.vocab_size),
+    "point masses": lambda info: TableDrafter(info.vocab_size, point=True),
+    "one-shot": lambda info: DenoisingDrafter(toy(info)),
+    "left-to-right": lambda info: DenoisingDrafter(toy(info), steps=2, draft_temperature=0.7),
+    "sedd": lambda info: tiny.drafter(info, length=40),
+    "sedd left-to-right": lambda info: tiny.drafter(info, steps=2, attention="causal-context", time_conditioning=False),
+    "autoregressive": lambda info: causal_drafter(info, seed=6),
+}
+
+
+@pytest.mark.parametrize("name", LAWFUL)
+def test_a_lawful_drafter_passes(name: str) -> None:
+    found = list(check_drafter(Subject(LAWFUL[name]), {"block": verify.block}, quick=True))
+    assert not failed(found)
+    assert {"drafts", "rejection", "law under block", "greedy", "faults"} <= {f.name for f in found}
+
+
+def test_a_drafter_of_one_target_is_checked_against_that() -> None:
+    target = tiny.target("llama")
+    build = lambda info: tiny.drafter(info, **tiny.CACHED)  # noqa: E731
+    found = list(check_drafter(Subject(build, target), {"token": verify.token}, quick=True))
+    assert not failed(found)
+    assert "contract: law" in {f.name for f in found} and not [f for f in found if f.name.startswith("law under")]
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_every_verifier_passes(name: str) -> None:
+    assert not failed(check_verifier(VERIFIERS[name], quick=True))
+
+
+@pytest.mark.parametrize("family", ["table", *tiny.FAMILIES])
+def test_every_target_passes(family: str) -> None:
+    target = TableTarget.random(5) if family == "table" else tiny.target(family)
+    assert not failed(check_target(target, quick=True))
+
+
+# ---- what is not ----
+
+
+class Bug(Stateless):
+    """A lawful draft (of a toy denoiser, one pass a token) with `spoil` done to it."""
+
+    draft_len = 3
+
+    def __init__(self, info: TargetInfo, spoil: Callable[["Bug", Context, Noise, Draft], Draft]) -> None:
+        self.inner, self.spoil = DenoisingDrafter(toy(info), steps=3), spoil
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
+        return self.spoil(self, context, noise, self.inner.propose(context, None, noise, draft_len))
+
+
+def law(draft: Draft) -> torch.Tensor:
+    assert draft.probs is not None
+    return draft.probs
+
+
+def late(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+    return replace(draft, probs=torch.cat([law(draft)[:, :1], law(draft)[:, :-1]], 1))
+
+
+def another_seed(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+    other = replace(noise, seed=noise.seed + 1)
+    return replace(draft, tokens=bug.inner.propose(context, None, other, draft.tokens.shape[1]).tokens)
+
+
+def filtered(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+    """Drawn from the two likeliest, which then are not renormalised."""
+    q = law(draft)
+    q = torch.where(q >= q.topk(2, dim=-1).values[..., 1:], q, 0)
+    tokens = torch.where(q.gather(-1, draft.tokens[..., None])[..., 0] > 0, draft.tokens, q.argmax(-1))
+    return Draft(tokens, q)
+
+
+def leaking(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+    """Each row drafts for the text of the row before it in the batch."""
+    batch = context.batch
+    ids = batch.ids.scatter(1, batch.length[:, None] - 1, batch.anchor.roll(1)[:, None])
+    return bug.inner.propose(replace(context, batch=replace(batch, ids=ids)), None, noise, draft.tokens.shape[1])
+
+
+def unseeded(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+    other = replace(noise, seed=noise.seed + random.getrandbits(40))
+    return bug.inner.propose(context, None, other, draft.tokens.shape[1])
+
+
+def ones_everywhere(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+    """A point mass on the first token, said to be on another."""
+    return Draft(torch.zeros_like(draft.tokens), torch.nn.functional.one_hot(torch.ones_like(draft.tokens), law(draft).shape[-1]).double())
+
+
+class Lingering(Drafter[dict[str, Any]]):
+    """Drafts behind the last token of its own last draft, though it may have been rejected (and, `admits` not, behind the last
+    request's)."""
+
+    draft_len = 3
+
+    def __init__(self, info: TargetInfo, *, admits: bool) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.table = 1.5 * torch.randn(info.vocab_size, info.vocab_size, dtype=torch.float64, generator=generator)
+        self.admits = admits
+
+    def open(self, rows: int, slots: int) -> dict[str, Any]:
+        return {"last": torch.zeros(rows, dtype=torch.long), "asked": torch.zeros(rows, dtype=torch.long)}
+
+    def admit(self, state: dict[str, Any], context: Context, rows: torch.Tensor) -> None:
+        if self.admits:
+            state["last"] = state["last"].index_fill(0, rows, 0)
+
+    def release(self, state: dict[str, Any], rows: torch.Tensor) -> None:
+        return None
+
+    def propose(self, context: Context, state: dict[str, Any], noise: Noise, draft_len: int) -> Draft:
+        q = probabilities(self.table[state["last"]][:, None].expand(-1, draft_len, -1), context.batch.params)
+        tokens = draw(q, noise.uniform(Purpose.DRAFT, draft_len))
+        state["last"] = tokens[:, -1]
+        return Draft(tokens, q)
+
+
+def bug(spoil: Callable[..., Draft]) -> Build:
+    return lambda info: Bug(info, spoil)
+
+
+def through(change: Callable[[Noise], Noise]) -> Build:
+    return lambda info: Through(DenoisingDrafter(toy(info), steps=3), change)
+
+
+PLANTED: dict[str, tuple[Build, str, str]] = {
+    "any order": (example("unlawful.py:AnyOrder"), "contract: earlier laws", "any other order than left to right"),
+    "one position late": (bug(late), "contract: law", "one position late"),
+    "untempered": (lambda info: Misreported(toy(info), draft_temperature=0.7), "contract: law", "before a temperature"),
+    "one uniform": (through(one_uniform), "contract: ancestors", "one uniform used for several positions"),
+    "not renormalised": (bug(filtered), "probabilities", "not summing to 1"),
+    "leak between rows": (bug(leaking), "batches", "other rows of its batch"),
+    "another seed": (bug(another_seed), "contract: law", "another draw"),
+    "stale after rejection": (lambda info: Lingering(info, admits=True), "rejection", "rejected tokens"),
+    "stale after release": (lambda info: Lingering(info, admits=False), "admission", "forget what the rows held before"),
+    "nan": (bug(lambda b, c, n, d: replace(d, probs=law(d) * torch.nan)), "probabilities", "NaN"),
+    "ids beyond": (bug(lambda b, c, n, d: replace(d, tokens=d.tokens + 5)), "tokens", "outside the target's vocabulary"),
+    "shape": (bug(lambda b, c, n, d: replace(d, probs=law(d)[:, :1])), "drafts", "probabilities of shape"),
+    "size": (bug(lambda b, c, n, d: replace(d, size=torch.full((len(d.tokens),), -1))), "size", "below 0"),
+    "impossible": (bug(ones_everywhere), "possible", "have probability 0"),
+    "raises": (bug(lambda b, c, n, d: 1 // 0), "drafts", "raised ZeroDivisionError"),  # type: ignore[arg-type, return-value]
+    "python's random": (bug(unseeded), "deterministic", "draw from `noise` only"),
+    "draws of the round before": (through(every_round_alike), "contract: past rounds", "fresh draw"),
+    "the verifier's uniforms": (through(one_stream), "contract: verifier", "Purpose.DRAFT"),
+    "drops what it finds unlikely": (lambda i: DropsUnlikely(DenoisingDrafter(toy(i)), floor=0.3), "contract: law", "do not follow"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_fails_the_right_check(name: str) -> None:
+    build, check, why = PLANTED[name]
+    found = failed(check_drafter(Subject(build), {}))
+    assert why in found.get(check, ""), found
+
+
+@pytest.mark.parametrize("plan", ["token", "block"])
+@pytest.mark.parametrize("wrong", [swapped, no_residual, early_bonus])
+def test_a_wrong_verifier_fails(wrong: Callable[..., Any], plan: str) -> None:
+    found = failed(check_verifier(verifier_of(wrong(verify.PLANS[plan]), longest=plan == "block"), quick=True))
+    assert found.keys() & {"law with probabilities", "law with point masses", "well formed"}
+
+
+@pytest.mark.parametrize("fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"])
+def test_a_target_with_stale_slots_fails(fault: dict[str, Any]) -> None:
+    found = failed(check_target(StaleTarget(TableTarget.random(5).table, **fault)))
+    assert "entries of rejected drafts" in found["history"]
+
+
+def test_lawful_scores_have_the_promised_tails() -> None:
+    """Over 40 lawful runs the largest score never comes near its threshold, and is as large as chance makes it."""
+    target, ratios = TableTarget.random(5, seed=3), []
+    drafter = DenoisingDrafter(ToyDenoiser(5, seed=2), steps=2)
+    for seed in range(40):
+        scores = Scores(5, generator=torch.Generator().manual_seed(seed))
+        asked = [replace(r, seed=r.seed + seed) for r in requests(target, 60)]
+        run(target, drafter, asked, scores.look, draft_len=3, rows=60, verifier=verify.token)
+        ratios += [f.statistic / f.threshold for f in scores.findings() if f.statistic is not None and f.threshold is not None]
+    assert 0.4 < max(ratios) < 0.9
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["specdiff", "check", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_the_command(here: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, _ = here(f"{EXAMPLES}/mine.py:Mine", "--quick", "--verifier", "token")
+    assert code == 0 and "passed  contract: law" in out and "FAILED" not in out
+    code, out, _ = here(f"{EXAMPLES}/unlawful.py:AnyOrder", "--json", "--verifier", "match")
+    told = json.loads(out)
+    assert code == 1 and told["passed"] is False
+    (why,) = [f["message"] for f in told["findings"] if f["name"] == "contract: earlier laws"]
+    assert "computed after it had been revealed" in why
+    assert here("--target", "table", "--quick")[0] == here("--verifier", "block", "--quick")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ((), "nothing to check"),
+        (("nope",), "unknown drafter 'nope'"),
+        (("none", "--verifier", "hope"), "unknown verifier 'hope'"),
+        (("--verifier", "token", "--model", "table"), "--model is the target a drafter is checked with"),
+        (("--verifier", "json:nothing"), "json defines no 'nothing'"),
+    ],
+)
+def test_usage(here: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...], told: str) -> None:
+    code, _, err = here(*arguments)
+    assert code == 2 and told in err
