@@ -363,9 +363,7 @@ def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
     made = folder("model")
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    with pytest.raises(
-        ConfigError, match=r"no drafter format with model_type 'nonsense' is known; known are sedd, mdlm and transformers' causal LMs"
-    ):
+    with pytest.raises(ConfigError, match=r"no drafter format with model_type 'nonsense'.*sedd, mdlm and transformers' causal LMs"):
         loaded(made, target)
 
 
