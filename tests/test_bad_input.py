@@ -691,7 +691,8 @@ def test_an_evil_or_broken_chat_template(target: CausalTarget, template: str, tm
 
 def test_after_a_template_was_stopped_the_next_conversation_is_rendered(target: CausalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 1)
-    made = chatting(target, "{% if messages|length > 1 %}{{ 10 ** (10 ** 10) }}{% endif %}{{ messages[0].content }}{{ unk_token }}")
+    bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"  # constants are computed while compiling
+    made = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
     hi = {"role": "user", "content": "hi"}
     assert made.render([hi]) == made.tokenizer.apply_chat_template([hi], tokenize=True, return_dict=False)
     with pytest.raises(UsageError, match=r"chat template refuses these messages \(it did not end within 1 seconds"):
