@@ -187,7 +187,9 @@ def held_out(folder: str, count: int) -> list[list[int]]:
 def data(a: argparse.Namespace) -> None:
     """Equal prompts, equal batch, temperature 1, end of text ignored. CPU seconds of this process too: the machine may be shared."""
     from specdiff import engine
+    from specdiff.training import memory
 
+    memory.keep_freed()  # as 'specdiff data' does; both sides profit
     lm = specdiff.load(a.model, "none", dtype=a.dtype)
     stock = type(lm.target.model).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=lm.target.model.dtype).eval()
     stock.generation_config.eos_token_id = None

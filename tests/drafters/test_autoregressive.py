@@ -255,6 +255,14 @@ def test_a_context_shorter_than_the_targets() -> None:
         assert torch.equal(draft.tokens, draw(draft.probs, Noise.of(batch).uniform(Purpose.DRAFT, 4)))
 
 
+def test_a_batch_wider_than_its_rows_can_grow() -> None:
+    """`Batch.of(slots=...)` may give the ids more room than the roles were opened for."""
+    target, prompts = tiny.target("llama"), tiny.prompts(2)
+    params = [SamplingParams(max_tokens=12, temperature=0.0)] * 2
+    wide = Batch.of(prompts, params, range(2), slots=200)
+    assert tiny.decoded(target, drafter(), wide) == tiny.decoded(target, drafter(), Batch.of(prompts, params, range(2)))
+
+
 def test_up_to_the_last_slot() -> None:
     """A state with no room for the whole draft."""
     ours, batch = drafter(), tiny.batch_of([[1, 2, 3], [4]], max_tokens=1)

@@ -332,6 +332,7 @@ def start(argv: list[str]) -> int:
     child = os.fork()
     if child == 0:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down ignored
             sys.argv = argv
             cli.main()
         except SystemExit as end:

@@ -96,9 +96,9 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         What lies behind the first slot of another token was computed from a rejected draft: it is forgotten here, or a later
         token that happens to be the same would find it.
         """
-        width = batch.ids.shape[1]
+        width = min(batch.ids.shape[1], state.cache.slots)  # a batch may be wider than its rows can grow
         before_anchor = torch.arange(width, device=self.device) < batch.length[:, None] - 1
-        same = (state.read[:, :width] == batch.ids) & before_anchor
+        same = (state.read[:, :width] == batch.ids[:, :width]) & before_anchor
         known = same.long().cumprod(1).sum(1)
         state.read[torch.arange(state.cache.slots, device=self.device) >= known[:, None]] = NOTHING
         behind = int((batch.length - known).max())  # rows that are less far behind re-read tokens: same keys, same values
