@@ -71,7 +71,7 @@ def test_three_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_pat
 
 @pytest.mark.slow
 def test_fifty_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
-    survives(target_folder, corpus, tmp_path, steps=300, kills=50)
+    survives(target_folder, corpus, tmp_path, steps=400, kills=50)
 
 
 def test_two_processes_are_twice_the_accumulation(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:

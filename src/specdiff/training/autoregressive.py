@@ -11,30 +11,23 @@ import torch
 from torch import Tensor
 
 from specdiff.nn.causal import SmallCausalLM
-from specdiff.training import objectives
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe
-from specdiff.training.task import Task, TensorDict, columns_of
+from specdiff.training.task import DrafterTask, TensorDict
 from specdiff.training.teacher import Teacher
 
 
-class AutoregressiveTask(Task):
-    """`head` [C, H] are the target's output rows of the draft vocabulary; the teacher's law is read through them."""
+class AutoregressiveTask(DrafterTask):
+    """Next-token losses of every position; what is told of acceptance counts answers alone."""
 
     network: SmallCausalLM
-    columns: Tensor
-    head: Tensor
 
     def __init__(
         self, recipe: Recipe, corpus: Corpus, network: SmallCausalLM, head: Tensor | None, teacher: Teacher | None, about: Mapping[str, Any]
     ) -> None:
-        super().__init__(recipe, corpus)
-        self.network, self.teacher, self.about = network, teacher, dict(about)
         vocab = network.draft_vocab if network.draft_vocab_size is not None else None
-        size = network.vocab_size
-        self.register_buffer("columns", columns_of(vocab, size), persistent=False)
-        if head is not None:
-            self.register_buffer("head", head if vocab is None else head[vocab.to(head.device)], persistent=False)
+        super().__init__(recipe, corpus, vocab, network.vocab_size, head, teacher, about)
+        self.network = network
 
     def prepare(self, rows: Sequence[int], generator: torch.Generator) -> TensorDict:
         batch = self.rows(rows)
@@ -44,22 +37,13 @@ class AutoregressiveTask(Task):
 
     def forward(self, batch: TensorDict, progress: float) -> tuple[Tensor, TensorDict]:
         ids, lengths = batch["ids"], batch["lengths"]
-        at = torch.arange(ids.shape[1] - 1, device=ids.device)
+        at = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
         counted = at < lengths[:, None] - 1
         logits = self.network.logits(self.network.hidden(ids)[:, :-1][counted])
-        truth = self.columns[ids[:, 1:][counted]]
-        if self.teacher is None:
-            loss = objectives.denoise(logits, truth)
-            q = torch.exp(-loss.detach()) * (truth >= 0)
-        else:
-            states, log_z = batch["states"][:, :-1][counted], batch["log_z"][:, :-1][counted]
-            teacher = (states.to(self.head.dtype) @ self.head.T).float() - log_z[:, None].float()
-            loss = objectives.distill(logits, teacher, self.recipe.divergence)
-            if self.recipe.truth_share:
-                loss = torch.lerp(loss, objectives.denoise(logits, truth), self.recipe.truth_share)
-            q = objectives.overlap(logits.detach(), teacher)
-        answer = (at >= batch["prompts"][:, None] - 1).expand_as(counted)[counted]
-        return loss.mean(), {"q1": q[answer].mean()}
+        row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(at)[counted]
+        judged = self.judge(logits, batch, row, at[counted] + 1)
+        answer = (at >= batch["prompts"][:, None] - 1)[counted]
+        return judged.loss.mean(), {"q1": judged.q[answer].mean()}
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         written = SmallCausalLM(self.network.config)

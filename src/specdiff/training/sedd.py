@@ -4,12 +4,12 @@ Shapes: B rows, L tokens, N canvases a row, G tokens a canvas, C columns of the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from specdiff.diffusion.process import Absorbing, Uniform
@@ -18,35 +18,22 @@ from specdiff.nn.ddit import SEDD
 from specdiff.training import canvases, objectives
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe
-from specdiff.training.task import Task, TensorDict, columns_of, weighted_mean
+from specdiff.training.task import DrafterTask, TensorDict, weighted_mean
 from specdiff.training.teacher import Teacher
 
 
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """Losses and acceptance probabilities of the counted positions."""
-
-    loss: Float[Tensor, "n"]
-    q: Float[Tensor, "n"]
-
-
-class SEDDTask(Task):
-    """`head` [C, H] are the target's output rows of the draft vocabulary; the teacher's law is read through them."""
+class SEDDTask(DrafterTask):
+    """Canvases where the network's context is causal, whole rows where it is bidirectional."""
 
     network: SEDD
-    columns: Tensor
-    head: Tensor
 
     def __init__(
         self, recipe: Recipe, corpus: Corpus, network: SEDD, head: Tensor | None, teacher: Teacher | None, about: Mapping[str, Any]
     ) -> None:
-        super().__init__(recipe, corpus)
         config = network.config
-        self.network, self.teacher, self.about = network, teacher, dict(about)
         vocab = network.draft_vocab if config.draft_vocab_size is not None else None
-        self.register_buffer("columns", columns_of(vocab, config.tokens), persistent=False)
-        if head is not None:
-            self.register_buffer("head", head if vocab is None else head[vocab.to(head.device)], persistent=False)
+        super().__init__(recipe, corpus, vocab, config.tokens, head, teacher, about)
+        self.network = network
         self.process = Absorbing(config.tokens) if config.process == "absorb" else Uniform(config.tokens)
         self.schedule: Schedule = Loglinear() if config.schedule == "loglinear" else Geometric(config.sigma_min, config.sigma_max)
         self.causal = config.attention == "causal-context"
@@ -104,7 +91,7 @@ class SEDDTask(Task):
         counted = laid.hidden & laid.inside
         row = torch.arange(B, device=counted.device)[:, None, None].expand_as(counted)[counted]
         logits = self.network.logits(states[:, L:].view(*laid.slot.shape, -1)[counted])
-        judged = self._judge(logits, batch, row, laid.slot[counted])
+        judged = self.judge(logits, batch, row, laid.slot[counted])
         q = torch.where(laid.inside, 1.0, 0.0).masked_scatter(counted, judged.q)  # revealed positions are given: accepted
         weight = objectives.WEIGHTS[self.recipe.weights](q, self.recipe.weight_scale)
         loss = weighted_mean(judged.loss, weight[counted])
@@ -152,9 +139,9 @@ class SEDDTask(Task):
         at = batch["start"][:, None] + torch.arange(x.shape[1], device=x.device)
         counted = (x == self.network.config.mask_id) & real & (at > 0) & (at < batch["lengths"][:, None])  # nothing foretells position 0
         states = self.network.hidden(x, self.schedule.total(t), mask=real[:, None, None])
-        logits = self.network.logits(states[counted])[..., : len(self.head) if self.has_head else self.network.config.tokens]
+        logits = self.network.logits(states[counted])[..., : self._tokens]
         row = torch.arange(len(x), device=x.device)[:, None].expand_as(x)[counted]
-        judged = self._judge(logits, batch, row, at[counted])
+        judged = self.judge(logits, batch, row, at[counted])
         if not batch["draft_len"] > 0:
             over_t = judged.loss / t[row]
             return over_t.sum() / real.sum(), {}
@@ -164,21 +151,7 @@ class SEDDTask(Task):
         told = {"q1": q[:, 0].mean(), "expected_tau": 1 + objectives.expected_accepted(q).mean()}
         return weighted_mean(judged.loss, weight[row, drafted[counted]]), told
 
-    # both
-
     @property
-    def has_head(self) -> bool:
-        return "head" in self._buffers
-
-    def _judge(self, logits: Float[Tensor, "n C"], batch: TensorDict, row: Int[Tensor, "n"], at: Int[Tensor, "n"]) -> Judged:
-        """Losses at absolute positions `at` of rows `row`; the state one position earlier foretells them."""
-        truth = self.columns[batch["ids"][row, at]]
-        if self.teacher is None:
-            loss = objectives.denoise(logits, truth)
-            return Judged(loss, torch.exp(-loss.detach()) * (truth >= 0))
-        states, log_z = batch["states"][row, at - 1], batch["log_z"][row, at - 1]
-        teacher = (states.to(self.head.dtype) @ self.head.T).float() - log_z[:, None].float()
-        loss = objectives.distill(logits, teacher, self.recipe.divergence)
-        if self.recipe.truth_share:
-            loss = torch.lerp(loss, objectives.denoise(logits, truth), self.recipe.truth_share)
-        return Judged(loss, objectives.overlap(logits.detach(), teacher))
+    def _tokens(self) -> int:
+        """Columns of the network's logits that are words: all but MASK."""
+        return self.network.config.draft_vocab_size or self.network.config.tokens

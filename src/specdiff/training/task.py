@@ -2,14 +2,18 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specdiff.training import objectives
 from specdiff.training.corpus import Corpus, pad
 from specdiff.training.recipe import Recipe
+from specdiff.training.teacher import Teacher
 
 TensorDict = dict[str, Tensor]
 
@@ -48,6 +52,51 @@ class Task(nn.Module, ABC):
             "lengths": torch.tensor([len(r.tokens) for r in found]),
             "prompts": torch.tensor([r.prompt_length for r in found]),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Losses and acceptance probabilities of the counted positions."""
+
+    loss: Float[Tensor, "n"]
+    q: Float[Tensor, "n"]
+
+
+class DrafterTask(Task):
+    """What drafters of both kinds learn from: the truth, or the target's law read through `head` [C, H], its rows of the draft
+    vocabulary. `about` goes into the exported config."""
+
+    columns: Tensor
+    head: Tensor
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpus: Corpus,
+        draft_vocab: Int[Tensor, "C"] | None,
+        vocab_size: int,
+        head: Float[Tensor, "V H"] | None,
+        teacher: Teacher | None,
+        about: Mapping[str, Any],
+    ) -> None:
+        super().__init__(recipe, corpus)
+        self.teacher, self.about = teacher, dict(about)
+        self.register_buffer("columns", columns_of(draft_vocab, vocab_size), persistent=False)
+        if head is not None:
+            self.register_buffer("head", head if draft_vocab is None else head[draft_vocab.to(head.device)], persistent=False)
+
+    def judge(self, logits: Float[Tensor, "n C"], batch: TensorDict, row: Int[Tensor, "n"], at: Int[Tensor, "n"]) -> Judged:
+        """Losses at absolute positions `at` of rows `row`; the target's state one position earlier foretells them."""
+        truth = self.columns[batch["ids"][row, at]]
+        if self.teacher is None:
+            loss = objectives.denoise(logits, truth)
+            return Judged(loss, torch.exp(-loss.detach()) * (truth >= 0))
+        states, log_z = batch["states"][row, at - 1], batch["log_z"][row, at - 1]
+        teacher = (states.to(self.head.dtype) @ self.head.T).float() - log_z[:, None].float()
+        loss = objectives.distill(logits, teacher, self.recipe.divergence)
+        if self.recipe.truth_share:
+            loss = torch.lerp(loss, objectives.denoise(logits, truth), self.recipe.truth_share)
+        return Judged(loss, objectives.overlap(logits.detach(), teacher))
 
 
 def columns_of(draft_vocab: Int[Tensor, "C"] | None, vocab_size: int) -> Int[Tensor, "V"]:
