@@ -28,14 +28,19 @@ def check(
     ] = None,
     target: Annotated[str | None, typer.Option(help="Check this target: hub id, folder, built-in name, ./file.py:Class, table.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    recipes: Annotated[bool, typer.Option("--recipes", help="Instead: which ways of making a draft are lawful, enumerated.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: coarse bugs only.")] = False,
 ) -> None:
     """Check that DRAFTER (or --verifier, or --target) leaves the target's law as it is. Exit code 1 if a check fails.
 
     Example:  specdiff check ./mine.py:Mine
     """
+    if recipes:
+        if drafter or verifier or target:
+            raise UsageError("--recipes enumerates toy drafts of its own; leave out the drafter, --verifier and --target")
+        return _recipes(as_json)
     if drafter is None and verifier is None and target is None:
-        raise UsageError("nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, or --target SPEC")
+        raise UsageError("nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, or --target SPEC, or --recipes")
     if drafter is None and model is not None:
         raise UsageError("--model is the target a drafter is checked with; to check a target itself give --target")
     quiet_libraries()
@@ -74,6 +79,19 @@ def _findings(drafter: str | None, model: str | None, verifier: str | None, targ
     chosen = {} if trained_for is None else {"target": catalog.target(trained_for, torch.float32, cpu)[0]}
     subject = Subject(lambda info: catalog.drafter(drafter, info), **chosen)
     yield from check_drafter(subject, {name: catalog.verifier(name) for name in names}, quick=quick)
+
+
+def _recipes(as_json: bool) -> None:
+    """The table of docs/exactness.md: total variation from the target's law, least and most over random cases."""
+    from specdiff.check.recipes import table
+
+    if as_json:
+        print(json.dumps([{"draft": name, "lawful": lawful, "distance": found} for name, lawful, found in table()]))
+        return
+    print("| a draft made by | `token` | `block` | `match` |\n|---|---|---|---|")
+    for name, lawful, found in table():
+        cells = ["0" if most < 1e-12 else f"{least:.3f} to {most:.2f}" for least, most in found.values()]
+        print(" | ".join([f"| {name if lawful else f'**{name}**'}", *cells]) + " |")
 
 
 def _show(found: "Iterable[Finding]") -> None:
