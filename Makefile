@@ -1,8 +1,9 @@
 # make demo: stream an answer drafted by a diffusion model, then compare it with plain decoding.   make test: prove it.
+# make docs: write the API reference.
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: .venv/ready
 	@scripts/demo
@@ -12,6 +13,9 @@ test: check
 
 check: .venv/ready
 	@scripts/check
+
+docs: .venv/ready
+	@$(PY) scripts/docs.py build/docs
 
 .venv/ready: pyproject.toml constraints.txt
 	python3 -m venv .venv

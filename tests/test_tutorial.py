@@ -1,29 +1,24 @@
 """The tutorial runs as it stands there, on a target that a CPU trains for in seconds."""
 
 import re
-import shlex
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import specdiff
 import tiny
-from specdiff import cli
+from documents import GUIDE, Block, blocks, perform, understood
 from specdiff.training.recipe import Recipe
 
 pytest.importorskip("yaml", reason="training needs the extra specdiff[train]")
 pytest.importorskip("accelerate", reason="training needs the extra specdiff[train]")
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "train-a-drafter.md"
+DOCUMENT = GUIDE / "train-a-drafter.md"
 SMALL = "--set warmup=1 --set canvas_tokens=16 --set eval_prompts=2 --set eval_tokens=4 --set draft_len=4"
 # What the test changes in the commands, all of it: the model, and sizes. Each line must occur in the document.
 REPLACEMENTS = {
@@ -45,20 +40,7 @@ TEMPLATE = (
 END, VOCAB = 0, 264
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A fenced block. `note` is what follows the language: `skip`, or the name under which the reader saves it."""
-
-    language: str
-    note: str
-    text: str
-
-    def commands(self) -> list[list[str]]:
-        joined = self.text.replace("\\\n", " ")
-        return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
-
-
-BLOCKS = [Block(*parts) for parts in re.findall(r"^```(\w+) ?(.*?)\n(.*?)^```$", DOCUMENT.read_text(), flags=re.DOTALL | re.MULTILINE)]
+BLOCKS = blocks(DOCUMENT)
 EXECUTED = [b for b in BLOCKS if b.note != "skip"]
 
 
@@ -93,17 +75,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command as a shell runs it; ours in this process, which has imported everything once."""
-    if words[0] != "specdiff":
-        subprocess.run(words, check=True)
-        return
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code, shlex.join(words)
-
-
 def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     text = "".join(b.text for b in EXECUTED)
     missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
@@ -111,14 +82,7 @@ def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPa
     assert not (large := re.findall(r"[= ]\d{4,}\b", shrunk(text).replace("--tokens 1500", ""))), f"sizes that nothing shrinks: {large}"
     told = ""
     for block in EXECUTED:
-        text = shrunk(block.text)
-        if block.language == "python":
-            exec(text, {})
-        elif block.language == "sh":
-            for words in Block("sh", "", text).commands():
-                run(words, monkeypatch)
-        else:
-            Path(block.note).write_text(text)
+        perform(Block(block.language, block.note, shrunk(block.text)), monkeypatch)
         captured = capfd.readouterr()
         told += captured.out + captured.err
     for wanted in (
@@ -135,22 +99,9 @@ def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPa
     assert lm.generate("rain", max_tokens=4, seed=1).stats.tau >= 1
 
 
-def test_every_block_is_of_a_known_kind() -> None:
-    assert len(BLOCKS) == DOCUMENT.read_text().count("```") // 2
+def test_only_these_blocks_are_skipped() -> None:
     assert sum(b.note == "skip" for b in BLOCKS) == SKIPPED
-    for block in BLOCKS:
-        kinds = {"sh": ("", "skip"), "python": ("",)}
-        assert block.note in kinds.get(block.language, (block.note,)) and (block.note or block.language in kinds), block
-
-
-def test_skipped_commands_are_at_least_understood() -> None:
-    """Verb, options and their types, by the parser of the command line itself."""
-    verbs: Any = typer.main.get_command(cli.app)
-    ours = [words for b in BLOCKS if b.note == "skip" for words in b.commands() if "specdiff" in words]
-    assert len(ours) == 1
-    for words in ours:
-        verb, *arguments = words[words.index("specdiff") + 1 :]
-        verbs.commands[verb].make_context(verb, arguments)
+    assert understood(BLOCKS) == 1
 
 
 def test_the_table_of_choices_names_keys_and_defaults() -> None:

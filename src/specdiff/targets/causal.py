@@ -20,6 +20,8 @@ CHUNK = 512  # prompt positions a forward, so that a long prompt's logits and sc
 
 @dataclass(slots=True)
 class CausalCache:
+    """Keys and values of every row, and the layers whose hidden states are wanted."""
+
     store: RaggedCache
     taps: tuple[int, ...]
 

@@ -19,6 +19,8 @@ from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
 
 @dataclass(slots=True)
 class TableCache:
+    """The tokens themselves, slot by slot, as a model's cache would hold their keys and values."""
+
     slots: Int[Tensor, "B S"]
     taps: int
 

@@ -1,0 +1,24 @@
+"""Write the API reference from the docstrings: python scripts/docs.py FOLDER [ROOM ...]   (default: all rooms)"""
+
+import pkgutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import pdoc
+
+import specdiff
+
+ROOMS = sorted({module.name for module in pkgutil.iter_modules(specdiff.__path__)} - {"__main__", *specdiff.__all__})
+
+
+def main(folder: Path, rooms: Iterable[str] = ()) -> None:
+    for name in specdiff.__all__:  # public names load where they are first used; pdoc looks for loaded ones
+        setattr(specdiff, name, getattr(specdiff, name))
+    pdoc.render.configure(docformat="google", footer_text=f"specdiff {specdiff.__version__}")
+    pdoc.pdoc("specdiff", *(f"specdiff.{room}" for room in rooms or ROOMS), output_directory=folder)
+    print(folder / "index.html")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build/docs"), sys.argv[2:])

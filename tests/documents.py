@@ -1,0 +1,84 @@
+"""The pages of the guide, as blocks that can be run."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from specdiff import cli
+
+ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "docs"
+SHELL = re.compile(r"[|<>]")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A fenced block. `note` is what follows the language: `skip`, `fails`, or the name under which the reader saves it."""
+
+    language: str
+    note: str
+    text: str
+
+    @property
+    def known(self) -> bool:
+        """Of a kind that `perform` or `understood` deals with."""
+        if self.language == "sh":
+            return self.note in ("", "skip", "fails")
+        return self.language == "python" or bool(self.note)
+
+    def lines(self) -> list[str]:
+        return [line for line in self.text.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)]
+
+    def commands(self) -> list[list[str]]:
+        return [shlex.split(line, comments=True) for line in self.lines()]
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = [Block(*parts) for parts in re.findall(r"^```(\w+) ?(.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)]
+    assert len(found) == text.count("```") // 2, f"{page.name}: a block without a language"
+    return found
+
+
+def perform(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the reader does with it in the current folder."""
+    if block.note and block.language != "sh":
+        Path(block.note).write_text(block.text)
+    elif block.language == "python":
+        exec(block.text, {})
+    else:
+        for line in block.lines():
+            _command(line, 1 if block.note == "fails" else 0, monkeypatch)
+
+
+def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a shell runs it; ours in this process where no shell is needed, because importing everything again takes seconds."""
+    words = shlex.split(line, comments=True)
+    if words[0] != "specdiff" or SHELL.search(line):
+        ours = f"{shlex.quote(sys.executable)} -m specdiff"
+        subprocess.run(["bash", "-c", re.sub(r"(?<!\S)specdiff(?= )", ours, line)], check=True)
+        return
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert (end.value.code or 0) == code, line
+
+
+def understood(found: Iterable[Block]) -> int:
+    """Skipped commands of ours are read by the parser of the command line itself: verb, options and their types. How many there were."""
+    verbs: Any = typer.main.get_command(cli.app)
+    ours = [words for block in found if block.note == "skip" for words in block.commands() if "specdiff" in words]
+    for words in ours:
+        verb, *arguments = words[words.index("specdiff") + 1 :]
+        if verb not in verbs.commands:
+            verb, arguments = "generate", [verb, *arguments]
+        verbs.commands[verb].make_context(verb, arguments)
+    return len(ours)
