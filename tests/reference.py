@@ -22,3 +22,25 @@ def adjusted(logits: Sequence[float], prompt: Sequence[int], answer: Sequence[in
         logit -= params.presence_penalty if counts[token] else 0.0
         result.append(logit)
     return result
+
+
+def law(logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams) -> list[float]:
+    """One row's law under all that `params` asks."""
+    told = adjusted(logits, prompt, answer, params)
+    if params.temperature == 0:
+        return [float(token == told.index(max(told))) for token in range(len(told))]
+    weights = [math.exp((logit - max(told)) / params.temperature) for logit in told]
+    p = [w / sum(weights) for w in weights]
+    if params.top_k:
+        p = _at_least(sorted(p, reverse=True)[: params.top_k][-1], p)
+    if params.top_p < 1:
+        mass, least = 0.0, iter(sorted(p, reverse=True))
+        while mass < params.top_p:
+            mass += (last := next(least))
+        p = _at_least(last, p)
+    return _at_least(params.min_p * max(p), p)
+
+
+def _at_least(least: float, p: Sequence[float]) -> list[float]:
+    kept = [x if x >= least else 0.0 for x in p]
+    return [x / sum(kept) for x in kept]

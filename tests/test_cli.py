@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,6 +88,32 @@ def test_json_is_one_object_and_environment_variables_are_read() -> None:
     assert len(answer["token_ids"]) <= 9 and answer["stats"]["drafted"] > 0 and answer["drafter"] == "auto"
     plain = json.loads(specdiff(PROMPT, "--json", "--seed", "5", "--verifier", "match", "--drafter", "none", "--max-tokens", "9").stdout)
     assert plain["token_ids"] == answer["token_ids"] and plain["text"] == answer["text"]
+
+
+BROKEN = """
+from specdiff import Drafter
+class Mine(Drafter):
+    draft_len = 3
+    def __init__(self, target): ...
+    def open(self, rows, slots): return None
+    def admit(self, state, context, rows): return None
+    def propose(self, context, state, noise, draft_len): raise RuntimeError("out of ink")
+    def release(self, state, rows): return None
+"""
+
+
+@pytest.mark.real
+def test_a_drafter_that_breaks_is_told_of_in_a_line_in_the_footer_and_in_json(
+    here: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(BROKEN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", RuntimeWarning)
+        code, out, err = here(PROMPT, "--json", "--drafter", f"{tmp_path}/mine.py:Mine", "--max-tokens", "3", "--seed", "1")
+    warning, footer = err.strip().splitlines()
+    assert code == 0 and json.loads(out)["stats"]["faults"] == 1
+    assert warning.startswith("specdiff: warning: the drafter Mine raised RuntimeError: out of ink")
+    assert footer.endswith("(3 without drafting); the drafter broke, and rested from then on")
 
 
 @pytest.mark.real

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.guarded import Guarded
+from specdiff.drafters.guarded import Guarded, GuardedState
 from specdiff.errors import UsageError
 from specdiff.noise import Noise
 from specdiff.sampling import law, logprobs
@@ -31,10 +31,10 @@ class Run:
     """One running batch: the two roles with the state each handed out, the rows, and what the drafter may see of them."""
 
     target: Target[Any]
-    drafter: Drafter[Any]
+    drafter: Guarded
     verifier: Verifier
     cache: Any
-    state: Any
+    state: GuardedState
     batch: Batch
     context: Context
 
@@ -55,7 +55,7 @@ def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
     run.target.keep(run.cache, run.batch, verification)
     batch, emitted = commit(run.batch, verification)
     clock.lap("commit")
-    done = Round(draft, verification, emitted, batch, clock.seconds)
+    done = Round(draft, verification, emitted, batch, clock.seconds, run.state.off)
     if stop is not None:
         batch = replace(batch, done=batch.done | stop(done))
         done = replace(done, batch=batch)

@@ -34,8 +34,8 @@ class Request:
 class Progress:
     """What one round gave one request. The first `accepted` of `tokens` came from the draft; `finished` is set on the last.
 
-    finished: "stop" (a stop id), "length" (max_tokens) or None. logprobs: of each token, where asked (else empty), and in
-    top_logprobs (token id, logprob) of the likeliest ones in its place.
+    finished: "stop" (a stop id), "length" (max_tokens) or None. resting: the drafter broke, and drafts no more for this request.
+    logprobs: of each token, where asked (else empty), and in top_logprobs (token id, logprob) of the likeliest ones in its place.
     """
 
     request: int
@@ -43,6 +43,7 @@ class Progress:
     accepted: int
     drafted: int
     finished: str | None
+    resting: bool
     seconds: dict[str, float]
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Turn:
         last, ended = self.round, frozenset(self.ended)
         emitted, accepted, tokens = last.emitted.tolist(), last.verification.accepted.tolist(), last.verification.tokens.tolist()
         sizes = [last.draft.tokens.shape[1]] * len(self.owner) if last.draft.size is None else last.draft.size.tolist()
+        resting = last.resting.tolist()
         told = _Told(last.verification.logprobs)
         found = []
         for row, (index, request) in enumerate(zip(self.owner, self.asked, strict=True)):
@@ -77,7 +79,8 @@ class Turn:
                 stopped = bool(new) and new[-1] in request.params.stop_token_ids
                 finished = ("stop" if stopped else "length") if row in ended else None
                 kept = min(accepted[row], len(new))
-                found.append(Progress(index, new, kept, sizes[row], finished, dict(last.seconds), *told.of(row, len(new), request)))
+                logs = told.of(row, len(new), request)
+                found.append(Progress(index, new, kept, sizes[row], finished, resting[row], dict(last.seconds), *logs))
         return found
 
     def finished(self) -> list[tuple[int, Int[Tensor, "L"], int]]:

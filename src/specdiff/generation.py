@@ -58,5 +58,5 @@ class Answer:
         g.accepted += [k < p.accepted for k in range(kept)]
         g.logprobs += p.logprobs[:kept]
         g.top_logprobs += p.top_logprobs[:kept]
-        g.stats.add(p.drafted, p.accepted, kept, p.seconds)
+        g.stats.add(p.drafted, p.accepted, kept, p.seconds, resting=p.resting)
         return [Piece(new, accepted, g) for new, accepted in pieces]

@@ -11,8 +11,9 @@ from specdiff.types import Round
 class Stats:
     """Counts of one request. Rounds without a draft count as rounds, and in `plain_rounds`.
 
-    `tau` is tokens per round including the bonus token, `alpha` accepted / drafted; `reached[k]` and `kept[k]` count how
-    often draft position k was looked at and accepted. `seconds` are shared by all rows of a batch.
+    `faults` counts how often the drafter broke: once a request at most, for it then rests. `tau` is tokens per round including the
+    bonus token, `alpha` accepted / drafted; `reached[k]` and `kept[k]` count how often draft position k was looked at and accepted.
+    `seconds` are shared by all rows of a batch.
     """
 
     rounds: int = 0
@@ -20,18 +21,20 @@ class Stats:
     tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    faults: int = 0
     reached: list[int] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, drafted: int, accepted: int, emitted: int, seconds: Mapping[str, float]) -> None:
-        """One round of one row: `drafted` proposed, `accepted` of them kept, `emitted` tokens committed."""
+    def add(self, drafted: int, accepted: int, emitted: int, seconds: Mapping[str, float], *, resting: bool = False) -> None:
+        """One round of one row: `drafted` proposed, `accepted` of them kept, `emitted` tokens committed; `resting` as in Round."""
         accepted = min(accepted, emitted)
         self.rounds += 1
         self.plain_rounds += drafted == 0
         self.tokens += emitted
         self.drafted += drafted
         self.accepted += accepted
+        self.faults = max(self.faults, int(resting))
         self.reached += [0] * (drafted - len(self.reached))
         self.kept += [0] * (drafted - len(self.kept))
         for k in range(min(accepted + 1, drafted)):
@@ -63,6 +66,7 @@ class Stats:
             "tokens": self.tokens,
             "drafted": self.drafted,
             "accepted": self.accepted,
+            "faults": self.faults,
             "tau": self.tau,
             "alpha": self.alpha,
             "per_position": self.per_position,
@@ -76,7 +80,8 @@ def fold(rounds: Iterable[Round]) -> list[Stats]:
     for r in rounds:
         rows = rows or [Stats() for _ in range(len(r.emitted))]
         sizes = r.draft.size.tolist() if r.draft.size is not None else [r.draft.tokens.shape[1]] * len(rows)
-        for row, size, accepted, emitted in zip(rows, sizes, r.verification.accepted.tolist(), r.emitted.tolist(), strict=True):
+        told = zip(rows, sizes, r.verification.accepted.tolist(), r.emitted.tolist(), r.resting.tolist(), strict=True)
+        for row, size, accepted, emitted, resting in told:
             if emitted:
-                row.add(size, accepted, emitted, r.seconds)
+                row.add(size, accepted, emitted, r.seconds, resting=resting)
     return rows

@@ -246,6 +246,7 @@ class Round:
     """One turn of draft, score, verify, commit. `batch` is as it stands afterwards.
 
     `emitted[b]` tokens were committed: accepted + 1, fewer where a stop id or the length limit fell inside, 0 for done rows.
+    `resting` rows draft no more before their next request, because the drafter broke in this one (in this round or before).
     """
 
     draft: Draft
@@ -253,6 +254,7 @@ class Round:
     emitted: Int[Tensor, "B"]
     batch: Batch
     seconds: Mapping[str, float]
+    resting: Bool[Tensor, "B"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from doubles import Stateless, ToyDenoiser
-from specdiff import decode, engine, stats
+from specdiff import SpeculativeLM, decode, engine, stats
 from specdiff.check.texts import compare, law, texts
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
@@ -157,6 +157,29 @@ def test_the_tokens_before_the_fault_stay_and_then_the_row_rests() -> None:
     assert sizes[0] == [2, 3, 3] and {s[0] for s in sizes[1:]} == {0} and {s[1] for s in sizes} == {3}
     counted = stats.fold(rounds)
     assert counted[0].plain_rounds == counted[0].rounds - 1 and counted[1].plain_rounds == 0
+    assert [c.faults for c in counted] == [c.as_dict()["faults"] for c in counted] == [1, 0, 0]
+
+
+def faults_of(drafter: Drafter[Any], count: int = 5, rows: int = 2) -> list[int]:
+    """What the answers' own stats say."""
+    lm = SpeculativeLM(TARGET, drafter, None, 64)
+    prompts = [[i % V, 1] for i in range(count)]
+    return [g.stats.faults for g in lm.generate(prompts, max_tokens=14, rows=rows, seed=0)]
+
+
+@pytest.mark.filterwarnings("ignore:the drafter Spoiled")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_stats_of_an_answer_say_that_the_drafter_broke(fault: str) -> None:
+    """Once a request: it rests until the next one."""
+    assert faults_of(Spoiled(FAULTS[fault][0], every=1)) == [1] * 5
+    assert faults_of(SOUND) == [0] * 5
+
+
+@pytest.mark.filterwarnings("ignore:the drafter Spoiled")
+def test_only_the_rows_that_broke_are_counted() -> None:
+    found = faults_of(Spoiled(FAULTS["nan"][0], every=8), count=12)
+    assert 0 < sum(found) < 12
+    assert found == faults_of(Spoiled(FAULTS["nan"][0], every=8), count=12, rows=12)
 
 
 def test_once_every_row_rests_nothing_is_drafted_until_a_request_joins() -> None:
@@ -204,3 +227,5 @@ def test_trouble_as_requests_come_and_go(role: str) -> None:
     with pytest.warns(RuntimeWarning, match=r"drafter Clumsy raised IndexError as requests (joined|left): lost a row") as caught:
         found = served(Clumsy(lambda d, h, a: d), requests())
     assert len(caught) == 1 and found == served(NoDrafter(), requests())
+    with pytest.warns(RuntimeWarning, match="drafter Clumsy"):  # a request that has its answer counts no fault
+        assert faults_of(Clumsy(lambda d, h, a: d)) == [int(role == "admit")] * 5

@@ -19,10 +19,9 @@ from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.nn.causal import SmallCausalLM
-from specdiff.sampling import probabilities
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
-from specdiff.types import Batch, Params, Round, SamplingParams, TargetInfo
+from specdiff.types import Batch, Round, SamplingParams, TargetInfo
 from specdiff.verify import VERIFIERS, Verifier
 
 __all__ = ["DENOISER", "DRAFTERS", "PAIRS", "TARGET", "causal_drafter", "compare", "fit", "last", "law", "texts", "written"]
@@ -62,15 +61,13 @@ def last(rounds: Iterable[Round]) -> Batch:
 
 @lru_cache(maxsize=64)
 def law(params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
-    """Every text that TARGET may write, up to its stop id or max_tokens, with its chance; penalties by the slow reference."""
+    """Every text that TARGET may write, up to its stop id or max_tokens, with its chance, by the slow reference."""
     open_, ended = {(): 1.0}, {}
     for _ in range(params.max_tokens):
         grown = {}
         for text, chance in open_.items():
             before, anchor = [0, *prompt, *text][-2:]
-            logits = reference.adjusted(TARGET.table[before, anchor].tolist(), prompt, text, params)
-            row = torch.tensor(logits, dtype=torch.float64).view(1, 1, V)
-            for token, p in enumerate(probabilities(row, Params.stack([params], torch.tensor([0])))[0, 0].tolist()):
+            for token, p in enumerate(reference.law(TARGET.table[before, anchor].tolist(), prompt, text, params)):
                 if p > 0:
                     (ended if token in params.stop_token_ids else grown)[(*text, token)] = chance * p
         open_ = grown

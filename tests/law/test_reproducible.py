@@ -1,7 +1,7 @@
 """L4: the same seed gives the same tokens, bit for bit, whatever shares the batch; under `match`, whatever drafts."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import cycle
@@ -92,6 +92,31 @@ def test_in_another_order(drafter: str, verifier: str) -> None:
 @pairs
 def test_through_the_engine(drafter: str, verifier: str, rows: int) -> None:
     assert served(REQUESTS, DRAFTERS[drafter], verifier, rows) == alone(drafter, verifier)
+
+
+def arriving() -> Iterator[Request | None]:
+    """The first of all runs on for long; a few come with it, then one a round, as long as there are free rows."""
+    yield Request([2], SamplingParams(max_tokens=120), 77)
+    yield from REQUESTS[:3]
+    for request in REQUESTS[3:]:
+        yield from (None, request)
+
+
+@pairs
+def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> None:
+    """Every fourth request is cancelled after its second round: what it had is no other, and neither is what the rest gets."""
+    found, heard = defaultdict[int, list[int]](list), defaultdict[int, int](int)
+    made = DRAFTERS[drafter]
+    for turn in engine.serve(TARGET, made, arriving(), verifier=VERIFIERS[verifier], draft_len=made.draft_len, rows=4, slots=122):
+        for progress in turn.progress():
+            found[progress.request - 1] += progress.tokens
+            heard[progress.request] += 1
+            if progress.request % 4 == 2 and heard[progress.request] == 2:
+                turn.cancel(progress.request)
+    whole = alone(drafter, verifier)
+    assert any(len(found[i]) < len(text) for i, text in enumerate(whole))
+    for i, text in enumerate(whole):
+        assert found[i] == (text[: len(found[i])] if i % 4 == 1 else text), i
 
 
 @pairs

@@ -5,8 +5,9 @@ One verb is one file with one function of that name; its heavy imports are insid
 
 import os
 import sys
+import warnings
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -32,18 +33,26 @@ for verb in (generate, sample, check, data, train, env):
 
 
 def main() -> None:
-    """Entry point: one clear line for every error raised on purpose."""
+    """Entry point: one clear line for every error raised on purpose, and for every warning."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in (*verbs(), "-h", "--help", "--version"):
         arguments = ["generate", *arguments]
     try:
-        app(arguments)
+        with warnings.catch_warnings():  # which puts back what is set here
+            warnings.showwarning = _told
+            app(arguments)
     except SpecdiffError as error:
         print(f"specdiff: error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; say nothing at exit either
         sys.exit(1)
+
+
+def _told(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
+) -> None:
+    print(f"specdiff: warning: {message}", file=file or sys.stderr)
 
 
 @app.callback(invoke_without_command=True)

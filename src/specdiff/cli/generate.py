@@ -140,6 +140,8 @@ def _footer(name: str, answer: "Generation", seconds: float) -> str:
     drafted = f"tau {s.tau:.2f}, accepted {s.accepted} of {s.drafted} drafted tokens in {s.rounds} rounds"
     if s.plain_rounds:
         drafted += f" ({s.plain_rounds} without drafting)"
+    if s.faults:
+        drafted += "; the drafter broke, and rested from then on"
     rate = len(answer.token_ids) / max(seconds, 1e-9)
     return f"{name}: {len(answer.token_ids)} tokens in {seconds:.1f} s, {rate:.1f} tok/s; {drafted}"
 

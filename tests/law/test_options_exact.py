@@ -14,6 +14,12 @@ from specdiff.types import Batch, Draft, SamplingParams
 
 V, K = 3, 3
 OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.6},
+    "top_k": {"top_k": 2},
+    "top_p": {"top_p": 0.75},
+    "min_p": {"min_p": 0.3},
+    "filters": {"temperature": 1.4, "top_k": 2, "top_p": 0.9, "min_p": 0.1},
     "repetition": {"repetition_penalty": 1.9},
     "presence": {"presence_penalty": 1.6},
     "frequency": {"frequency_penalty": -1.2},
@@ -21,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "allowed": {"allowed_token_ids": (0, 2)},
     "all": {
         "temperature": 0.7, "repetition_penalty": 0.6, "presence_penalty": 0.5, "frequency_penalty": 0.9, "logit_bias": ((1, 3.0),),
-        "allowed_token_ids": (1, 2),
+        "allowed_token_ids": (1, 2), "top_p": 0.9,
     },
 }  # fmt: skip
 PROMPT, ANSWER = [1, 1], [1, 0]  # nowhere a 2: whether it occurs is for the draft to say
@@ -43,9 +49,8 @@ def exact(asked: dict[str, Any], count: int = 40, seed: int = 0) -> tuple[Cases,
         rows = []
         for index in range(V**k):
             draft = tuple(index // V ** (k - 1 - i) % V for i in range(k))
-            told = [reference.adjusted(row, PROMPT, [*ANSWER, *draft], params) for row in logits_after(table, draft).tolist()]
-            temperature = float(torch.tensor(params.temperature))  # float32, as a batch holds it
-            rows.append(torch.softmax(torch.tensor(told, dtype=torch.float64) / temperature, -1))
+            told = [reference.law(row, PROMPT, [*ANSWER, *draft], params) for row in logits_after(table, draft).tolist()]
+            rows.append(torch.tensor(told, dtype=torch.float64))
         p.append(torch.stack(rows, dim=1))
     return replace(cases, p=p), table
 
@@ -68,6 +73,12 @@ def test_emits_exactly_the_law_the_options_define(option: str, name: str) -> Non
     logits, batch = scored(rounded(OPTIONS[option]), draft, table)
     plan = verify.PLANS[name](draft, law(logits, batch, draft))
     assert worst(emitted_law(cases, plan, longest=name == "block")[0], cases) <= 1e-12
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_moves_the_law(option: str) -> None:
+    """So the test above says something of each."""
+    assert max(float((one - two).abs().max()) for one, two in zip(exact(rounded(OPTIONS[option]))[0].p, exact({})[0].p, strict=True)) > 0.1
 
 
 @pytest.mark.parametrize("name", ["token", "block", "match"])
