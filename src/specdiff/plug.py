@@ -135,7 +135,8 @@ def _prompts(input_ids: Int[Tensor, "B P"], model_kwargs: Mapping[str, Any]) -> 
     if not input_ids.shape[1] or bool((mask[:, -1] != 1).any()) or bool((mask.diff(dim=1) < 0).any()):
         raise UsageError("attention_mask must be zeros, then ones up to the end of each row; tokenize with padding_side='left'")
     positions = model_kwargs.get("position_ids")
-    if positions is not None and bool(((positions - mask.cumsum(1) + 1) * mask).any()):
+    usual = (mask.cumsum(1) - 1) * mask
+    if positions is not None and (positions.shape[-1] != mask.shape[1] or bool((positions * mask != usual).any())):
         raise UsageError("position_ids must count the attended tokens from 0; leave them out")
     return [row[-int(n) :].tolist() for row, n in zip(input_ids, mask.sum(1), strict=True)]
 

@@ -33,7 +33,8 @@ class Ending:
         self.rest = StoppingCriteriaList([c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)])
         self.fills = any(isinstance(c, EosTokenCriteria) for c in criteria)
         self.prompt, self.pad = prompt, pad
-        self.at: list[int | None] = [None] * len(prompt)
+        self.at: list[int | None] = [None] * len(prompt)  # where a criterion said stop
+        self.bounds = [self.new] * len(prompt)  # most tokens of each row, as far as is known
 
     def __call__(self, last: Round) -> Bool[Tensor, "B"]:
         """Ask about the round's new positions, and say which rows are over."""
@@ -47,13 +48,12 @@ class Ending:
                     self.at[row] = place
         ends = [n if at is None and n >= self.new else at for n, at in zip(written, self.at, strict=True)]
         longest = self.new if None in ends else max(end for end in ends if end is not None)
-        over = [at is not None if self.fills else n >= longest for n, at in zip(written, self.at, strict=True)]
-        return torch.tensor(over, device=last.emitted.device)
+        self.bounds = [(self.new if at is None else at) if self.fills else longest for at in self.at]
+        return torch.tensor([n >= most for n, most in zip(written, self.bounds, strict=True)], device=last.emitted.device)
 
     def lengths(self, batch: Batch) -> list[int]:
-        """How many tokens each row's answer has, once all are over."""
-        own = [n if at is None else at for n, at in zip(_written(batch), self.at, strict=True)]
-        return own if self.fills else [max(own)] * len(own)
+        """How many tokens each row's answer has so far."""
+        return [min(n, most) for n, most in zip(_written(batch), self.bounds, strict=True)]
 
 
 class Written:
@@ -82,12 +82,12 @@ class Written:
             self._count(self.stats, last, written, emitted)
         running = [n for n, done in zip(written, last.batch.done.tolist(), strict=True) if not done]
         if self.streamer is not None and running and min(running) > self.streamed:
-            self._stream(self.streamer, self._rows(last.batch, [min(n, self._end(row)) for row, n in enumerate(written)]), min(running))
+            self._stream(self.streamer, self._rows(last.batch), min(running))
 
     def finish(self, batch: Batch) -> Int[Tensor, "B P+L"]:
         """The sequences; the rest of them goes to the streamer."""
         lengths = self.ending.lengths(batch)
-        answer = self._rows(batch, lengths)
+        answer = self._rows(batch)
         if self.streamer is not None:
             self._stream(self.streamer, answer, max(lengths))
             self.streamer.end()
@@ -100,15 +100,11 @@ class Written:
         """`finish`, and what was kept, as transformers returns it for return_dict_in_generate."""
         sequences: Any = self.finish(batch)
         steps = sequences.shape[1] - self.ending.prompt.shape[1]
-        scores, logits = (None if kept is None else tuple(kept[:steps]) for kept in (self.scores, self.logits))
-        return GenerateDecoderOnlyOutput(sequences, scores=scores, logits=logits)
+        kept: list[Any] = [None if steps_of is None else tuple(steps_of[:steps]) for steps_of in (self.scores, self.logits)]
+        return GenerateDecoderOnlyOutput(sequences, scores=kept[0], logits=kept[1])
 
-    def _end(self, row: int) -> int:
-        at = self.ending.at[row]
-        return self.ending.new if at is None or not self.ending.fills else at
-
-    def _rows(self, batch: Batch, lengths: list[int]) -> Int[Tensor, "B L"]:
-        start = self.ending.prompt.shape[1]
+    def _rows(self, batch: Batch) -> Int[Tensor, "B L"]:
+        start, lengths = self.ending.prompt.shape[1], self.ending.lengths(batch)
         answer = shown(self.ending.prompt, batch, self.ending.pad)[:, start : start + max(lengths)]
         place = torch.arange(answer.shape[1], device=answer.device)
         return answer.where(place < torch.tensor(lengths, device=answer.device)[:, None], self.ending.pad)
@@ -123,9 +119,9 @@ class Written:
         sizes = [last.draft.tokens.shape[1]] * len(written) if last.draft.size is None else last.draft.size.tolist()
         seconds = dict(last.seconds)
         for row, accepted in enumerate(last.verification.accepted.tolist()):
-            kept = min(emitted[row], self._end(row) - written[row] + emitted[row])
+            behind = max(0, written[row] - self.ending.bounds[row])
             if emitted[row]:
-                stats.add(sizes[row], accepted, kept, seconds)
+                stats.add(sizes[row], accepted, emitted[row] - behind, seconds)
                 seconds = {}
 
 
