@@ -20,8 +20,10 @@ _HOME = {
     "SamplingParams": "types",
     "SpecdiffError": "errors",
     "SpeculativeLM": "lm",
+    "Stats": "stats",
     "Target": "targets.base",
     "TargetInfo": "types",
+    "custom_generate": "plug",
     "decode": None,
     "load": "lm",
 }

@@ -76,13 +76,13 @@ def target(
     """The target a spec names, self-tested, and the folder its tokenizer is in. `options`: see `specdiff.load`."""
     folder = model_folder(spec)
     from specdiff.models.causal import load_model
-    from specdiff.targets.causal import CausalTarget
+    from specdiff.targets.causal import attached
 
     try:
         model = load_model(folder, dtype, device, options)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}. Built-in models: {', '.join(model_names())}") from error
-    return CausalTarget(model, name=spec), folder
+    return attached(model, name=spec), folder
 
 
 def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = None) -> Drafter[Any]:

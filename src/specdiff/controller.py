@@ -5,7 +5,10 @@ and is probed again after ever longer pauses.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from specdiff.drafters.base import Drafter
+from specdiff.errors import UsageError
 from specdiff.types import Round
 
 PLAIN_PROBES = 2  # plain rounds timed at the start, so that there is something to compare with
@@ -63,3 +66,18 @@ class Controller:
         else:
             self.plain_seconds = seconds if self.plain == 0 else MEMORY * self.plain_seconds + (1 - MEMORY) * seconds
             self.plain += 1
+
+
+def draft_length(given: int | str | None, drafter: Drafter[Any], *, steady: bool) -> int | Controller:
+    """K, or a Controller, for what a caller gave: a number, "auto", or None: "auto" too, but the drafter's own K where the text must
+    not depend on clocks (`steady`). 0 for a drafter that never drafts. Raises UsageError for anything else.
+    """
+    if given not in (None, "auto") and not isinstance(given, int):
+        raise UsageError(f"draft_len must be a whole number of at least 1 or 'auto', not {given!r}")
+    if isinstance(given, int) and given < 1:
+        raise UsageError(f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'")
+    if drafter.draft_len == 0:
+        return 0
+    if given == "auto" or (given is None and not steady):
+        return Controller(drafter.draft_len)
+    return drafter.draft_len if given is None else int(given)

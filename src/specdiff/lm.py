@@ -10,7 +10,7 @@ from typing import Any, overload
 import torch
 
 from specdiff import catalog, engine
-from specdiff.controller import Controller
+from specdiff.controller import draft_length
 from specdiff.detokenizer import Detokenizer, StopStrings
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.elsewhere import across
@@ -165,7 +165,7 @@ class SpeculativeLM:
             own = replace(params, max_tokens=room, stop_token_ids=(*params.stop_token_ids, *ends))
             requests.append(engine.Request(ids, own, row_seed(root, i)))
         drafter = self._drafter(drafter_options or {})
-        length = _draft_length(draft_len, drafter, seeded=seed is not None)
+        length = draft_length(draft_len, drafter, steady=seed is not None)
         engine.check(requests, self.target)
         for turn in engine.serve(self.target, drafter, requests, verifier=verifier_named(verifier), draft_len=length, rows=rows):
             for p in turn.progress():
@@ -217,18 +217,6 @@ def _sampling(options: Mapping[str, Any]) -> SamplingParams:
     if isinstance(bias, Mapping):
         options = {**options, "logit_bias": tuple((int(token), float(value)) for token, value in bias.items())}
     return SamplingParams(**options)
-
-
-def _draft_length(given: int | str | None, drafter: Drafter[Any], seeded: bool) -> int | Controller:
-    if given not in (None, "auto") and not isinstance(given, int):
-        raise UsageError(f"draft_len must be a whole number of at least 1 or 'auto', not {given!r}")
-    if isinstance(given, int) and given < 1:
-        raise UsageError(f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'")
-    if drafter.draft_len == 0:
-        return 0
-    if given == "auto" or (given is None and not seeded):
-        return Controller(drafter.draft_len)
-    return drafter.draft_len if given is None else int(given)
 
 
 def load(

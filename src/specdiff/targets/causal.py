@@ -16,6 +16,7 @@ from specdiff.targets.base import Target
 from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
 
 CHUNK = 512  # prompt positions a forward, so that a long prompt's logits and scores stay small
+ATTACHED = "_specdiff_target"
 
 
 @dataclass(slots=True)
@@ -75,6 +76,20 @@ class CausalTarget(Target[CausalCache]):
 
     def release(self, cache: CausalCache, rows: Int[Tensor, "R"]) -> None:
         return None  # the next request overwrites the row
+
+
+def attached(model: PreTrainedModel, name: str = "") -> CausalTarget:
+    """The target of a model, self-tested once: again only where its dtype, device or attention has changed since.
+
+    It hangs on the model itself, so that the two are forgotten together; a table beside them would keep both for ever.
+    """
+    known = vars(model).get(ATTACHED)
+    now = (model.dtype, home(model), model.config._attn_implementation)
+    if known is None or (known[0].info.dtype, known[0].info.device, known[1]) != now:
+        made = CausalTarget(model, name)
+        known = vars(model)[ATTACHED] = (made, model.config._attn_implementation)
+    target: CausalTarget = known[0]
+    return target
 
 
 def _table(layer: torch.nn.Module | None, kind: type[torch.nn.Module]) -> Float[Tensor, "V D"] | None:
