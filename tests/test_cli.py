@@ -79,6 +79,7 @@ def test_generate_streams_text_to_stdout_and_the_footer_to_stderr() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "\x1b" not in done.stdout and "tok/s" not in done.stdout
     assert "tau" in done.stderr and "the same tokens" in done.stderr and "speculative / plain" in done.stderr
+    assert "break-even tau" in done.stderr
 
 
 @pytest.mark.real

@@ -168,10 +168,13 @@ def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "G
     differs = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if differs is None and len(answer.token_ids) != len(without.token_ids):
         differs = min(len(answer.token_ids), len(without.token_ids))
+    ratio, drafted_always = speed["speculative"] / speed["plain"], answer.stats.drafted > 0 and not answer.stats.plain_rounds
     return {
         "plain_tokens_per_second": speed["plain"],
         "speculative_tokens_per_second": speed["speculative"],
-        "ratio": speed["speculative"] / speed["plain"],
+        "ratio": ratio,
+        # what a drafting round costs in plain steps; plain rounds in between would blur it
+        "break_even_tau": answer.stats.tau / ratio if drafted_always else None,
         "same_tokens": differs is None,
         "first_difference": differs,
     }
@@ -185,6 +188,8 @@ def _verdict(c: dict[str, Any], temperature: float, verifier: str) -> str:
     else:
         same = f"OTHER TOKENS from position {c['first_difference']} on (near-ties in a low-precision dtype can do this)"
     faster = "faster" if c["ratio"] >= 1 else "SLOWER"
+    if c["break_even_tau"] is not None:
+        faster += f", break-even tau {c['break_even_tau']:.2f}"
     return (
         f"plain: {c['plain_tokens_per_second']:.1f} tok/s, {same}\n"
         f"speculative / plain: {c['ratio']:.2f}x ({faster}; medians of alternating runs in this process)"
