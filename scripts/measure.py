@@ -5,6 +5,7 @@
     python scripts/measure.py host         host time per round outside the networks
     python scripts/measure.py draft-cost   SEDD draft cost against window, blocks and gamma (untrained networks)
     python scripts/measure.py data         writing a corpus: transformers' batched generate against our engine
+    python scripts/measure.py plug         inside transformers' generate: its own loop, prompt lookup, and custom_generate
     python scripts/measure.py acceptance   tau and break-even tau of a drafter on held-out prompts, temperature 0 and 1
 
 Nothing else should run on the machine meanwhile.
@@ -218,6 +219,55 @@ def data(a: argparse.Namespace) -> None:
             )
 
 
+PROMPTS = (
+    "Explain how rain forms, step by step.",
+    "List five animals, and say why you like each.",
+    "What is a good name for a small black cat, and why?",
+    "Copy this twice: the quick brown fox jumps over the lazy dog, and the lazy dog sleeps on under the quick brown fox.",
+)
+
+
+def plug(a: argparse.Namespace) -> None:
+    """Greedy tokens/s as ratios to an untouched model's own generate, prompts one by one and in one left-padded batch."""
+    lm = specdiff.load(a.model, "none", dtype=a.dtype)
+    net, pad = lm.target.model, lm.tokenizer.pad_token_id
+    stock = type(net).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=net.dtype).eval()
+    net.generation_config.eos_token_id = stock.generation_config.eos_token_id = None
+    asked = [lm.encode(p) for p in PROMPTS]
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {
+        "transformers": (stock, {}),
+        "prompt lookup": (stock, {"prompt_lookup_num_tokens": 4}),
+        "plain, our attention": (net, {}),
+        "auto": (net, {"custom_generate": specdiff.custom_generate, "drafter": "auto"}),
+        "ngram": (net, {"custom_generate": specdiff.custom_generate, "drafter": "ngram"}),
+        "ngram, 4": (net, {"custom_generate": specdiff.custom_generate, "drafter": "ngram", "draft_len": 4}),
+    }
+    for batches in ([[p] for p in asked], [asked]):
+        told = {name: stats.Stats() for name in ways}
+
+        def run(name: str, batches: list[list[list[int]]] = batches, told: dict[str, stats.Stats] = told) -> None:
+            model, options = ways[name]
+            for batch in batches:
+                width = max(map(len, batch))
+                ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch])
+                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
+                given = {**options, "stats": told[name]} if "custom_generate" in options else options
+                out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=a.tokens, pad_token_id=pad, **given)
+                assert out.shape[1] == width + a.tokens
+
+        calls = {name: (lambda name=name: run(name)) for name in ways if len(batches[0]) == 1 or name != "prompt lookup"}
+        seconds = alternate(calls, a.times, 1)
+        for name, taken in seconds.items():
+            ratios = [s / t for s, t in zip(seconds["transformers"], taken, strict=True)]
+            rate = len(asked) * a.tokens / statistics.median(taken)
+            told_of = f", tau {told[name].tau:.2f}, alpha {told[name].alpha:.2f}" if told[name].rounds else ""
+            print(
+                f"batch {len(batches[0])}, {name:20}: {rate:6.1f} tok/s, ratio {statistics.median(ratios):.2f} "
+                f"({min(ratios):.2f}-{max(ratios):.2f}){told_of}",
+                flush=True,
+            )
+
+
 class Tally:
     """One way of decoding over all prompts: Stats, the same up to the first repeated 8-gram, and seconds of every round."""
 
@@ -261,7 +311,7 @@ def acceptance(a: argparse.Namespace) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "data", "acceptance"))
+    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "data", "plug", "acceptance"))
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--drafter", default="sedd")
     p.add_argument("--dtype", default="auto")
@@ -274,7 +324,9 @@ def main() -> None:
     p.add_argument("--rows", type=int, nargs="+", default=[16, 64], help="batch sizes (data)")
     p.add_argument("--data", help="corpus folder whose last rows are held out (acceptance)")
     a = p.parse_args()
-    commands = {"forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "acceptance": acceptance}
+    commands = {
+        "forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "plug": plug, "acceptance": acceptance,
+    }  # fmt: skip
     commands[a.what](a)
 
 

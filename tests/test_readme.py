@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,18 @@ def test_the_python_session_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "tau" not in capsys.readouterr().err
 
 
+@pytest.mark.real
+def test_the_session_inside_transformers_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    scope: dict[str, Any] = {}
+    exec(BLOCKS[1], scope)
+    assert scope["out"].shape == (2, scope["inputs"]["input_ids"].shape[1] + 16) or (scope["out"] == scope["tokenizer"].eos_token_id).any()
+    assert "The sky is" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_the_example_drafter_is_lossless(name: str) -> None:
     scope: dict[str, type] = {}
-    exec(BLOCKS[1], scope)
+    exec(BLOCKS[2], scope)
     target, rows, length = TableTarget.random(3, seed=1), 20_000, 3
     batch = Batch.of([[0, 1]] * rows, [SamplingParams(max_tokens=length)] * rows, range(rows))
     rounds = list(decode.decode(target, scope["Mine"](target.info), batch, verifier=VERIFIERS[name], draft_len=2))
