@@ -83,6 +83,7 @@ def test_score_entropy_pretraining_and_finetuning(process: str, tmp_path: Path, 
         pass
     after = plan.trainer.held_out()["held_out_loss"]
     assert after < 0.95 * before
+    assert json.loads((tmp_path / "a" / "training" / "curve.jsonl").read_text().splitlines()[-1])["tau_at_1"] >= 1
     exported = load_file(tmp_path / "a" / "model.safetensors")
     last = checkpoint.complete(tmp_path / "a" / "training" / "checkpoints")[-1]
     tensors, _ = checkpoint.read(last)

@@ -70,7 +70,7 @@ def prepare(
     tokenizer = tokenizer_of(folder)
     task = _task(recipe, corpus, training, target, tokenizer, catalog.same_target(model))
     evaluate = None
-    if not trained and recipe.process == "absorb":  # nothing drafts with the uniform process; its held-out loss is logged
+    if not trained:
         prompts = evaluation.held_out_prompts(corpus, held_out, recipe.eval_prompts)
         ends = SpeculativeLM(target, "none", tokenizer, 2).end_ids
         evaluate = partial(evaluation.of_folder, target=target, prompts=prompts, max_tokens=recipe.eval_tokens, stop_ids=ends)
