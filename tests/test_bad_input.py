@@ -617,7 +617,7 @@ def test_a_damaged_gguf(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("share", [0.0001, 0.02, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.999])
 def test_a_truncated_gguf(tmp_path: Path, share: float) -> None:
     from specdiff.models import gguf
 
@@ -645,6 +645,12 @@ def chatting(target: CausalTarget, template: str) -> SpeculativeLM:
     raw = Tokenizer(models.WordLevel({"hi": 0, "there": 1, "?": 2}, unk_token="?"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return SpeculativeLM(target, "none", PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?", chat_template=template), 64)
+
+
+@pytest.fixture(scope="module")
+def chatty(target: CausalTarget) -> SpeculativeLM:
+    """One for all templates, so that only those that must be killed cost a process of their own."""
+    return chatting(target, "")
 
 
 @pytest.mark.parametrize(
@@ -680,17 +686,18 @@ def chatting(target: CausalTarget, template: str) -> SpeculativeLM:
         "type",
     ],
 )
-def test_an_evil_or_broken_chat_template(target: CausalTarget, template: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_evil_or_broken_chat_template(chatty: SpeculativeLM, template: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(templates, "SECONDS", 1)
     mark = tmp_path / "executed"
-    made = chatting(target, template.replace("MARK", str(mark)))
+    chatty.tokenizer.chat_template = template.replace("MARK", str(mark))
     with pytest.raises(SpecdiffError, match="chat template"):
-        made.chat([{"role": "user", "content": "hi there"}], max_tokens=1)
+        chatty.chat([{"role": "user", "content": "hi there"}], max_tokens=1)
     assert not mark.exists()
 
 
 def test_after_a_template_was_stopped_the_next_conversation_is_rendered(target: CausalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(templates, "WAITING", 100)  # on the clock: computing is what is short here, and a machine may be busy
     bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"  # constants are computed while compiling
     made = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
     hi = {"role": "user", "content": "hi"}
