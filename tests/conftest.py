@@ -1,1 +1,11 @@
 """Standing here puts this folder on the path, so that every test file can import its neighbours (`doubles`)."""
+
+import pytest
+
+import specdiff
+
+
+@pytest.fixture(scope="session")
+def lm() -> specdiff.SpeculativeLM:
+    """The packaged SmolLM2, with the drafter that ships for it (none, where none does)."""
+    return specdiff.load("smollm2-135m")

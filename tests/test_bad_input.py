@@ -422,7 +422,7 @@ def test_auto_map_is_refused(folder: Any, model_type: str) -> None:
     (made / "modeling.py").write_text(f"import os; os.mkdir({str(mark)!r})\nclass Config: ...\nclass Model: ...\n")
     auto = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     edit(made, lambda c: c.update(auto_map=auto, model_type=model_type))
-    with pytest.raises((UnsupportedModelError, UnknownNameError), match=r"auto_map|own code|custom code|brand_new") as caught:
+    with pytest.raises((UnsupportedModelError, ConfigError), match=r"auto_map|own code|custom code|brand_new") as caught:
         specdiff.load(str(made), device="cpu")
     assert str(made) in str(caught.value)
     assert not mark.exists()
@@ -456,19 +456,19 @@ def test_a_targets_config_that_says_nothing(folder: Any, text: str) -> None:
 def test_a_targets_config_with_a_bad_value(folder: Any, key: str, value: Any) -> None:
     made = folder("model")
     edit(made, lambda c: c.update({key: value}))
-    with pytest.raises(SpecdiffError) as caught:
+    with pytest.raises(ConfigError) as caught:
         specdiff.load(str(made), device="cpu")
-    assert str(made) in str(caught.value)
+    assert str(made / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["missing", "misshapen"])
-def test_a_target_with_a_bad_tensor(folder: Any, how: str) -> None:
+@pytest.mark.parametrize(("how", "told"), [("missing", r"lack {}"), ("misshapen", r"hold {} in shape \[3, 5\], not \[64, 32\]")])
+def test_a_target_with_a_bad_tensor(folder: Any, how: str, told: str) -> None:
     """transformers itself fills a missing one with random numbers, and warns."""
     made, name = folder("model"), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(made / "model.safetensors")
     changed = {k: v for k, v in tensors.items() if k != name} | ({} if how == "missing" else {name: torch.zeros(3, 5)})
     save_file(changed, made / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=name.replace(".", r"\.")):
+    with pytest.raises(WeightsError, match=told.replace("{}", name.replace(".", r"\."))):
         specdiff.load(str(made), device="cpu")
 
 
@@ -617,7 +617,7 @@ def test_a_damaged_gguf(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("share", [0.0001, 0.02, 0.5, 0.999])
+@pytest.mark.parametrize("share", [0.0001, 0.02, 0.999])
 def test_a_truncated_gguf(tmp_path: Path, share: float) -> None:
     from specdiff.models import gguf
 
@@ -645,6 +645,12 @@ def chatting(target: CausalTarget, template: str) -> SpeculativeLM:
     raw = Tokenizer(models.WordLevel({"hi": 0, "there": 1, "?": 2}, unk_token="?"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     return SpeculativeLM(target, "none", PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?", chat_template=template), 64)
+
+
+@pytest.fixture(scope="module")
+def chatty(target: CausalTarget) -> SpeculativeLM:
+    """One for all templates, so that only those that must be killed cost a process of their own."""
+    return chatting(target, "")
 
 
 @pytest.mark.parametrize(
@@ -680,17 +686,18 @@ def chatting(target: CausalTarget, template: str) -> SpeculativeLM:
         "type",
     ],
 )
-def test_an_evil_or_broken_chat_template(target: CausalTarget, template: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_evil_or_broken_chat_template(chatty: SpeculativeLM, template: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(templates, "SECONDS", 1)
     mark = tmp_path / "executed"
-    made = chatting(target, template.replace("MARK", str(mark)))
+    chatty.tokenizer.chat_template = template.replace("MARK", str(mark))
     with pytest.raises(SpecdiffError, match="chat template"):
-        made.chat([{"role": "user", "content": "hi there"}], max_tokens=1)
+        chatty.chat([{"role": "user", "content": "hi there"}], max_tokens=1)
     assert not mark.exists()
 
 
 def test_after_a_template_was_stopped_the_next_conversation_is_rendered(target: CausalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(templates, "SECONDS", 1)
+    monkeypatch.setattr(templates, "WAITING", 100)  # on the clock: computing is what is short here, and a machine may be busy
     bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"  # constants are computed while compiling
     made = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
     hi = {"role": "user", "content": "hi"}

@@ -31,16 +31,20 @@ from doubles import (
     verifier_of,
 )
 from law.samples import causal_drafter
-from specdiff import catalog, cli, verify
+from specdiff import SpeculativeLM, catalog, cli, verify
 from specdiff.check import Finding, Subject, check_drafter, check_target, check_verifier
 from specdiff.check.contract import Scores
-from specdiff.check.drafters import requests
+from specdiff.check.drafters import contract, requests
 from specdiff.check.recording import run
 from specdiff.check.toys import TableDrafter
+from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.ngram import NGramDrafter
+from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
+from specdiff.targets.causal import CausalTarget
 from specdiff.targets.table import TableTarget
 from specdiff.types import Context, Draft, TargetInfo
 from specdiff.verify import VERIFIERS
@@ -70,10 +74,11 @@ LAWFUL: dict[str, Build] = {
     "point masses": lambda info: TableDrafter(info.vocab_size, point=True),
     "one-shot": lambda info: DenoisingDrafter(toy(info)),
     "left-to-right": lambda info: DenoisingDrafter(toy(info), steps=2, draft_temperature=0.7),
-    "sedd": lambda info: tiny.drafter(info, length=40),
-    "sedd left-to-right": lambda info: tiny.drafter(info, steps=2, attention="causal-context", time_conditioning=False),
+    "sedd": lambda info: tiny.drafter(info, length=40, **SMALL),
+    "sedd left-to-right": lambda info: tiny.drafter(info, steps=2, attention="causal-context", time_conditioning=False, **SMALL),
     "autoregressive": lambda info: causal_drafter(info, seed=6),
 }
+SMALL: dict[str, Any] = {"n_blocks": 1, "hidden_size": 8, "n_heads": 2, "cond_dim": 4}
 
 
 @pytest.mark.parametrize("name", LAWFUL)
@@ -89,6 +94,57 @@ def test_a_drafter_of_one_target_is_checked_against_that() -> None:
     found = list(check_drafter(Subject(build, target), {"token": verify.token}, quick=True))
     assert not failed(found)
     assert "contract: law" in {f.name for f in found} and not [f for f in found if f.name.startswith("law under")]
+
+
+# ---- drafts over vocabularies too large to enumerate ----
+
+MANY: dict[str, Build] = {
+    "none": lambda info: NoDrafter(),
+    "ngram": lambda info: NGramDrafter(info),
+    "sedd": lambda info: tiny.drafter(info, **tiny.CACHED),
+    "sedd left-to-right": lambda info: tiny.drafter(info, steps=2, **tiny.CACHED),
+    "sedd windowed": lambda info: tiny.drafter(info, steps=2, n_blocks=1, length=40),
+    "sedd any": lambda info: AnyOrderDrafter(tiny.drafter(info, **tiny.CACHED).denoiser, steps=2),
+    "sedd of the uniform process": lambda info: AnyOrderDrafter(uniform(info), steps=2, sampler="euler"),
+    "autoregressive": lambda info: causal_drafter(info, seed=6),
+}
+
+
+def uniform(info: TargetInfo) -> SEDDDenoiser:
+    return SEDDDenoiser(tiny.sedd(tiny.sedd_config(info.vocab_size, process="uniform", n_blocks=1)), info)
+
+
+@pytest.fixture(scope="module")
+def llama() -> CausalTarget:
+    return tiny.target("llama")
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_what_a_built_in_drafter_says_of_its_draws_is_true(llama: CausalTarget, name: str) -> None:
+    found = list(contract(MANY[name](llama.info), llama, 500))
+    assert not failed(found)
+    assert len(found) == (1 if name in ("none", "ngram") or "any" in name or "uniform" in name else 5)
+
+
+@pytest.mark.parametrize("name", ["one position late", "untempered", "any order", "one uniform", "another seed"])
+def test_what_is_not_true_shows_over_many_tokens_too(llama: CausalTarget, name: str) -> None:
+    build, check, why = PLANTED[name]
+    assert why in failed(contract(build(llama.info), llama, 1000)).get(check, "")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["sedd", "autoregressive"])
+def test_what_a_bundled_drafter_says_of_its_draws_is_true(lm: SpeculativeLM, name: str) -> None:
+    found = list(contract(catalog.drafter(name, lm.target.info), lm.target, 200))
+    assert not failed(found) and len(found) == 5
+
+
+@pytest.mark.real
+def test_what_is_not_true_shows_in_the_few_texts_affordable_there(monkeypatch: pytest.MonkeyPatch, lm: SpeculativeLM) -> None:
+    made = catalog.drafter("autoregressive", lm.target.info)
+    propose = made.propose
+    monkeypatch.setattr(made, "propose", lambda context, state, noise, k: late(None, context, noise, propose(context, state, noise, k)))
+    assert "contract: law" in failed(contract(made, lm.target, 200))
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
@@ -122,7 +178,7 @@ def law(draft: Draft) -> torch.Tensor:
     return draft.probs
 
 
-def late(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
+def late(bug: Bug | None, context: Context, noise: Noise, draft: Draft) -> Draft:
     return replace(draft, probs=torch.cat([law(draft)[:, :1], law(draft)[:, :-1]], 1))
 
 

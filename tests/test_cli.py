@@ -1,7 +1,6 @@
 """The command line as a user meets it: separate processes, stdout and stderr apart, exit codes."""
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -15,9 +14,9 @@ from specdiff import cli
 PROMPT = "Write a haiku about rain."
 
 
-def specdiff(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def specdiff(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-c", "from specdiff.cli import main; main()", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
@@ -83,11 +82,13 @@ def test_generate_streams_text_to_stdout_and_the_footer_to_stderr() -> None:
 
 
 @pytest.mark.real
-def test_json_is_one_object_and_environment_variables_are_read() -> None:
-    done = specdiff(PROMPT, "--json", "--seed", "5", "--verifier", "match", SPECDIFF_GENERATE_MAX_TOKENS="9")
-    answer = json.loads(done.stdout)
+def test_json_is_one_object_and_environment_variables_are_read(
+    here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPECDIFF_GENERATE_MAX_TOKENS", "9")
+    answer = json.loads(here(PROMPT, "--json", "--seed", "5", "--verifier", "match")[1])
     assert len(answer["token_ids"]) <= 9 and answer["stats"]["drafted"] > 0 and answer["drafter"] == "auto"
-    plain = json.loads(specdiff(PROMPT, "--json", "--seed", "5", "--verifier", "match", "--drafter", "none", "--max-tokens", "9").stdout)
+    plain = json.loads(here(PROMPT, "--json", "--seed", "5", "--verifier", "match", "--drafter", "none", "--max-tokens", "9")[1])
     assert plain["token_ids"] == answer["token_ids"] and plain["text"] == answer["text"]
 
 

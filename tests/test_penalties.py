@@ -229,7 +229,7 @@ def test_an_autoregressive_draft_counts_all_before() -> None:
     run = decode.start(target, drafter, batch)
     decode.admit(run, torch.arange(4))
     with torch.inference_mode():
-        draft = drafter.propose(run.context, run.state, Noise.of(batch), 4)
+        draft = run.drafter.propose(run.context, run.state, Noise.of(batch), 4)
         assert draft.probs is not None
         for row in range(4):
             for k in range(4):

@@ -126,6 +126,14 @@ def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix
         tensor.copy_(found)
 
 
+def complete(folder: Path | str, report: Mapping[str, Any]) -> None:
+    """Refuse what transformers' loading report says it filled with random numbers: missing tensors, and misshapen ones."""
+    told = [f"lack {_few(sorted(report['missing_keys']))}"] * bool(report["missing_keys"])
+    told += [f"hold {name} in shape {list(is_)}, not {list(asked)}" for name, is_, asked in sorted(report["mismatched_keys"])[:1]]
+    if told:
+        raise WeightsError(f"the safetensors of {folder} {' and '.join(told)}; does its {CONFIG} describe another model?")
+
+
 def save(model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors; each file appears whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)

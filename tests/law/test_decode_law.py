@@ -72,12 +72,12 @@ def test_the_law_is_the_targets_own_and_the_filters_bite() -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pairs
 def test_texts_have_the_targets_law(drafter: str, verifier: str, setting: str) -> None:
-    assert fit(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], SETTINGS[setting], _enough(drafter)) > PASSES
+    assert fit(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], SETTINGS[setting], _enough(drafter, verifier)) > PASSES
 
 
-def _enough(drafter: str) -> int:
-    """Several passes in float64 cost more; what a wrong law of theirs looks like shows in FEW texts (below)."""
-    return FEW if drafter.startswith("any") else 100_000
+def _enough(drafter: str, verifier: str) -> int:
+    """Several passes in float64 cost more, and matching looks at no probabilities: what is wrong there shows in FEW texts (below)."""
+    return FEW if drafter.startswith(("any", "auto")) or verifier.startswith("match") else 100_000
 
 
 @pairs
@@ -91,7 +91,7 @@ def test_greedy_texts_are_the_argmax_path(drafter: str, verifier: str) -> None:
 @pairs
 def test_texts_end_where_the_law_says(drafter: str, verifier: str) -> None:
     """At the first stop id or at max_tokens, both often inside what a round had accepted."""
-    found = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], STOPPING, count=min(60_000, _enough(drafter)))
+    found = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], STOPPING, count=min(60_000, _enough(drafter, verifier)))
     assert compare(found, law(STOPPING)) > PASSES
     assert {int(n) for n in (found >= 0).sum(1).unique()} == {1, 2, 3, 4, 5}
 
@@ -100,18 +100,18 @@ def test_texts_end_where_the_law_says(drafter: str, verifier: str) -> None:
 def test_decode_after_a_longer_prompt(drafter: str, verifier: str) -> None:
     prompt = [2, 0, 1]
     params = SamplingParams(max_tokens=3)
-    batch = Batch.of([prompt] * 5000, [params] * 5000, range(5000))
+    batch = Batch.of([prompt] * 2000, [params] * 2000, range(2000))
     found = written(last(decode.decode(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier])))
     assert compare(found, law(params, tuple(prompt))) > PASSES
 
 
 @pairs
 def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> None:
-    """3000 requests over 512 rows: a text's law does not depend on who sat in its row before."""
-    requests = [engine.Request([1], STOPPING, seed) for seed in range(3000)]
+    """1500 requests over 256 rows: a text's law does not depend on who sat in its row before."""
+    requests = [engine.Request([1], STOPPING, seed) for seed in range(1500)]
     drafter_ = DRAFTERS[drafter]
     found = defaultdict(list)
-    for progress in engine.run(TARGET, drafter_, requests, verifier=VERIFIERS[verifier], draft_len=drafter_.draft_len, rows=512):
+    for progress in engine.run(TARGET, drafter_, requests, verifier=VERIFIERS[verifier], draft_len=drafter_.draft_len, rows=256):
         found[progress.request] += progress.tokens
     assert compare(list(found.values()), law(STOPPING)) > PASSES
 

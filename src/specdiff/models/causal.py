@@ -20,6 +20,7 @@ from specdiff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
 from specdiff.models.sight import refuse, sight_of
+from specdiff.weights import complete
 
 AttentionInterface.register(masks.ATTENTION, masks.grouped_attention)
 AttentionMaskInterface.register(masks.ATTENTION, sdpa_mask)  # the user's own padded batches still need their mask
@@ -140,6 +141,8 @@ def load_model(
     except StrictDataclassError as error:
         raise ConfigError(f"{path / 'config.json'}: {' '.join(str(error).split())}") from error
     except (OSError, ValueError, KeyError, ArithmeticError) as error:
+        if path.is_dir():
+            raise ConfigError(f"{path / 'config.json'} describes no model that can be built: {_first_line(error)}") from error
         raise UnknownNameError(f"cannot load the model {str(folder)!r}: {_first_line(error)}") from error
     refuse(config)
     if getattr(config, "auto_map", None):
@@ -160,11 +163,10 @@ def load_model(
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise WeightsError(f"a *.safetensors of {str(folder)!r} cannot be read (truncated or damaged?): {error}") from error
+        files = ", ".join(p.name for p in sorted(path.glob("*.safetensors")))
+        raise WeightsError(f"{folder}: {files or 'a *.safetensors'} cannot be read (truncated or damaged?): {error}") from error
     model, report = made
-    bad = sorted(report["missing_keys"]) + sorted(str(k[0]) for k in report["mismatched_keys"])
-    if bad:  # transformers would have filled them with random numbers
-        raise WeightsError(f"{folder}: the safetensors lack, or misshape, {', '.join(bad[:3])}; does config.json describe another model?")
+    complete(folder, report)
     placed = "device_map" in chosen or getattr(model, "is_quantized", False)
     loaded: PreTrainedModel = model if placed else model.to(device)
     return loaded

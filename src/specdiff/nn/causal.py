@@ -184,10 +184,6 @@ def _plain(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
         )
     except (OSError, ValueError, RuntimeError, ArithmeticError, SafetensorError) as error:
         raise WeightsError(f"the safetensors of {path} cannot be read (truncated or damaged?): {' '.join(str(error).split())}") from error
-    bad = sorted(report["missing_keys"]) + sorted(str(key[0]) for key in report["mismatched_keys"])
-    if bad:  # transformers would have filled them with random numbers
-        raise WeightsError(
-            f"the safetensors of {path} lack, or misshape, {', '.join(bad[:3])}; does {weights.CONFIG} describe another model?"
-        )
+    weights.complete(path, report)
     loaded: PreTrainedModel = net
     return loaded
