@@ -325,7 +325,8 @@ def main() -> None:
     p.add_argument("--data", help="corpus folder whose last rows are held out (acceptance)")
     a = p.parse_args()
     commands = {
-        "forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "plug": plug, "acceptance": acceptance,
+        "forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "plug": plug,
+        "acceptance": acceptance,
     }  # fmt: skip
     commands[a.what](a)
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -11,7 +12,6 @@ import families
 import pytest
 import torch
 import transformers
-from test_greedy import flips
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -70,12 +70,12 @@ def test_greedy_text(net: PreTrainedModel, rows: int, draft_len: int) -> None:
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(rows)]
     info = attached(net).info
     drafters = ["ngram", tiny.Hinted(texts, tiny.VOCAB, 5), tiny.drafter(info, steps=2), tiny.drafter(info, **tiny.CACHED)]
+    turns = itertools.cycle(("token", "block", "match"))
     for end in (None, texts[0][-NEW + 6]):
         want = theirs(net, **options, eos_token_id=end)
-        for drafter in drafters:
-            for verifier in ("token", "block", "match"):
-                got = ours(net, **options, eos_token_id=end, drafter=drafter, draft_len=draft_len, verifier=verifier)
-                assert torch.equal(got, want)
+        for drafter, verifier in zip(drafters, turns, strict=False):
+            got = ours(net, **options, eos_token_id=end, drafter=drafter, draft_len=draft_len, verifier=verifier)
+            assert torch.equal(got, want)
 
 
 def ruled(batch: int, ids: Tensor) -> list[int]:
@@ -397,11 +397,9 @@ def test_smollm_in_a_padded_batch(lm: specdiff.SpeculativeLM) -> None:
     }
     options: dict[str, Any] = {**rows, "max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.05}
     want = net.generate(**options)
-    for drafter in ("auto", "ngram"):
-        stats = specdiff.Stats()
-        got = net.generate(**options, custom_generate=specdiff.custom_generate, drafter=drafter, draft_len=4, stats=stats)
-        assert flips(net, got.tolist(), want.tolist()) <= 1 or torch.equal(got, want)
-        assert stats.accepted > 0
+    stats = specdiff.Stats()
+    assert torch.equal(net.generate(**options, custom_generate=specdiff.custom_generate, draft_len=4, stats=stats), want)
+    assert stats.accepted > 0
     stop = StoppingCriteriaList([StopStringCriteria(tokenizer, ["3.", "hree"])])
     want = net.generate(**options, stopping_criteria=stop)
     assert want.shape[1] < width + 16
