@@ -133,7 +133,8 @@ def _prompts(input_ids: Int[Tensor, "B P"], model_kwargs: Mapping[str, Any]) -> 
     given = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if given is None else given.long()
     if not input_ids.shape[1] or bool((mask[:, -1] != 1).any()) or bool((mask.diff(dim=1) < 0).any()):
-        raise UsageError("attention_mask must be zeros, then ones up to the end of each row; tokenize with padding_side='left'")
+        raise UsageError("attention_mask must be zeros, then ones up to the end of each row; tokenize with padding_side='left', and give "
+                         "the mask (without one, transformers takes every pad token for padding, inside a text too)")  # fmt: skip
     positions = model_kwargs.get("position_ids")
     usual = (mask.cumsum(1) - 1) * mask
     if positions is not None and (positions.shape[-1] != mask.shape[1] or bool((positions * mask != usual).any())):
