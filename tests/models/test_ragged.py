@@ -69,7 +69,7 @@ def test_the_roles_view(family: str) -> None:
     prompts = tiny.prompts(3)
     batch = tiny.batch_of(prompts)
     cache = target.open(3, 40, taps=(1,))
-    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts])
+    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long))
     draft = Draft(torch.randint(tiny.VOCAB, (3, 4), generator=torch.Generator().manual_seed(2)))
     out = target.score(cache, batch, draft)
     for row, prompt in enumerate(prompts):
@@ -81,7 +81,7 @@ def test_the_roles_view(family: str) -> None:
     target.keep(cache, batch, Verification(nothing, torch.zeros(3, 5, dtype=torch.long), torch.arange(5).expand(3, 5)))
     target.release(cache, torch.tensor([1]))
     joined = [9, 8, 7, 6, 5, 4, 3]
-    target.admit(cache, torch.tensor([1]), [torch.tensor(joined)])
+    target.admit(cache, torch.tensor([1]), [torch.tensor(joined)], torch.tensor([0]))
     batch = batch.with_rows(torch.tensor([1]), tiny.batch_of([joined]))
     again = target.score(cache, batch, draft)
     logits, _ = full(plain, torch.tensor([joined + draft.tokens[1].tolist()]))
@@ -93,7 +93,7 @@ def test_a_long_prompt_is_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
     target, prompts = tiny.target("llama"), [list(range(14)), [4, 4], [5]]
     cache = target.open(3, 40, taps=(0,))
-    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts])
+    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long))
     out = target.score(cache, tiny.batch_of(prompts), Draft(torch.zeros(3, 0, dtype=torch.long)))
     for row, prompt in enumerate(prompts):
         logits, hidden = full(tiny.model("llama"), torch.tensor([prompt]))
