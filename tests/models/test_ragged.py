@@ -102,6 +102,26 @@ def test_a_long_prompt_is_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_go_on_from_what_they_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row from another position, in chunks, one at the end of its slots, one with nothing left to read, a neighbour untouched."""
+    monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
+    target, plain = tiny.target(family), tiny.model(family)
+    ids = torch.randint(tiny.VOCAB, (4, 40), generator=torch.Generator().manual_seed(4))
+    sizes, kept, rows = [31, 24, 9, 12], torch.tensor([30, 0, 4]), torch.tensor([0, 3, 2])
+    cache = target.open(4, 33)
+    target.admit(cache, torch.arange(4), [row[:n] for row, n in zip(ids, sizes, strict=True)], torch.zeros(4, dtype=torch.long))
+    target.score(cache, tiny.batch_of([row[:n].tolist() for row, n in zip(ids, sizes, strict=True)]), Draft(ids[:, :3]))  # all rejected
+    joined = ids.clone()
+    joined[0, 30:], joined[3], joined[2, 4:] = 7, 11, 5
+    prompts = [joined[row, :n] for row, n in zip(rows, (31, 30, 20), strict=True)]
+    target.admit(cache, rows, prompts, kept)
+    texts = [prompts[0], ids[1, :24], prompts[2], prompts[1]]
+    out = target.score(cache, tiny.batch_of([t.tolist() for t in texts], max_tokens=2), Draft(torch.zeros(4, 0, dtype=torch.long)))
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(out.logits[row, 0], full(plain, text[None])[0][0, -1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_what_a_drafter_may_know(family: str) -> None:
     target = tiny.target(family)
     info, net = target.info, target.model
