@@ -101,29 +101,31 @@ SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache tells
 
 
 @cache
-def continued(drafter: str, verifier: str) -> tuple[list[Request], Texts]:
-    """Three requests, then three whose prompts begin with most of their texts, and so on; all texts, each from a batch of its own."""
+def continued(drafter: str, verifier: str, rows: int) -> tuple[list[Request], Texts]:
+    """`rows` requests, then as many whose prompts begin with most of their texts, in the order in which these end, and so on; all
+    texts, each from a batch of its own."""
     requests, texts = [], []
-    for group in (REQUESTS[:3], REQUESTS[3:6]):
-        firsts = [decoded([request], DRAFTERS[drafter], verifier, target=SUMS)[0] for request in group]
-        wholes = [[*request.prompt, *text] for request, text in zip(group, firsts, strict=True)]
+    for first in range(0, 6, rows):
+        group = sorted(REQUESTS[first : first + rows], key=lambda r: r.params.max_tokens)
+        wholes = [[*r.prompt, *decoded([r], DRAFTERS[drafter], verifier, target=SUMS)[0]] for r in group]
         later = [replace(r, prompt=[*w[: len(w) - i], i], seed=r.seed + 1) for i, (r, w) in enumerate(zip(group, wholes, strict=True))]
         requests += [*group, *later]
-        texts += [*firsts, *(decoded([request], DRAFTERS[drafter], verifier, target=SUMS)[0] for request in later)]
+        texts += [whole[len(r.prompt) :] for r, whole in zip(group, wholes, strict=True)]
+        texts += [decoded([request], DRAFTERS[drafter], verifier, target=SUMS)[0] for request in later]
     return requests, texts
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pairs
 def test_prompts_taken_from_what_a_row_held(drafter: str, verifier: str, rows: int) -> None:
-    requests, texts = continued(drafter, verifier)
+    requests, texts = continued(drafter, verifier, rows)
     assert served(requests, DRAFTERS[drafter], verifier, rows, SUMS) == texts
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_position_too_many_would_show(rows: int) -> None:
     """Planted: a joining row takes over one more than it held."""
-    requests, texts = continued("one-shot", "block")
+    requests, texts = continued("one-shot", "block", rows)
     assert served(requests, DRAFTERS["one-shot"], "block", rows, StaleTarget(TARGET.table, sums=True, beyond=1)) != texts
 
 
