@@ -318,18 +318,14 @@ class StaleTarget(Target[StaleCache]):
     sums: "before last" is the sum of all tokens before, so that every slot tells, however far back.
     """
 
-    def __init__(
-        self, table: Float[Tensor, "V V V"], *, keeps: bool = False, shift: int = 0, beyond: int = 0, sums: bool = False
-    ) -> None:
+    def __init__(self, table: Float[Tensor, "V V V"], *, keeps: bool = False, shift: int = 0, beyond: int = 0, sums: bool = False) -> None:
         self.table, self.keeps, self.shift, self.beyond, self.sums = table, keeps, shift, beyond, sums
         self.info = TableTarget(table).info
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> StaleCache:
         return StaleCache(torch.zeros(rows, slots + self.shift, dtype=torch.long), torch.zeros(rows, slots + self.shift, dtype=torch.bool))
 
-    def admit(
-        self, cache: StaleCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
-    ) -> None:
+    def admit(self, cache: StaleCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]) -> None:
         for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
             k += self.beyond if k else 0
             cache.ids[row, k : len(prompt) - 1] = prompt[k:-1]
