@@ -88,7 +88,7 @@ class Session:
         before, begin, piece = replace(self.conversation.reading), time.perf_counter(), None
         with stopping(self.conversation):
             try:
-                for piece in self.conversation.say(line, **_asked(self.settings)):
+                for piece in self.conversation.say(line.strip("\n"), **_asked(self.settings)):
                     show(piece, self.out, self.settings["show_accepted"])
             finally:
                 if piece is not None:
