@@ -312,18 +312,23 @@ class StaleCache:
 
 
 class StaleTarget(Target[StaleCache]):
-    """BUG: the table target, but a slot once written stays as it is (`keeps`), or is written `shift` slots off."""
+    """BUG: the table target, but a slot once written stays as it is (`keeps`), or is written `shift` slots off, or a joining row
+    takes over `beyond` positions more than it kept.
 
-    def __init__(self, table: Float[Tensor, "V V V"], *, keeps: bool = False, shift: int = 0) -> None:
-        self.table, self.keeps, self.shift = table, keeps, shift
+    sums: "before last" is the sum of all tokens before, so that every slot tells, however far back.
+    """
+
+    def __init__(self, table: Float[Tensor, "V V V"], *, keeps: bool = False, shift: int = 0, beyond: int = 0, sums: bool = False) -> None:
+        self.table, self.keeps, self.shift, self.beyond, self.sums = table, keeps, shift, beyond, sums
         self.info = TableTarget(table).info
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> StaleCache:
         return StaleCache(torch.zeros(rows, slots + self.shift, dtype=torch.long), torch.zeros(rows, slots + self.shift, dtype=torch.bool))
 
-    def admit(self, cache: StaleCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> None:
-        for row, prompt in zip(rows, prompts, strict=True):
-            cache.ids[row, : len(prompt) - 1] = prompt[:-1]
+    def admit(self, cache: StaleCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]) -> None:
+        for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
+            k += self.beyond if k else 0
+            cache.ids[row, k : len(prompt) - 1] = prompt[k:-1]
 
     def score(self, cache: StaleCache, batch: Batch, draft: Draft) -> TargetOutput:
         at = batch.length[:, None] - 1 + torch.arange(draft.tokens.shape[1] + 1)
@@ -331,7 +336,8 @@ class StaleTarget(Target[StaleCache]):
         stays = cache.written.gather(1, there) & self.keeps
         cache.ids.scatter_(1, there, torch.where(stays, cache.ids.gather(1, there), new))
         cache.written.scatter_(1, there, True)
-        before = torch.where(at > 0, cache.ids.gather(1, (at - 1).clamp(min=0)), 0)
+        seen = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
+        before = torch.where(at > 0, seen.gather(1, (at - 1).clamp(min=0)), 0)
         return TargetOutput(self.table[before, cache.ids.gather(1, at)])
 
     def keep(self, cache: StaleCache, batch: Batch, verification: Verification) -> None:

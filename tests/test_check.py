@@ -46,7 +46,7 @@ from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
 from specdiff.targets.causal import CausalTarget
 from specdiff.targets.table import TableTarget
-from specdiff.types import Context, Draft, TargetInfo
+from specdiff.types import Batch, Context, Draft, TargetInfo, TargetOutput
 from specdiff.verify import VERIFIERS
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -289,6 +289,25 @@ def test_a_wrong_verifier_fails(wrong: Callable[..., Any], plan: str) -> None:
 def test_a_target_with_stale_slots_fails(fault: dict[str, Any]) -> None:
     found = failed(check_target(StaleTarget(TableTarget.random(5).table, **fault)))
     assert "entries of rejected drafts" in found["history"]
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_a_target_that_takes_over_too_much_fails(sums: bool) -> None:
+    lawful, wrong = (StaleTarget(TableTarget.random(5).table, sums=sums, beyond=n) for n in (0, 1))
+    assert not failed(check_target(lawful, quick=True))
+    assert failed(check_target(wrong, quick=True)).keys() == {"reuse"}
+
+
+class Rewriting(CausalTarget):
+    """BUG: rows that are done are drafted for one slot too early, into what they shall keep."""
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        return super().score(cache, replace(batch, length=(batch.length - 2 * batch.done.long()).clamp(min=1)), draft)
+
+
+def test_a_target_that_writes_into_rows_that_are_done_fails() -> None:
+    found = failed(check_target(Rewriting(tiny.model("llama")), quick=True))
+    assert found.keys() == {"reuse"} and "`kept` first positions" in found["reuse"]
 
 
 def test_lawful_scores_have_the_promised_tails() -> None:

@@ -61,7 +61,7 @@ class Script(Target[None]):
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> None:
         return None
 
-    def admit(self, cache: None, rows: Tensor, prompts: Sequence[Tensor]) -> None:
+    def admit(self, cache: None, rows: Tensor, prompts: Sequence[Tensor], kept: Tensor) -> None:
         return None
 
     def score(self, cache: None, batch: Batch, draft: Draft) -> TargetOutput:

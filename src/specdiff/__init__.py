@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "Batch": "types",
     "Context": "types",
+    "Conversation": "conversation",
     "Draft": "types",
     "Drafter": "drafters.base",
     "Generation": "generation",

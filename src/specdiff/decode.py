@@ -92,16 +92,20 @@ def start(target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier:
 
 
 @torch.inference_mode()
-def admit(run: Run, rows: Int[Tensor, "R"]) -> None:
-    """Fill both caches for the rows of `run.batch` that hold new prompts."""
+def admit(run: Run, rows: Int[Tensor, "R"], kept: Int[Tensor, "R"] | None = None) -> None:
+    """Fill both caches for the rows of `run.batch` that hold new prompts.
+
+    kept: how many of each prompt's first tokens the target's cache holds in that row, from a request before that began alike (None:
+        none; at most len(prompt) - 1). Must be 0 where the drafter has taps, for it needs every feature.
+    """
     prompts = [run.batch.ids[r, : run.batch.length[r]] for r in rows]
-    features = run.target.admit(run.cache, rows, prompts)
-    kept, size = run.context.features, run.context.feature_size.index_copy(0, rows, run.batch.length[rows] - 1)
+    features = run.target.admit(run.cache, rows, prompts, torch.zeros_like(rows) if kept is None else kept)
+    seen, size = run.context.features, run.context.feature_size.index_copy(0, rows, run.batch.length[rows] - 1)
     if features is not None:
-        width = max(features.shape[1], 0 if kept is None else kept.shape[1])
-        kept = _widen(features.new_zeros(len(size), 0, features.shape[2]) if kept is None else kept, width)
-        kept = kept.index_copy(0, rows, _widen(features, width))
-    run.context = replace(run.context, batch=run.batch, features=kept, feature_size=size)
+        width = max(features.shape[1], 0 if seen is None else seen.shape[1])
+        seen = _widen(features.new_zeros(len(size), 0, features.shape[2]) if seen is None else seen, width)
+        seen = seen.index_copy(0, rows, _widen(features, width))
+    run.context = replace(run.context, batch=run.batch, features=seen, feature_size=size)
     run.drafter.admit(run.state, run.context, rows)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from specdiff import decode
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
+from specdiff.prefixes import seats
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Logprobs, Round, SamplingParams
 from specdiff.verify import Verifier
@@ -51,12 +52,14 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One round. `owner[row]` is the place in the stream of the request that ran there (None: idle), `asked[row]` the request, and
-    `ended` the rows it was the last round of. Read it before asking for the next turn: rows then change hands."""
+    """One round. `owner[row]` is the place in the stream of the request that ran there (None: idle), `asked[row]` the request,
+    `reused[row]` how many of its prompt's tokens the row had read for the request before, and `ended` the rows it was the last
+    round of. Read it before asking for the next turn: rows then change hands."""
 
     round: Round
     owner: Sequence[int | None]
     asked: Sequence[Request]
+    reused: Sequence[int]
     ended: list[int]
 
     def cancel(self, request: int) -> None:
@@ -124,6 +127,9 @@ def serve(
 ) -> Iterator[Turn]:
     """Run the stream's requests, at most `rows` at a time, until it ends; one Turn a round.
 
+    A request that joins takes the free row that holds the longest prefix of its prompt, and only the rest is read by the target
+    (all of it where the drafter has taps: it needs every feature).
+
     Args:
         requests: pulled when a row is free, so a stream may be endless, and may answer to what earlier turns told. None in it
             means nothing for now: it is asked again after the next round, unless no row runs any more.
@@ -141,7 +147,7 @@ def serve(
     if not joining:
         return
     owner: list[int | None] = [place for place, _ in joining]
-    asked = [request for _, request in joining]
+    asked, reused = [request for _, request in joining], [0] * len(joining)
     running = decode.start(target, drafter, _batch(joining, slots, target), verifier=verifier, slots=slots)
     decode.admit(running, torch.arange(len(owner), device=target.info.device))
     last: Round | None = None
@@ -149,8 +155,15 @@ def serve(
         last = decode.step(running, draft_len(last) if callable(draft_len) else draft_len)
         done = last.batch.done.tolist()
         ended = [row for row, o in enumerate(owner) if o is not None and done[row]]
-        yield Turn(last, owner, asked, ended)
-        _refill(running, owner, asked, ended, queue, slots)
+        yield Turn(last, owner, asked, reused, ended)
+        if ended:
+            decode.release(running, torch.tensor(ended, device=target.info.device))
+        for row in ended:
+            owner[row] = None
+        free = [row for row, o in enumerate(owner) if o is None]
+        joining = queue.take(len(free))
+        for (row, kept), (place, request) in zip(_join(running, free, joining, slots), joining, strict=True):
+            owner[row], asked[row], reused[row] = place, request, kept
 
 
 class _Queue:
@@ -206,18 +219,19 @@ def _batch(chosen: Sequence[tuple[int, Request]], slots: int, target: Target[Any
     return Batch.of([r.prompt for r in rows], [r.params for r in rows], [r.seed for r in rows], slots=slots, device=target.info.device)
 
 
-def _refill(running: decode.Run, owner: list[int | None], asked: list[Request], ended: Sequence[int], queue: _Queue, slots: int) -> None:
-    device = running.batch.length.device
-    if ended:
-        decode.release(running, torch.tensor(ended, device=device))
-        for row in ended:
-            owner[row] = None
-    free = [row for row, o in enumerate(owner) if o is None]
-    joining = queue.take(len(free))
+def _join(running: decode.Run, free: list[int], joining: Sequence[tuple[int, Request]], slots: int) -> list[tuple[int, int]]:
+    """Admit the requests to free rows; (row, how many of its prompt's tokens were held there) of each."""
     if not joining:
-        return
-    for row, (place, request) in zip(free, joining, strict=False):
-        owner[row], asked[row] = place, request
-    rows = torch.tensor(free[: len(joining)], device=device)
+        return []
+    device, prompts = running.batch.length.device, [request.prompt for _, request in joining]
+    chosen = [(row, 0) for row in free[: len(joining)]]
+    if not running.drafter.taps:
+        places = torch.tensor(free, device=device)
+        ids, lengths = running.batch.ids[places, : max(map(len, prompts))].tolist(), running.batch.length[places].tolist()
+        # all but the last committed token: the anchor of a row's last round was never scored
+        held = [tokens[: length - 1] for tokens, length in zip(ids, lengths, strict=True)]
+        chosen = [(free[place], kept) for place, kept in seats(held, prompts)]
+    rows, kept = torch.tensor(chosen, device=device).unbind(1)
     running.batch = running.batch.with_rows(rows, _batch(joining, slots, running.target))
-    decode.admit(running, rows)
+    decode.admit(running, rows, kept)
+    return chosen

@@ -11,9 +11,9 @@ from specdiff.stats import Stats
 class Generation:
     """One answer. `accepted[i]`: token i came from the draft.
 
-    finish_reason: "stop" (end of text, stop id or stop string) or "length". `text` ends before a stop string, `token_ids` with the
-    token that completed it. logprobs, where asked: the target's own of each token, before any option; `top_logprobs[i]` the
-    (token id, logprob) of the likeliest in place i.
+    finish_reason: "stop" (end of text, stop id or stop string), "length", or "interrupted" (a conversation's, by its user). `text` ends
+    before a stop string, `token_ids` with the token that completed it. logprobs, where asked: the target's own of each token, before
+    any option; `top_logprobs[i]` the (token id, logprob) of the likeliest in place i.
     """
 
     text: str = ""
@@ -60,3 +60,8 @@ class Answer:
         g.top_logprobs += p.top_logprobs[:kept]
         g.stats.add(p.drafted, p.accepted, kept, p.seconds, resting=p.resting)
         return [Piece(new, accepted, g) for new, accepted in pieces]
+
+    def interrupt(self) -> Piece:
+        """End it here, with the text that was held back: half a stop string is none."""
+        self.done, self.generation.finish_reason = True, "interrupted"
+        return Piece(self.text.finish(), False, self.generation)

@@ -124,7 +124,8 @@ def perplexity(target: Target[Any], prefix: list[int], tokens: list[int]) -> flo
         raise UsageError(f"{len(ids)} tokens are more than the {target.info.max_positions} positions of the target {target.info.name!r}")
     whole = torch.tensor(ids, device=target.info.device)
     cache = target.open(1, len(ids) + 1)
-    target.admit(cache, torch.zeros(1, dtype=torch.long, device=whole.device), [whole[:known]])
+    row = torch.zeros(1, dtype=torch.long, device=whole.device)
+    target.admit(cache, row, [whole[:known]], torch.zeros_like(row))
     nats = sum(_nats(target, cache, whole, at) for at in range(known, len(ids), CHUNK))
     return math.exp(nats / (len(ids) - known))
 

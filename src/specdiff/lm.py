@@ -10,17 +10,16 @@ from typing import Any, overload
 import torch
 
 from specdiff import catalog, engine
-from specdiff.controller import draft_length
-from specdiff.detokenizer import Detokenizer, StopStrings
+from specdiff.controller import Controller
+from specdiff.detokenizer import Detokenizer
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.elsewhere import across
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.generation import Answer, Generation, Piece
 from specdiff.noise import row_seed
+from specdiff.options import Options
 from specdiff.targets.base import Target
 from specdiff.templates import Renderer, TemplateRefusedError
-from specdiff.types import SamplingParams
-from specdiff.verify import verifier as verifier_named
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
@@ -45,7 +44,7 @@ class SpeculativeLM:
             raise UsageError("drafter_options need a drafter given by name; this one was given as an object")
         self.spec = drafter if isinstance(drafter, str) else None
         self.drafter = self._build(drafter, drafter_options)
-        self._built: dict[str, Drafter[Any]] = {"{}": self.drafter}
+        self._built = {_key({}): self.drafter, _key(drafter_options or {}): self.drafter}
         self._renderer = Renderer()
 
     @overload
@@ -135,47 +134,47 @@ class SpeculativeLM:
         prompts: Sequence[Prompt],
         *,
         late: bool,
-        seed: int | None = None,
-        verifier: str = "token",
-        draft_len: int | str | None = None,
-        drafter_options: Mapping[str, Any] | None = None,
-        ignore_eos: bool = False,
         raw: bool = False,
         system: str | None = None,
         rows: int = 8,
-        stop: str | Sequence[str] = (),
-        include_stop: bool = False,
-        **sampling: Any,
+        **options: Any,
     ) -> Iterator[tuple[int, Piece]]:
         """Run the engine; yields each prompt's pieces with its place, the last one when its answer is whole (`late`: only that)."""
-        if seed is not None and not isinstance(seed, int):
-            raise UsageError(f"seed must be a whole number, not {seed!r}")
+        asked = Options.of(options)
         if rows < 1:
             raise UsageError(f"rows must be at least 1, not {rows}")
-        params = _sampling(sampling)
-        answers = [Answer(Detokenizer(self._text, StopStrings(stop, include=include_stop), late=late)) for _ in prompts]
-        if stop and self.tokenizer is None:
-            raise UsageError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
-        ends = () if ignore_eos else self.end_ids
-        root = secrets.randbits(63) if seed is None else seed
-        requests = []
-        for i, prompt in enumerate(prompts):
-            ids = self.encode(prompt, raw=raw, system=system)
-            room = min(params.max_tokens, self.max_len - len(ids))
-            own = replace(params, max_tokens=room, stop_token_ids=(*params.stop_token_ids, *ends))
-            requests.append(engine.Request(ids, own, row_seed(root, i)))
-        drafter = self._drafter(drafter_options or {})
-        length = draft_length(draft_len, drafter, steady=seed is not None)
+        answers = [self.answer(asked, late=late) for _ in prompts]
+        root = secrets.randbits(63) if asked.seed is None else asked.seed
+        requests = [self.request(self.encode(p, raw=raw, system=system), asked, row_seed(root, i)) for i, p in enumerate(prompts)]
+        drafter, length = self.drafting(asked)
         engine.check(requests, self.target)
-        for turn in engine.serve(self.target, drafter, requests, verifier=verifier_named(verifier), draft_len=length, rows=rows):
+        for turn in engine.serve(self.target, drafter, requests, verifier=asked.judge(), draft_len=length, rows=rows):
             for p in turn.progress():
                 answer = answers[p.request]
                 yield from ((p.request, piece) for piece in answer.add(p))
                 if answer.done:
                     turn.cancel(p.request)
 
+    def answer(self, asked: Options, *, late: bool = False) -> Answer:
+        """An empty answer, to be fed with what rounds give (`late`: nobody reads along). Raises UsageError."""
+        if asked.stop and self.tokenizer is None:
+            raise UsageError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        return Answer(Detokenizer(self._text, asked.stops(), late=late))
+
+    def request(self, ids: list[int], asked: Options, seed: int) -> engine.Request:
+        """What the engine is asked for: an answer behind `ids` that ends where the model says so, and at max_len."""
+        room = min(asked.sampling.max_tokens, self.max_len - len(ids))
+        ends = () if asked.ignore_eos else self.end_ids
+        own = replace(asked.sampling, max_tokens=room, stop_token_ids=(*asked.sampling.stop_token_ids, *ends))
+        return engine.Request(ids, own, seed)
+
+    def drafting(self, asked: Options) -> tuple[Drafter[Any], int | Controller]:
+        """The drafter with the options asked for, and its draft length. Raises UsageError or DrafterError."""
+        drafter = self._drafter(asked.drafter_options or {})
+        return drafter, asked.length(drafter)
+
     def _drafter(self, options: Mapping[str, Any]) -> Drafter[Any]:
-        key = json.dumps(dict(options), sort_keys=True, default=str)
+        key = _key(options)
         if key not in self._built:
             if self.spec is None:
                 raise DrafterError("drafter_options need a drafter given by name; this one was given as an object")
@@ -208,15 +207,8 @@ class SpeculativeLM:
         )
 
 
-def _sampling(options: Mapping[str, Any]) -> SamplingParams:
-    known = SamplingParams.__dataclass_fields__
-    unknown = [name for name in options if name not in known]
-    if unknown:
-        raise UsageError(f"unknown option {unknown[0]!r}; sampling options are {', '.join(known)}")
-    bias = options.get("logit_bias", ())
-    if isinstance(bias, Mapping):
-        options = {**options, "logit_bias": tuple((int(token), float(value)) for token, value in bias.items())}
-    return SamplingParams(**options)
+def _key(options: Mapping[str, Any]) -> str:
+    return json.dumps(dict(options), sort_keys=True, default=str)
 
 
 def load(

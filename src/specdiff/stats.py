@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from specdiff.types import Round
@@ -41,6 +42,15 @@ class Stats:
             self.reached[k] += 1
             self.kept[k] += k < accepted
         for stage, value in seconds.items():
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + value
+
+    def merge(self, other: "Stats") -> None:
+        """Count what another request did as well."""
+        for name in ("rounds", "plain_rounds", "tokens", "drafted", "accepted"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.reached = [a + b for a, b in zip_longest(self.reached, other.reached, fillvalue=0)]
+        self.kept = [a + b for a, b in zip_longest(self.kept, other.kept, fillvalue=0)]
+        for stage, value in other.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
     @property

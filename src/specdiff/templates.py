@@ -53,7 +53,8 @@ class Renderer:
     def _start(self) -> "subprocess.Popen[str]":
         # -P: the standard library's `types` must not be the one beside this file
         command = [sys.executable, "-P", __file__, str(SECONDS)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        process = subprocess.Popen(command, start_new_session=True, **pipes)  # a Ctrl-C at the terminal is not meant for it
         weakref.finalize(self, _end, process)
         if _ask(process, None, STARTING) != READY:
             raise TemplateRefusedError("the process that renders templates does not start")

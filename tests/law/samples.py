@@ -1,7 +1,8 @@
 """The drafters and the target of the law tests; the statistics are the conformance suite's own."""
 
-from collections import deque
-from collections.abc import Iterable
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import LlamaConfig
 
 import reference
 from doubles import PointMasses, ToyDenoiser, ToyScorer
+from specdiff import engine
 from specdiff.check.texts import Law, compare, texts, written
 from specdiff.diffusion.process import Absorbing, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear
@@ -24,7 +26,10 @@ from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Round, SamplingParams, TargetInfo
 from specdiff.verify import VERIFIERS, Verifier
 
-__all__ = ["DENOISER", "DRAFTERS", "PAIRS", "TARGET", "causal_drafter", "compare", "fit", "last", "law", "texts", "written"]
+__all__ = [
+    "DENOISER", "DRAFTERS", "PAIRS", "TARGET", "causal_drafter", "compare", "conversations", "conversations_law", "fit", "last", "law",
+    "texts", "written",
+]  # fmt: skip
 
 
 def causal_drafter(info: TargetInfo, seed: int) -> AutoregressiveDrafter:
@@ -78,3 +83,51 @@ def law(params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
 def fit(target: Target[Any], drafter: Drafter[Any], verifier: Verifier, params: SamplingParams, count: int = 100_000) -> float:
     """p of the G-test of `count` texts against the law they should have."""
     return compare(texts(target, drafter, verifier, params, count=count), law(params))
+
+
+FIRST, SECOND = SamplingParams(max_tokens=3, stop_token_ids=(2,)), SamplingParams(max_tokens=2)
+
+
+def conversations(target: Target[Any], drafter: Drafter[Any], verifier: Verifier, count: int) -> tuple[list[tuple[int, ...]], int]:
+    """Two answers each: to [1], and to all of that with a 0 behind it, which may find its beginning in the row it takes; and how many
+    prompt tokens were found so."""
+    second: deque[engine.Request] = deque()
+    opened, found, reused = 0, defaultdict(list), 0
+
+    def stream() -> Iterator[engine.Request | None]:
+        nonlocal opened
+        while opened < count or second or len(found) < count:
+            if second:
+                yield second.popleft()
+            elif opened < count:
+                opened += 1
+                yield engine.Request([1], FIRST, opened)
+            else:
+                yield None
+
+    length, asked = drafter.draft_len, stream()
+    for turn in engine.serve(target, drafter, asked, verifier=verifier, draft_len=length, rows=200, slots=8):
+        reused += sum(turn.reused[row] for row in turn.ended)
+        seeds = [turn.asked[row].seed for row in turn.ended]
+        for seed, (_, ids, prompt) in zip(seeds, turn.finished(), strict=True):
+            if prompt == 1:
+                second.append(engine.Request([*ids.tolist(), 0], SECOND, seed + count))
+            else:
+                found[seed - count] = ids.tolist()[1:]
+    return [tuple(text) for text in found.values()], reused
+
+
+def conversations_law() -> Law:
+    """Of both answers, the 0 between them, for a target that hangs on the sum of all tokens and on the last."""
+    chance = TARGET.table.softmax(-1)
+
+    def mass(text: tuple[int, ...], tail: tuple[int, ...]) -> float:
+        result = 1.0
+        for token in tail:
+            result *= float(chance[sum(text[:-1]) % V, text[-1], token])
+            text += (token,)
+        return result
+
+    firsts = [t for n in (1, 2, 3) for t in itertools.product(range(V), repeat=n) if 2 not in t[:-1] and (n == 3 or t[-1] == 2)]
+    pairs = itertools.product(firsts, itertools.product(range(V), repeat=2))
+    return {(*one, 0, *two): mass((1,), one) * mass((1, *one, 0), two) for one, two in pairs}

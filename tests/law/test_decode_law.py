@@ -6,7 +6,20 @@ from functools import cache
 from typing import Any
 
 import pytest
-from samples import DENOISER, DRAFTERS, PAIRS, TARGET, compare, fit, last, law, texts, written
+from samples import (
+    DENOISER,
+    DRAFTERS,
+    PAIRS,
+    TARGET,
+    compare,
+    conversations,
+    conversations_law,
+    fit,
+    last,
+    law,
+    texts,
+    written,
+)
 
 from doubles import (
     AnyOrder,
@@ -25,7 +38,7 @@ from doubles import (
     swapped,
     verifier_of,
 )
-from specdiff import decode, engine, sampling, verify
+from specdiff import decode, engine, prefixes, sampling, verify
 from specdiff.diffusion.process import Absorbing
 from specdiff.diffusion.schedule import Loglinear
 from specdiff.drafters.anyorder import AnyOrderDrafter
@@ -53,7 +66,7 @@ SETTINGS = {
 }
 PLAIN = SETTINGS["T=1"]
 STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
-TESTS = len(PAIRS) * (len(SETTINGS) + 3) + 27  # G-tests in this file that a lawful program has to pass
+TESTS = len(PAIRS) * (len(SETTINGS) + 4) + 28  # G-tests in this file that a lawful program has to pass
 PASSES = 1e-3 / TESTS
 CAUGHT = 1e-6
 FEW = 40_000  # texts that give most bugs away
@@ -116,6 +129,15 @@ def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> N
     assert compare(list(found.values()), law(STOPPING)) > PASSES
 
 
+@pairs
+def test_conversations_that_find_their_beginning_in_a_row(drafter: str, verifier: str) -> None:
+    """Second answers take over what the row has read and written of the first; every slot of it tells in this target's law."""
+    target = StaleTarget(TARGET.table, sums=True)
+    found, reused = conversations(target, DRAFTERS[drafter], VERIFIERS[verifier], 2000)
+    assert compare(found, conversations_law()) > PASSES
+    assert reused > 2000
+
+
 @pytest.mark.parametrize("verifier", ["token", "block", "match"])
 @pytest.mark.parametrize("draft_temperature", [0.0, 0.5, 2.5])
 def test_the_draft_temperature_moves_no_text(verifier: str, draft_temperature: float) -> None:
@@ -147,6 +169,26 @@ def _twin(name: str) -> verify.Verifier:
 @pytest.mark.parametrize("fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"])
 def test_a_stale_cache_slot_is_caught(fault: dict[str, Any], verifier: str) -> None:
     assert fit(StaleTarget(TARGET.table, **fault), ONE_SHOT, VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_target_that_takes_over_too_much_is_caught(verifier: str) -> None:
+    found, _ = conversations(StaleTarget(TARGET.table, sums=True, beyond=1), ONE_SHOT, VERIFIERS[verifier], 4000)
+    assert compare(found, conversations_law()) < CAUGHT
+
+
+def test_an_engine_that_takes_an_anchor_for_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: all committed tokens count as held, the last of which was never scored; a rejected draft's entry may lie there."""
+
+    def seats(held: Any, prompts: Any) -> list[tuple[int, int]]:
+        return [(row, min(kept + (kept > 0), len(p) - 1)) for (row, kept), p in zip(prefixes.seats(held, prompts), prompts, strict=True)]
+
+    monkeypatch.setattr(engine, "seats", seats)
+    found, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
+    assert compare(found, conversations_law()) < CAUGHT
+    monkeypatch.undo()
+    found, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
+    assert compare(found, conversations_law()) > PASSES
 
 
 def test_a_cache_without_stale_slots_passes() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from samples import PAIRS, causal_drafter
 
-from doubles import AnyOrder, PointMasses, ToyDenoiser, ToyScorer
+from doubles import AnyOrder, PointMasses, StaleTarget, ToyDenoiser, ToyScorer
 from specdiff import decode, engine
 from specdiff.diffusion.process import Absorbing, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear
@@ -21,6 +21,7 @@ from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.engine import Request
 from specdiff.noise import Noise, row_seed
+from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, SamplingParams
 from specdiff.verify import VERIFIERS
@@ -54,18 +55,20 @@ Texts = list[list[int]]
 pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
 
 
-def decoded(requests: Sequence[Request], drafter: Drafter[Any], verifier: str, draft_len: int | None = None) -> Texts:
+def decoded(
+    requests: Sequence[Request], drafter: Drafter[Any], verifier: str, draft_len: int | None = None, target: Target[Any] = TARGET
+) -> Texts:
     """The texts of one batch through `decode`."""
     batch = Batch.of([r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests])
-    for last in decode.decode(TARGET, drafter, batch, verifier=VERIFIERS[verifier], draft_len=draft_len):
+    for last in decode.decode(target, drafter, batch, verifier=VERIFIERS[verifier], draft_len=draft_len):
         batch = last.batch
     return [batch.ids[r, batch.prompt_length[r] : batch.length[r]].tolist() for r in range(len(requests))]
 
 
-def served(requests: Sequence[Request], drafter: Drafter[Any], verifier: str, rows: int) -> Texts:
+def served(requests: Sequence[Request], drafter: Drafter[Any], verifier: str, rows: int, target: Target[Any] = TARGET) -> Texts:
     """The texts put together from the engine's stream."""
     found = defaultdict(list)
-    for progress in engine.run(TARGET, drafter, requests, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows):
+    for progress in engine.run(target, drafter, requests, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows):
         found[progress.request] += progress.tokens
     return [found[i] for i in range(len(requests))]
 
@@ -117,6 +120,38 @@ def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> 
     assert any(len(found[i]) < len(text) for i, text in enumerate(whole))
     for i, text in enumerate(whole):
         assert found[i] == (text[: len(found[i])] if i % 4 == 1 else text), i
+
+
+SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache tells
+
+
+@cache
+def continued(drafter: str, verifier: str, rows: int) -> tuple[list[Request], Texts]:
+    """`rows` requests, then as many whose prompts begin with most of their texts, in the order in which these end, and so on; all
+    texts, each from a batch of its own."""
+    requests, texts = [], []
+    for first in range(0, 6, rows):
+        group = sorted(REQUESTS[first : first + rows], key=lambda r: r.params.max_tokens)
+        wholes = [[*r.prompt, *decoded([r], DRAFTERS[drafter], verifier, target=SUMS)[0]] for r in group]
+        later = [replace(r, prompt=[*w[: len(w) - i], i], seed=r.seed + 1) for i, (r, w) in enumerate(zip(group, wholes, strict=True))]
+        requests += [*group, *later]
+        texts += [whole[len(r.prompt) :] for r, whole in zip(group, wholes, strict=True)]
+        texts += [decoded([request], DRAFTERS[drafter], verifier, target=SUMS)[0] for request in later]
+    return requests, texts
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pairs
+def test_prompts_taken_from_what_a_row_held(drafter: str, verifier: str, rows: int) -> None:
+    requests, texts = continued(drafter, verifier, rows)
+    assert served(requests, DRAFTERS[drafter], verifier, rows, SUMS) == texts
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_position_too_many_would_show(rows: int) -> None:
+    """Planted: a joining row takes over one more than it held."""
+    requests, texts = continued("one-shot", "block", rows)
+    assert served(requests, DRAFTERS["one-shot"], "block", rows, StaleTarget(TARGET.table, sums=True, beyond=1)) != texts
 
 
 @pairs

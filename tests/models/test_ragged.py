@@ -69,7 +69,7 @@ def test_the_roles_view(family: str) -> None:
     prompts = tiny.prompts(3)
     batch = tiny.batch_of(prompts)
     cache = target.open(3, 40, taps=(1,))
-    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts])
+    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long))
     draft = Draft(torch.randint(tiny.VOCAB, (3, 4), generator=torch.Generator().manual_seed(2)))
     out = target.score(cache, batch, draft)
     for row, prompt in enumerate(prompts):
@@ -81,7 +81,7 @@ def test_the_roles_view(family: str) -> None:
     target.keep(cache, batch, Verification(nothing, torch.zeros(3, 5, dtype=torch.long), torch.arange(5).expand(3, 5)))
     target.release(cache, torch.tensor([1]))
     joined = [9, 8, 7, 6, 5, 4, 3]
-    target.admit(cache, torch.tensor([1]), [torch.tensor(joined)])
+    target.admit(cache, torch.tensor([1]), [torch.tensor(joined)], torch.tensor([0]))
     batch = batch.with_rows(torch.tensor([1]), tiny.batch_of([joined]))
     again = target.score(cache, batch, draft)
     logits, _ = full(plain, torch.tensor([joined + draft.tokens[1].tolist()]))
@@ -93,12 +93,32 @@ def test_a_long_prompt_is_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
     target, prompts = tiny.target("llama"), [list(range(14)), [4, 4], [5]]
     cache = target.open(3, 40, taps=(0,))
-    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts])
+    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long))
     out = target.score(cache, tiny.batch_of(prompts), Draft(torch.zeros(3, 0, dtype=torch.long)))
     for row, prompt in enumerate(prompts):
         logits, hidden = full(tiny.model("llama"), torch.tensor([prompt]))
         torch.testing.assert_close(out.logits[row, 0], logits[0, -1], rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(features[row, : len(prompt) - 1], hidden[1][0, :-1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_rows_go_on_from_what_they_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row from another position, in chunks, one at the end of its slots, one with nothing left to read, a neighbour untouched."""
+    monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
+    target, plain = tiny.target(family), tiny.model(family)
+    ids = torch.randint(tiny.VOCAB, (4, 40), generator=torch.Generator().manual_seed(4))
+    sizes, kept, rows = [31, 24, 9, 12], torch.tensor([30, 0, 4]), torch.tensor([0, 3, 2])
+    cache = target.open(4, 33)
+    target.admit(cache, torch.arange(4), [row[:n] for row, n in zip(ids, sizes, strict=True)], torch.zeros(4, dtype=torch.long))
+    target.score(cache, tiny.batch_of([row[:n].tolist() for row, n in zip(ids, sizes, strict=True)]), Draft(ids[:, :3]))  # all rejected
+    joined = ids.clone()
+    joined[0, 30:], joined[3], joined[2, 4:] = 7, 11, 5
+    prompts = [joined[row, :n] for row, n in zip(rows, (31, 30, 20), strict=True)]
+    target.admit(cache, rows, prompts, kept)
+    texts = [prompts[0], ids[1, :24], prompts[2], prompts[1]]
+    out = target.score(cache, tiny.batch_of([t.tolist() for t in texts], max_tokens=2), Draft(torch.zeros(4, 0, dtype=torch.long)))
+    for row, text in enumerate(texts):
+        torch.testing.assert_close(out.logits[row, 0], full(plain, text[None])[0][0, -1], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

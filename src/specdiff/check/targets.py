@@ -4,6 +4,7 @@ Shapes: B rows, N scored positions, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,26 +16,32 @@ from specdiff.check.drafters import requests, written
 from specdiff.check.findings import Finding
 from specdiff.check.toys import Hinted
 from specdiff.drafters.base import NoDrafter
+from specdiff.engine import Request
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Draft, SamplingParams, TargetOutput, Verification
 from specdiff.verify import match
 
+K, ROWS = 4, 3
 ASKED = (SamplingParams(max_tokens=12), SamplingParams(max_tokens=8, temperature=0))
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the logits' spread
 
 
 class Watched(Target[Any]):
-    """`inner`, with every scored row kept: (its text and draft, its logits)."""
+    """`inner`, with every scored row kept (its text and draft, its logits), and the prompt tokens counted that were not read."""
 
     def __init__(self, inner: Target[Any]) -> None:
         self.inner, self.info = inner, inner.info
         self.seen: list[tuple[list[int], list[int], Float[Tensor, "N V"]]] = []
+        self.reused = 0
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
         return self.inner.open(rows, slots, taps)
 
-    def admit(self, cache: Any, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> Float[Tensor, "R N D"] | None:
-        return self.inner.admit(cache, rows, prompts)
+    def admit(
+        self, cache: Any, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+    ) -> Float[Tensor, "R N D"] | None:
+        self.reused += int(kept.sum())
+        return self.inner.admit(cache, rows, prompts, kept)
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)
@@ -53,19 +60,54 @@ class Watched(Target[Any]):
 def check_target(target: Target[Any], *, quick: bool = False) -> Iterator[Finding]:
     """Every finding about a target, each as it is known."""
     asked = requests(target, 5 if quick else 9, ASKED)
-    watched, K = Watched(target), 4
     try:
-        texts = written(target, NoDrafter(), asked, match)
-        known = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): texts[i] for i, r in enumerate(asked)}
-        hinted = Hinted(known, target.info.vocab_size)
-        for _ in engine.serve(watched, hinted, asked, verifier=match, draft_len=K, rows=3):
-            pass
+        watched = served(target, [asked])
+        reusing = served(target, [wave for i in range(0, len(asked), ROWS) for wave in continued(target, asked[i : i + ROWS])])
     except Exception as error:
         yield Finding("scores", False, f"it raised {type(error).__name__}: {error}")
         return
     yield scores(watched)
     if all(logits.shape == (K + 1, target.info.vocab_size) for _, _, logits in watched.seen):
         yield history(watched)
+        yield reuse(reusing)
+
+
+def continued(target: Target[Any], asked: Sequence[Request]) -> list[Sequence[Request]]:
+    """The requests, and behind them others whose prompts begin as their texts did: the whole text and more, a beginning of it and
+    other tokens, and a beginning alone."""
+    later = []
+    for i, (request, text) in enumerate(zip(asked, _texts(target, asked), strict=True)):
+        other = (text[len(text) // 2] + 1) % (max(text) + 1)
+        prompt = ([*text, other], [*text[: len(text) // 2], other, other], text[:-3] or text)[i % 3]
+        later.append(replace(request, prompt=prompt, seed=request.seed + 1))
+    return [asked, later]
+
+
+def served(target: Target[Any], waves: Sequence[Sequence[Request]]) -> Watched:
+    """Every row scored while the requests run, drafted by one who knows their texts; a wave joins when the last has ended."""
+    watched, everything = Watched(target), [request for wave in waves for request in wave]
+    running = 0
+
+    def stream() -> Iterator[Request | None]:
+        nonlocal running
+        for wave in waves:
+            while running:
+                yield None
+            running = len(wave)
+            yield from wave
+
+    texts = _texts(target, everything)
+    known = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): text for r, text in zip(everything, texts, strict=True)}
+    hinted = Hinted(known, target.info.vocab_size)
+    slots = max(len(r.prompt) + r.params.max_tokens for r in everything)
+    for turn in engine.serve(watched, hinted, stream(), verifier=match, draft_len=K, rows=ROWS, slots=slots):
+        running -= len(turn.ended)
+    return watched
+
+
+def _texts(target: Target[Any], asked: Sequence[Request]) -> list[list[int]]:
+    found = written(target, NoDrafter(), asked, match)
+    return [found[i] for i in range(len(asked))]
 
 
 def scores(watched: Watched) -> Finding:
@@ -80,18 +122,8 @@ def scores(watched: Watched) -> Finding:
 
 
 def history(watched: Watched) -> Finding:
-    """Each row once more in a cache of its own that never saw anything else: rejected drafts and neighbours must not show."""
-    target, allowed = watched.inner, TOLERANCE.get(watched.info.dtype, 1e-3)
-    worst = 0.0
-    for text, draft, logits in watched.seen:
-        batch = Batch.of([text], [SamplingParams(max_tokens=len(draft) + 1)], [0], device=target.info.device)
-        cache = target.open(1, len(text) + len(draft) + 1)
-        with torch.inference_mode():
-            target.admit(cache, torch.arange(1, device=target.info.device), [batch.ids[0, : len(text)]])
-            fresh = target.score(cache, batch, Draft(torch.tensor([draft], device=target.info.device))).logits[0].double().cpu()
-        finite = torch.isfinite(fresh) & torch.isfinite(logits)
-        spread = float(fresh[finite].std().clamp(min=1e-9))
-        worst = max(worst, float((fresh - logits)[finite].abs().max()) / spread)
+    """Rejected drafts and neighbours must not show."""
+    worst, allowed = apart(watched), _allowed(watched)
     if worst <= allowed:
         return Finding("history", True, f"{len(watched.seen)} rows score as they do in a new cache", worst, allowed)
     message = (
@@ -99,3 +131,35 @@ def history(watched: Watched) -> Finding:
         "drafts, of an earlier request, or of neighbours show, so the law that is preserved is not the model's"
     )
     return Finding("history", False, message, worst, allowed)
+
+
+def reuse(watched: Watched) -> Finding:
+    """Neither must it show that a prompt's first tokens were taken from what the row had read for the request before."""
+    worst, allowed = apart(watched), _allowed(watched)
+    if worst <= allowed:
+        told = f"{len(watched.seen)} rows score as they do in a new cache, {watched.reused} prompt tokens being left from earlier requests"
+        return Finding("reuse", True, told, worst, allowed)
+    message = (
+        f"after a prompt that begins as the row's text before did, logits are not those of a new cache (off by {worst:.2g} of their "
+        "spread): `admit` must take over at most the `kept` first positions, and rounds must leave those as they were committed"
+    )
+    return Finding("reuse", False, message, worst, allowed)
+
+
+def _allowed(watched: Watched) -> float:
+    return TOLERANCE.get(watched.info.dtype, 1e-3)
+
+
+def apart(watched: Watched) -> float:
+    """How far logits are from those of the same row, once more, in a cache of its own that never saw anything else."""
+    target, worst = watched.inner, 0.0
+    for text, draft, logits in watched.seen:
+        batch = Batch.of([text], [SamplingParams(max_tokens=len(draft) + 1)], [0], device=target.info.device)
+        cache, row = target.open(1, len(text) + len(draft) + 1), torch.zeros(1, dtype=torch.long, device=target.info.device)
+        with torch.inference_mode():
+            target.admit(cache, row, [batch.ids[0, : len(text)]], torch.zeros_like(row))
+            fresh = target.score(cache, batch, Draft(torch.tensor([draft], device=target.info.device))).logits[0].double().cpu()
+        finite = torch.isfinite(fresh) & torch.isfinite(logits)
+        spread = float(fresh[finite].std().clamp(min=1e-9))
+        worst = max(worst, float((fresh - logits)[finite].abs().max()) / spread)
+    return worst

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli.options import biases, given, json_object, quiet_libraries, token_ids
+from specdiff.cli import declared as d
+from specdiff.cli.options import biases, draft_length, given, json_object, quiet_libraries, token_ids
+from specdiff.cli.streaming import footer, show
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,41 +23,39 @@ if TYPE_CHECKING:
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
-    drafter: Annotated[
-        str, typer.Option(help="auto, none, ngram, sedd, autoregressive, a folder or hub id, module:Class, ./file.py:Class.")
-    ] = "auto",
-    draft_len: Annotated[str, typer.Option(help="Tokens per draft, or auto: no drafting while it does not pay. Default: see --seed.")] = "",
-    steps: Annotated[int | None, typer.Option(help="Network passes per draft (T).")] = None,
-    order: Annotated[str | None, typer.Option(help="one-shot, left-to-right or any.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="Of order any: analytic or euler.")] = None,
-    draft_temperature: Annotated[float | None, typer.Option(help="Sharpens or flattens drafts; always lossless.")] = None,
-    verifier: Annotated[str, typer.Option(help="token, block, match or match-gumbel.")] = "token",
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="0 is off.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="On tokens of prompt and answer; 1 is off.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="On tokens of the answer, once each; 0 is off.")] = 0.0,
-    frequency_penalty: Annotated[float, typer.Option(help="On tokens of the answer, each time; 0 is off.")] = 0.0,
+    model: d.Model = "smollm2-135m",
+    drafter: d.DrafterSpec = "auto",
+    draft_len: d.DraftLen = "",
+    steps: d.Steps = None,
+    order: d.Order = None,
+    sampler: d.Sampler = None,
+    draft_temperature: d.DraftTemperature = None,
+    verifier: d.VerifierName = "token",
+    max_tokens: d.MaxTokens = 256,
+    temperature: d.Temperature = 1.0,
+    top_k: d.TopK = 0,
+    top_p: d.TopP = 1.0,
+    min_p: d.MinP = 0.0,
+    repetition_penalty: d.RepetitionPenalty = 1.0,
+    presence_penalty: d.PresencePenalty = 0.0,
+    frequency_penalty: d.FrequencyPenalty = 0.0,
     logit_bias: Annotated[str, typer.Option(help="ID=VALUE,... with values in [-100, 100].")] = "",
     allowed_token_ids: Annotated[str, typer.Option(help="ID,...: no other tokens.")] = "",
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given again.")] = None,
+    stop: d.Stop = None,
     logprobs: Annotated[int | None, typer.Option(help="With --json: log probabilities, and so many alternatives (<= 20).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same text; also fixes the draft length (else it is auto).")] = None,
+    seed: d.Seed = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
-    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    drafter_device: Annotated[str | None, typer.Option(help="Where the drafter runs; default: with the target.")] = None,
-    model_options: Annotated[str, typer.Option(help='How the target is loaded, as JSON: {"device_map": "auto", ...}.')] = "{}",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    max_model_len: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 2048,
-    show_accepted: Annotated[bool, typer.Option("--show-accepted", help="Colour the tokens that came from the draft.")] = False,
+    system: d.System = None,
+    device: d.Device = "auto",
+    drafter_device: d.DrafterDevice = None,
+    model_options: d.ModelOptions = "{}",
+    dtype: d.Dtype = "auto",
+    max_model_len: d.MaxModelLen = 2048,
+    show_accepted: d.ShowAccepted = False,
     compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too; compare tokens and speed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No footer.")] = False,
+    quiet: d.Quiet = False,
 ) -> None:
     """Answer PROMPT, streaming.
 
@@ -69,7 +69,7 @@ def generate(
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
         "logit_bias": biases(logit_bias), "allowed_token_ids": token_ids(allowed_token_ids), "stop": stop or (), "logprobs": logprobs,
-        "verifier": verifier, "draft_len": _draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
+        "verifier": verifier, "draft_len": draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
     }  # fmt: skip
     places: dict[str, Any] = {
         "device": device,
@@ -95,7 +95,7 @@ def generate(
         "seconds": seconds,
         "tokens_per_second": len(answer.token_ids) / max(seconds, 1e-9),
     }
-    notes.print(_footer("specdiff", answer, seconds), style="dim", soft_wrap=True)
+    notes.print(footer("specdiff", answer, seconds), style="dim", soft_wrap=True)
     if compare and not interrupted:
         with notes.status("decoding plainly, and both once more"):
             report["compare"] = _compare(lm, text, options, answer, seconds)
@@ -108,15 +108,6 @@ def generate(
         raise typer.Exit(130)
 
 
-def _draft_length(text: str) -> int | str | None:
-    if text in ("", "auto"):
-        return text or None
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"--draft-len must be a whole number of at least 1 or 'auto', not {text!r}") from None
-
-
 def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> tuple["Generation", bool]:
     """Print as it comes. Ctrl-C keeps what was generated. Returns the answer, and whether it was cut short."""
     from specdiff.generation import Generation
@@ -125,25 +116,13 @@ def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> t
     try:
         for piece in pieces:
             answer = piece.generation
-            out.print(piece.text, end="", markup=False, style="green" if show_accepted and piece.accepted else None)
-            out.file.flush()
+            show(piece, out, show_accepted)
     except KeyboardInterrupt:
         out.print()
         answer.finish_reason = "interrupted"
         return answer, True
     out.print()
     return answer, False
-
-
-def _footer(name: str, answer: "Generation", seconds: float) -> str:
-    s = answer.stats
-    drafted = f"tau {s.tau:.2f}, accepted {s.accepted} of {s.drafted} drafted tokens in {s.rounds} rounds"
-    if s.plain_rounds:
-        drafted += f" ({s.plain_rounds} without drafting)"
-    if s.faults:
-        drafted += "; the drafter broke, and rested from then on"
-    rate = len(answer.token_ids) / max(seconds, 1e-9)
-    return f"{name}: {len(answer.token_ids)} tokens in {seconds:.1f} s, {rate:.1f} tok/s; {drafted}"
 
 
 def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "Generation", seconds: float) -> dict[str, Any]:

@@ -45,3 +45,13 @@ def biases(text: str) -> dict[int, float]:
         return {int(token): float(value) for token, value in pairs}
     except ValueError:
         raise UsageError(f"--logit-bias must be ID=VALUE,ID=VALUE,..., not {text!r}") from None
+
+
+def draft_length(text: str) -> int | str | None:
+    """K, "auto", or None for no text. Raises UsageError."""
+    if text in ("", "auto"):
+        return text or None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--draft-len must be a whole number of at least 1 or 'auto', not {text!r}") from None

@@ -51,19 +51,22 @@ class CausalTarget(Target[CausalCache]):
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
         return CausalCache(RaggedCache(rows, slots), tuple(taps))
 
-    def admit(self, cache: CausalCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> Float[Tensor, "R N D"] | None:
-        ids = torch.nn.utils.rnn.pad_sequence([p[:-1] for p in prompts], batch_first=True)  # padding is overwritten by later rounds
-        at = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    def admit(
+        self, cache: CausalCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+    ) -> Float[Tensor, "R N D"] | None:
+        unread = [prompt[k:-1] for prompt, k in zip(prompts, kept.tolist(), strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(unread, batch_first=True)  # padding is overwritten by later rounds
+        at = (kept[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(max=cache.store.slots - 1)
         features = [
             self.ragged.forward(cache.store, i, a, selected=rows, taps=cache.taps, last=1)[1]
             for i, a in zip(ids.split(CHUNK, dim=1), at.split(CHUNK, dim=1), strict=True)
             if i.shape[1]
         ]
-        kept = [f for f in features if f is not None]
+        tapped = [f for f in features if f is not None]
         if not cache.taps:
             return None
         empty = ids.new_zeros(len(ids), 0, self.info.hidden_size * len(cache.taps), dtype=self.info.dtype)
-        return torch.cat(kept, dim=1) if kept else empty
+        return torch.cat(tapped, dim=1) if tapped else empty
 
     def score(self, cache: CausalCache, batch: Batch, draft: Draft) -> TargetOutput:
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)

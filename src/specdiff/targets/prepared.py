@@ -65,8 +65,10 @@ class PreparedTarget(Target[PreparedCache]):
         nothing = torch.empty(rows, 0, self.info.vocab_size)
         return PreparedCache(self.inner.open(rows, slots, taps), nothing, nothing)
 
-    def admit(self, cache: PreparedCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> Float[Tensor, "R N D"] | None:
-        return self.inner.admit(cache.inner, rows, prompts)
+    def admit(
+        self, cache: PreparedCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+    ) -> Float[Tensor, "R N D"] | None:
+        return self.inner.admit(cache.inner, rows, prompts, kept)
 
     def score(self, cache: PreparedCache, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache.inner, batch, draft)

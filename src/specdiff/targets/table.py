@@ -41,9 +41,11 @@ class TableTarget(Target[TableCache]):
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> TableCache:
         return TableCache(torch.zeros(rows, slots, dtype=torch.long, device=self.table.device), len(taps))
 
-    def admit(self, cache: TableCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]]) -> Float[Tensor, "R N D"] | None:
-        for row, prompt in zip(rows, prompts, strict=True):
-            cache.slots[row, : len(prompt) - 1] = prompt[:-1]
+    def admit(
+        self, cache: TableCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+    ) -> Float[Tensor, "R N D"] | None:
+        for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
+            cache.slots[row, k : len(prompt) - 1] = prompt[k:-1]
         seen = torch.nn.utils.rnn.pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
         return self._features(cache, seen)
 
