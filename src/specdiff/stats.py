@@ -46,7 +46,7 @@ class Stats:
 
     def merge(self, other: "Stats") -> None:
         """Count what another request did as well."""
-        for name in ("rounds", "plain_rounds", "tokens", "drafted", "accepted"):
+        for name in ("rounds", "plain_rounds", "tokens", "drafted", "accepted", "faults"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reached = [a + b for a, b in zip_longest(self.reached, other.reached, fillvalue=0)]
         self.kept = [a + b for a, b in zip_longest(self.kept, other.kept, fillvalue=0)]
