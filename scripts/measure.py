@@ -6,6 +6,7 @@
     python scripts/measure.py draft-cost   SEDD draft cost against window, blocks and gamma (untrained networks)
     python scripts/measure.py data         writing a corpus: transformers' batched generate against our engine
     python scripts/measure.py plug         inside transformers' generate: its own loop, prompt lookup, and custom_generate
+    python scripts/measure.py reuse        a conversation's next turn: read again, or only what is new
     python scripts/measure.py acceptance   tau and break-even tau of a drafter on held-out prompts, temperature 0 and 1
 
 Nothing else should run on the machine meanwhile.
@@ -268,6 +269,28 @@ def plug(a: argparse.Namespace) -> None:
             )
 
 
+def reuse(a: argparse.Namespace) -> None:
+    """The first piece, and all of a turn: the conversation read again, against a Conversation that reads what is new."""
+    lm = specdiff.load(a.model, a.drafter, dtype=a.dtype)
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": a.tokens, "ignore_eos": True}
+    words = "The river ran past the mill, the old bridge and the school, and nobody in the village knew where it went. "
+    talk = specdiff.Conversation(lm, **asked)
+    list(talk.say(words * (a.context // 24) + "Sum this up."))
+    taken: dict[str, list[tuple[float, float]]] = {"read again": [], "reused": []}
+    for _ in range(a.times):
+        prompt = lm.render([*talk.messages, {"role": "user", "content": "And then?"}])
+        for name, pieces in zip(taken, (lm.stream(prompt, **asked), talk.say("And then?")), strict=True):
+            begin = time.perf_counter()
+            next(pieces)
+            first = time.perf_counter() - begin
+            list(pieces)
+            taken[name].append((first, time.perf_counter() - begin))
+    for i, what in enumerate(("first piece", f"{a.tokens} tokens")):
+        fresh, held = ([t[i] for t in taken[name]] for name in taken)
+        ratios = [f / h for f, h in zip(fresh, held, strict=True)]
+        print(f"{len(prompt)} prompt tokens, {what}: {spread(fresh)} read again, {spread(held)} reused, {statistics.median(ratios):.2f}x")
+
+
 class Tally:
     """One way of decoding over all prompts: Stats, the same up to the first repeated 8-gram, and seconds of every round."""
 
@@ -311,7 +334,7 @@ def acceptance(a: argparse.Namespace) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "data", "plug", "acceptance"))
+    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "data", "plug", "reuse", "acceptance"))
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--drafter", default="sedd")
     p.add_argument("--dtype", default="auto")
@@ -326,7 +349,7 @@ def main() -> None:
     a = p.parse_args()
     commands = {
         "forward": forward, "linear": few_rows, "host": host, "draft-cost": draft_cost, "data": data, "plug": plug,
-        "acceptance": acceptance,
+        "reuse": reuse, "acceptance": acceptance,
     }  # fmt: skip
     commands[a.what](a)
 
