@@ -9,7 +9,7 @@ demo: .venv/ready
 	@scripts/demo
 
 test: check
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 check: .venv/ready
 	@scripts/check

@@ -12,7 +12,11 @@ import specdiff
 from documents import GUIDE, ROOT, Block, blocks, perform, understood
 
 # What the tests change in the commands: sizes
-SMALLER = {r"--max-tokens \d+": "--max-tokens 8", r"(check \./mine\.py:Mine)$": r"\1 --quick"}
+SMALLER = {
+    r"--max-tokens \d+": "--max-tokens 4",
+    r"--length 24 --count 2 --steps 16": "--length 8 --count 2 --steps 2",
+    r"(check \./mine\.py:Mine)$": r"\1 --quick",
+}
 RUN = ["getting-started", "how-it-works", "exactness", "write-a-drafter"]  # train-a-drafter: test_tutorial.py
 PAGES = sorted(GUIDE.glob("*.md"))
 
