@@ -81,8 +81,9 @@ class Theirs(Decoder):
             extra = {"prompt_lookup_num_tokens": cell.draft_len}
         torch.manual_seed(ask.seeds[0] % (1 << 63))
         streamer = _FirstToken() if len(ask.prompts) == 1 else None
+        model: Any = self.model
         begin = time.perf_counter()
-        out = self.model.generate(ids, attention_mask=mask, generation_config=_config(ask), streamer=streamer, **extra)
+        out = model.generate(ids, attention_mask=mask, generation_config=_config(ask), streamer=streamer, **extra)
         new = out[:, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - begin
         tokens = [_until(row[:n], ask.stop_ids) for row, n in zip(new, ask.limits, strict=True)]

@@ -15,9 +15,9 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """Opens DIR/journal.jsonl, or begins it. Raises UsageError for a folder that holds one already, unless `resume` and `settings` fit."""
+    """Opens DIR/journal.jsonl, or begins it with `settings` and what else is told `about` the run. Raises UsageError for a folder that holds one already, unless `resume` and `settings` fit."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
         self.path, self.records = folder / NAME, list[dict[str, Any]]()
         wanted = json.loads(json.dumps(settings))
         if self.path.exists() and not resume:
@@ -29,7 +29,7 @@ class Journal:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text("", encoding="utf-8")
-        self.add({"kind": "begin", "key": "begin", "settings": wanted})
+        self.add({"kind": "begin", "key": "begin", "settings": wanted, **about})
 
     def add(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Append one record; it is on the disk when this returns."""
@@ -52,7 +52,9 @@ def _read(path: Path) -> list[dict[str, Any]]:
     text = path.read_text(encoding="utf-8")
     whole, newline, torn = text.rpartition("\n")
     if torn:
-        path.write_text(whole + newline, encoding="utf-8")
+        aside = path.with_suffix(".partial")
+        aside.write_text(whole + newline, encoding="utf-8")
+        aside.replace(path)
     try:
         return [json.loads(line) for line in whole.splitlines()]
     except json.JSONDecodeError as error:
@@ -63,5 +65,6 @@ def _same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
     name = next((n for n in {**old, **new} if old.get(n) != new.get(n)), None)
     if name is not None:
         raise UsageError(
-            f"{folder} was begun with {name} = {old.get(name)!r}, not {new.get(name)!r}; repeat those settings to go on, or choose another --out"
+            f"{folder} was begun with {name} = {old.get(name)!r}, not {new.get(name)!r}; "
+            "repeat those settings to go on, or choose another --out"
         )

@@ -1,9 +1,10 @@
 """What is to be measured, as data: the settings of a benchmark, its parts, the baselines, and the cells of its table."""
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from specdiff.bench.suites import Text
 from specdiff.errors import UsageError
 from specdiff.lm import DTYPES
 from specdiff.verify import VERIFIERS
@@ -95,9 +96,8 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A target with its baselines and texts. `suite` is what `suites.read` knows it by; `prefix` cuts documents to their first tokens.
-
-    `missing`: why it cannot be run, and what to do about it.
+    """A target with its baselines and texts. `suite` is what `suites.read` knows it by; `texts`, where given, stand for it; `prefix` cuts
+    documents to their first tokens. `remedy`: how to get what it needs, told where it cannot be loaded.
     """
 
     name: str
@@ -108,7 +108,9 @@ class Part:
     dataset: str | None = None
     ignore_eos: bool = False
     prefix: int = 128
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    texts: tuple[Text, ...] | None = None
+    remedy: str | None = None
 
 
 def named(drafters: tuple[str, ...]) -> dict[str, str]:

@@ -6,8 +6,8 @@ Shapes: B rows.
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -51,14 +51,8 @@ class Run:
     joules: float | None = None
 
     def as_record(self) -> dict[str, Any]:
-        """Plain numbers, for the journal."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> Self:
-        """From the journal's numbers."""
-        memory = record["memory"]
-        return replace(cls(**record), memory=Memory(**memory) if memory else None)
+        """Plain numbers, for the journal; the tokens themselves only as their count."""
+        return {name: value for name, value in asdict(self).items() if name not in ("tokens", "from_draft")} | {"size": self.size}
 
     @property
     def size(self) -> int:

@@ -20,7 +20,7 @@ ROOM = 8  # tokens a prompt must leave to be generated
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt before a tokenizer saw it. body: a user's turn, messages, token ids, or (`document`) a text whose beginning is gone on with."""
+    """A prompt before a tokenizer saw it: a user's turn, messages, token ids, or (`document`) a text whose beginning is gone on with."""
 
     id: str
     task: str
