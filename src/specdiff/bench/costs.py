@@ -7,7 +7,7 @@ Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,11 +140,11 @@ def overlaps(draft: Draft, p: Float[Tensor, "B K V"]) -> Float[Tensor, "B K"]:
 
 
 def conditional(
-    target: Target[Any], drafter: Drafter[Any], batches: Sequence[Callable[[], Batch]], verifier: Verifier, draft_len: int
+    target: Target[Any], drafter: Drafter[Any], batches: Sequence[Batch], verifier: Verifier, draft_len: int | None
 ) -> list[dict[str, Any]]:
     """The positions of `draft_len`, over all batches."""
     counting = Overlap(verifier)
     for batch in batches:
-        for _ in decode.decode(target, drafter, batch(), verifier=counting, draft_len=draft_len):
+        for _ in decode.decode(target, drafter, batch, verifier=counting, draft_len=draft_len):
             pass
     return counting.positions()

@@ -15,18 +15,22 @@ NAME = "journal.jsonl"
 
 
 class Journal:
-    """Opens DIR/journal.jsonl, or begins it with `settings` and what else is told `about` the run. Raises UsageError for a folder that holds one already, unless `resume` and `settings` fit."""
+    """Opens DIR/journal.jsonl, or begins it with `settings` and what else is told `about` the run.
+
+    Raises UsageError for a folder that holds one already, unless `resume` is set and the settings are the same.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
         self.path, self.records = folder / NAME, list[dict[str, Any]]()
         wanted = json.loads(json.dumps(settings))
-        if self.path.exists() and not resume:
-            raise UsageError(f"{folder} holds a benchmark already; go on with it by --resume, or choose another --out")
         if self.path.exists():
             self.records = _read(self.path)
-        if self.records:
+        if len(self.records) > 1 and not resume:
+            raise UsageError(f"{folder} holds a benchmark already; go on with it by --resume, or choose another --out")
+        if len(self.records) > 1:
             _same(self.records[0]["settings"], wanted, folder)
             return
+        self.records.clear()  # nothing was measured there
         folder.mkdir(parents=True, exist_ok=True)
         self.path.write_text("", encoding="utf-8")
         self.add({"kind": "begin", "key": "begin", "settings": wanted, **about})

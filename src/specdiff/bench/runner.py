@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from specdiff.bench import order, session, suites
+from specdiff.bench import environment, order, session, suites
 from specdiff.bench.journal import Journal
 from specdiff.bench.plan import Part, Settings
 from specdiff.bench.session import LOADING, Session
@@ -63,7 +63,8 @@ def _described(loaded: Session) -> dict[str, Any]:
     ]
     prompts = [{"id": p.id, "task": p.task, "tokens": len(p.ids)} for p in loaded.prompts]
     dtype = str(loaded.lm.target.info.dtype).removeprefix("torch.")
-    return {"notes": loaded.notes, "prompts": prompts, "baselines": told, "dtype": dtype}
+    where = environment.describe(loaded.lm.target.info.device)
+    return {"notes": loaded.notes, "prompts": prompts, "baselines": told, "dtype": dtype, "environment": where}
 
 
 def _measure(loaded: Session, journal: Journal) -> Iterator[Event]:

@@ -83,7 +83,7 @@ class Session:
             (w for (n, b), w in self.limits.items() if n == cell.baseline and b <= cell.batch), ""
         )
         if known:
-            return known
+            return known[0]
         try:
             return measured(self.decoders[cell.baseline], cell, ask, self.lm.target.info.device)
         except Exception as error:  # whatever it is, the other baselines go on

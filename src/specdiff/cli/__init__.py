@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from specdiff.cli.bench import bench
 from specdiff.cli.check import check
 from specdiff.cli.data import data
 from specdiff.cli.env import env
@@ -27,7 +28,7 @@ app = typer.Typer(
     'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
     context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, sample, check, data, train, env):
+for verb in (generate, sample, check, bench, data, train, env):
     app.command()(verb)
 
 
