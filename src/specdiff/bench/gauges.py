@@ -38,14 +38,14 @@ def watch_memory(device: torch.device) -> Callable[[], Memory | None]:
     try:
         CLEAR.write_text("5", encoding="ascii")  # Linux: start VmHWM anew
         level = _status("VmRSS")
-    except (OSError, KeyError):
+    except (OSError, StopIteration):
         return lambda: None
     return lambda: Memory("rss", peak := _status("VmHWM"), max(0, peak - level))
 
 
 def _status(name: str) -> int:
-    lines = (line.split() for line in STATUS.read_text(encoding="ascii").splitlines())
-    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3}[name]
+    lines = STATUS.read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def joules(device: torch.device) -> Callable[[], float] | None:

@@ -19,8 +19,8 @@ class Screen:
     def __init__(self) -> None:
         self.part, self.begin, self.left = "", 0.0, ""
 
-    def of(self, event: Event, records: Sequence[dict[str, Any]]) -> Group:
-        """What to show now."""
+    def of(self, event: Event, records: Sequence[dict[str, Any]], width: int) -> Group:
+        """What to show now, in so many columns."""
         here = event.done - event.skipped
         if event.part != self.part or here <= 0:
             self.part, self.begin, self.left = event.part, time.monotonic(), ""
@@ -28,7 +28,7 @@ class Screen:
             seconds = (time.monotonic() - self.begin) * (event.total - event.done) / here
             self.left = f", about {remaining(seconds)} left"
         told = results.fold(records, finished=False)
-        shown = [table.main(p) for p in told["parts"] if p["name"] == event.part and p["cells"]]
+        shown = [table.main(p, width) for p in told["parts"] if p["name"] == event.part and p["cells"]]
         share = min(1.0, event.done / max(event.total, 1e-9))
         full = round(WIDTH * share)
         bar = f"{'━' * full}{'·' * (WIDTH - full)} {100 * share:3.0f} %  {event.part}: {event.title}{self.left}"

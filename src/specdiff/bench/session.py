@@ -79,9 +79,9 @@ class Session:
 
     def attempt(self, cell: Cell, ask: Ask, *, remember: bool = True) -> Run | str:
         """One run, or why there is none. `remember`: nor will there be from then on at this batch size, and every larger one."""
-        known = self.problems.get(cell.baseline) or next(
-            (w for (n, b), w in self.limits.items() if n == cell.baseline and b <= cell.batch), ""
-        )
+        if cell.baseline in self.problems:
+            return self.problems[cell.baseline]
+        known = [why for (name, batch), why in self.limits.items() if name == cell.baseline and batch <= cell.batch]
         if known:
             return known[0]
         try:

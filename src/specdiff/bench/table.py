@@ -1,47 +1,51 @@
 """The table of a run, as it stands: rich renderables over results.json's own dict."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-COLUMNS = (
-    "baseline",
-    "T",
-    "K",
-    "steps",
-    "tok/s",
-    "decode",
-    "vs hf",
-    "vs vanilla",
-    "tau",
-    "fresh",
-    "alpha",
-    "even",
-    "limit",
-    "TTFT",
-    "exact",
-)
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {  # name -> of results.json's cell, what is shown
+    "baseline": lambda c: c["baseline"],
+    "T": lambda c: f"{c['temperature']:g}",
+    "K": lambda c: str(c["draft_len"] or ""),
+    "steps": lambda c: str(c["steps"] or ""),
+    "tok/s": lambda c: _spread(c["tokens_per_second"]),
+    "decode": lambda c: _spread(c["decode_tokens_per_second"]),
+    "vs hf": lambda c: _ratio(c["speedup_vs_hf"]),
+    "vs vanilla": lambda c: _ratio(c["speedup_vs_vanilla"]),
+    "tau": lambda c: _number(c["tau"]),
+    "fresh": lambda c: _number(c["tau_before_loop"]),
+    "alpha": lambda c: _number(c["alpha"]),
+    "even": lambda c: _number(c["break_even_tau"]),
+    "limit": lambda c: _number(c["free_fraction"]),
+    "TTFT": lambda c: _spread(c["ttft"], 1000, 0),
+    "exact": lambda c: "" if c["exact"] is None else f"{100 * c['exact']:.0f} %",
+}
+FEW = ("baseline", "T", "K", "tok/s", "vs hf", "vs vanilla", "tau", "exact")
+WIDE = 140  # characters that all columns need
 LEGEND = (
-    "T temperature; K draft length; tok/s and speed-ups: medians over turns (min-max of single turns); fresh: tau before the first\n"
-    "repeated 8-gram; even: break-even tau; limit: share of the speed-up that free drafting would give; TTFT in ms; exact: share of\n"
-    "greedy answers equal to transformers' own"
+    "T temperature; K draft length; medians over turns, of speed-ups (min-max of single turns); fresh: tau before the first repeated 8-gram;\n"
+    "even: break-even tau; limit: share of the speed-up that free drafting would give; TTFT in ms; exact: share of greedy answers equal to\n"
+    "transformers' own"
 )
 
 
-def main(part: Mapping[str, Any]) -> Table:
-    """The main comparison of one part: a line a cell, or why there is none."""
-    table = Table(title=f"{part['name']} on {part['model']}" if part["name"] != part["model"] else part["name"], title_justify="left")
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if not i else "right", no_wrap=True)
+def main(part: Mapping[str, Any], width: int) -> Table:
+    """The main comparison of one part: a line a cell; the columns that fit."""
+    table = Table(title=f"{part['name']}: {part['model']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown = COLUMNS if width >= WIDE else {name: COLUMNS[name] for name in FEW}
+    for name in shown:
+        table.add_column(name, justify="left" if name == "baseline" else "right", no_wrap=True)
     heat = None
     for cell in part["cells"]:
         if cell["stage"] == "main":
             if heat not in (None, cell["temperature"]):
                 table.add_section()
             heat = cell["temperature"]
-            table.add_row(*_row(cell), style="red" if cell["status"] == "failed" else None)
+            table.add_row(*(show(cell) for show in shown.values()), style="red" if cell["status"] == "failed" else None)
     return table
 
 
@@ -52,38 +56,21 @@ def absent(part: Mapping[str, Any]) -> list[str]:
     return [*([part["missing"]] if part["missing"] else []), *told, *failed]
 
 
-def _row(cell: Mapping[str, Any]) -> list[str]:
-    ttft = cell["ttft"]
-    return [
-        cell["baseline"],
-        f"{cell['temperature']:g}",
-        str(cell["draft_len"] or ""),
-        str(cell["steps"] or ""),
-        _spread(cell["tokens_per_second"], "median"),
-        _number(cell["decode_tokens_per_second"]["median"] if cell["decode_tokens_per_second"] else None, 1),
-        _spread(cell["speedup_vs_hf"], "ratio", 2),
-        _spread(cell["speedup_vs_vanilla"], "ratio", 2),
-        _number(cell["tau"]),
-        _number(cell["tau_before_loop"]),
-        _number(cell["alpha"]),
-        _number(cell["break_even_tau"]),
-        _number(cell["free_fraction"]),
-        _number(1000 * ttft["median"] if ttft else None, 0),
-        "" if cell["exact"] is None else f"{100 * cell['exact']:.0f} %",
-    ]
+def _spread(value: Mapping[str, float] | None, times: float = 1, digits: int = 1) -> str:
+    return "" if value is None else f"{times * value['median']:.{digits}f}"
 
 
-def _spread(value: Mapping[str, float] | None, middle: str, digits: int = 1) -> str:
-    return "" if value is None else f"{value[middle]:.{digits}f} ({value['min']:.{digits}f}-{value['max']:.{digits}f})"
+def _ratio(value: Mapping[str, float] | None) -> str:
+    return "" if value is None else f"{value['ratio']:.2f} ({value['min']:.2f}-{value['max']:.2f})"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def paper(told: Mapping[str, Any]) -> Table:
     """Table 2, ours beside the paper's."""
-    table = Table(title="Table 2: speed-up over plain decoding", title_justify="left")
+    table = Table(title="Table 2: speed-up over plain decoding", title_justify="left", box=SIMPLE_HEAD)
     for name in ("data set", "target", "drafter", "K", "paper", "ours vs hf", "ours vs our plain", "accepted per draft", ""):
         table.add_column(name, justify="left" if name in ("data set", "target", "drafter", "") else "right")
     for row in told["table2"]:
@@ -95,7 +82,7 @@ def paper(told: Mapping[str, Any]) -> Table:
 
 def appendix(told: Mapping[str, Any]) -> Table:
     """Every setting of the sweeps; Appendix A's own figures are not known."""
-    table = Table(title="Appendix A: settings (ours; the paper's figures are not known here)", title_justify="left")
+    table = Table(title="Appendix A: settings (ours; the paper's figures are not known here)", title_justify="left", box=SIMPLE_HEAD)
     for name in ("data set", "target", "drafter", "K", "steps", "alpha", "accepted per draft", "vs hf", "vs our plain"):
         table.add_column(name, justify="left" if name in ("data set", "target", "drafter") else "right")
     for row in told["appendix_a"]:
@@ -104,11 +91,11 @@ def appendix(told: Mapping[str, Any]) -> Table:
     return table
 
 
-def whole(told: Mapping[str, Any]) -> Iterator[RenderableType]:
+def whole(told: Mapping[str, Any], width: int) -> Iterator[RenderableType]:
     """All of a run: a table for each part, what is absent from it and why, and the paper's tables."""
     for part in told["parts"]:
         if part["cells"]:
-            yield main(part)
+            yield main(part, width)
         for line in absent(part):
             yield f"  {line}".replace("[", "\\[")
     if any(part["cells"] for part in told["parts"]):

@@ -125,7 +125,7 @@ def _watch(settings: "Settings", parts: "list[Part]", journal: "Journal", folder
                 if event.record is not None:
                     results.write(folder, results.fold(journal.records, finished=False))
                 if notes.is_terminal:
-                    live.update(screen.of(event, journal.records), refresh=True)
+                    live.update(screen.of(event, journal.records, notes.width), refresh=True)
                 elif event.record is None:
                     notes.print(f"{event.part}: {event.title}", soft_wrap=True)
     except KeyboardInterrupt:
@@ -145,8 +145,8 @@ def _tell(journal: "Journal", folder: Path, notes: "Console", *, as_json: bool, 
     if as_json:
         print(json.dumps(results.summary(told) | {"out": str(folder), "problems": wrong}))
     else:
-        out = Console(highlight=False)
-        for shown in table.whole(told):
+        out = Console(highlight=False, width=None if sys.stdout.isatty() else table.WIDE)
+        for shown in table.whole(told, out.width):
             out.print(shown)
     for line in wrong:
         notes.print(f"problem: {line}", style="red", markup=False, soft_wrap=True)
