@@ -13,8 +13,7 @@ from specdiff.bench.plan import ASSISTED, HF, LOOKUP, VANILLA, Cell
 from specdiff.bench.session import Session
 
 ALTERNATIONS = 5  # turns that a ratio needs at least
-TUNING_PROMPTS, TUNING_TOKENS = 2, 32
-SAMPLE = 5  # prompts for conditional acceptance, and for sweeps
+TUNING_PROMPTS = 2
 COST_TIMES = 5
 BATCH_TOKENS = 32
 
@@ -42,7 +41,7 @@ def units(loaded: Session) -> list[Unit]:
 
 
 def _tuning(loaded: Session) -> Iterator[Unit]:
-    prompts, most = loaded.prompts[:TUNING_PROMPTS], min(TUNING_TOKENS, loaded.part.max_tokens)
+    prompts, most = loaded.prompts[:TUNING_PROMPTS], min(loaded.settings.tuning_tokens, loaded.part.max_tokens)
     for heat in loaded.settings.temperatures:
         for entry in loaded.entries():
             points = len(loaded.grid(entry))
@@ -102,11 +101,11 @@ def _main(loaded: Session) -> Iterator[Unit]:
 
 def _sweeps(loaded: Session) -> Iterator[Unit]:
     for heat in loaded.settings.temperatures:
-        yield from _turns(loaded, "sweep", heat, SAMPLE, sweep_cells)
+        yield from _turns(loaded, "sweep", heat, loaded.settings.sample, sweep_cells)
 
 
 def _conditional(loaded: Session) -> Iterator[Unit]:
-    sample = loaded.prompts[:SAMPLE]
+    sample = loaded.prompts[: loaded.settings.sample]
     heat = next((t for t in reversed(loaded.settings.temperatures) if t > 0), loaded.settings.temperatures[0])
     for entry in loaded.entries(drafting=True):
         work = partial(measure.conditional, loaded, entry, heat, sample)

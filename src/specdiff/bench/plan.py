@@ -18,7 +18,8 @@ NAME = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
 class Settings:
     """Everything that decides what is measured. Two runs may be joined (--resume) where all of it is equal.
 
-    `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length and steps. Raises UsageError.
+    `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length and steps; `sample` prompts are enough
+    for those and for acceptance counts, `tuning_tokens` for tuning. Raises UsageError.
     """
 
     suite: str
@@ -37,6 +38,8 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     sweeps: bool = True
+    sample: int = 5
+    tuning_tokens: int = 32
     contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     smoke: bool = False

@@ -29,7 +29,8 @@ cell    stage "main" | "sweep" | "batch" · baseline · draft_len int | "auto" |
         speedup_vs_hf, speedup_vs_vanilla, decode_speedup_vs_hf, decode_speedup_vs_vanilla {ratio, min, max, turns} | null: ratio of the
             two medians over the turns both ran in; min and max of the turns' own ratios
         tau · tau_before_loop (before the first repeated 8-gram) · alpha · accepted_per_draft · per_position [given reached] · reached [n]
-        rounds · plain_rounds · break_even_tau · free_limit (tau T(1) / T(K+1), scoring passes of these turns) · free_fraction
+        rounds · plain_rounds · break_even_tau · free_limit (tau T(1) / T(K+1), scoring passes of these turns) ·
+        free_fraction (decode_speedup_vs_vanilla / free_limit)
         seconds {prefill, draft, score, verify, commit, host, total}: host is what the stages leave of the total; on a GPU, host seconds
         memory {kind "rss" | "cuda", peak, growth}: high-water mark of the *process* while the cell ran (it holds every baseline's
             weights), and how far that lay above the level before; the largest of its runs
@@ -51,6 +52,7 @@ from specdiff.bench.plan import HF, VANILLA
 
 SCHEMA = 1
 KEY = ("stage", "baseline", "draft_len", "steps", "verifier", "temperature", "batch")
+INNER = ("kind", "key", "part", "took")  # the journal's own
 PLAIN = ("seconds", "memory", "tasks", "per_position", "reached")  # not in the table
 
 
@@ -64,7 +66,7 @@ def fold(records: Sequence[Mapping[str, Any]], *, finished: bool) -> dict[str, A
         "status": "complete" if finished else "partial",
         **{name: begin[name] for name in ("suite", "command", "settings")},
         "environment": next((r["environment"] for r in reversed(parts.values()) if "environment" in r), None),
-        "seconds": sum(run["seconds"] for r in records if r["kind"] == "turn" for run in r["runs"] if "seconds" in run),
+        "seconds": sum(r.get("took", 0.0) for r in records),
         "parts": measured,
         "paper": paper.compare(measured, smoke=begin["settings"]["smoke"]) if begin["suite"] == paper.SUITE else None,
     }
@@ -79,10 +81,10 @@ def _part(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dic
     return {
         "name": about["part"],
         **{name: (empty | dict(about))[name] for name in named},
-        "tuning": [_without(r, "kind", "key", "part") for r in of["tune"]],
+        "tuning": [_without(r, *INNER) for r in of["tune"]],
         "cells": found,
         "costs": curves,
-        "conditional": [_without(r, "kind", "key", "part") for r in of["conditional"] if "positions" in r],
+        "conditional": [_without(r, *INNER) for r in of["conditional"] if "positions" in r],
         "batches": batches(found),
         "divergences": [d for r in of["turn"] for d in r["divergences"]],
         "outputs": [shown for r in of["turn"] for shown in _outputs(r)],

@@ -1,5 +1,6 @@
 """Part by part, unit by unit: a generator of events, over which the live table folds. Each unit's record is in the journal first."""
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,8 @@ def _measure(loaded: Session, journal: Journal) -> Iterator[Event]:
     for unit in todo:
         if unit.key not in known:
             yield Event(name, unit.title, done, total, skipped)
-            record = journal.add({"key": unit.key, "part": name, **unit.work()})
+            begin = time.perf_counter()
+            record = journal.add({"key": unit.key, "part": name, **unit.work(), "took": time.perf_counter() - begin})
             loaded.learn(record)
             yield Event(name, unit.title, done + unit.weight, total, skipped, record)
         done += unit.weight

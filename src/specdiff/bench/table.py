@@ -27,9 +27,9 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {  # name -> of results
 FEW = ("baseline", "T", "K", "tok/s", "vs hf", "vs vanilla", "tau", "exact")
 WIDE = 140  # characters that all columns need
 LEGEND = (
-    "T temperature; K draft length; medians over turns, of speed-ups (min-max of single turns); fresh: tau before the first repeated 8-gram;\n"
-    "even: break-even tau; limit: share of the speed-up that free drafting would give; TTFT in ms; exact: share of greedy answers equal to\n"
-    "transformers' own"
+    "T temperature; K draft length; medians over turns, of speed-ups (min-max of single turns); fresh: tau before the first repeated\n"
+    "8-gram; even: break-even tau; limit: share of the speed-up that free drafting would give; TTFT in ms; exact: share of greedy\n"
+    "answers equal to transformers' own"
 )
 
 
