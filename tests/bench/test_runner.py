@@ -92,6 +92,16 @@ def test_an_interrupted_run_goes_on_where_it_was(settings: Make, part: Make, tmp
     assert list(runner.run(chosen, [one], again)) == [] and len(again.records) == before  # nothing is left to do
 
 
+def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) -> None:
+    def turns(**changes: Any) -> dict[str, int]:
+        keys = [u.key.split("/") for u in order.units(load(settings(**changes), part()))]
+        return {heat: sum(k[1:3] == ["main", heat] for k in keys) for heat in ("0", "1")}
+
+    assert turns() == {"0": 6, "1": 6}  # two prompts, three times
+    assert turns(times=4) == {"0": 8, "1": 8}
+    assert turns(times=4, later_prompts=1) == {"0": 8, "1": 5}
+
+
 def test_what_tuning_found_is_not_forgotten(settings: Make, part: Make, tmp_path: Path) -> None:
     """The resumed run measures at the draft lengths the first one found, not at ones of its own."""
     chosen = settings()

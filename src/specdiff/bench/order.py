@@ -104,8 +104,9 @@ def _turn(loaded: Session, cells: Callable[[Session, float], list[Cell]], heat: 
 
 
 def _main(loaded: Session) -> Iterator[Unit]:
-    for heat in loaded.settings.temperatures:
-        yield from _turns(loaded, "main", heat, len(loaded.prompts), main_cells)
+    for i, heat in enumerate(loaded.settings.temperatures):
+        count = (loaded.settings.later_prompts if i else None) or len(loaded.prompts)
+        yield from _turns(loaded, "main", heat, count, main_cells)
 
 
 def _sweeps(loaded: Session) -> Iterator[Unit]:

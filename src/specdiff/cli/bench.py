@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from specdiff.bench.plan import Part, Settings
 
 PATIENCE = 10  # seconds between two writes of the files, for who looks at them meanwhile
-QUICK: dict[str, Any] = {"prompts": 8, "max_tokens": 32, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (128, 512),
-                         "widths": (1, 2, 4, 8, 16), "sweeps": False, "sample": 2, "tuning_tokens": 16}  # fmt: skip
+QUICK: dict[str, Any] = {"prompts": 8, "max_tokens": 32, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (256,),
+                         "widths": (1, 2, 4, 8, 16), "sweeps": False, "sample": 2, "tuning_tokens": 16,
+                         "later_prompts": 5}  # fmt: skip
 PAPER: dict[str, Any] = {"temperatures": (1.0,), "max_tokens": 1024, "prompts": 16, "gammas": (5, 10, 20, 30, 40, 50)}
 SMOKE: dict[str, Any] = {"max_tokens": 8, "prompts": 2, "gammas": (2, 40), "steps": (1, 2), "batch": (1, 2), "contexts": (16,),
                          "widths": (1, 2, 8)}  # fmt: skip
