@@ -19,7 +19,8 @@ class Settings:
     """Everything that decides what is measured. Two runs may be joined (--resume) where all of it is equal.
 
     `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length and steps; `sample` prompts are enough
-    for those and for acceptance counts, `tuning_tokens` for tuning, `later_prompts` (None: all) at temperatures after the first. Raises UsageError.
+    for those and for acceptance counts, `tuning_tokens` for tuning, `later_prompts` (None: all) at temperatures after the first.
+    Raises UsageError.
     """
 
     suite: str
