@@ -116,6 +116,14 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     return _trained(locate(spec), info, chosen)
 
 
+def trained_folder(spec: str, info: TargetInfo) -> Path | None:
+    """The folder of the causal LM an autoregressive drafter spec names (a hub id's is fetched); None for every other drafter."""
+    folder = _bundled_for(info).get(spec) if spec in TRAINED else Path(spec).expanduser()
+    if folder is not None and not folder.is_dir() and "/" in spec and ":" not in spec and not spec.startswith((".", "/", "~")):
+        folder = locate(spec)
+    return None if folder is None or not folder.is_dir() or _is_sedd(read_config(folder)) else folder
+
+
 def _bundled_for(info: TargetInfo) -> dict[str, Path]:
     """By kind, the bundled drafter whose config names this target."""
     found: dict[str, Path] = {}

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from specdiff.errors import CorpusError, UsageError
 from specdiff.training import corpus, imports
 from specdiff.training.corpus import Corpus, CorpusWriter, Row
-from specdiff.training.tally import Tally, repeated
+from specdiff.training.tally import Tally
 
 ABOUT = {"target": "toy", "seed": 3}
 VOCAB = 100
@@ -140,15 +140,6 @@ def test_what_was_not_flushed_is_not_counted_either(tmp_path: Path) -> None:
     w.unlock()  # as if the process were gone
     t = tally(writer(tmp_path))
     assert t.known == {0} and t.summary()["by_temperature"]["0"]["rows"] == 1 and t.summary()["rows"] == 1
-
-
-def test_repeated_8_grams() -> None:
-    line = torch.arange(10)
-    assert repeated(torch.arange(30)) == repeated(torch.zeros(8)) == repeated(torch.zeros(0)) == 0
-    assert repeated(torch.zeros(12)) == 12
-    assert repeated(torch.cat([line, line])) == 20
-    assert repeated(torch.cat([line, torch.tensor([50, 51]), line[:8]])) == 16
-    assert repeated(torch.cat([line[:7], torch.tensor([50]), line[:7]])) == 0
 
 
 def token_file(path: Path, **changes: Any) -> Path:

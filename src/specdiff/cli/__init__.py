@@ -11,6 +11,7 @@ from typing import Annotated, TextIO
 
 import typer
 
+from specdiff.cli.bench import bench
 from specdiff.cli.chat import chat
 from specdiff.cli.check import check
 from specdiff.cli.data import data
@@ -29,7 +30,7 @@ app = typer.Typer(
     'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
     context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, chat, sample, check, data, train, env):
+for verb in (generate, chat, sample, check, bench, data, train, env):
     app.command()(verb)
 
 

@@ -5,13 +5,12 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from specdiff.loops import repeated
 from specdiff.training.corpus import CorpusWriter, Row
 
-GRAM = 8  # tokens; a text in a loop repeats longer runs than chance or set phrases do
 DUPLICATE = "duplicate"
 
 
@@ -72,17 +71,6 @@ class Tally:
             "dropped": {why: len(keys) for why, keys in sorted(self.dropped.items())},
             "by_temperature": laws,
         }
-
-
-def repeated(tokens: Int[Tensor, "L"]) -> int:
-    """How many tokens lie in an 8-gram that occurs more than once."""
-    if len(tokens) <= GRAM:
-        return 0
-    weights = torch.tensor([pow(0x9E3779B1, k, 1 << 61) for k in range(GRAM)])  # wrapping sums: a hash of each 8-gram
-    grams = (tokens.long().unfold(0, GRAM, 1) * weights).sum(1)
-    _, inverse, counts = torch.unique(grams, return_inverse=True, return_counts=True)
-    starts = torch.nn.functional.pad((counts[inverse] > 1).float(), (GRAM - 1, GRAM - 1))
-    return int((torch.nn.functional.max_pool1d(starts[None, None], GRAM, 1)[0, 0] > 0).sum())
 
 
 def _digest(tokens: Int[Tensor, "L"]) -> bytes:

@@ -1,0 +1,69 @@
+"""Suites: the packaged prompts, users' files, and mistakes in them."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from specdiff.bench import suites
+from specdiff.errors import UsageError
+
+
+def test_the_packaged_suite_is_large_varied_and_spread() -> None:
+    texts = suites.read("embedded")
+    tasks = Counter(text.task for text in texts)
+    assert set(tasks) == {"chat", "summarise", "story", "code", "math", "rewrite", "translate", "extract"}
+    assert min(tasks.values()) >= 8 and len(texts) >= 64
+    assert len({text.id for text in texts}) == len(texts)
+    words = [frozenset(re.findall(r"\w+", str(text.body).lower())) for text in texts]
+    alike = max(len(a & b) / len(a | b) for i, a in enumerate(words) for b in words[:i])
+    assert alike < 0.5  # no prompt is another one with a word changed
+    assert {text.task for text in suites.read("embedded", 8)} == set(tasks)
+    assert len(suites.read("embedded", 11)) == 11
+
+
+@pytest.mark.parametrize(
+    ("suite", "told"),
+    [
+        ("embeded", "unknown suite 'embeded'; known are embedded, paper, jsonl:FILE, humaneval:FILE, gsm8k:FILE"),
+        ("jsonl", "unknown suite 'jsonl'"),
+        ("jsonl:/nowhere/x.jsonl", "no such file: /nowhere/x.jsonl"),
+    ],
+)
+def test_an_unknown_suite_or_a_missing_file_is_told_at_once(suite: str, told: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(told)):
+        suites.check(suite)
+
+
+def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
+    code = tmp_path / "HumanEval.jsonl"
+    code.write_text(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "", "entry_point": "f"}) + "\n")
+    (text,) = suites.read(f"humaneval:{code}")
+    assert text.id == "HumanEval/0" and text.body.endswith("\n\ndef f():\n")
+    school = tmp_path / "gsm8k.jsonl"
+    school.write_text(json.dumps({"question": "How many?", "answer": "3 #### 3"}) + "\n")
+    (text,) = suites.read(f"gsm8k:{school}")
+    assert (text.id, text.task, text.body) == ("gsm8k-0", "gsm8k", "How many?")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"text": "hi"}', "record 1 has none of the fields messages, prompt, but text"),
+        ('{"prompt": 3}', "record 1: prompt must be text, not int"),
+        ("[1]", "line 2 must be an object"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' + line + "\n")
+    with pytest.raises(UsageError, match=re.escape(told)):
+        suites.read(f"jsonl:{file}")
+
+
+def test_an_empty_file_is_no_suite(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text("\n")
+    with pytest.raises(UsageError, match="holds no prompts"):
+        suites.read(f"jsonl:{tmp_path / 'p.jsonl'}")
