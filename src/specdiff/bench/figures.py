@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from specdiff.bench.svg import INK, MARKERS, Drawing, colours, legend, panels, short, whiskers
 
@@ -40,14 +41,16 @@ def _bars(axes: Axes, rows: Sequence[Cell], field: str, known: Mapping[str, str]
     at = [(i, c, c[field]) for i, c in enumerate(rows) if c[field]]
     axes.barh([i for i, _, _ in at], [r["ratio"] for _, _, r in at], height=0.66, color=[known[c["baseline"]] for _, c, _ in at],
               xerr=whiskers([r for _, _, r in at], "ratio"), error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2.5})  # fmt: skip
+    right = 1.25 * max([1.2, *(max(r["max"], r["ratio"]) for _, _, r in at)])
     for i, _, ratio in at:
-        axes.annotate(f"{ratio['ratio']:.2f}×", (max(ratio["max"], ratio["ratio"]), i), xytext=(5, 0), textcoords="offset points",
-                      va="center", fontsize=8.5)  # fmt: skip
+        end = max(ratio["max"], ratio["ratio"])
+        beside = 1.0 if end < 1 < end + 0.25 * right else end  # not across the line of no change
+        axes.annotate(f"{ratio['ratio']:.2f}x", (beside, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
     axes.axvline(1, color=INK, linewidth=1, linestyle="--")
     axes.grid(visible=False, axis="y")
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_yticks(range(len(rows)), [label(c) for c in rows])
-    axes.set_xlim(0, 1.25 * max([1.2, *(max(r["max"], r["ratio"]) for _, _, r in at)]))
+    axes.set_xlim(0, right)
 
 
 def speedups(part: Part) -> Drawing | str:
@@ -126,7 +129,7 @@ def positions(part: Part) -> Drawing | str:
 def shares(panel: Axes, title: str) -> None:
     """Axes of shares over positions of a draft."""
     panel.set_ylim(-0.03, 1.03)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("position in the draft")
     panel.set_title(title, loc="left")
 
@@ -143,8 +146,22 @@ def conditional(part: Part) -> Drawing | str:
     for panel, entry in zip([a for row in axes for a in row], told, strict=False):
         at = [(k, p) for k, p in enumerate(entry["positions"], start=1) if p["reached"] >= FEW]
         colour = known.get(entry["baseline"], INK)
-        panel.plot([k for k, _ in at], [math.nan if p["overlap"] is None else p["overlap"] for _, p in at], color=INK, linestyle="--", linewidth=1.2, label="1 − TV(p, q)")
-        panel.plot([k for k, _ in at], [math.nan if p["acceptance"] is None else p["acceptance"] for _, p in at], color=colour, marker="o", linestyle="none", label="accepted")
+        panel.plot(
+            [k for k, _ in at],
+            [math.nan if p["overlap"] is None else p["overlap"] for _, p in at],
+            color=INK,
+            linestyle="--",
+            linewidth=1.2,
+            label="1 - TV(p, q)",
+        )
+        panel.plot(
+            [k for k, _ in at],
+            [math.nan if p["acceptance"] is None else p["acceptance"] for _, p in at],
+            color=colour,
+            marker="o",
+            linestyle="none",
+            label="accepted",
+        )
         shares(panel, f"{short(entry['baseline'])} K={entry['draft_len']}, temperature {entry['temperature']:g}")
         apart = max((abs(p["acceptance"] - p["overlap"]) for _, p in at if None not in (p["acceptance"], p["overlap"])), default=0.0)
         said.append(f"{entry['baseline']}: at most {apart:.3f} apart")
@@ -153,4 +170,3 @@ def conditional(part: Part) -> Drawing | str:
     axes[0][0].set_ylabel("share of those reached")
     legend(figure, axes[0], columns=2)
     return Drawing(figure, "Share accepted beside one minus the total variation: " + "; ".join(said))
-

@@ -10,22 +10,38 @@ from specdiff.errors import MissingExtraError
 
 Record = Mapping[str, Any]
 NAME = "report.html"
-UNITS = {"T": "temperature", "K": "draft length", "steps": "network passes", "tok/s": "end to end", "decode": "tok/s", "vs hf": "ratio (min-max)",
-         "vs vanilla": "ratio (min-max)", "tau": "tokens/round", "fresh": "tau", "alpha": "share", "even": "tau", "limit": "share", "TTFT": "ms",
-         "exact": "share"}  # fmt: skip
+UNITS = {  # of the table's columns
+    "T": "temperature", "K": "draft length", "steps": "network passes", "tok/s": "end to end", "decode": "tok/s",
+    "vs hf": "ratio (min-max)", "vs vanilla": "ratio (min-max)", "tau": "tokens/round", "fresh": "tau", "alpha": "share",
+    "even": "tau", "limit": "share", "TTFT": "ms", "exact": "share",
+}  # fmt: skip
 CAPTIONS = {  # of figures, in their order: title, and how to read it
-    "speedups": ("Speed-up", "Ratio of the medians of tokens per second; whiskers are the least and largest of single turns. Left of the dashed line "
-                 "is a slow-down."),
-    "figure2": ("Diffusion steps against acceptance and speed-up (Figure 2 of the paper)", "A line for each draft length K; whiskers: single turns."),
-    "gamma": ("Draft length: standard speculation against diffusion", "Below the dashed line drafting costs more than it gains; whiskers: single turns."),
+    "speedups": (
+        "Speed-up",
+        "Ratio of the medians of tokens per second; whiskers: single turns. Left of the dashed line is a slow-down.",
+    ),
+    "figure2": (
+        "Diffusion steps against acceptance and speed-up (Figure 2 of the paper)",
+        "A line for each draft length K; whiskers: single turns. Lines stand a little apart so that whiskers do not cover one another.",
+    ),
+    "gamma": (
+        "Draft length: standard speculation against diffusion",
+        "Below the dashed line drafting costs more than it gains; whiskers: single turns.",
+    ),
     "positions": ("Acceptance by position", "Of the tokens that were reached; positions reached fewer than 5 times are left out."),
-    "conditional": ("Acceptance beside theory", "Accepted given reached, beside the mean of 1 − TV(p, q) over the same positions: the most that any "
-                    "lawful rule accepts token by token. Dots off the line are chance, or an error."),
+    "conditional": (
+        "Acceptance beside theory",
+        "Accepted given reached, beside the mean of 1 - TV(p, q) over the same positions: the most that any rule accepts which looks at "
+        "one token at a time. Dots off the line are chance, or an error.",
+    ),
     "costs": ("Cost of a pass", "Medians with least and largest of repeated measurements, batch 1."),
     "contexts": ("Cost against context", "The same measurements over the tokens that are already there."),
-    "batches": ("Throughput against batch", "All rows together; a ring marks the first batch at which drafting is no faster than ours-vanilla."),
+    "batches": (
+        "Throughput against batch",
+        "All rows together; a ring marks the first batch at which drafting is no faster than ours-vanilla.",
+    ),
     "stages": ("Time by stage", "Of one token, over all turns; transformers' own runs are not split. Shorter is faster."),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +119,8 @@ def figures(part: Record, name: str) -> Iterator[Figure]:
         raise missing(str(error.name)) from None
     draws: dict[str, bars.Draw] = {
         "speedups": bars.speedups, "figure2": curves.figure2, "gamma": curves.gamma, "positions": bars.positions,
-        "conditional": bars.conditional, "costs": curves.costs, "contexts": curves.contexts, "batches": curves.batches, "stages": bars.stages,
+        "conditional": bars.conditional, "costs": curves.costs, "contexts": curves.contexts, "batches": curves.batches,
+        "stages": bars.stages,
     }  # fmt: skip
     with svg.style():
         for kind, (title, caption) in CAPTIONS.items():

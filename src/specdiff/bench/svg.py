@@ -16,12 +16,12 @@ from specdiff.bench.plan import ASSISTED, HF, LOOKUP, VANILLA
 
 INK, GRID = "#010203", "#040506"  # stand-ins, which the page's own colours replace
 WIDTH = 8.0  # inches
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "path", "svg.hashsalt": "specdiff", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9.5,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False, "legend.fontsize": 8.5,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "grid.color": GRID,
     "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False, "grid.linewidth": 0.6,
-    "lines.linewidth": 1.6, "lines.markersize": 4.5, "hatch.color": INK, "hatch.linewidth": 0.5,
+    "lines.linewidth": 1.6, "lines.markersize": 4.5, "figure.constrained_layout.h_pad": 0.09,
 }  # fmt: skip
 # Okabe and Ito's colours where they can be seen on white and on black; markers and dashes tell the same
 COLOURS = {HF: "#8a8a8a", ASSISTED: "#cc79a7", LOOKUP: "#e69f00", VANILLA: "#56b4e9", "autoregressive": "#d55e00", "sedd": "#009e73",
