@@ -34,6 +34,7 @@ from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
 INFO = TargetInfo("law", V, V, 1, 1 << 30, torch.float64, torch.device("cpu"))
 PROMPT = [0, 1, 2, 0, 1]
 HALVINGS = 52
+NOTHING = 1e-14  # what halving leaves of a token that is never drawn
 ALARM = 1e-6  # the chance that a stated error is exceeded
 Build = Callable[[int], Drafter[Any]]
 Net = TypeVar("Net", bound=nn.Module)
@@ -51,11 +52,12 @@ class Given:
 
 
 def _random(network: Net, seed: int) -> Net:
-    """Nothing is left at its initial value, so that tokens hang on those around them."""
+    """Nothing is left at its initial value: tokens hang on those around them, and none is certain."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) + ("norm" in name))
+            spread = 1.0 if "embed" in name else 0.5 if parameter.dim() == 1 else 1.2 / parameter.shape[-1] ** 0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread + ("norm" in name))
     return network.double().eval()
 
 
@@ -110,7 +112,7 @@ def enumerated(drafter: Drafter[Any]) -> Drafts:
         chance = edges.diff(dim=1)
         grown = middles[:, None].repeat(1, V, 1)
         grown[..., k] = (edges[:, 1:] + edges[:, :-1]) / 2
-        kept = (chance > 0).flatten()
+        kept = (chance > NOTHING).flatten()
         middles, widths = grown.flatten(0, 1)[kept], (widths[:, None] * chance).flatten()[kept]
     return Drafts(ask(middles), widths)
 
