@@ -12,7 +12,7 @@ from specdiff.bench.svg import DASHES, INK, MARKERS, Drawing, colours, legend, p
 
 Point = tuple[float, float, Mapping[str, float] | None]  # x, y, its spread
 NO_SWEEPS = "the sweeps of draft length and diffusion steps were not run (they are left out by --quick), or not finished"
-FACTOR = "speed-up against ours-vanilla (ratio)"
+FACTOR = "speed-up vs ours-vanilla (ratio)"
 
 
 def _line(panel: Axes, points: Sequence[Point], middle: str = "median", **look: Any) -> None:

@@ -11,9 +11,9 @@ from specdiff.errors import MissingExtraError
 Record = Mapping[str, Any]
 NAME = "report.html"
 UNITS = {  # of the table's columns
-    "T": "temperature", "K": "draft length", "steps": "network passes", "tok/s": "end to end", "decode": "tok/s",
-    "vs hf": "ratio (min-max)", "vs vanilla": "ratio (min-max)", "tau": "tokens/round", "fresh": "tau", "alpha": "share",
-    "even": "tau", "limit": "share", "TTFT": "ms", "exact": "share",
+    "K": "tokens", "steps": "passes", "tok/s": "end to end", "decode": "tok/s", "vs hf": "ratio (min-max)",
+    "vs vanilla": "ratio (min-max)", "tau": "tok/round", "fresh": "tau", "alpha": "share", "even": "tau", "limit": "share",
+    "TTFT": "ms", "exact": "share",
 }  # fmt: skip
 CAPTIONS = {  # of figures, in their order: title, and how to read it
     "speedups": (
@@ -61,7 +61,7 @@ def write(folder: Path, told: Record) -> Path:
 
 def page(told: Record) -> str:
     """The page of a run, whole or partial. Raises MissingExtraError."""
-    parts = [_part(part, f"p{i}") for i, part in enumerate(told["parts"])]
+    parts = [_part(part, f"p{i}") | ({"summary": []} if told["settings"]["smoke"] else {}) for i, part in enumerate(told["parts"])]
     return render("report.html", told=told, parts=parts, problems=results.problems(told), drafters=_drafters(told))
 
 
@@ -86,7 +86,7 @@ def _part(part: Record, name: str) -> dict[str, Any]:
         "raw": part,
         "summary": list(summary.sentences(part)),
         "heads": UNITS,
-        "rows": [_row(cell) for cell in part["cells"] if cell["stage"] == "main"],
+        "rows": [_row(cell) for cell in _main(part)],
         "tasks": tasks(part),
         "figures": list(figures(part, name)) if part["cells"] or part["missing"] is None else [],
         "absent": table.absent(part),
@@ -101,13 +101,18 @@ def _row(cell: Record) -> dict[str, Any]:
     return {"cells": shown, "failed": cell["why"], "verdict": verdict}
 
 
+def _main(part: Record) -> list[Record]:
+    return sorted((cell for cell in part["cells"] if cell["stage"] == "main"), key=lambda cell: cell["temperature"])
+
+
 def tasks(part: Record) -> dict[str, Any] | None:
-    """The speed-up over plain decoding of each task, a column for each cell that has one; None where no prompt had a task."""
-    cells = [c for c in part["cells"] if c["stage"] == "main" and any(t["speedup_vs_vanilla"] for t in c["tasks"].values())]
-    found = list(dict.fromkeys(task for c in cells for task in c["tasks"]))
-    heads = [f"{summary.named(c)}, T={c['temperature']:g}" for c in cells]
-    ratios = {task: [(c["tasks"].get(task) or {}).get("speedup_vs_vanilla") for c in cells] for task in found}
-    return {"heads": heads, "rows": ratios} if len(found) > 1 else None
+    """Each drafter's speed-up over plain decoding, a column for each task; None where there are no two tasks."""
+    cells = [c for c in _main(part) if c["tau"] is not None and any(t["speedup_vs_vanilla"] for t in c["tasks"].values())]
+    heads = list(dict.fromkeys(task for c in cells for task in c["tasks"]))
+    ratios = [
+        (f"{summary.named(c)}, T={c['temperature']:g}", [(c["tasks"].get(h) or {}).get("speedup_vs_vanilla") for h in heads]) for c in cells
+    ]
+    return {"heads": heads, "rows": ratios} if len(heads) > 1 else None
 
 
 def figures(part: Record, name: str) -> Iterator[Figure]:

@@ -49,7 +49,7 @@ def verdict(ratio: Mapping[str, float]) -> str:
 def against(cell: Cell) -> str:
     """The gain over plain decoding in the same engine, or the loss and what it would take to break even."""
     ratio = cell["speedup_vs_vanilla"]
-    spread = f"{ratio['ratio']:.2f}x plain decoding in our engine (single turns {ratio['min']:.2f} to {ratio['max']:.2f})"
+    spread = f"{ratio['ratio']:.2f}x plain decoding in our engine ({ratio['turns']} turns, {ratio['min']:.2f} to {ratio['max']:.2f})"
     tau, needed = cell["tau"], cell["break_even_tau"]
     rounds = "" if tau is None or needed is None else f" It writes {tau:.2f} tokens a round and needs {needed:.2f} to break even."
     said = {
@@ -64,9 +64,9 @@ def _beside(best: Cell, rows: list[Cell]) -> Iterator[str]:
     """How it stands against transformers, and how much of that is the engine's."""
     if best["speedup_vs_hf"]:
         plain = next((c for c in rows if c["baseline"] == VANILLA and c["speedup_vs_hf"]), None)
-        share = "" if plain is None else f"; of that, {plain['speedup_vs_hf']['ratio']:.2f}x is the engine without any drafter"
+        share = "" if plain is None else f"; our engine without any drafter is {plain['speedup_vs_hf']['ratio']:.2f}x"
         yield f"Against transformers' generate it is {best['speedup_vs_hf']['ratio']:.2f}x{share}."
     quick = [c for c in rows if c["baseline"] in THEIRS and c["speedup_vs_hf"]]
     if quick:
         told = "; ".join(f"{c['baseline']} {c['speedup_vs_hf']['ratio']:.2f}x" for c in quick)
-        yield f"transformers' own speculation, against its generate: {told}."
+        yield f"Transformers' own speculation, against its generate: {told}."
