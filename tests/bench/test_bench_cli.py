@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from specdiff import cli
-from specdiff.bench import paper
+from specdiff.bench import paper, runner
 
 Here = Callable[..., tuple[int, str, str]]
 TINY = ("--temperatures", "0", "--max-tokens", "6", "--batch", "1", "--gammas", "2,3", "--steps", "1", "--quick")
@@ -67,6 +68,22 @@ def test_files_summary_and_exit_code(here: Here, tmp_path: Path, target: str, dr
     other = ("--suite", f"jsonl:{prompts}", "--model", target, "--drafter", drafters["foreign"], "--out", str(tmp_path / "two"), *TINY)
     code, out, err = here(*other)
     assert code == 1 and "problem: " in err and "40 tokens" in err and "ours-vanilla" in out
+
+
+def test_ctrl_c_keeps_what_was_measured(here: Here, tmp_path: Path, target: str, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = runner.run
+
+    def cut(*arguments: Any) -> Iterator[runner.Event]:
+        for event in whole(*arguments):
+            yield event
+            if event.record is not None and event.record["kind"] == "turn":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run", cut)
+    code, out, err = here("--suite", f"jsonl:{prompts}", "--model", target, "--out", str(tmp_path / "out"), *TINY)
+    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert code == 130 and "repeat the command with --resume" in err and "ours-vanilla" in out
+    assert told["status"] == "partial" and {c["turns"] for c in told["parts"][0]["cells"]} == {1}
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, here: Here, target: str, prompts: Path) -> None:

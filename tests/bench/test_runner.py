@@ -92,6 +92,28 @@ def test_an_interrupted_run_goes_on_where_it_was(settings: Make, part: Make, tmp
     assert list(runner.run(chosen, [one], again)) == [] and len(again.records) == before  # nothing is left to do
 
 
+def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) -> None:
+    def turns(**changes: Any) -> dict[str, int]:
+        keys = [u.key.split("/") for u in order.units(load(settings(**changes), part()))]
+        return {heat: sum(k[1:3] == ["main", heat] for k in keys) for heat in ("0", "1")}
+
+    assert turns() == {"0": 6, "1": 6}  # two prompts, three times
+    assert turns(times=4) == {"0": 8, "1": 8}
+    assert turns(times=4, later_prompts=1) == {"0": 8, "1": 5}
+
+
+def test_what_tuning_found_is_not_forgotten(settings: Make, part: Make, tmp_path: Path) -> None:
+    """The resumed run measures at the draft lengths the first one found, not at ones of its own."""
+    chosen = settings()
+    kept = journal(tmp_path, chosen)
+    for heat, best in (("0", 4), ("1", 2)):
+        point = {"draft_len": best, "steps": 1, "tokens_per_second": 1e9, "why": None}
+        told = {"kind": "tune", "part": "tiny", "baseline": "sedd", "temperature": float(heat), "grid": [point], "best": point, "why": None}
+        kept.add({"key": f"tiny/tune/{heat}/sedd", **told})
+    cells = whole(chosen, part(), tmp_path, resume=True)["parts"][0]["cells"]
+    assert {(c["temperature"], c["draft_len"]) for c in cells if c["baseline"] == "sedd"} == {(0, 4), (0, "auto"), (1, 2), (1, "auto")}
+
+
 def test_other_settings_do_not_go_on(settings: Make, tmp_path: Path) -> None:
     journal(tmp_path, settings()).add({"kind": "turn", "key": "x"})
     with pytest.raises(UsageError, match="holds a benchmark already; go on with it by --resume"):
@@ -115,6 +137,12 @@ def test_a_drafter_for_another_target_is_told_and_the_rest_runs(
     assert {c["baseline"] for c in only["cells"]} == {"ours-vanilla"}
     (problem,) = results.problems(told)
     assert problem.startswith("tiny: theirs: ")
+
+
+def test_the_first_difference() -> None:
+    assert equality.first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert equality.first_difference([1, 9, 3], [1, 2, 3]) == 1
+    assert equality.first_difference([1, 2], [1, 2, 3]) == 2 and equality.first_difference([1, 2, 3], []) == 0
 
 
 class Hungry(Decoder):

@@ -70,6 +70,7 @@ class Theirs(Decoder):
 
     def __init__(self, model: PreTrainedModel, kind: str, assistant: PreTrainedModel | None = None) -> None:
         self.model, self.kind, self.assistant = model, kind, assistant
+        model.generation_config = GenerationConfig()  # generate would fill up what it is not told from the model's own defaults
 
     def run(self, cell: Cell, ask: Ask) -> Run:
         """Raises UsageError for a batch where transformers speculates, which it does for one row only."""
@@ -115,7 +116,7 @@ class _FirstToken(BaseStreamer):
 
 
 def _config(ask: Ask) -> GenerationConfig:
-    """Nothing but temperature and ends: the model's own defaults would be another law."""
+    """Temperature and ends, and nothing that would make it another law."""
     heat = {"do_sample": True, "temperature": ask.temperature, "top_k": 0, "top_p": 1.0} if ask.temperature else {"do_sample": False}
     ends = list(ask.stop_ids) or None
     return GenerationConfig(**heat, max_new_tokens=max(ask.limits), eos_token_id=ends, pad_token_id=ends[0] if ends else 0)

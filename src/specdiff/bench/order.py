@@ -16,6 +16,7 @@ ALTERNATIONS = 5  # turns that a ratio needs at least
 TUNING_PROMPTS = 2
 COST_TIMES = 5
 BATCH_TOKENS = 32
+WARM_TOKENS = 4
 
 Work = Callable[[], dict[str, Any]]
 
@@ -38,6 +39,14 @@ def units(loaded: Session) -> list[Unit]:
     if len(loaded.settings.batch) > 1:
         listed += _batches(loaded)
     return [replace(unit, key=f"{loaded.part.name}/{unit.key}") for unit in listed]
+
+
+def warm(loaded: Session) -> None:
+    """Every baseline once, unmeasured: first runs allocate, compile and page weights in. What fails here fails again in its turn."""
+    heat = loaded.settings.temperatures[0]
+    for entry in loaded.entries():
+        ask = loaded.ask(loaded.prompts[:1], heat, seed=0, most=WARM_TOKENS)
+        loaded.attempt(loaded.cell("warm", entry, heat, 1), ask, remember=False)
 
 
 def _tuning(loaded: Session) -> Iterator[Unit]:
@@ -95,8 +104,9 @@ def _turn(loaded: Session, cells: Callable[[Session, float], list[Cell]], heat: 
 
 
 def _main(loaded: Session) -> Iterator[Unit]:
-    for heat in loaded.settings.temperatures:
-        yield from _turns(loaded, "main", heat, len(loaded.prompts), main_cells)
+    for i, heat in enumerate(loaded.settings.temperatures):
+        count = (loaded.settings.later_prompts if i else None) or len(loaded.prompts)
+        yield from _turns(loaded, "main", heat, count, main_cells)
 
 
 def _sweeps(loaded: Session) -> Iterator[Unit]:

@@ -4,7 +4,8 @@ results.json, schema 1. Seconds, bytes, tokens per second. A *spread* is {"media
 cannot be, measured.
 
     schema 1 · status "complete" | "partial" · suite · command · settings {flag: value} · seconds (spent measuring)
-    environment {specdiff, torch, transformers, python, platform, cpu, cores, threads, device, device_name, dtype, commit, date}
+    environment {specdiff, torch, transformers, python, platform, cpu, cores, threads, device, device_name, commit, date}
+        (of the last session, where a run was gone on with)
     parts [part]: one, or in the suite `paper` one for each target and data set
     paper null | {"table2": [row], "appendix_a": [row], "notes": [text]}: see paper.py
 

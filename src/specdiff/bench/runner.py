@@ -75,6 +75,9 @@ def _measure(loaded: Session, journal: Journal) -> Iterator[Event]:
             loaded.learn(record)
     todo, done = order.units(loaded), 0.0
     total, skipped = sum(u.weight for u in todo), sum(u.weight for u in todo if u.key in known)
+    if skipped < total:
+        yield Event(name, "warming up", skipped=skipped, total=total)
+        order.warm(loaded)
     for unit in todo:
         if unit.key not in known:
             yield Event(name, unit.title, done, total, skipped)

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
     from specdiff.bench.journal import Journal
     from specdiff.bench.plan import Part, Settings
 
-QUICK: dict[str, Any] = {"prompts": 8, "max_tokens": 32, "batch": (1,), "gammas": (2, 4, 8), "steps": (1,), "contexts": (128, 512),
-                         "widths": (1, 2, 4, 8, 16), "sweeps": False, "sample": 2, "tuning_tokens": 16}  # fmt: skip
+PATIENCE = 10  # seconds between two writes of the files, for who looks at them meanwhile
+QUICK: dict[str, Any] = {"prompts": 8, "max_tokens": 32, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (256,),
+                         "widths": (1, 2, 4, 8, 16), "sweeps": False, "sample": 2, "tuning_tokens": 16,
+                         "later_prompts": 5}  # fmt: skip
 PAPER: dict[str, Any] = {"temperatures": (1.0,), "max_tokens": 1024, "prompts": 16, "gammas": (5, 10, 20, 30, 40, 50)}
 SMOKE: dict[str, Any] = {"max_tokens": 8, "prompts": 2, "gammas": (2, 40), "steps": (1, 2), "batch": (1, 2), "contexts": (16,),
                          "widths": (1, 2, 8)}  # fmt: skip
@@ -128,13 +131,14 @@ def _watch(settings: "Settings", parts: "list[Part]", journal: "Journal", folder
     from specdiff.bench import results, runner
     from specdiff.bench.live import Screen
 
-    screen = Screen()
+    screen, written = Screen(), time.monotonic()
     try:
         # drawn between measurements only: a thread that draws would be measured too
         with Live(console=notes, auto_refresh=False, transient=True) as live:
             for event in runner.run(settings, parts, journal):
-                if event.record is not None:
+                if event.record is not None and time.monotonic() - written > PATIENCE:  # the journal has it already
                     results.write(folder, results.fold(journal.records, finished=False))
+                    written = time.monotonic()
                 if notes.is_terminal:
                     live.update(screen.of(event, journal.records, notes.width), refresh=True)
                 elif event.record is None:
