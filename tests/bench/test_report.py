@@ -2,7 +2,9 @@
 
 import copy
 import itertools
+import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import synthetic
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
+from specdiff import bench
 from specdiff.bench import curves, figures, report, stored, summary, svg
+from specdiff.errors import MissingExtraError
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "rect", "stop"}
 DRAWS: dict[str, figures.Draw] = {
@@ -176,7 +180,6 @@ def test_a_slow_down_is_called_one() -> None:
     ],
 )
 def test_damaged_results_are_refused(tmp_path: Path, change: Any, told: str) -> None:
-    import json
 
     (tmp_path / "results.json").write_text(json.dumps(change(copy.deepcopy(synthetic.whole()))))
     with pytest.raises(stored.UsageError, match=told):
@@ -189,3 +192,12 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
         stored.read(tmp_path)
     with pytest.raises(stored.UsageError, match="no results in"):
         stored.read(tmp_path / "nowhere")
+
+
+def test_without_the_extra_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delattr(bench, "curves")
+    monkeypatch.delitem(sys.modules, "specdiff.bench.curves")
+    monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
+    with pytest.raises(MissingExtraError, match=r"^the report needs matplotlib:  pip install 'specdiff\[bench\]'$"):
+        report.write(tmp_path, synthetic.whole())
+    assert list(tmp_path.iterdir()) == []

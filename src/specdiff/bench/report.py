@@ -121,7 +121,7 @@ def figures(part: Record, name: str) -> Iterator[Figure]:
         from specdiff.bench import curves, svg
         from specdiff.bench import figures as bars
     except ImportError as error:
-        raise missing(str(error.name)) from None
+        raise missing(str(error.name).partition(".")[0]) from None
     draws: dict[str, bars.Draw] = {
         "speedups": bars.speedups, "figure2": curves.figure2, "gamma": curves.gamma, "positions": bars.positions,
         "conditional": bars.conditional, "costs": curves.costs, "contexts": curves.contexts, "batches": curves.batches,
