@@ -185,14 +185,15 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
     """results.json and results.csv, each whole or not at all."""
-    _replace(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    _replace(folder / "results.csv", table(results))
+    replace(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    replace(folder / "results.csv", table(results))
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> Path:
+    """A file written whole, or left as it was."""
     aside = path.with_name(f".{path.name}.partial")
     aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    return aside.replace(path)
 
 
 def table(results: Mapping[str, Any]) -> str:

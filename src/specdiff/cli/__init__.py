@@ -12,6 +12,7 @@ from typing import Annotated, TextIO
 import typer
 
 from specdiff.cli.bench import bench
+from specdiff.cli.bench_more import compare, law, report
 from specdiff.cli.chat import chat
 from specdiff.cli.check import check
 from specdiff.cli.data import data
@@ -30,8 +31,13 @@ app = typer.Typer(
     'Example:  specdiff "Write a haiku about rain" --temperature 0.8   (generate is the default verb)',
     context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, chat, sample, check, bench, data, train, env):
+for verb in (generate, chat, sample, check, data, train, env):
     app.command()(verb)
+benchmark = typer.Typer(rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+benchmark.callback(invoke_without_command=True)(bench)
+for beside in (report, compare, law):
+    benchmark.command()(beside)
+app.add_typer(benchmark, name="bench")
 
 
 def main() -> None:
@@ -66,4 +72,5 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 
 def verbs() -> list[str]:
     """The names of all commands; the first is the default one."""
-    return [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    single = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    return [*single, *(str(group.name) for group in app.registered_groups)]

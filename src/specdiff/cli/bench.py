@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdiff.cli.options import quiet_libraries
-from specdiff.errors import UsageError
+from specdiff.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,6 +30,7 @@ SMOKE: dict[str, Any] = {"max_tokens": 8, "prompts": 2, "gammas": (2, 40), "step
 
 
 def bench(
+    ctx: typer.Context,
     suite: Annotated[str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")] = "embedded",
     model: Annotated[str | None, typer.Option(help="The target: hub id, folder, file.gguf or built-in name.")] = None,
     drafter: Annotated[list[str] | None, typer.Option(help="One more drafter, as SPEC or NAME=SPEC; may be given again.")] = None,
@@ -46,7 +47,7 @@ def bench(
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder of results.json and results.csv; default bench-SUITE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results.json, results.csv and report.html; default bench-SUITE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what --out holds, by the same settings.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="Suite paper on tiny random models: only to see that it runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as one JSON object instead of the table.")] = False,
@@ -58,6 +59,8 @@ def bench(
 
     Example:  specdiff bench --quick --drafter mine=./my-drafter
     """
+    if ctx.invoked_subcommand is not None:
+        return _alone(ctx)
     if smoke and suite != "paper":
         raise UsageError(f"--smoke is for --suite paper; the suite {suite!r} runs on real models")
     chosen: dict[str, Any] = {
@@ -84,6 +87,14 @@ def bench(
     notes = Console(stderr=True, highlight=False, quiet=quiet)
     interrupted = _watch(settings, parts, journal, folder, notes)
     _tell(journal, folder, notes, as_json=as_json, finished=not interrupted)
+
+
+def _alone(ctx: typer.Context) -> None:
+    """The other verbs measure nothing, so nothing that says what to measure may stand before them."""
+    given = [name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
+    if given:
+        flag = "--" + given[0].removeprefix("as_").replace("_", "-")
+        raise UsageError(f"{flag} is for measuring; leave it out, or give it behind {ctx.invoked_subcommand} if that has it")
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], float]) -> tuple[float, ...] | None:
@@ -137,6 +148,18 @@ def _watch(settings: "Settings", parts: "list[Part]", journal: "Journal", folder
     return False
 
 
+def _page(told: dict[str, Any], folder: Path, notes: "Console") -> None:
+    """The report; the figures are safe without it."""
+    from specdiff.bench import report
+
+    try:
+        written = report.write(folder, told)
+    except MissingExtraError as error:
+        notes.print(f"no report.html: {error}", markup=False, soft_wrap=True)
+    else:
+        notes.print(f"report: {written}", markup=False, soft_wrap=True)
+
+
 def _tell(journal: "Journal", folder: Path, notes: "Console", *, as_json: bool, finished: bool) -> None:
     """Write the results, print them, and end as they deserve: 130 if cut short, 1 if anything failed."""
     from rich.console import Console
@@ -155,6 +178,7 @@ def _tell(journal: "Journal", folder: Path, notes: "Console", *, as_json: bool, 
     for line in wrong:
         notes.print(f"problem: {line}", style="red", markup=False, soft_wrap=True)
     notes.print(f"results: {folder / 'results.json'}", markup=False, soft_wrap=True)
+    _page(told, folder, notes)
     if not finished:
         notes.print("interrupted; to go on, repeat the command with --resume", soft_wrap=True)
         raise typer.Exit(130)

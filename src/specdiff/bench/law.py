@@ -1,0 +1,74 @@
+"""How far each way of drafting moves the law of the text: by enumeration, for recipes and for this library's own drafters."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from specdiff.bench import builtins, report
+from specdiff.bench.results import replace
+from specdiff.check import recipes
+
+VERIFIERS = ("token", "block", "match")
+ZERO = {"recipe": 1e-12, "drafter": 1e-6}  # what rounding leaves: recipes are in float64, networks work in float32
+SAMPLE = 20_000  # drafts, where they cannot be enumerated
+CASES = 2  # random networks of each drafter, against as many random targets
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """{draft, group "drafter" | "recipe", lawful, biased, distance {verifier: [least, most]}, error null | of the distance, either way}
+
+    Total variations between texts of K + 1 tokens, over random cases. `lawful` is what is claimed, `biased` what was found under `token`
+    and `block`.
+    """
+    for name, (build, whole) in builtins.DRAFTERS.items():
+        found: dict[str, list[float]] = {v: [] for v in VERIFIERS}
+        for seed in range(CASES):
+            drafts, case = builtins.enumerated(build(seed)) if whole else builtins.drawn(build(seed), SAMPLE), recipes.Case(seed)
+            for verifier in VERIFIERS:
+                found[verifier].append(recipes.distance(partial(_known, drafts), verifier, case))
+        off = None if whole else builtins.error(SAMPLE, recipes.V ** (recipes.K + 1))
+        yield _row(name, "drafter", True, {v: (min(d), max(d)) for v, d in found.items()}, off)
+    for name, lawful, told in recipes.table():
+        yield _row(name, "recipe", lawful, told, None)
+
+
+def _known(drafts: recipes.Drafts, case: recipes.Case) -> recipes.Drafts:
+    return drafts
+
+
+def _row(name: str, group: str, lawful: bool, found: Mapping[str, tuple[float, float]], off: float | None) -> dict[str, Any]:
+    biased = max(found["token"][1], found["block"][1]) > ZERO[group] + (off or 0.0)
+    told = {v: list(d) for v, d in found.items()}
+    return {"draft": name, "group": group, "lawful": lawful, "biased": biased, "distance": told, "error": off}
+
+
+def shown(row: Mapping[str, Any], verifier: str) -> str:
+    """A distance as it is read: 0, 0 but for an error, or from the least to the largest."""
+    least, most = row["distance"][verifier]
+    zero = most <= ZERO[row["group"]]
+    if row["error"] is not None:
+        return f"{0 if zero else f'{most:.3f}'} ± {row['error']:.3f}"
+    return "0" if zero else f"{least:.3f} to {most:.2f}"
+
+
+def shade(row: Mapping[str, Any], verifier: str) -> str:
+    """How much that is, for the eye."""
+    most = row["distance"][verifier][1]
+    return "zero" if most <= ZERO[row["group"]] + (row["error"] or 0.0) else "little" if most < 0.05 else "some" if most < 0.2 else "much"
+
+
+def write(folder: Path, found: list[dict[str, Any]]) -> Path:
+    """law.json. Returns its place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace(
+        folder / "law.json", json.dumps({"schema": 1, "tokens": recipes.K + 1, "vocabulary": recipes.V, "rows": found}, indent=1) + "\n"
+    )
+
+
+def page(folder: Path, found: list[dict[str, Any]]) -> Path:
+    """law.html. Returns its place. Raises MissingExtraError."""
+    facts = {"tokens": recipes.K + 1, "vocabulary": recipes.V, "cases": recipes.CASES, "networks": CASES, "alarm": builtins.ALARM}
+    told = report.render("law.html", rows=found, verifiers=VERIFIERS, shown=shown, shade=shade, facts=facts)
+    return replace(folder / "law.html", told)
