@@ -99,7 +99,6 @@ def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) 
 
     assert turns() == {"0": 6, "1": 6}  # two prompts, three times
     assert turns(times=4) == {"0": 8, "1": 8}
-    assert turns(times=4, later_prompts=1) == {"0": 8, "1": 5}
 
 
 def test_what_tuning_found_is_not_forgotten(settings: Make, part: Make, tmp_path: Path) -> None:
@@ -112,6 +111,14 @@ def test_what_tuning_found_is_not_forgotten(settings: Make, part: Make, tmp_path
         kept.add({"key": f"tiny/tune/{heat}/sedd", **told})
     cells = whole(chosen, part(), tmp_path, resume=True)["parts"][0]["cells"]
     assert {(c["temperature"], c["draft_len"]) for c in cells if c["baseline"] == "sedd"} == {(0, 4), (0, "auto"), (1, 2), (1, "auto")}
+
+
+def test_tuning_once_settles_every_temperature(settings: Make, part: Make, tmp_path: Path) -> None:
+    chosen = settings(tune_each=False)
+    told = whole(chosen, part(), tmp_path)["parts"][0]
+    assert [t["temperature"] for t in told["tuning"]] == [0.0]
+    cells = [(c["temperature"], c["draft_len"]) for c in told["cells"] if c["baseline"] == "sedd" and c["draft_len"] != "auto"]
+    assert cells == [(0.0, told["tuning"][0]["best"]["draft_len"]), (1.0, told["tuning"][0]["best"]["draft_len"])]
 
 
 def test_other_settings_do_not_go_on(settings: Make, tmp_path: Path) -> None:

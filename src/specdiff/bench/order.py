@@ -51,7 +51,8 @@ def warm(loaded: Session) -> None:
 
 def _tuning(loaded: Session) -> Iterator[Unit]:
     prompts, most = loaded.prompts[:TUNING_PROMPTS], min(loaded.settings.tuning_tokens, loaded.part.max_tokens)
-    for heat in loaded.settings.temperatures:
+    heats = loaded.settings.temperatures
+    for heat in heats if loaded.settings.tune_each else heats[:1]:
         for entry in loaded.entries():
             points = len(loaded.grid(entry))
             if points > 1:
@@ -104,9 +105,8 @@ def _turn(loaded: Session, cells: Callable[[Session, float], list[Cell]], heat: 
 
 
 def _main(loaded: Session) -> Iterator[Unit]:
-    for i, heat in enumerate(loaded.settings.temperatures):
-        count = (loaded.settings.later_prompts if i else None) or len(loaded.prompts)
-        yield from _turns(loaded, "main", heat, count, main_cells)
+    for heat in loaded.settings.temperatures:
+        yield from _turns(loaded, "main", heat, len(loaded.prompts), main_cells)
 
 
 def _sweeps(loaded: Session) -> Iterator[Unit]:

@@ -19,7 +19,7 @@ class Settings:
     """Everything that decides what is measured. Two runs may be joined (--resume) where all of it is equal.
 
     `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length and steps; `sample` prompts are enough
-    for those and for acceptance counts, `tuning_tokens` for tuning, `later_prompts` (None: all) at temperatures after the first.
+    for those and for acceptance counts, `tuning_tokens` for tuning, which is done at every temperature (`tune_each`) or at the first.
     Raises UsageError.
     """
 
@@ -41,7 +41,7 @@ class Settings:
     sweeps: bool = True
     sample: int = 5
     tuning_tokens: int = 32
-    later_prompts: int | None = None
+    tune_each: bool = True
     contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     smoke: bool = False

@@ -101,8 +101,10 @@ class Session:
         if record["best"] is None:
             self.problems[record["baseline"]] = record["why"]
             return
-        key, best = (record["baseline"], float(record["temperature"])), record["best"]
-        self.best[key], self.rates[key] = (best["draft_len"], best["steps"]), best["tokens_per_second"]
+        best = record["best"]
+        for heat in (float(record["temperature"]),) if self.settings.tune_each else self.settings.temperatures:
+            self.best[record["baseline"], heat] = (best["draft_len"], best["steps"])
+            self.rates[record["baseline"], heat] = best["tokens_per_second"]
 
 
 def explained(error: Exception, batch: int) -> str:

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from specdiff.bench.plan import Part, Settings
 
 PATIENCE = 10  # seconds between two writes of the files, for who looks at them meanwhile
-QUICK: dict[str, Any] = {"prompts": 8, "max_tokens": 32, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (256,),
+QUICK: dict[str, Any] = {"prompts": 5, "max_tokens": 24, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (256,),
                          "widths": (1, 2, 4, 8, 16), "sweeps": False, "sample": 2, "tuning_tokens": 16,
-                         "later_prompts": 5}  # fmt: skip
+                         "tune_each": False}  # fmt: skip
 PAPER: dict[str, Any] = {"temperatures": (1.0,), "max_tokens": 1024, "prompts": 16, "gammas": (5, 10, 20, 30, 40, 50)}
 SMOKE: dict[str, Any] = {"max_tokens": 8, "prompts": 2, "gammas": (2, 40), "steps": (1, 2), "batch": (1, 2), "contexts": (16,),
                          "widths": (1, 2, 8)}  # fmt: skip
@@ -34,7 +34,7 @@ def bench(
     suite: Annotated[str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")] = "embedded",
     model: Annotated[str | None, typer.Option(help="The target: hub id, folder, file.gguf or built-in name.")] = None,
     drafter: Annotated[list[str] | None, typer.Option(help="One more drafter, as SPEC or NAME=SPEC; may be given again.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A table in minutes: 8 prompts, 32 tokens, no sweeps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A table in minutes: 5 prompts, 24 tokens, no sweeps.")] = False,
     temperatures: Annotated[str, typer.Option(help="T,T,...; default 0,1 (paper: 1).")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; default 64.")] = None,
     prompts: Annotated[int | None, typer.Option(help="So many prompts, spread over the suite's tasks; default all.")] = None,
