@@ -1,5 +1,6 @@
 """Prompts and documents someone has: JSON lines, text files, Hugging Face data sets, one record at a time."""
 
+import gzip
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,8 +18,8 @@ FIELDS = ("messages", "prompt", "text", "article")  # what a record's prompt may
 
 
 def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
-    """One JSON object a line; blank lines are skipped. Raises UsageError naming the line."""
-    with path.open(encoding="utf-8") as lines:
+    """One JSON object a line, of a file that may be gzipped; blank lines are skipped. Raises UsageError naming the line."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

@@ -41,6 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (("--temperatures", "-1"), "--temperatures must be finite numbers >= 0, not -1.0"),
         (("--drafter", "hf=ngram"), "the drafter name 'hf' is taken; give another as NAME=ngram"),
         (("--verifier", "luck"), "--verifier must be one of token, block, match, match-gumbel, not 'luck'"),
+        (("--only", "sed"), "--only 'sed' is no baseline of this suite; known are hf, hf-assisted, hf-prompt-lookup, ours-vanilla"),
         (("--smoke",), "--smoke is for --suite paper"),
         (("--model", "./nowhere"), "no model folder './nowhere'"),
     ],
@@ -80,10 +81,13 @@ def test_ctrl_c_keeps_what_was_measured(here: Here, tmp_path: Path, target: str,
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run", cut)
-    code, out, err = here("--suite", f"jsonl:{prompts}", "--model", target, "--out", str(tmp_path / "out"), *TINY)
+    chosen = ("--suite", f"jsonl:{prompts}", "--model", target, "--only", "ngram", "--out", str(tmp_path / "out"))
+    code, out, err = here(*chosen, *TINY)
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     assert code == 130 and "repeat the command with --resume" in err and "ours-vanilla" in out
-    assert told["status"] == "partial" and {c["turns"] for c in told["parts"][0]["cells"]} == {1}
+    cells = told["parts"][0]["cells"]
+    assert told["status"] == "partial" and {c["turns"] for c in cells} == {1}
+    assert {c["baseline"] for c in cells} == {"hf", "ours-vanilla", "ngram"}
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, here: Here, target: str, prompts: Path) -> None:

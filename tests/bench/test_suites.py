@@ -1,5 +1,6 @@
 """Suites: the packaged prompts, users' files, and mistakes in them."""
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -38,8 +39,9 @@ def test_an_unknown_suite_or_a_missing_file_is_told_at_once(suite: str, told: st
 
 
 def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
-    code = tmp_path / "HumanEval.jsonl"
-    code.write_text(json.dumps({"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "", "entry_point": "f"}) + "\n")
+    code = tmp_path / "HumanEval.jsonl.gz"
+    record = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "", "entry_point": "f"}
+    code.write_bytes(gzip.compress(json.dumps(record).encode() + b"\n"))
     (text,) = suites.read(f"humaneval:{code}")
     assert text.id == "HumanEval/0" and text.body.endswith("\n\ndef f():\n")
     school = tmp_path / "gsm8k.jsonl"

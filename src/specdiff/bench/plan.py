@@ -20,12 +20,14 @@ class Settings:
 
     `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length and steps; `sample` prompts are enough
     for those and for acceptance counts, `tuning_tokens` for tuning, which is done at every temperature (`tune_each`) or at the first.
+    `only`: these baselines, and the two that speed-ups are quoted against; () is all.
     Raises UsageError.
     """
 
     suite: str
     model: str
     drafters: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (0.0, 1.0)
     max_tokens: int = 64
     prompts: int | None = None
@@ -136,4 +138,13 @@ def entries(settings: Settings) -> tuple[Entry, ...]:
     fixed = settings.draft_len
     theirs = (Entry(HF, HF), Entry(ASSISTED, ASSISTED, (OURS | given)["autoregressive"], required=False), Entry(LOOKUP, LOOKUP))
     ours = (Entry(n, "ours", s, draft_len=fixed, required=n in given) for n, s in (OURS | given).items())
-    return (*theirs, Entry(VANILLA, "ours", "none"), *ours)
+    return chosen((*theirs, Entry(VANILLA, "ours", "none"), *ours), settings.only)
+
+
+def chosen(listed: tuple[Entry, ...], only: tuple[str, ...]) -> tuple[Entry, ...]:
+    """The entries of `only`, and the references. Raises UsageError for a name that is none of them."""
+    known = [entry.name for entry in listed]
+    for name in only:
+        if name not in known:
+            raise UsageError(f"--only {name!r} is no baseline of this suite; known are {', '.join(known)}")
+    return tuple(entry for entry in listed if not only or entry.name in (HF, VANILLA, *only))

@@ -34,6 +34,7 @@ def bench(
     suite: Annotated[str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")] = "embedded",
     model: Annotated[str | None, typer.Option(help="The target: hub id, folder, file.gguf or built-in name.")] = None,
     drafter: Annotated[list[str] | None, typer.Option(help="One more drafter, as SPEC or NAME=SPEC; may be given again.")] = None,
+    only: Annotated[str, typer.Option(help="Leave out all but NAME,NAME,...; hf and ours-vanilla always run.")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="A table in minutes: 5 prompts, 24 tokens, no sweeps.")] = False,
     temperatures: Annotated[str, typer.Option(help="T,T,...; default 0,1 (paper: 1).")] = "",
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; default 64.")] = None,
@@ -74,7 +75,7 @@ def bench(
     }
     base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})
     fixed = {"suite": suite, "drafters": tuple(drafter or ()), "verifier": verifier, "draft_len": draft_len, "seed": seed}
-    fixed |= {"device": device, "dtype": dtype, "smoke": smoke, "model": model or ""}
+    fixed |= {"only": tuple(filter(None, only.split(","))), "device": device, "dtype": dtype, "smoke": smoke, "model": model or ""}
     quiet_libraries()
     from rich.console import Console
 
