@@ -29,6 +29,7 @@ class Stats:
 
     def add(self, drafted: int, accepted: int, emitted: int, seconds: Mapping[str, float], *, resting: bool = False) -> None:
         """One round of one row: `drafted` proposed, `accepted` of them kept, `emitted` tokens committed; `resting` as in Round."""
+        cut = emitted <= accepted  # at an end: what lies behind was not rejected
         accepted = min(accepted, emitted)
         self.rounds += 1
         self.plain_rounds += drafted == 0
@@ -38,7 +39,7 @@ class Stats:
         self.faults = max(self.faults, int(resting))
         self.reached += [0] * (drafted - len(self.reached))
         self.kept += [0] * (drafted - len(self.kept))
-        for k in range(min(accepted + 1, drafted)):
+        for k in range(min(accepted + (not cut), drafted)):
             self.reached[k] += 1
             self.kept[k] += k < accepted
         for stage, value in seconds.items():

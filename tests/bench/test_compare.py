@@ -61,6 +61,17 @@ def test_tau_is_judged_by_its_tasks() -> None:
     assert judged(tau(2.0, 1.8), tau(3.0, 2.5)) is None, "one task spreads nothing"
 
 
+def test_a_baseline_is_itself_whatever_tuning_chose() -> None:
+    def told(length: int | str, stage: str) -> dict[str, Any]:
+        return synthetic.cell("sedd", stage=stage, draft_len=length, steps=1)
+
+    found = compare.compare(run(told(4, "main"), told("auto", "main"), told(4, "sweep")), run(told(8, "main"), told(8, "sweep")))
+    (row,) = found["cells"]
+    assert (row["stage"], row["draft_len"], row["before"]) == ("main", 8, {"draft_len": 4, "steps": 1})
+    assert [(c["stage"], c["draft_len"]) for c in found["only_first"]] == [("main", "auto"), ("sweep", 4)]
+    assert [(c["stage"], c["draft_len"]) for c in found["only_second"]] == [("sweep", 8)]
+
+
 def test_nulls_and_failures() -> None:
     broken = synthetic.cell("sedd", status="failed", why="it raised", tokens_per_second=None, tau=None, alpha=None, speedup_vs_vanilla=None)
     row = compare.compare(run(broken), run(synthetic.cell("sedd")))["cells"][0]

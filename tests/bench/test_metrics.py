@@ -94,6 +94,24 @@ def test_break_even_and_the_limit_of_free_drafting() -> None:
     assert told["free_fraction"] == pytest.approx((1.0 / 0.4) / 1.5)
 
 
+def test_rounds_without_a_draft_count_in_what_a_round_costs() -> None:
+    """One round in four drafts, at twice the price, and gives three tokens: 6/4 a round for 5/4 of a plain one."""
+    plain = {"draft_round": None, "draft_score": None, "plain_round": 0.1, "plain_score": 0.08}
+    mixed = {"draft_round": 0.2, "draft_score": 0.16, "plain_round": 0.1, "plain_score": 0.08}
+    fast = run(cell("ngram", 3), 6, 0.5, medians=mixed, counts=counts(6, 4, 3, 2, [1], [1], plain=3))
+    told = fold(turn(run(cell("ours-vanilla"), 6, 0.6, medians=plain), fast))["ngram"]
+    assert told["break_even_tau"] == pytest.approx(5 / 4) and told["free_limit"] == pytest.approx(6 / 5)
+
+
+def test_wrong_tokens_in_a_sweep_are_a_problem_and_a_draft_too_long_is_not() -> None:
+    own = cell("sedd", 3, stage="sweep")
+    wrong = {**own, "prompt": "p", "position": 4, "tokens": [1, 2], "top2_gap": 3.5, "top2": [1, 2], "near_tie": False}
+    long = {"cell": cell("sedd", 99, stage="sweep"), "why": "at most 64 tokens"}
+    told = results.fold([BEGIN, PART, turn(run(own, 9, 1.0), long, divergences=(wrong,))], finished=True)
+    (problem,) = results.problems(told)
+    assert problem.startswith("t: sweep, sedd, batch 1: not the target's own tokens")
+
+
 def test_a_wrong_greedy_answer_fails_its_cell_and_a_near_tie_does_not() -> None:
     own = cell("sedd", 3)
     told = {"prompt": "p", "position": 4, "tokens": [1, 2], "top2_gap": 1e-5, "top2": [1, 2]}

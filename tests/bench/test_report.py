@@ -201,3 +201,12 @@ def test_without_the_extra_one_line_says_so(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(MissingExtraError, match=r"^the report needs matplotlib:  pip install 'specdiff\[bench\]'$"):
         report.write(tmp_path, synthetic.whole())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_was_not_measured_is_not_said_to_pay() -> None:
+    def told(*speeds: float | None) -> str:
+        sizes = [{"batch": 2**i, "tokens_per_second": s, "vanilla_tokens_per_second": 10.0} for i, s in enumerate(speeds)]
+        return curves.even({"baseline": "sedd", "break_even": None, "sizes": sizes})
+
+    assert told(20.0, 20.0) == " (pays at every size)"
+    assert told(20.0, 20.0, None) == " (pays up to batch 2, then not measured)" and told(None, None) == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from specdiff.bench import costs, equality, order, results, runner, session
+from specdiff.bench import costs, environment, equality, measure, order, results, runner, session
 from specdiff.bench.baselines import Decoder, Ours
 from specdiff.bench.journal import Journal
 from specdiff.bench.plan import Cell, Entry, Part, Settings
@@ -88,8 +88,39 @@ def test_an_interrupted_run_goes_on_where_it_was(settings: Make, part: Make, tmp
     assert keys[: len(done)] == done
     measured = [k for k in keys if not k.endswith(("/part", "/end")) and k != "begin"]
     assert len(measured) == len(set(measured)) and set(measured) == {u.key for u in order.units(load(chosen, one))}
+    assert told["parts"][0]["notes"] == []
     before = len(again.records)
     assert list(runner.run(chosen, [one], again)) == [] and len(again.records) == before  # nothing is left to do
+
+
+def test_going_on_with_other_code_is_told(settings: Make, part: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, one = settings(temperatures=(0.0,)), part()
+    for at, commit in enumerate(("old", "new", "new")):
+        monkeypatch.setattr(environment, "commit", lambda folder, commit=commit: commit)
+        kept = journal(tmp_path, chosen, resume=at > 0)
+        events = runner.run(chosen, [one], kept)
+        before = len(kept.records)
+        while len(kept.records) < before + 3:
+            next(events)
+        events.close()
+    assert results.fold(kept.records, finished=False)["parts"][0]["notes"] == ["gone on with another commit: old, then new"]
+
+
+def test_one_batch_size_is_measured_too(settings: Make, part: Make) -> None:
+    keys = [u.key for u in order.units(load(settings(batch=(2,)), part()))]
+    assert sum("/batch/" in key for key in keys) == order.ALTERNATIONS
+    assert not any("/batch/" in u.key for u in order.units(load(settings(batch=(1,)), part())))
+
+
+def test_the_fastest_is_known_even_where_nothing_is_to_be_tuned(settings: Make, part: Make, drafters: dict[str, str]) -> None:
+    entries = (Entry("ours-vanilla", "ours", "none"), Entry("small", "ours", drafters["small"]), Entry("ngram", "ours", "ngram"))
+    loaded = load(settings(draft_len=2, gammas=(2,)), part(*entries))
+    for unit in order.units(loaded):
+        if "/tune/" in unit.key:
+            loaded.learn(unit.work())
+    assert set(loaded.rates) == {(n, t) for n in ("small", "ngram") for t in (0.0, 1.0)}
+    loaded.rates["small", 0.0], loaded.rates["ngram", 0.0] = 1.0, 2.0
+    assert order.main_cells(loaded, 0.0)[-1].baseline == "ngram"
 
 
 def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) -> None:
@@ -99,6 +130,24 @@ def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) 
 
     assert turns() == {"0": 6, "1": 6}  # two prompts, three times
     assert turns(times=4) == {"0": 8, "1": 8}
+
+
+def test_the_best_of_a_large_grid_must_be_so_twice(settings: Make, part: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """K=6 is lucky on the first prompts and slow on the others; K=2 breaks; K=5 is the best of all but not seen again."""
+    loaded = load(settings(gammas=(2, 3, 4, 5, 6)), part())
+    speeds = {3: (3.0, 3.0), 4: (4.0, 4.0), 5: (1.0, 9.0), 6: (6.0, 0.1)}
+    asked: list[tuple[Any, int]] = []
+
+    def attempt(cell: Cell, ask: Ask, *, remember: bool) -> Run | str:
+        final = ask.prompts[0] == loaded.prompts[1].ids
+        asked.append((cell.draft_len, int(final)))
+        return "too short" if cell.draft_len == 2 else Run([[0] * 8], 8 / speeds[cell.draft_len][final], 0.1, 1)  # type: ignore[index]
+
+    monkeypatch.setattr(session.Session, "attempt", lambda self, *arguments, **more: attempt(*arguments, **more))
+    entry = next(e for e in loaded.entries() if e.name == "sedd")
+    told = measure.tune(loaded, entry, 0.0, loaded.prompts[:1], loaded.prompts[1:], 8)
+    assert told["best"]["draft_len"] == 4 and {k for k, final in asked if final} == {3, 4, 6}
+    assert [p["why"] for p in told["grid"]] == ["too short", None, None, None, None]
 
 
 def test_what_tuning_found_is_not_forgotten(settings: Make, part: Make, tmp_path: Path) -> None:
@@ -176,6 +225,8 @@ def test_out_of_memory_ends_a_baseline_at_that_batch_size_and_larger_ones(settin
     assert isinstance(attempt(2), Run)
     assert attempt(4) == attempt(8) == "out of memory at batch 4: tried to allocate 1 GiB"
     assert hungry.asked == 2 and isinstance(attempt(1), Run)
+    other = loaded.attempt(Cell("batch", entry.name, "auto", 1, "token", 1.0, 4), loaded.ask([loaded.prompts[0]] * 4, 1.0, seed=0))
+    assert isinstance(other, str) and hungry.asked == 4, "another setting is tried for itself"
 
 
 def greedy_turn(loaded: session.Session) -> dict[str, Any]:
@@ -195,6 +246,12 @@ def test_greedy_answers_of_another_model_are_caught(settings: Make, part: Make, 
     assert {d["baseline"] for d in found} == {"sedd"} and not any(d["near_tie"] for d in found)
     (first, *_) = found
     assert first["top2_gap"] > equality.TIES[torch.float32] and first["top2"][0] == first["tokens"][1] != first["tokens"][0]
+    judge, ids = loaded.decoders["hf"], list(loaded.prompts[0].ids)
+    best = equality._gap(judge, ids, [0, 0], torch.float32)["top2"]
+    monkeypatch.setitem(equality.TIES, torch.float32, 0.5)  # wider than the gap of the first two
+    assert equality._gap(judge, ids, best, torch.float32)["near_tie"]
+    assert not equality._gap(judge, ids, [best[0], 0], torch.float32)["near_tie"], "a token far below is no tie"
+    assert not equality._gap(judge, ids, [best[0], equality.ENDED], torch.float32)["near_tie"]
     monkeypatch.setitem(equality.TIES, torch.float32, 1e9)
     assert all(d["near_tie"] for d in greedy_turn(loaded)["divergences"])
 
@@ -227,6 +284,9 @@ def test_a_drafter_that_breaks_is_not_measured_as_plain_decoding(settings: Make,
     ask = loaded.ask(loaded.prompts[:1], 0.0, seed=0)
     why = loaded.attempt(Cell("main", "sedd", 2, None, "token", 0.0, 1), ask)
     assert isinstance(why, str) and "lost its way" in why
+    entry = next(e for e in loaded.entries() if e.name == "sedd")
+    assert "lost its way" in measure.conditional(loaded, entry, 0.0, loaded.prompts)["why"]
+    assert "lost its way" in measure.draft_cost(loaded, entry, 16, None, 2)["why"]
 
 
 def test_acceptance_given_reached_is_the_overlap(part: Make, settings: Make, drafters: dict[str, str]) -> None:

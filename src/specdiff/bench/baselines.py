@@ -3,7 +3,8 @@
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,17 @@ class Decoder(ABC):
         """Answer the prompts once, timed. Raises whatever goes wrong; the runner says so in the cell."""
 
 
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """What is measured within is the drafter's own work: raises DrafterError if it broke, and plain rounds took its place."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    broken = next((str(w.message) for w in told if str(w.message).startswith("the drafter ")), None)
+    if broken:
+        raise DrafterError(broken)
+
+
 class Ours(Decoder):
     """Our loop around a drafter, built anew for each number of steps (None: the drafter takes none)."""
 
@@ -47,22 +59,17 @@ class Ours(Decoder):
         return self.built[steps]
 
     def run(self, cell: Cell, ask: Ask) -> Run:
-        """Raises DrafterError if the drafter broke on the way: plain rounds under its name would be no measurement of it."""
+        """Raises DrafterError if the drafter broke on the way."""
         drafter = self.drafter(cell.steps)
         params = [SamplingParams(max_tokens=n, temperature=ask.temperature, stop_token_ids=ask.stop_ids) for n in ask.limits]
         batch = Batch.of(ask.prompts, params, ask.seeds, device=self.target.info.device)
         length = Controller(drafter.draft_len) if cell.draft_len == "auto" else cell.draft_len
         assert not isinstance(length, str)
-        with warnings.catch_warnings(record=True) as told:
-            warnings.simplefilter("always")
-            watch = Watch()
+        with unbroken():
+            watch = Watch(self.target.info.device)
             for r in decode.decode(self.target, drafter, batch, verifier=verifier(cell.verifier or "token"), draft_len=length):
                 watch.add(r)
-            run = watch.run(len(ask.prompts))
-        broken = next((str(w.message) for w in told if str(w.message).startswith("the drafter ")), None)
-        if broken:
-            raise DrafterError(broken)
-        return run
+            return watch.run(len(ask.prompts))
 
 
 class Theirs(Decoder):
@@ -81,14 +88,14 @@ class Theirs(Decoder):
         if self.kind == LOOKUP:
             extra = {"prompt_lookup_num_tokens": cell.draft_len}
         torch.manual_seed(ask.seeds[0] % (1 << 63))
-        streamer = _FirstToken() if len(ask.prompts) == 1 else None
+        streamer = _FirstToken()
         model: Any = self.model
         begin = time.perf_counter()
         out = model.generate(ids, attention_mask=mask, generation_config=_config(ask), streamer=streamer, **extra)
         new = out[:, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - begin
         tokens = [_until(row[:n], ask.stop_ids) for row, n in zip(new, ask.limits, strict=True)]
-        first = (streamer.at - begin, streamer.count) if streamer and streamer.count else (seconds, sum(map(len, tokens)))
+        first = (streamer.at - begin, streamer.count) if streamer.count else (seconds, sum(map(len, tokens)))
         return Run(tokens, seconds, *first)
 
 

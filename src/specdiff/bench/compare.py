@@ -1,4 +1,7 @@
-"""Two runs side by side. Ratios are the second run's figures over the first's: above 1, the second is larger."""
+"""Two runs side by side. Ratios are the second run's figures over the first's: above 1, the second is larger.
+
+A baseline is compared with itself at the settings each run's tuning found best; sweeps are compared point by point.
+"""
 
 import statistics
 from collections.abc import Iterator, Mapping
@@ -8,6 +11,7 @@ from specdiff.bench.results import KEY
 
 Record = Mapping[str, Any]
 UNTOLD = ("date",)  # differs always
+SETTING = ("draft_len", "steps")
 
 
 def compare(first: Record, second: Record) -> dict[str, Any]:
@@ -15,9 +19,9 @@ def compare(first: Record, second: Record) -> dict[str, Any]:
     ours, theirs = _cells(first), _cells(second)
     return {
         "differences": list(differences(first, second)),
-        "cells": [_row(key, ours[key], theirs[key]) for key in ours if key in theirs],
-        "only_first": [_named(key) for key in ours if key not in theirs],
-        "only_second": [_named(key) for key in theirs if key not in ours],
+        "cells": [_row(ours[key], theirs[key]) for key in ours if key in theirs],
+        "only_first": [_named(ours[key]) for key in ours if key not in theirs],
+        "only_second": [_named(theirs[key]) for key in theirs if key not in ours],
     }
 
 
@@ -41,22 +45,31 @@ def differences(first: Record, second: Record) -> Iterator[dict[str, Any]]:
 
 
 def _cells(run: Record) -> dict[tuple[Any, ...], Record]:
-    return {(part["name"], *(cell[name] for name in KEY)): cell for part in run["parts"] for cell in part["cells"]}
+    return {(part["name"], *_same(cell)): {"part": part["name"], **cell} for part in run["parts"] for cell in part["cells"]}
 
 
-def _named(key: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(("part", *KEY), key, strict=True))
+def _same(cell: Record) -> list[Any]:
+    tuned = cell["stage"] != "sweep" and isinstance(cell["draft_len"], int)
+    return [None if tuned and name in SETTING else cell[name] for name in KEY]
 
 
-def _row(key: tuple[Any, ...], a: Record, b: Record) -> dict[str, Any]:
-    """Each figure {first, second, ratio, min, max} | null. Verdicts only where both spreads are known and do not overlap."""
+def _named(cell: Record) -> dict[str, Any]:
+    return {name: cell[name] for name in ("part", *KEY)}
+
+
+def _row(a: Record, b: Record) -> dict[str, Any]:
+    """The second's cell, `before` (the first's draft_len and steps, if others), and each figure {first, second, ratio, min, max} | null.
+
+    Verdicts only where both spreads are known and do not overlap.
+    """
     speed = _ratio(a["tokens_per_second"], b["tokens_per_second"])
     gain = _ratio(_speedup(a), _speedup(b))
     tau = _ratio(_over_tasks(a), _over_tasks(b))
     told = {"tokens_per_second": speed, "speedup_vs_vanilla": gain, "tau": tau, "alpha": _ratio(_bare(a["alpha"]), _bare(b["alpha"]))}
     failed = [name for name, cell in (("first", a), ("second", b)) if cell["status"] == "failed"]
     return {
-        **_named(key),
+        **_named(b),
+        "before": {name: a[name] for name in SETTING} if any(a[name] != b[name] for name in SETTING) else None,
         **told,
         "verdict": verdict(speed, "faster", "slower"),
         "tau_verdict": verdict(tau, "longer", "shorter"),

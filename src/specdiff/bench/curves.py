@@ -201,4 +201,8 @@ def even(entry: Mapping[str, Any]) -> str:
     """The break-even batch, as a word behind a name."""
     if entry["baseline"] in (HF, VANILLA):
         return ""
-    return " (pays at every size)" if entry["break_even"] is None else f" (no gain from batch {entry['break_even']})"
+    if entry["break_even"] is not None:
+        return f" (no gain from batch {entry['break_even']})"
+    known = [s["batch"] for s in entry["sizes"] if s["tokens_per_second"] and s["vanilla_tokens_per_second"]]
+    whole = len(known) == len(entry["sizes"])
+    return " (pays at every size)" if whole else f" (pays up to batch {max(known)}, then not measured)" if known else ""

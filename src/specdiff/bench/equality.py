@@ -32,7 +32,7 @@ def divergences(loaded: Session, ask: Ask, names: Sequence[str], answers: Mappin
             if at is not None:
                 pair = [t[at] if at < len(t) else ENDED for t in (own, theirs)]
                 told = {**cell.as_dict(), "prompt": names[row], "position": at, "tokens": pair}
-                found.append(told | _gap(judge, [*ask.prompts[row], *theirs[:at]], loaded.lm.target.info.dtype))
+                found.append(told | _gap(judge, [*ask.prompts[row], *theirs[:at]], pair, loaded.lm.target.info.dtype))
     return found
 
 
@@ -43,11 +43,22 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 @torch.inference_mode()
-def _gap(judge: Decoder | None, ids: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
-    """How far the target's two largest logits lie apart behind `ids`, by transformers' own forward pass."""
+def _gap(judge: Decoder | None, ids: Sequence[int], pair: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    """How far the target's two largest logits lie apart behind `ids`, by transformers' own forward pass.
+
+    A near tie is one of the two tokens that differ: neither may lie far below the largest.
+    """
+    unknown = {"top2_gap": None, "top2": None, "near_tie": False}
     if not isinstance(judge, Theirs):
-        return {"top2_gap": None, "top2": None, "near_tie": False}
-    logits = judge.model(torch.tensor([list(ids)], device=judge.model.device)).logits[0, -1].float()
+        return unknown
+    try:
+        logits = judge.model(torch.tensor([list(ids)], device=judge.model.device)).logits[0, -1].float()
+    except RuntimeError:  # out of memory: the difference is told all the same
+        return unknown
     top = logits.topk(2)
-    gap = float(top.values[0] - top.values[1])
-    return {"top2_gap": gap, "top2": top.indices.tolist(), "near_tie": gap <= TIES.get(dtype, COARSE)}
+    behind = float("inf") if ENDED in pair else float(top.values[0] - logits[list(pair)].min())
+    return {
+        "top2_gap": float(top.values[0] - top.values[1]),
+        "top2": top.indices.tolist(),
+        "near_tie": behind <= TIES.get(dtype, COARSE),
+    }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdiff.bench import costs, equality
-from specdiff.bench.baselines import Ours
+from specdiff.bench.baselines import Ours, unbroken
 from specdiff.bench.plan import Cell, Entry
 from specdiff.bench.runs import Ask, Run
 from specdiff.bench.session import Session, explained
@@ -12,27 +12,35 @@ from specdiff.bench.suites import Prompt
 from specdiff.types import Batch, SamplingParams
 from specdiff.verify import verifier
 
+FINALISTS = 3
 
-def tune(loaded: Session, entry: Entry, temperature: float, prompts: Sequence[Prompt], max_tokens: int) -> dict[str, Any]:
-    """Tokens per second of every setting of the baseline's grid, which take turns too; the fastest is its setting from then on."""
-    points = [loaded.cell("tune", entry, temperature, 1, chosen) for chosen in loaded.grid(entry)]
-    tokens, seconds, whys = [0] * len(points), [0.0] * len(points), [""] * len(points)
-    for at, prompt in enumerate(prompts):
+
+def tune(
+    loaded: Session, entry: Entry, temperature: float, prompts: Sequence[Prompt], finals: Sequence[Prompt], max_tokens: int
+) -> dict[str, Any]:
+    """Tokens per second of every setting of the baseline's grid, which take turns too; the fastest is its setting from then on.
+
+    Of a large grid the fastest three meet again on the prompts of `finals`: the luckiest of many on few prompts is rarely the best.
+    """
+    grid: list[dict[str, Any]] = [{"draft_len": n, "steps": t, "tokens_per_second": None, "why": None} for n, t in loaded.grid(entry)]
+    running, spent = list(range(len(grid))), [(0, 0.0)] * len(grid)
+    for at, prompt in enumerate([*prompts, *finals] if len(grid) > FINALISTS else prompts):
+        if at == len(prompts):
+            running = sorted(running, key=lambda i: -(grid[i]["tokens_per_second"] or 0))[:FINALISTS]
         ask = loaded.ask([prompt], temperature, seed=at, most=max_tokens)
-        for i in rotated(range(len(points)), at):
-            run = whys[i] or loaded.attempt(points[i], ask, remember=False)
+        for i in rotated(running, at):
+            point = grid[i]
+            cell = loaded.cell("tune", entry, temperature, 1, (point["draft_len"], point["steps"]))
+            run = point["why"] or loaded.attempt(cell, ask, remember=False)
             if isinstance(run, str):
-                whys[i] = run
-            else:
-                tokens[i], seconds[i] = tokens[i] + run.size, seconds[i] + run.seconds
-    found: list[dict[str, Any]] = [
-        {"draft_len": p.draft_len, "steps": p.steps, "tokens_per_second": None if why else n / max(s, 1e-9), "why": why or None}
-        for p, n, s, why in zip(points, tokens, seconds, whys, strict=True)
-    ]
-    able = [point for point in found if point["why"] is None]
+                grid[i] |= {"tokens_per_second": None, "why": run}
+                continue
+            spent[i] = (spent[i][0] + run.size, spent[i][1] + run.seconds)
+            point["tokens_per_second"] = spent[i][0] / max(spent[i][1], 1e-9)
+    able = [grid[i] for i in running if grid[i]["why"] is None]
     best = max(able, key=lambda point: float(point["tokens_per_second"]), default=None)
-    why = None if best else next(w for w in whys if w)
-    return {"kind": "tune", "baseline": entry.name, "temperature": temperature, "grid": found, "best": best, "why": why}
+    why = None if best else next(point["why"] for point in grid if point["why"])
+    return {"kind": "tune", "baseline": entry.name, "temperature": temperature, "grid": grid, "best": best, "why": why}
 
 
 def rotated(items: Sequence[Any], by: int) -> list[Any]:
@@ -93,7 +101,8 @@ def conditional(loaded: Session, entry: Entry, temperature: float, prompts: Sequ
     try:
         batches = [_batch(loaded, loaded.ask([p], temperature, seed=i)) for i, p in enumerate(prompts)]
         length = cell.draft_len if isinstance(cell.draft_len, int) else None
-        positions = costs.conditional(decoder.target, decoder.drafter(cell.steps), batches, verifier("token"), length)
+        with unbroken():
+            positions = costs.conditional(decoder.target, decoder.drafter(cell.steps), batches, verifier("token"), length)
     except Exception as error:  # the other baselines go on
         return told | {"why": explained(error, 1)}
     return told | {"verifier": "token", "positions": positions}
@@ -119,7 +128,8 @@ def draft_cost(loaded: Session, entry: Entry, context: int, steps: int | None, t
     decoder, lengths = loaded.decoders[entry.name], [n for n in loaded.settings.widths if n > 1]
     assert isinstance(decoder, Ours)
     try:
-        points = list(costs.draft_curve(loaded.lm.target, decoder.drafter(steps), context, lengths, times, loaded.settings.seed))
+        with unbroken():
+            points = list(costs.draft_curve(loaded.lm.target, decoder.drafter(steps), context, lengths, times, loaded.settings.seed))
     except Exception as error:
         return told | {"context": context, "why": explained(error, 1)}
     return told | {"points": points}

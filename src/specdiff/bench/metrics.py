@@ -82,16 +82,26 @@ def _columns(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def limits(runs: Sequence[Record], vanilla: Sequence[Record | None], tau: float | None, measured: float | None) -> dict[str, Any]:
-    """Break-even tau = a drafting round / a plain one; the limit of free drafting = tau T_target(1) / T_target(K+1); its share reached.
+    """Break-even tau = a mean round / a plain one; the limit of free drafting = tau T_target(1) / T_target(K+1); its share reached.
 
-    Medians over the turns of each run's median, all of the same turns.
+    Medians over the turns of each run's median, all of the same turns. Where a drafter leaves some rounds plain (it found nothing, or
+    rested), round and scoring pass are means of the two kinds as they came.
     """
     plain = [r for r in vanilla if r is not None]
-    drafting, scoring = _median(runs, "draft_round"), _median(runs, "draft_score")
     single, one = _median(plain, "plain_round"), _median(plain, "plain_score")
-    even = drafting / single if drafting and single else None
+    mean, scoring = _mean(runs, "round"), _mean(runs, "score")
+    even = mean / single if mean and single else None
     limit = tau * one / scoring if tau and one and scoring else None
     return {"break_even_tau": even, "free_limit": limit, "free_fraction": measured / limit if measured and limit else None}
+
+
+def _mean(runs: Sequence[Record], what: str) -> float | None:
+    """Seconds of a round, or of its scoring pass, over drafting and plain ones; None for a baseline that never drafted."""
+    drafting, plain = _median(runs, f"draft_{what}"), _median(runs, f"plain_{what}")
+    if drafting is None or plain is None:
+        return drafting
+    rounds, resting = (sum(r["counts"][name] for r in runs if r["counts"]) for name in ("rounds", "plain_rounds"))
+    return (drafting * (rounds - resting) + plain * resting) / rounds
 
 
 def _median(runs: Sequence[Record], name: str) -> float | None:

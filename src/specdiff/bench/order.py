@@ -13,7 +13,7 @@ from specdiff.bench.plan import ASSISTED, HF, LOOKUP, VANILLA, Cell
 from specdiff.bench.session import Session
 
 ALTERNATIONS = 5  # turns that a ratio needs at least
-TUNING_PROMPTS = 2
+TUNING_PROMPTS, FINAL_PROMPTS = 2, 3
 COST_TIMES = 5
 BATCH_TOKENS = 32
 WARM_TOKENS = 4
@@ -36,7 +36,7 @@ def units(loaded: Session) -> list[Unit]:
     listed = [*_tuning(loaded), *_main(loaded), *_conditional(loaded), *_costs(loaded)]
     if loaded.settings.sweeps:
         listed += _sweeps(loaded)
-    if len(loaded.settings.batch) > 1:
+    if loaded.settings.batch != (1,):
         listed += _batches(loaded)
     return [replace(unit, key=f"{loaded.part.name}/{unit.key}") for unit in listed]
 
@@ -51,18 +51,19 @@ def warm(loaded: Session) -> None:
 
 def _tuning(loaded: Session) -> Iterator[Unit]:
     prompts, most = loaded.prompts[:TUNING_PROMPTS], min(loaded.settings.tuning_tokens, loaded.part.max_tokens)
-    heats = loaded.settings.temperatures
+    finals = loaded.prompts[TUNING_PROMPTS : TUNING_PROMPTS + FINAL_PROMPTS]
+    heats, drafting = loaded.settings.temperatures, loaded.entries(drafting=True)
     for heat in heats if loaded.settings.tune_each else heats[:1]:
         for entry in loaded.entries():
             points = len(loaded.grid(entry))
-            if points > 1:
-                work = partial(measure.tune, loaded, entry, heat, prompts, most)
+            if points > 1 or (entry in drafting and len(drafting) > 1):  # which is the fastest must be known of all
+                work = partial(measure.tune, loaded, entry, heat, prompts, finals, most)
                 title = f"tuning {entry.name} at temperature {heat:g}"
                 yield Unit(f"tune/{heat:g}/{entry.name}", title, points * len(prompts) * most, work)
 
 
 def main_cells(loaded: Session, heat: float) -> list[Cell]:
-    """Every baseline at its best setting, and the fastest drafter once more with `auto`."""
+    """Every baseline at its best setting, and the fastest drafter once more as users have it: `auto`, at its own draft length."""
     cells = [loaded.cell("main", entry, heat, 1) for entry in loaded.entries()]
     drafting = [e for e in loaded.entries(drafting=True) if e.name not in loaded.problems]
     if drafting:

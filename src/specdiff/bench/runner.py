@@ -1,7 +1,7 @@
 """Part by part, unit by unit: a generator of events, over which the live table folds. Each unit's record is in the journal first."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,8 @@ from specdiff.bench import environment, order, session, suites
 from specdiff.bench.journal import Journal
 from specdiff.bench.plan import Part, Settings
 from specdiff.bench.session import LOADING, Session
+
+GONE_ON = "gone on"  # how notes of it begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ def run(settings: Settings, parts: Sequence[Part], journal: Journal) -> Iterator
             told = {"missing": " ".join(filter(None, (session.explained(error, 1), part.remedy)))}
             yield Event(part.name, "missing", 1.0, record=_add(journal, part, told))
             continue
-        _add(journal, part, _described(loaded))
+        _add(journal, part, _described(loaded, journal))
         yield from _measure(loaded, journal)
         journal.add({"kind": "end", "key": f"{part.name}/end", "part": part.name})
 
@@ -56,7 +58,7 @@ def _add(journal: Journal, part: Part, told: dict[str, Any]) -> dict[str, Any]:
     return journal.add({"kind": "part", "key": f"{part.name}/part", **about, "missing": None, **told})
 
 
-def _described(loaded: Session) -> dict[str, Any]:
+def _described(loaded: Session, journal: Journal) -> dict[str, Any]:
     told = [
         {"name": e.name, "kind": e.kind, "spec": e.spec, "why": (why := loaded.problems.get(e.name))}
         | {"status": "ok" if why is None else "failed" if e.required else "missing"}
@@ -65,7 +67,17 @@ def _described(loaded: Session) -> dict[str, Any]:
     prompts = [{"id": p.id, "task": p.task, "tokens": len(p.ids)} for p in loaded.prompts]
     dtype = str(loaded.lm.target.info.dtype).removeprefix("torch.")
     where = environment.describe(loaded.lm.target.info.device)
-    return {"notes": loaded.notes, "prompts": prompts, "baselines": told, "dtype": dtype, "environment": where}
+    before = [r for r in journal.records if r["key"] == f"{loaded.part.name}/part" and r["missing"] is None]
+    notes = [*loaded.notes, *(note for r in before[-1:] for note in _changes(r, where))]
+    return {"notes": notes, "prompts": prompts, "baselines": told, "dtype": dtype, "environment": where}
+
+
+def _changes(before: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[str]:
+    """What a run that is gone on with no longer has in common with itself; and what it had lost before that."""
+    yield from (note for note in before["notes"] if note.startswith(GONE_ON))
+    old = before["environment"]
+    for name in (n for n in where if n != "date" and where[n] != old.get(n)):
+        yield f"{GONE_ON} with another {name}: {old.get(name)}, then {where[name]}"
 
 
 def _measure(loaded: Session, journal: Journal) -> Iterator[Event]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class Run:
 
     `from_draft[row]` says of each whether it was accepted from a draft; `counts` are Stats as numbers; `fresh_tokens` and
     `fresh_rounds` count up to the first repeated 8-gram; `medians` are seconds of a drafting round, a plain one, and of the scoring
-    pass in each. All None where a baseline tells nothing of it.
+    pass in each (on a GPU the host's clock cannot tell that). All None where a baseline tells nothing of it.
     """
 
     tokens: list[list[int]]
@@ -70,21 +71,25 @@ class _Seen:
     size: Int[Tensor, "B"] | None
     drafted: int
     seconds: dict[str, float]
+    took: float
 
 
 class Watch:
     """Takes a decode's rounds as they come; `run` folds them once the clock has stopped."""
 
-    def __init__(self) -> None:
-        self.rounds: list[_Seen] = []
+    def __init__(self, device: torch.device) -> None:
+        self.rounds, self.on_gpu = list[_Seen](), device.type == "cuda"
         self.begin = time.perf_counter()
         self.first = self.last = self.begin
 
     def add(self, r: Round) -> None:
         """A round is over."""
-        v = r.verification
-        self.rounds.append(_Seen(r.emitted, v.accepted, v.tokens, r.draft.size, r.draft.tokens.shape[1], dict(r.seconds)))
-        self.last = time.perf_counter()
+        if self.on_gpu:
+            torch.cuda.synchronize()  # here the loop waits anyway, to learn which rows are done
+        v, now = r.verification, time.perf_counter()
+        drafted = r.draft.tokens.shape[1]
+        self.rounds.append(_Seen(r.emitted, v.accepted, v.tokens, r.draft.size, drafted, dict(r.seconds), now - self.last))
+        self.last = now
         if len(self.rounds) == 1:
             self.first = self.last
 
@@ -125,8 +130,9 @@ class Watch:
         kinds = {"draft": [s for s in later if s.drafted], "plain": [s for s in later if not s.drafted]}
         found: dict[str, float | None] = {}
         for kind, rounds in kinds.items():
-            found[f"{kind}_round"] = statistics.median(sum(s.seconds.values()) for s in rounds) if rounds else None
-            found[f"{kind}_score"] = statistics.median(s.seconds["score"] for s in rounds) if rounds else None
+            found[f"{kind}_round"] = statistics.median(s.took for s in rounds) if rounds else None
+            told = rounds and not self.on_gpu
+            found[f"{kind}_score"] = statistics.median(s.seconds["score"] for s in rounds) if told else None
         return found
 
 

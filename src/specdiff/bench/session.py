@@ -1,7 +1,7 @@
 """One part, loaded: the target, its prompts, and every baseline that could be had. Knows what failed, and which settings were best."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ class Session:
     notes: list[str]
     decoders: dict[str, Decoder] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)
-    limits: dict[tuple[str, int], str] = field(default_factory=dict)
+    limits: dict[Cell, str] = field(default_factory=dict)
     best: dict[tuple[str, float], Best] = field(default_factory=dict)
     rates: dict[tuple[str, float], float] = field(default_factory=dict)
 
@@ -78,18 +78,18 @@ class Session:
         return Ask(tuple(p.ids for p in prompts), limits, temperature, ends, seeds)
 
     def attempt(self, cell: Cell, ask: Ask, *, remember: bool = True) -> Run | str:
-        """One run, or why there is none. `remember`: nor will there be from then on at this batch size, and every larger one."""
+        """One run, or why there is none. `remember`: nor will there be from then on by this setting at any larger batch."""
         if cell.baseline in self.problems:
             return self.problems[cell.baseline]
-        known = [why for (name, batch), why in self.limits.items() if name == cell.baseline and batch <= cell.batch]
-        if known:
-            return known[0]
+        for met, why in self.limits.items():
+            if met.batch <= cell.batch and met == replace(cell, stage=met.stage, batch=met.batch):
+                return why
         try:
             return measured(self.decoders[cell.baseline], cell, ask, self.lm.target.info.device)
         except Exception as error:  # whatever it is, the other baselines go on
             why = explained(error, cell.batch)
             if remember:
-                self.limits[cell.baseline, cell.batch] = why
+                self.limits[cell] = why
             if self.lm.target.info.device.type == "cuda":
                 torch.cuda.empty_cache()
             return why

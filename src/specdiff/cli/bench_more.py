@@ -77,10 +77,14 @@ def _differences(found: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _named(row: Mapping[str, Any]) -> str:
-    length = "" if row["draft_len"] is None else f" K={row['draft_len']}"
-    steps = "" if row["steps"] is None else f" steps={row['steps']}"
     more = "" if row["batch"] == 1 else f" batch {row['batch']}"
-    return f"{row['part']} {row['stage']}: {row['baseline']}{length}{steps} T={row['temperature']:g}{more}"
+    before = f" (first{_setting(row['before'])})" if row.get("before") else ""
+    return f"{row['part']} {row['stage']}: {row['baseline']}{_setting(row)} T={row['temperature']:g}{more}{before}"
+
+
+def _setting(row: Mapping[str, Any]) -> str:
+    length = "" if row["draft_len"] is None else f" K={row['draft_len']}"
+    return length + ("" if row["steps"] is None else f" steps={row['steps']}")
 
 
 def _ratio(value: Mapping[str, Any] | None) -> str:
