@@ -20,7 +20,8 @@ def spread(middle: float, wide: float = 0.12) -> dict[str, float]:
 
 
 def ratio(middle: float, wide: float = 0.15) -> dict[str, float]:
-    return {"ratio": middle, "min": middle * (1 - wide), "max": middle * (1 + wide), "turns": 5}
+    low, high = middle * (1 - wide), middle * (1 + wide)
+    return {"ratio": middle, "min": low, "max": high, "turns": 5, "faster": 5 if low > 1 else 2 if high > 1 else 0}
 
 
 def seconds(baseline: str, tokens: int, speed: float) -> dict[str, float]:

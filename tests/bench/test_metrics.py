@@ -55,9 +55,9 @@ def test_a_speedup_is_the_ratio_of_medians_over_common_turns() -> None:
         turn({"cell": hf, "why": "out of memory"}, run(own, 10, 0.01)),
     )
     gained = found["ours-vanilla"]["speedup_vs_hf"]
-    assert gained == {"ratio": 20 / 5, "min": 0.5, "max": 4.0, "turns": 3}
+    assert gained == {"ratio": 20 / 5, "min": 0.5, "max": 4.0, "turns": 3, "faster": 2}
     assert found["ours-vanilla"]["tokens_per_second"] == {"median": 20.0, "min": 1.0, "max": 1000.0}
-    assert found["ours-vanilla"]["tasks"]["math"]["speedup_vs_hf"] == {"ratio": 10.5 / 3.5, "min": 0.5, "max": 4.0, "turns": 2}
+    assert found["ours-vanilla"]["tasks"]["math"]["speedup_vs_hf"] == {"ratio": 10.5 / 3.5, "min": 0.5, "max": 4.0, "turns": 2, "faster": 1}
     assert found["hf"]["status"] == "failed" and found["hf"]["why"] == "out of memory" and found["hf"]["turns"] == 3
     assert found["hf"]["speedup_vs_vanilla"]["turns"] == 3
 

@@ -164,9 +164,11 @@ def test_a_slow_down_is_called_one() -> None:
         return " ".join(summary.sentences(synthetic.part(cells=[synthetic.cell("sedd", **changes)])))
 
     slow, fast = said(speed=15.0), said(speed=50.0)
-    assert "a slow-down in every turn" in slow and "0.60x" in slow and "needs 1.80 to break even" in slow and "faster" not in slow
-    assert "faster in every turn" in fast and "slow" not in fast
-    assert "faster in some turns and slower in others" in said(speed=26.0)
+    assert "slower in 5 of 5 turns. A slow-down" in slow and "0.60x" in slow and "needs 1.80 to break even" in slow and "faster" not in slow
+    assert "faster in 5 of 5 turns" in fast and "slow" not in fast
+    assert "no clear difference: faster in 2 of 5 turns" in said(speed=26.0)
+    most = {"ratio": 0.8, "min": 0.6, "max": 1.3, "turns": 10, "faster": 2}
+    assert summary.agreed(most) == "slower in 8 of 10 turns" and summary.verdict(most | {"faster": 3}) == "no clear difference"
 
 
 @pytest.mark.parametrize(

@@ -26,14 +26,14 @@ def decode_rate(run: Record) -> float | None:
 
 
 def speedup(runs: Sequence[Record], references: Sequence[Record | None], of: Any) -> dict[str, float] | None:
-    """Ratio of the two medians over the turns both were in; min and max are those of single turns."""
+    """Ratio of the two medians over the turns both were in; min and max are those of single turns, `faster` how many were above 1."""
     pairs = [(of(run), of(other)) for run, other in zip(runs, references, strict=True) if other is not None]
     known = [(a, b) for a, b in pairs if a and b]
     if not known:
         return None
     ratios = [a / b for a, b in known]
     ratio = statistics.median(a for a, _ in known) / statistics.median(b for _, b in known)
-    return {"ratio": ratio, "min": min(ratios), "max": max(ratios), "turns": len(known)}
+    return {"ratio": ratio, "min": min(ratios), "max": max(ratios), "turns": len(known), "faster": sum(r > 1 for r in ratios)}
 
 
 def speeds(runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]) -> dict[str, Any]:

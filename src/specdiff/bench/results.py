@@ -27,8 +27,8 @@ part    name · model · dataset|null · notes [text] · missing null | why this
 cell    stage "main" | "sweep" | "batch" · baseline · draft_len int | "auto" | null · steps int | null · verifier · temperature · batch
         status "ok" | "failed" · why null | text · turns · tokens
         tokens_per_second spread · decode_tokens_per_second spread (after the first emission) · ttft spread · tpot spread
-        speedup_vs_hf, speedup_vs_vanilla, decode_speedup_vs_hf, decode_speedup_vs_vanilla {ratio, min, max, turns} | null: ratio of the
-            two medians over the turns both ran in; min and max of the turns' own ratios
+        speedup_vs_hf, speedup_vs_vanilla, decode_speedup_vs_hf, decode_speedup_vs_vanilla {ratio, min, max, turns, faster} | null: ratio
+            of the two medians over the turns both ran in; min and max of the turns' own ratios, and how many of them were above 1
         tau · tau_before_loop (before the first repeated 8-gram) · alpha · accepted_per_draft · per_position [given reached] · reached [n]
         rounds · plain_rounds · break_even_tau (a mean round over a plain one) · free_limit (tau T(1) / T(K+1), scoring passes of these
         turns, null on a GPU) ·

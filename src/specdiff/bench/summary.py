@@ -7,6 +7,7 @@ from specdiff.bench.plan import ASSISTED, HF, LOOKUP, VANILLA
 
 Cell = Mapping[str, Any]
 THEIRS = (ASSISTED, LOOKUP)
+AGREE = 0.8  # of the turns
 
 
 def sentences(part: Mapping[str, Any]) -> Iterator[str]:
@@ -34,28 +35,37 @@ def named(cell: Cell) -> str:
 def times(cell: Cell) -> str:
     """A ratio, and in a word what it means."""
     ratio = cell["speedup_vs_vanilla"]
-    return f"{ratio['ratio']:.2f}x ({verdict(ratio)})"
+    return f"{ratio['ratio']:.2f}x ({agreed(ratio)})"
 
 
 def verdict(ratio: Mapping[str, float]) -> str:
-    """Only where every single turn agrees is it called faster or slower."""
-    if min(ratio["min"], ratio["ratio"]) > 1:
+    """It is called faster or slower where the medians say so and four turns in five agree."""
+    enough, faster = AGREE * ratio["turns"], ratio["faster"]
+    if ratio["ratio"] > 1 and faster >= enough:
         return "faster"
-    if max(ratio["max"], ratio["ratio"]) < 1:
+    if ratio["ratio"] < 1 and ratio["turns"] - faster >= enough:
         return "slower"
     return "no clear difference"
+
+
+def agreed(ratio: Mapping[str, float]) -> str:
+    """The verdict with the turns it stands on."""
+    said, faster, turns = verdict(ratio), ratio["faster"], ratio["turns"]
+    if said == "no clear difference":
+        return f"{said}: faster in {faster} of {turns} turns"
+    return f"{said} in {faster if said == 'faster' else turns - faster} of {turns} turns"
 
 
 def against(cell: Cell) -> str:
     """The gain over plain decoding in the same engine, or the loss and what it would take to break even."""
     ratio = cell["speedup_vs_vanilla"]
-    spread = f"{ratio['ratio']:.2f}x plain decoding in our engine ({ratio['turns']} turns, {ratio['min']:.2f} to {ratio['max']:.2f})"
+    spread = f"{ratio['ratio']:.2f}x plain decoding in our engine ({ratio['min']:.2f} to {ratio['max']:.2f}), {agreed(ratio)}"
     tau, needed = cell["tau"], cell["break_even_tau"]
     rounds = "" if tau is None or needed is None else f" It writes {tau:.2f} tokens a round and needs {needed:.2f} to break even."
     said = {
-        "faster": f"{spread}, faster in every turn.",
-        "slower": f"{spread}, a slow-down in every turn: plain decoding is the better choice here.",
-        "no clear difference": f"{spread}, faster in some turns and slower in others.",
+        "faster": f"{spread}.",
+        "slower": f"{spread}. A slow-down: plain decoding is the better choice here.",
+        "no clear difference": f"{spread}.",
     }
     return said[verdict(ratio)] + rounds
 
