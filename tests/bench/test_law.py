@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -57,4 +58,6 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     assert rows["sedd, 2 passes in any order (point masses)"]["error"] > 0
     assert out.count("biased") == sum(not lawful for _, lawful in recipes.RECIPES.values())
     page = (tmp_path / "law.html").read_text()
+    figure = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6].replace("xlink:", ""))
+    assert "several passes in any order, probabilities as they were when drawn" in figure.attrib["aria-label"]
     assert page.count("<strong>biased</strong>") == out.count("biased") and "±" in page and "{{" not in page

@@ -70,5 +70,11 @@ def write(folder: Path, found: list[dict[str, Any]]) -> Path:
 def page(folder: Path, found: list[dict[str, Any]]) -> Path:
     """law.html. Returns its place. Raises MissingExtraError."""
     facts = {"tokens": recipes.K + 1, "vocabulary": recipes.V, "cases": recipes.CASES, "networks": CASES, "alarm": builtins.ALARM}
-    told = report.render("law.html", rows=found, verifiers=VERIFIERS, shown=shown, shade=shade, facts=facts)
+    try:
+        from specdiff.bench import distances, svg
+    except ImportError as error:
+        raise report.missing(str(error.name).partition(".")[0]) from None
+    with svg.style():
+        figure = svg.inline(distances.draw(found, VERIFIERS), "law")
+    told = report.render("law.html", rows=found, verifiers=VERIFIERS, shown=shown, shade=shade, facts=facts, figure=figure)
     return replace(folder / "law.html", told)
