@@ -101,7 +101,8 @@ def _mean(runs: Sequence[Record], what: str) -> float | None:
     if drafting is None or plain is None:
         return drafting
     rounds, resting = (sum(r["counts"][name] for r in runs if r["counts"]) for name in ("rounds", "plain_rounds"))
-    return (drafting * (rounds - resting) + plain * resting) / rounds
+    whole: float = drafting * (rounds - resting) + plain * resting
+    return whole / rounds
 
 
 def _median(runs: Sequence[Record], name: str) -> float | None:
