@@ -100,9 +100,9 @@ def _mean(runs: Sequence[Record], what: str) -> float | None:
     drafting, plain = _median(runs, f"draft_{what}"), _median(runs, f"plain_{what}")
     if drafting is None or plain is None:
         return drafting
-    rounds, resting = (sum(r["counts"][name] for r in runs if r["counts"]) for name in ("rounds", "plain_rounds"))
-    whole: float = drafting * (rounds - resting) + plain * resting
-    return whole / rounds
+    counted = [r["counts"] for r in runs if r["counts"]]
+    share: float = sum(c["plain_rounds"] for c in counted) / max(1, sum(c["rounds"] for c in counted))
+    return drafting * (1 - share) + plain * share
 
 
 def _median(runs: Sequence[Record], name: str) -> float | None:
