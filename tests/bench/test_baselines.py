@@ -53,7 +53,7 @@ def test_rounds_in_a_loop_are_not_fresh() -> None:
     head = target.model.get_output_embeddings()
     with torch.no_grad():
         head.weight.zero_()  # all logits equal: greedy takes the first id each time
-    watch = Watch()
+    watch = Watch(torch.device("cpu"))
     params = [SamplingParams(max_tokens=20, temperature=0)]
     for r in decode.decode(target, tiny.Hinted([[0] * 40], tiny.VOCAB, flaw=99), Batch.of([[0, 0]], params, [0]), draft_len=2):
         watch.add(r)
