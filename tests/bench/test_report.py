@@ -148,11 +148,14 @@ def texts(drawn: svg.Drawing) -> list[tuple[str, Any]]:
 def test_runs_that_lack_something() -> None:
     """No sweeps, no references, a run that was stopped at once, one without any part."""
     few = synthetic.part(cells=[synthetic.cell("sedd", speedup_vs_hf=None, speedup_vs_vanilla=None, tau=None, alpha=None, per_position=None,
-                                               break_even_tau=None, seconds={"total": 1.0}, tasks={})],
+                                               break_even_tau=None, exact=None, seconds={"total": 1.0}, tasks={})],
                          conditional=[], batches=[], costs={"target": [], "draft": []}, outputs=[], tuning=[], divergences=[])  # fmt: skip
     told = " ".join(Walk(report.page(synthetic.whole(few, environment=None, status="partial"))).text)
     assert "sweeps of draft length and diffusion steps were not run" in told and "no cost curve was measured" in told
     assert "No answers were kept" in told and "No environment was recorded" in told
+    assert "Nothing was compared" in told and "No answer differs" not in told
+    greedy = synthetic.part(cells=[synthetic.cell("sedd", exact=1.0)], divergences=[])
+    assert "No answer differs" in report.page(synthetic.whole(greedy))
     for parts in ((synthetic.empty_part(),), ()):
         assert "What was run" in report.page(synthetic.whole(*parts) | {"parts": list(parts)})
     started = synthetic.empty_part() | {"missing": None, "notes": []}

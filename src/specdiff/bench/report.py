@@ -91,6 +91,7 @@ def _part(part: Record, name: str) -> dict[str, Any]:
         "tasks": tasks(part),
         "figures": list(figures(part, name)) if part["cells"] or part["missing"] is None else [],
         "absent": table.absent(part),
+        "compared": any(cell["exact"] is not None for cell in part["cells"]),
         "outputs": grouped(part["outputs"]),
     }
 
