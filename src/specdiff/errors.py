@@ -1,12 +1,14 @@
 """Everything specdiff raises on purpose.
 
 SpecdiffError
-├── UsageError(ValueError)     an argument the caller can mend           exit code 2
+├── UsageError(ValueError)     an argument the caller can fix            exit code 2
 │   └── UnknownNameError       no such model, drafter or verifier
 ├── ConfigError                a config.json with a missing, odd or unsupported field
 ├── WeightsError               weights that are missing, truncated, misshapen or pickled
 ├── UnsupportedModelError      a target this library cannot score exactly
+├── TargetError                a target whose logits are NaN or infinite
 ├── CorpusError                a corpus folder that is absent, damaged, or does not fit
+├── StorageError               a file or folder that cannot be written (full disk, read-only, locked)
 ├── DrafterError               a drafter that cannot be built, or does not fit its target
 └── MissingExtraError          an optional dependency that is not installed
 """
@@ -34,6 +36,14 @@ class WeightsError(SpecdiffError):
 
 class UnsupportedModelError(SpecdiffError):
     """The target failed the self-test, or is of a family the ragged cache cannot serve exactly."""
+
+
+class TargetError(SpecdiffError):
+    """The target's logits are not finite, so there is no distribution to draw from; names the row and position."""
+
+
+class StorageError(SpecdiffError):
+    """A file or folder cannot be written; the message names it, says why, and what was kept."""
 
 
 class CorpusError(SpecdiffError):

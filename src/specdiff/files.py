@@ -1,0 +1,141 @@
+"""Files on disk: whole or absent, with the reason where they cannot be written; digests and folder locks.
+
+Every file specdiff writes goes through here. A write goes to a hidden neighbor first, is flushed to the disk, and is then
+renamed into place, so that a crash or a full disk leaves the old content.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from specdiff.errors import StorageError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a UTF-8 file. Raises StorageError."""
+    return _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any, *, indent: int = 1) -> Path:
+    """Write strict JSON (NaN and infinities raise ValueError). Raises StorageError."""
+    return write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    """Write a safetensors file; tied tensors are stored once for each name. Raises StorageError."""
+    separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return _write(path, lambda partial: save_file(separate, partial, metadata=metadata))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log. A line cut short by a full disk is removed again. Raises StorageError."""
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError:
+            if path.exists():
+                os.truncate(path, size)
+            raise
+
+
+@contextmanager
+def staged_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which replaces `path` when the block ends without an exception. Raises StorageError."""
+    partial = path.with_name(f".{path.name}.partial")
+    with storing(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                _flush(file)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+            _flush(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's whole content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(folder: Path) -> BaseFileLock:
+    """Hold the folder for this process until the lock is released or the process ends, however it ends.
+
+    Raises StorageError if another process holds it, or if the folder cannot be written.
+    """
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock", blocking=False)
+        try:
+            held.acquire()
+        except Timeout:
+            raise StorageError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+    return held
+
+
+@contextmanager
+def storing(path: Path) -> Iterator[None]:
+    """Turn what the operating system says while `path` is written into a StorageError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"cannot write {path}: {reason(error, path)}") from error
+
+
+def reason(error: Exception, path: Path) -> str:
+    """Why a write failed, for people: which disk is full and how full, or the system's own words."""
+    code = getattr(error, "errno", None)
+    number = next((c for c in FULL if f"os error {c}" in str(error)), None) if code is None else code
+    if number == errno.EFBIG:
+        return "it would exceed the largest file size allowed here (ulimit -f)"
+    if number in FULL:
+        place = next(p for p in (path, *path.absolute().parents) if p.exists())
+        usage = shutil.disk_usage(place)
+        return f"the disk that holds {place} is full ({usage.free >> 20} of {usage.total >> 20} MiB free)"
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> Path:
+    partial = path.with_name(f".{path.name}.partial")
+    with storing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(partial)
+            _flush(partial)
+            partial.replace(path)
+            _flush(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    return path
+
+
+def _flush(path: Path) -> None:
+    """To the disk itself: a rename may otherwise outlive the bytes it names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
