@@ -305,6 +305,43 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
 # ---- planted bugs: targets ----
 
 
+class Sick(Target[Any]):
+    """`inner`, whose logits are `spoiled` from absolute position `first` on, in the rows of one seed."""
+
+    def __init__(self, inner: Target[Any], spoil: Callable[[Tensor], Tensor], first: int, seed: int = 0) -> None:
+        self.inner, self.spoil, self.first, self.seed, self.info = inner, spoil, first, seed, inner.info
+
+    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
+        return self.inner.open(rows, slots, taps)
+
+    def admit(self, cache: Any, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]) -> Tensor | None:
+        return self.inner.admit(cache, rows, prompts, kept)
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        output = self.inner.score(cache, batch, draft)
+        position = batch.length[:, None] + torch.arange(output.logits.shape[1])
+        hit = (position >= self.first) & (batch.seed == self.seed)[:, None]
+        return replace(output, logits=torch.where(hit[..., None], self.spoil(output.logits), output.logits))
+
+    def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
+        self.inner.keep(cache, batch, verification)
+
+    def release(self, cache: Any, rows: Int[Tensor, "R"]) -> None:
+        self.inner.release(cache, rows)
+
+
+def _one_column(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda logits: logits.index_fill(-1, torch.tensor([1]), value)
+
+
+SICKNESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "all nan": lambda logits: torch.full_like(logits, torch.nan),
+    "one nan": _one_column(torch.nan),
+    "one +inf": _one_column(torch.inf),
+    "all -inf": lambda logits: torch.full_like(logits, -torch.inf),
+}
+
+
 @dataclass(slots=True)
 class StaleCache:
     ids: Int[Tensor, "B S"]

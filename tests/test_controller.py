@@ -18,7 +18,9 @@ def round_of(draft_len: int, emitted: int, seconds: float, rows: int = 1) -> Rou
     path = torch.arange(draft_len + 1).expand(rows, -1)
     verification = Verification((count - 1).clamp(min=0), tokens, path)
     shares = {"draft": seconds / 4, "score": 3 * seconds / 4}
-    return Round(Draft(tokens[:, :draft_len]), verification, count, batch, shares, torch.zeros(rows, dtype=torch.bool))
+    return Round(
+        Draft(tokens[:, :draft_len]), verification, count, batch, shares, torch.zeros(rows, dtype=torch.bool), torch.full((rows,), -1)
+    )
 
 
 def driven(controller: Controller, rounds: int, emits: Callable[[int], int], cost: float = 2.0) -> list[int]:

@@ -1,13 +1,16 @@
 """The loop's contracts: who advances the batch, where text is cut, and what a drafter gets to see."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
+import tiny
+from doubles import SICKNESS, Sick
 from specdiff import decode
 from specdiff.drafters.base import Drafter, NoDrafter
-from specdiff.errors import UsageError
+from specdiff.errors import TargetError, UsageError
 from specdiff.noise import Noise, Purpose
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, Round, SamplingParams
@@ -121,3 +124,69 @@ def test_commit_never_writes_beyond_the_limit() -> None:
     after, emitted = decode.commit(wide, Verification(torch.tensor([3, 3]), tokens, tokens))
     assert emitted.tolist() == [2, 2] and after.done.all()
     assert (after.ids[0, 3:] == wide.ids[0, 3:]).all()
+
+
+def rounds_until_the_error(target: Any, drafter: Drafter[Any], rows: Batch, verifier: str) -> tuple[list[Round], str]:
+    """The rounds that were yielded, and the message that came after them."""
+    rounds = []
+    with pytest.raises(TargetError) as caught:
+        for r in decode.decode(target, drafter, rows, verifier=VERIFIERS[verifier], draft_len=3):
+            rounds.append(r)
+    return rounds, str(caught.value)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize("sickness", SICKNESS)
+def test_a_row_whose_logits_are_not_finite_ends_there_and_the_others_go_on(sickness: str, verifier: str, temperature: float) -> None:
+    rows = batch(4, temperature=temperature, top_k=3, top_p=0.9, logprobs=1)
+    healthy = tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)
+    rounds, message = rounds_until_the_error(Sick(TARGET, SICKNESS[sickness], 12, seed=2), Witness(), rows, verifier)
+    assert message.startswith("row 2: the target's logits at position 12 are not finite")
+    texts = tiny.rows_of(rounds[-1].batch)
+    assert texts[2] == healthy[2][: len(texts[2])] and len(texts[2]) <= 12
+    assert [texts[row] for row in (0, 1, 3)] == [healthy[row] for row in (0, 1, 3)]
+    failed = torch.stack([r.failed for r in rounds])
+    assert failed.amax(0).tolist() == [-1, -1, 12, -1] and (failed[:, 2] == 12).sum() == 1
+    at = int((failed[:, 2] == 12).nonzero()[0, 0])
+    assert rounds[at].emitted[2] == 0 and rounds[at].batch.done[2]
+    assert all(r.emitted[2] == 0 for r in rounds[at:])
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_position_that_no_row_arrives_at_may_have_any_logits(verifier: str) -> None:
+    """Behind the limit, and behind a stop id that the draft holds: no token comes from there."""
+    rows = batch(4, max_tokens=7, stop_token_ids=(2,))
+    ends = [len(text) for text in tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)]
+    for row, end in enumerate(ends):
+        healthy = tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)
+        sick = Sick(TARGET, SICKNESS["all nan"], end, seed=row)
+        assert tiny.decoded(sick, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)[row][:end] == healthy[row]
+
+
+def test_single_entries_of_minus_infinity_are_a_distribution() -> None:
+    masked = Sick(TARGET, lambda logits: logits.index_fill(-1, torch.tensor([1, 3]), -torch.inf), 0)
+    (text, *_) = tiny.decoded(masked, Witness(), batch(), draft_len=3)
+    assert len(text) == 31 and not {1, 3} & set(text[1:])
+
+
+def test_a_model_that_breaks_after_ten_passes() -> None:
+    net = tiny.model("llama")
+    target = tiny.CausalTarget(net)
+    passes = 0
+
+    def spoil(module: Any, given: Any, output: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes > 10:
+            output.logits = output.logits.index_fill(-1, torch.tensor([5]), torch.nan)
+        return output
+
+    hook = net.register_forward_hook(spoil)
+    run = decode.start(target, tiny.Hinted([[0] * 99], tiny.VOCAB), tiny.batch_of([[1, 2, 3]], 60, temperature=0))
+    decode.admit(run, torch.arange(1))
+    with pytest.raises(TargetError, match="row 0: the target's logits at position") as caught:
+        while not bool(run.batch.done.all()):
+            decode.raise_if_failed(decode.step(run, 3))
+    hook.remove()
+    assert f"position {int(run.batch.length[0])}" in str(caught.value)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import tiny
+from doubles import SICKNESS, Sick
 from specdiff import engine
+from specdiff.check.toys import TableDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.engine import Progress, Request
 from specdiff.errors import UsageError
@@ -202,3 +204,32 @@ def test_a_prompt_without_tokens_is_refused() -> None:
     asked = [Request([1], SamplingParams(), 0), Request([], SamplingParams(), 0)]
     with pytest.raises(UsageError, match="prompt 1 holds no tokens"):
         served(TableTarget.random(5), NoDrafter(), asked, draft_len=0)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize("sickness", SICKNESS)
+def test_a_request_whose_logits_are_not_finite_fails_alone(sickness: str, verifier: str, temperature: float) -> None:
+    """Many requests through two rows, prompts of several lengths: all but the sick one read as they do without it."""
+    table, drafter = TableTarget.random(5, seed=3), TableDrafter(5)
+    asked = [Request([i % 5] * (1 + i), SamplingParams(max_tokens=8, temperature=temperature), 10 + i) for i in range(7)]
+    sick = Sick(table, SICKNESS[sickness], 6, seed=12)
+    tokens, ends, _ = served(table, drafter, asked, verifier, rows=2)
+    progress = list(engine.run(sick, drafter, asked, verifier=VERIFIERS[verifier], draft_len=3, rows=2))
+    after, afterwards, _ = collected(iter(progress))
+    assert {i: after[i] for i in after if i != 2} == {i: tokens[i] for i in tokens if i != 2}
+    assert afterwards == ends | {2: "error"}
+    assert after.get(2, []) == tokens[2][: len(after.get(2, []))] and len(after.get(2, [])) <= 3
+    (message,) = {p.error for p in progress if p.error}
+    assert message.startswith("request 2: the target's logits at position 6 are not finite")
+    assert [p.request for p in progress if p.error] == [2]
+
+
+def test_a_failed_request_is_not_handed_over_as_a_text() -> None:
+    sick = Sick(TableTarget.random(5, seed=3), SICKNESS["all nan"], 4, seed=11)
+    asked = [Request([1, 2], SamplingParams(max_tokens=6), 10 + i) for i in range(3)]
+    texts, errors = {}, {}
+    for turn in engine.serve(sick, TableDrafter(5), asked, verifier=VERIFIERS["token"], draft_len=3, rows=3):
+        texts |= {request: ids.tolist() for request, ids, _ in turn.finished()}
+        errors |= turn.errors()
+    assert sorted(texts) == [0, 2] and list(errors) == [1]

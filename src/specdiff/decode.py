@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.guarded import Guarded, GuardedState
-from specdiff.errors import UsageError
+from specdiff.errors import TargetError, UsageError
 from specdiff.noise import Noise
 from specdiff.sampling import law, logprobs
 from specdiff.targets.base import Target
@@ -41,21 +41,26 @@ class Run:
 
 @torch.inference_mode()
 def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
-    """One round of `draft_len` tokens (0: a plain one). Advances `run.batch`; nobody else does."""
+    """One round of `draft_len` tokens (0: a plain one). Advances `run.batch`; nobody else does.
+
+    Raises nothing for a target whose logits are NaN or infinite: `Round.failed` names the rows, and `raise_if_failed` raises.
+    """
     clock = Stopwatch()
     noise = Noise.of(run.batch)
     draft = run.drafter.propose(run.context, run.state, noise, draft_len) if draft_len else Draft.empty(run.batch)
     clock.lap("draft")
     output = run.target.score(run.cache, run.batch, draft)
     clock.lap("score")
-    verification = run.verifier(draft, law(output.logits, run.batch, draft), noise)
+    finite = finite_rows(output.logits)
+    verification = run.verifier(_cut(draft, finite), law(output.logits, run.batch, draft), noise)
     if run.batch.params.logprobs is not None:
         verification = replace(verification, logprobs=logprobs(output.logits, verification, run.batch.params.logprobs))
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
-    batch, emitted = commit(run.batch, verification)
+    batch, emitted = commit(run.batch, verification, finite)
+    failed = torch.where((emitted == 0) & ~run.batch.done, run.batch.length + finite, -1)
     clock.lap("commit")
-    done = Round(draft, verification, emitted, batch, clock.seconds, run.state.off)
+    done = Round(draft, verification, emitted, batch, clock.seconds, run.state.off, failed)
     if stop is not None:
         batch = replace(batch, done=batch.done | stop(done))
         done = replace(done, batch=batch)
@@ -64,18 +69,56 @@ def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
     return done
 
 
-def commit(batch: Batch, verification: Verification) -> tuple[Batch, Int[Tensor, "B"]]:
-    """Append what was verified, cut exactly at the first stop id and at the row's limit; returns the emitted counts too."""
+def finite_rows(logits: Float[Tensor, "B N V"]) -> Int[Tensor, "B"]:
+    """How many scored rows come before the first without a distribution: one with NaN, with +inf, or with -inf alone."""
+    peak = logits.amax(-1)  # NaN if any is; single -inf entries are legitimate
+    index = torch.arange(peak.shape[1], device=peak.device)
+    return torch.where(peak.isfinite(), peak.shape[1], index).amin(1)
+
+
+def _cut(draft: Draft, finite: Int[Tensor, "B"]) -> Draft:
+    """The draft up to the first scored row without a distribution, where a row's next token would have to come from.
+
+    That row depends on the tokens before it alone, and they all stay, so this is exact: a row fails only where it really arrives.
+    """
+    size = draft.tokens.shape[1]
+    if size == 0:
+        return draft
+    return replace(draft, size=finite.clamp(max=size) if draft.size is None else torch.minimum(draft.size, finite))
+
+
+def raise_if_failed(last: Round) -> None:
+    """For loops written by hand, after a `step`: raises TargetError where the target's logits were NaN or infinite."""
+    rows = (last.failed >= 0).nonzero()[:, 0].tolist()
+    if rows:
+        raise TargetError(f"row {rows[0]}: {reason(int(last.failed[rows[0]]))}")
+
+
+def reason(position: int) -> str:
+    """What is wrong where `Round.failed` names a position."""
+    return (
+        f"the target's logits at position {position} are not finite (NaN or infinite), so no token can be drawn from them; "
+        "check the model's weights, or load it in float32"
+    )
+
+
+def commit(batch: Batch, verification: Verification, finite: Int[Tensor, "B"] | None = None) -> tuple[Batch, Int[Tensor, "B"]]:
+    """Append what was verified, cut exactly at the first stop id and at the row's limit; returns the emitted counts too.
+
+    finite: how many scored rows have a distribution (None: all). A row that would emit a token of a later one emits nothing, and is done.
+    """
     tokens, n = verification.tokens, verification.accepted + 1
     index = torch.arange(tokens.shape[1], device=tokens.device)
     stops = (tokens[..., None] == batch.params.stop_ids[:, None]).any(-1) & (index < n[:, None])
     first = torch.where(stops, index, tokens.shape[1]).amin(1)
     emitted = torch.minimum(torch.minimum(n, first + 1), batch.params.limit - batch.length).masked_fill(batch.done, 0)
+    failed = torch.zeros_like(batch.done) if finite is None else emitted > finite
+    emitted = emitted.masked_fill(failed, 0)
     offset = torch.arange(batch.ids.shape[1], device=tokens.device) - batch.length[:, None]
     new = (offset >= 0) & (offset < emitted[:, None])
     ids = torch.where(new, tokens.gather(1, offset.clamp(0, tokens.shape[1] - 1)), batch.ids)
     length = batch.length + emitted
-    done = batch.done | (first < emitted) | (length >= batch.params.limit)
+    done = batch.done | failed | (first < emitted) | (length >= batch.params.limit)
     return replace(batch, ids=ids, length=length, round=batch.round + (emitted > 0), done=done), emitted
 
 
@@ -132,7 +175,8 @@ def decode(
         draft_len: K, or a rule that names the next round's from the last round; None: the drafter's own.
         stop: looks at each Round and says which rows end with it.
 
-    Raises UsageError if a fixed `draft_len` is below 1 (plain decoding is `NoDrafter`).
+    Raises UsageError if a fixed `draft_len` is below 1 (plain decoding is `NoDrafter`); and TargetError for rows that ended where
+    the target's logits are NaN or infinite, after the last round: the other rows are decoded to their ends.
     """
     length = drafter.draft_len if draft_len is None else draft_len
     if isinstance(draft_len, int) and draft_len < 1:
@@ -141,9 +185,13 @@ def decode(
     run = start(target, drafter, batch, verifier=verifier, slots=slots)
     admit(run, torch.arange(len(batch.length), device=batch.length.device))
     last: Round | None = None
+    failed = torch.full_like(batch.length, -1)
     while not bool(run.batch.done.all()):
         last = step(run, length if isinstance(length, int) else length(last), stop)
+        failed = torch.maximum(failed, last.failed)
         yield last
+    if last is not None:
+        raise_if_failed(replace(last, failed=failed))
 
 
 def _seen(context: Context, done: Round, features: Tensor | None, proposed: bool) -> Context:

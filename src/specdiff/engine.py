@@ -35,8 +35,9 @@ class Request:
 class Progress:
     """What one round gave one request. The first `accepted` of `tokens` came from the draft; `finished` is set on the last.
 
-    finished: "stop" (a stop id), "length" (max_tokens) or None. resting: the drafter broke, and drafts no more for this request.
+    finished: "stop" (a stop id), "length" (max_tokens), "error" or None. resting: the drafter broke, and drafts no more for this request.
     logprobs: of each token, where asked (else empty), and in top_logprobs (token id, logprob) of the likeliest ones in its place.
+    error: why the request ended early, a sentence naming it; its tokens so far are no whole answer.
     """
 
     request: int
@@ -48,6 +49,7 @@ class Progress:
     seconds: dict[str, float]
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class Turn:
         emitted, accepted, tokens = last.emitted.tolist(), last.verification.accepted.tolist(), last.verification.tokens.tolist()
         sizes = [last.draft.tokens.shape[1]] * len(self.owner) if last.draft.size is None else last.draft.size.tolist()
         resting = last.resting.tolist()
+        errors = self.errors()
         told = _Told(last.verification.logprobs)
         found = []
         for row, (index, request) in enumerate(zip(self.owner, self.asked, strict=True)):
@@ -81,20 +84,34 @@ class Turn:
                 new = tokens[row][: emitted[row]]
                 stopped = bool(new) and new[-1] in request.params.stop_token_ids
                 finished = ("stop" if stopped else "length") if row in ended else None
+                error = errors.get(index)
+                if error is not None:
+                    finished = "error"
                 kept = min(accepted[row], len(new))
                 logs = told.of(row, len(new), request)
-                found.append(Progress(index, new, kept, sizes[row], finished, resting[row], dict(last.seconds), *logs))
+                found.append(Progress(index, new, kept, sizes[row], finished, resting[row], dict(last.seconds), *logs, error=error))
         return found
 
+    def errors(self) -> dict[int, str]:
+        """Why each request that failed in this round did: the target's logits were NaN or infinite where it had arrived."""
+        if not self.ended:
+            return {}  # a row that fails is done, so nothing needs to be read
+        failed = [(self.owner[row], at) for row, at in enumerate(self.round.failed.tolist()) if at >= 0]
+        return {request: f"request {request}: {decode.reason(at)}" for request, at in failed if request is not None}
+
     def finished(self) -> list[tuple[int, Int[Tensor, "L"], int]]:
-        """(request, its tokens with the prompt in front, on the host, and the prompt's length) of every request that ended."""
+        """(request, its tokens with the prompt in front, on the host, and the prompt's length) of every request that ended.
+
+        Not of those in `errors()`: what they hold is no whole answer.
+        """
         if not self.ended:
             return []
-        batch = self.round.batch
+        batch, errors = self.round.batch, self.errors()
         rows = torch.tensor(self.ended, device=batch.length.device)
         ids, lengths, prompts = batch.ids[rows].cpu(), batch.length[rows].tolist(), batch.prompt_length[rows].tolist()
         requests = [r for row in self.ended if (r := self.owner[row]) is not None]
-        return [(r, i[:n].clone(), p) for r, i, n, p in zip(requests, ids, lengths, prompts, strict=True)]
+        whole = zip(requests, ids, lengths, prompts, strict=True)
+        return [(r, i[:n].clone(), p) for r, i, n, p in whole if r not in errors]
 
 
 def run(

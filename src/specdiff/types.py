@@ -247,6 +247,8 @@ class Round:
 
     `emitted[b]` tokens were committed: accepted + 1, fewer where a stop id or the length limit fell inside, 0 for done rows.
     `resting` rows draft no more before their next request, because the drafter broke in this one (in this round or before).
+    `failed[b]` is the absolute position at which the target's logits are NaN or infinite, so that nothing can be drawn there: the
+    row committed nothing in this round and is done. -1 where all is well.
     """
 
     draft: Draft
@@ -255,6 +257,7 @@ class Round:
     batch: Batch
     seconds: Mapping[str, float]
     resting: Bool[Tensor, "B"]
+    failed: Int[Tensor, "B"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from specdiff.check.texts import compare, law, texts
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.guarded import FAULTS, faults, shaped
 from specdiff.engine import Request
-from specdiff.errors import DrafterError, UsageError
+from specdiff.errors import DrafterError, TargetError, UsageError
 from specdiff.noise import Noise, row_seed
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
@@ -110,6 +110,8 @@ def soundness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
                 yield Finding("drafts", False, f"it refuses its own draft_len {draft_len}: {error}")
                 return
             refused.append(draft_len)
+        except TargetError:
+            raise
         except Exception as error:
             what = str(error) if isinstance(error, DrafterError) else f"raised {type(error).__name__}: {error}"
             yield Finding("drafts", False, f"with draft_len {draft_len} it {what}")
@@ -265,7 +267,7 @@ def survives(drafter: Drafter[Any], target: Target[Any]) -> Finding:
 
 
 def written(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: Verifier) -> dict[int, list[int]]:
-    """The engine's texts, two rows at a time, drafts as long as the drafter likes."""
+    """The engine's texts, two rows at a time, drafts as long as the drafter likes. Raises TargetError where the target failed."""
     found: dict[int, list[int]] = {}
 
     def look(context: Context, noise: Noise, draft: Draft) -> None:
@@ -275,5 +277,7 @@ def written(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request]
         warnings.simplefilter("ignore", RuntimeWarning)
         served = engine.serve(target, Watched(drafter, look), asked, verifier=verifier, draft_len=drafter.draft_len, rows=2)
         for turn in served:
+            for error in turn.errors().values():
+                raise TargetError(error)
             found |= {request: ids.tolist() for request, ids, _ in turn.finished()}
     return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specdiff import engine
 from specdiff.drafters.base import Drafter
+from specdiff.errors import TargetError
 from specdiff.noise import Noise
 from specdiff.targets.base import Target
 from specdiff.types import Context, Draft
@@ -93,13 +94,16 @@ def run(
     rows: int,
     verifier: Verifier = match,
 ) -> None:
-    """Serve the requests and show every draft to `look`. Raises the first exception of drafter or look, which the loop forgives."""
+    """Serve the requests and show every draft to `look`. Raises the first exception of drafter or look, which the loop forgives,
+    and TargetError where the target failed."""
     watched = Watched(drafter, look)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the loop's own word about a faulty drafter
-        for _ in engine.serve(target, watched, requests, verifier=verifier, draft_len=draft_len, rows=rows):
+        for turn in engine.serve(target, watched, requests, verifier=verifier, draft_len=draft_len, rows=rows):
             if watched.raised:
                 raise watched.raised[0]
+            for error in turn.errors().values():
+                raise TargetError(error)
 
 
 def differing(one: Record, two: Record) -> float:

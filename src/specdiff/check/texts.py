@@ -50,7 +50,7 @@ def texts(
         else:
             run.drafter.admit(run.state, run.context, torch.arange(rows))
         while not bool(run.batch.done.all()):
-            decode.step(run, draft_len if drafter.draft_len else 0)
+            decode.raise_if_failed(decode.step(run, draft_len if drafter.draft_len else 0))
         found.append(written(run.batch))
     return torch.cat(found)
 

@@ -1,0 +1,30 @@
+"""A target without a distribution behind tokens that it never writes: drafts that go there change neither the law nor end a row."""
+
+import pytest
+import torch
+
+from specdiff.check.texts import compare, law, texts
+from specdiff.check.toys import TableDrafter
+from specdiff.targets.table import TableTarget
+from specdiff.types import SamplingParams
+from specdiff.verify import VERIFIERS
+
+V, NEVER = 4, 2
+
+
+def partial_target() -> TableTarget:
+    """It never writes one token, and has only NaN to say once that token stands."""
+    table = TableTarget.random(V, seed=6).table.clone()
+    table[:, :, NEVER] = -torch.inf
+    table[NEVER], table[:, NEVER] = torch.nan, torch.nan
+    return TableTarget(table)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, temperature=0.7, top_p=0.9)])
+@pytest.mark.parametrize("point", [False, True])
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_the_law_holds_where_drafts_go_where_the_target_has_none(verifier: str, point: bool, params: SamplingParams) -> None:
+    target = partial_target()
+    found = texts(target, TableDrafter(V, point=point), VERIFIERS[verifier], params, count=40_000, draft_len=4)
+    assert (found >= 0).all(), "a row ended early"
+    assert compare(found, law(target, params)) > 1e-5
