@@ -89,6 +89,15 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "too long": (lambda d, hit, at: Draft(torch.cat([d.tokens, d.tokens], 1)), "tokens of shape"),
     "tokens' type": (lambda d, hit, at: replace(d, tokens=d.tokens.double()), "tokens of type"),
     "probabilities' shape": (lambda d, hit, at: replace(d, probs=torch.ones(1, 1)), "probabilities of shape"),
+    "another device": (lambda d, hit, at: replace(d, probs=d.probs.to("meta")), "probabilities on meta; the batch is on cpu"),  # type: ignore[union-attr]
+    "tokens elsewhere": (lambda d, hit, at: Draft(d.tokens.to("meta")), "tokens on meta"),
+    "size elsewhere": (lambda d, hit, at: replace(d, size=torch.ones(len(hit), dtype=torch.long, device="meta")), "a size on meta"),
+    "float8": (lambda d, hit, at: replace(d, probs=d.probs.to(torch.float8_e5m2)), "type torch.float8_e5m2"),  # type: ignore[union-attr]
+    "sparse": (lambda d, hit, at: replace(d, probs=d.probs.to_sparse()), "probabilities of layout torch.sparse_coo"),  # type: ignore[union-attr]
+    "sparse tokens": (lambda d, hit, at: Draft(d.tokens.to_sparse()), "tokens of layout torch.sparse_coo"),
+    "size of bits": (lambda d, hit, at: replace(d, size=hit), "a size of shape .* and type torch.bool"),
+    "tokens are a list": (lambda d, hit, at: Draft(d.tokens.tolist()), "raised AttributeError"),
+    "tree": (lambda d, hit, at: replace(d, parents=torch.zeros_like(d.tokens) - 1), "drafted a tree"),
     "nothing": (lambda d, hit, at: None, "returned a NoneType"),  # type: ignore[arg-type, return-value]
 }
 
@@ -147,6 +156,28 @@ def test_a_sound_drafter_does_not_feel_it() -> None:
     one, two = guard.propose(context, state, noise, 3), SOUND.propose(context, None, noise, 3)
     assert one.probs is not None and two.probs is not None and one.size is not None
     assert torch.equal(one.tokens, two.tokens) and torch.equal(one.probs, two.probs) and one.size.tolist() == [3] * 50
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_how_a_sound_draft_lies_in_memory_does_not_matter(verifier: str) -> None:
+    """With gradients, strided, expanded, in half precision's place: no fault, and the same text."""
+
+    def strided(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
+        assert draft.probs is not None
+        probs = draft.probs.permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
+        return Draft(draft.tokens.T.contiguous().T, probs, torch.tensor(3, dtype=torch.int32).expand(len(hit)))
+
+    assert served(Spoiled(strided), requests(), verifier) == served(SOUND, requests(), verifier)
+
+
+@pytest.mark.filterwarnings("ignore:the drafter Spoiled drafted a tree")
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_a_tree_is_refused_and_the_law_is_the_targets(verifier: str) -> None:
+    """A chain's tokens that claim to be siblings: a penalty would count other tokens than those before them."""
+    params = SamplingParams(max_tokens=4, repetition_penalty=2.5)
+    forest = Spoiled(lambda d, hit, at: replace(d, parents=torch.full_like(d.tokens, -1)))
+    found = texts(TARGET, forest, VERIFIERS[verifier], params, count=20_000)
+    assert torch.equal(found, texts(TARGET, NoDrafter(), VERIFIERS[verifier], params, count=20_000))
 
 
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")

@@ -84,7 +84,7 @@ class _Seen:
     impossible: int = 0
 
     def look(self, context: Context, noise: Noise, draft: Draft, draft_len: int) -> None:
-        shaped(draft, len(context.batch.length), draft_len, self.vocab_size)
+        shaped(draft, context.batch, draft_len, self.vocab_size)
         live = ~context.batch.done
         half = draft.probs is not None and draft.probs.dtype in (torch.float16, torch.bfloat16)
         found = faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)[live].flatten().cpu()

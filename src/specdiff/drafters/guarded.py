@@ -2,8 +2,8 @@
 
 What may be looked at decides what stays lawful. Probabilities that are no law cut the row's draft in front of them: that depends
 on nothing drawn from them, and the tokens before keep their own q. So does a token no vocabulary holds: the target never says it.
-A drafter that raises, or whose draft has no sensible shape, makes the round a plain one. Either way the row drafts no more until
-its next request; falling back to `match` after a look at the tokens would be biased.
+A drafter that raises, or whose draft cannot be read (its shape, type, layout or device; a tree), makes the round a plain one.
+Either way the row drafts no more until its next request; falling back to `match` after a look at the tokens would be biased.
 
 Shapes: B rows, K drafted tokens, V target vocabulary.
 """
@@ -19,8 +19,10 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.errors import DrafterError, UsageError
 from specdiff.noise import Noise
-from specdiff.types import Context, Draft
+from specdiff.types import Batch, Context, Draft
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 TOLERANCE = 1e-3  # how far from 1 the sum of a law may be: float16 rounds that much
 FAULTS = (
     "",
@@ -78,24 +80,27 @@ class Guarded(Drafter[GuardedState]):
             return Draft.empty(context.batch)
         try:
             draft = self.inner.propose(context, state.inner, noise, draft_len)
-            shaped(draft, len(context.batch.length), draft_len, self.vocab_size)
+            shaped(draft, context.batch, draft_len, self.vocab_size)
+            return self._sound(context.batch, state, draft) if draft.tokens.shape[1] else draft
         except UsageError:
             raise
         except Exception as error:
             state.off, state.resting = torch.ones_like(context.batch.done), True
             self._warn(state, str(error) if isinstance(error, DrafterError) else f"raised {type(error).__name__}: {error}", error)
             return Draft.empty(context.batch)
-        if not draft.tokens.shape[1]:
-            return draft
+
+    def _sound(self, batch: Batch, state: GuardedState, draft: Draft) -> Draft:
+        """The draft, each row cut in front of its first fault."""
         fault = faults(draft, self.vocab_size)
         off = state.off.to(fault.device)
-        size = draft.tokens.shape[1] if draft.size is None else draft.size
+        size = draft.tokens.shape[1] if draft.size is None else draft.size.long()
         sound = (fault == 0).long().cumprod(1).sum(1)
-        worst = torch.where(context.batch.done | off, 0, fault.amax(1))
-        state.off = off | (worst > 0)
-        state.news = torch.stack([worst.amax(), (state.off | context.batch.done).all().long()])
+        worst = torch.where(batch.done | off, 0, fault.amax(1))
         known = draft.tokens.clamp(0, self.vocab_size - 1)  # behind the cut, but the target still looks its embedding up
-        return replace(draft, tokens=known, size=torch.where(off, 0, sound.clamp(max=size).clamp(min=0)))
+        cut = replace(draft, tokens=known, size=torch.where(off, 0, sound.clamp(max=size).clamp(min=0)))
+        state.off = off | (worst > 0)
+        state.news = torch.stack([worst.amax(), (state.off | batch.done).all().long()])
+        return cut
 
     def _read(self, state: GuardedState) -> None:
         if state.news is not None:
@@ -115,20 +120,28 @@ class Guarded(Drafter[GuardedState]):
             warnings.warn(warning, stacklevel=2)
 
 
-def shaped(draft: Draft, rows: int, draft_len: int, vocab_size: int) -> None:
-    """Raises DrafterError where types or shapes are not those of a draft: all that can be seen without waiting for the device."""
+def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
+    """Raises DrafterError for what is no draft of this batch: all that can be seen without waiting for the device."""
     if not isinstance(draft, Draft):
         raise DrafterError(f"returned a {type(draft).__name__}, not a Draft")
+    if draft.parents is not None:
+        raise DrafterError("drafted a tree (Draft.parents), which no target scores; draft a chain")
+    rows, home = len(batch.length), batch.ids.device
+    for name, part in (("tokens", draft.tokens), ("probabilities", draft.probs), ("a size", draft.size)):
+        if part is not None and part.layout is not torch.strided:
+            raise DrafterError(f"gave {name} of layout {part.layout}, not dense")
+        if part is not None and part.device != home:
+            raise DrafterError(f"gave {name} on {part.device}; the batch is on {home}")
     if draft.tokens.dim() != 2 or len(draft.tokens) != rows or draft.tokens.shape[1] > draft_len:
         raise DrafterError(f"gave tokens of shape {list(draft.tokens.shape)}; expected [{rows}, at most {draft_len}]")
     if draft.tokens.dtype != torch.long:
         raise DrafterError(f"gave tokens of type {draft.tokens.dtype}, not torch.int64")
     wanted = (*draft.tokens.shape, vocab_size)
-    if draft.probs is not None and (draft.probs.shape != wanted or not draft.probs.is_floating_point()):
+    if draft.probs is not None and (draft.probs.shape != wanted or draft.probs.dtype not in FLOATS):
         raise DrafterError(
             f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; expected floats {list(wanted)}"
         )
-    if draft.size is not None and (draft.size.shape != (rows,) or draft.size.is_floating_point()):
+    if draft.size is not None and (draft.size.shape != (rows,) or draft.size.dtype not in INTEGERS):
         raise DrafterError(f"gave a size of shape {list(draft.size.shape)} and type {draft.size.dtype}; expected integers [{rows}]")
 
 
