@@ -1,6 +1,7 @@
 """Rows join and leave: many requests through few rows give what each gives alone."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,15 +10,15 @@ from torch import Tensor
 
 import tiny
 from doubles import SICKNESS, Sick
-from specdiff import engine
+from specdiff import decode, engine
 from specdiff.check.toys import TableDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.engine import Progress, Request
 from specdiff.errors import UsageError
-from specdiff.noise import row_seed
+from specdiff.noise import Noise, row_seed
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
-from specdiff.types import Batch, Draft, Round, SamplingParams, TargetOutput, Verification
+from specdiff.types import Batch, Context, Draft, Round, SamplingParams, TargetOutput, Verification
 from specdiff.verify import VERIFIERS
 
 ROWS = 8
@@ -233,3 +234,186 @@ def test_a_failed_request_is_not_handed_over_as_a_text() -> None:
         texts |= {request: ids.tolist() for request, ids, _ in turn.finished()}
         errors |= turn.errors()
     assert sorted(texts) == [0, 2] and list(errors) == [1]
+
+
+def arriving(waves: Sequence[Sequence[Request]], pause: int = 1) -> Iterator[Request | None]:
+    """Waves of requests with nothing for some rounds in between."""
+    for wave in waves:
+        yield from wave
+        yield from [None] * pause
+
+
+class Entered(Drafter[Any]):
+    """Drafts from `inner`, and checks that its features are exactly the tokens that entered the cache since it last looked."""
+
+    taps = (0,)
+    draft_len = 3
+
+    def __init__(self, inner: Drafter[Any]) -> None:
+        self.inner = inner
+
+    def open(self, rows: int, slots: int) -> Tensor:
+        return torch.zeros(rows, dtype=torch.long)
+
+    def admit(self, state: Tensor, context: Context, rows: Tensor) -> None:
+        state[rows] = 0
+
+    def release(self, state: Tensor, rows: Tensor) -> None:
+        return None
+
+    def propose(self, context: Context, state: Tensor, noise: Noise, draft_len: int) -> Draft:
+        assert context.features is not None and context.feature_size is not None
+        batch = context.batch
+        for row in (~batch.done).nonzero()[:, 0].tolist():
+            entered = batch.ids[row, state[row] : batch.length[row] - 1]
+            assert int(context.feature_size[row]) == len(entered)
+            assert torch.equal(context.features[row, : len(entered)].argmax(-1), entered)
+            if batch.round[row]:
+                assert context.previous is not None and int(context.previous.batch.length[row]) == int(batch.length[row])
+        state.copy_(torch.where(batch.done, state, batch.length - 1))
+        return self.inner.propose(context, None, noise, draft_len)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+@pytest.mark.parametrize("waves", [(1, 7), (1, 1, 1, 5), (2, 9), (1, 8, 8)])
+def test_rows_open_as_requests_come(waves: tuple[int, ...], verifier: str) -> None:
+    table, asked = TableTarget.random(5, seed=3), requests(sum(waves), 5)
+    asked = [Request(r.prompt, replace(r.params, max_tokens=6 + r.params.max_tokens), r.seed) for r in asked]
+    parts, rest = [], list(asked)
+    for n in waves:
+        parts.append([rest.pop(0) for _ in range(n)])
+    watched = Watched(table)
+    drafter = Entered(TableDrafter(5))
+    options: dict[str, Any] = {"verifier": VERIFIERS[verifier], "draft_len": 3, "rows": 8, "slots": 40}
+    texts = {}
+    for turn in engine.serve(watched, drafter, arriving(parts), **options):
+        texts |= {request: ids[prompt:].tolist() for request, ids, prompt in turn.finished()}
+    assert watched.most > waves[0] and watched.most <= 8 and not watched.taken
+    assert texts == served(table, TableDrafter(5), asked, verifier, rows=1)[0]
+
+
+def test_a_stream_that_begins_with_one_request_is_not_served_one_at_a_time() -> None:
+    """One, nothing yet, and seven more: all of them run together from then on."""
+    table = TableTarget.random(5, seed=3)
+    asked = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(8)]
+    turns = list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]]), verifier=VERIFIERS["match"], draft_len=0, slots=7))
+    assert len(turns) == 1 + 6
+
+
+def test_a_burst_after_the_last_row_ended_opens_rows_too() -> None:
+    table = TableTarget.random(5, seed=3)
+    asked = [Request([i % 5], SamplingParams(max_tokens=2), i) for i in range(8)]
+    options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 0, "slots": 7}
+    assert len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 2), **options))) == 2 + 2
+    # nothing runs and nothing waits: the stream is over, as it says
+    assert len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 3), **options))) == 2
+
+
+class Failing(Drafter[None]):
+    """Raises for the rows of seed 0; counts how often it is called."""
+
+    draft_len = 3
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def open(self, rows: int, slots: int) -> None:
+        return None
+
+    def admit(self, state: None, context: Context, rows: Tensor) -> None:
+        return None
+
+    def release(self, state: None, rows: Tensor) -> None:
+        return None
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        self.calls += 1
+        if bool(((context.batch.seed == 0) & ~context.batch.done).any()):
+            raise ValueError("no")
+        return TableDrafter(5).propose(context, None, noise, draft_len)
+
+
+def test_a_drafter_that_broke_stays_disabled_when_rows_are_opened() -> None:
+    table, drafter = TableTarget.random(5, seed=3), Failing()
+    asked = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(2)]
+    with pytest.warns(RuntimeWarning, match="the drafter Failing raised ValueError") as caught:
+        turns = list(engine.serve(table, drafter, arriving([asked[:1], asked[1:]]), verifier=VERIFIERS["match"], draft_len=3, slots=7))
+    assert len(caught) == 1 and all(turn.round.resting[0] for turn in turns)
+
+
+class Released(Watched):
+    """And raises after so many rounds."""
+
+    def __init__(self, inner: Target[Any], rounds: int = 10**6) -> None:
+        super().__init__(inner)
+        self.rounds = rounds
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        if len(self.scored) == self.rounds:
+            raise torch.OutOfMemoryError("the device is full")
+        return super().score(cache, batch, draft)
+
+
+class Counting(TableDrafter):
+    """Knows which rows it serves."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+        self.held: set[int] = set()
+
+    def admit(self, state: None, context: Context, rows: Tensor) -> None:
+        self.held |= set(rows.tolist())
+
+    def release(self, state: None, rows: Tensor) -> None:
+        self.held -= set(rows.tolist())
+
+
+@pytest.mark.parametrize("end", ["abandoned", "raises", "thrown"])
+def test_rows_are_released_whatever_ends_the_stream(end: str) -> None:
+    target = Released(TableTarget.random(5, seed=3), 2 if end == "raises" else 10**6)
+    drafter, asked = Counting(), requests(6, 5)
+    turns = engine.serve(target, drafter, asked, verifier=VERIFIERS["token"], draft_len=3, rows=3)
+    next(turns)
+    assert target.taken and drafter.held == target.taken
+    if end == "abandoned":
+        turns.close()  # type: ignore[attr-defined]
+    elif end == "raises":
+        with pytest.raises(torch.OutOfMemoryError):
+            list(turns)
+    else:
+        with pytest.raises(KeyError):
+            turns.throw(KeyError("the reader's own"))  # type: ignore[attr-defined]
+    assert not target.taken and not drafter.held
+
+
+@pytest.mark.parametrize("end", ["abandoned", "raises", "read"])
+def test_decode_releases_its_rows_too(end: str) -> None:
+    target = Released(TableTarget.random(5, seed=3), 2 if end == "raises" else 10**6)
+    drafter = Counting()
+    rounds = decode.decode(target, drafter, tiny.batch_of([[1], [2, 3]]), draft_len=3)
+    next(rounds)
+    assert target.taken == drafter.held == {0, 1}
+    if end == "abandoned":
+        rounds.close()  # type: ignore[attr-defined]
+    elif end == "raises":
+        with pytest.raises(torch.OutOfMemoryError):
+            list(rounds)
+    else:
+        list(rounds)
+    assert not target.taken and not drafter.held
+
+
+def test_a_request_past_the_targets_positions_is_refused(drafter: Drafter[Any]) -> None:
+    """Its tokens would be scored at positions that are not theirs."""
+    target = tiny.target("gpt2", positions=32)
+    fits, long = Request([1] * 20, SamplingParams(max_tokens=12), 0), Request([1] * 20, SamplingParams(max_tokens=13), 0)
+    assert len(served(target, NoDrafter(), [fits], draft_len=0)[0][0]) == 12
+    with pytest.raises(UsageError, match=r"request 1 may reach 20 \+ 13 tokens, but the target has 32 positions"):
+        served(target, NoDrafter(), [fits, long], draft_len=0)
+    with pytest.raises(UsageError, match=r"request 0 may reach 20 \+ 13 tokens"):
+        list(engine.serve(target, NoDrafter(), iter([long]), verifier=VERIFIERS["token"], draft_len=0, slots=64))
+    batch = Batch.of([long.prompt], [long.params], [0])
+    with pytest.raises(UsageError, match="a row may reach 33 tokens, but the target has 32 positions"):
+        list(decode.decode(target, NoDrafter(), batch))
+    with pytest.raises(UsageError, match="a row may reach 33 tokens"):
+        decode.start(target, NoDrafter(), batch, slots=64)

@@ -126,9 +126,13 @@ def start(target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier:
     """Open both roles for the batch's rows. `slots` bounds a row's positions, drafts included (default: limit + draft_len).
 
     The drafter is guarded: one that breaks while decoding makes plain rounds, not errors.
+
+    Raises UsageError for a row that may reach past the target's positions.
     """
-    rows = len(batch.length)
-    room = slots or int(batch.params.limit.max()) + drafter.draft_len + 1
+    rows, limit = len(batch.length), int(batch.params.limit.max())
+    if limit > target.info.max_positions:
+        raise UsageError(f"a row may reach {limit} tokens, but the target has {target.info.max_positions} positions; lower max_tokens")
+    room = slots or limit + drafter.draft_len + 1
     context = Context(batch, None, torch.zeros_like(batch.length), None)
     guarded = Guarded(drafter, target.info.vocab_size)
     return Run(target, guarded, verifier, target.open(rows, room, drafter.taps), guarded.open(rows, room), batch, context)
@@ -175,21 +179,25 @@ def decode(
         draft_len: K, or a rule that names the next round's from the last round; None: the drafter's own.
         stop: looks at each Round and says which rows end with it.
 
-    Raises UsageError if a fixed `draft_len` is below 1 (plain decoding is `NoDrafter`); and TargetError for rows that ended where
-    the target's logits are NaN or infinite, after the last round: the other rows are decoded to their ends.
+    Raises UsageError as `start` does, and if a fixed `draft_len` is below 1 (plain decoding is `NoDrafter`); and TargetError for rows
+    that ended where the target's logits are NaN or infinite, after the last round: the other rows are decoded to their ends.
     """
     length = drafter.draft_len if draft_len is None else draft_len
     if isinstance(draft_len, int) and draft_len < 1:
         raise UsageError(f"draft_len must be at least 1, not {draft_len}; for plain decoding use the drafter 'none'")
     slots = int(batch.params.limit.max()) + max(drafter.draft_len, length if isinstance(length, int) else 0) + 1
     run = start(target, drafter, batch, verifier=verifier, slots=slots)
-    admit(run, torch.arange(len(batch.length), device=batch.length.device))
+    rows = torch.arange(len(batch.length), device=batch.length.device)
     last: Round | None = None
     failed = torch.full_like(batch.length, -1)
-    while not bool(run.batch.done.all()):
-        last = step(run, length if isinstance(length, int) else length(last), stop)
-        failed = torch.maximum(failed, last.failed)
-        yield last
+    try:
+        admit(run, rows)
+        while not bool(run.batch.done.all()):
+            last = step(run, length if isinstance(length, int) else length(last), stop)
+            failed = torch.maximum(failed, last.failed)
+            yield last
+    finally:  # also where nobody reads on, or a role raises
+        release(run, rows)
     if last is not None:
         raise_if_failed(replace(last, failed=failed))
 

@@ -1,5 +1,6 @@
 """What a device can compute in: the one place that knows."""
 
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -15,10 +16,15 @@ def exact(device: torch.device) -> torch.dtype:
 
 def moved(value: Any, device: torch.device) -> Any:
     """A tensor, or a frozen dataclass of tensors and dataclasses, on a device; itself where it is there already."""
+    return mapped(value, lambda part: part.to(device))
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`change` of a tensor, or of every tensor in a frozen dataclass of tensors and dataclasses; itself where nothing changes."""
     if isinstance(value, torch.Tensor):
-        return value.to(device)
+        return change(value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
     old = {field.name: getattr(value, field.name) for field in fields(value)}
-    new = {name: moved(part, device) for name, part in old.items()}
+    new = {name: mapped(part, change) for name, part in old.items()}
     return replace(value, **new) if any(new[name] is not old[name] for name in old) else value

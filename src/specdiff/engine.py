@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,12 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdiff import decode
+from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.prefixes import seats
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Logprobs, Round, SamplingParams
+from specdiff.types import Batch, Context, Logprobs, Round, SamplingParams
 from specdiff.verify import Verifier
 
 DraftLength = int | Callable[[Round | None], int]
@@ -145,7 +146,8 @@ def serve(
     """Run the stream's requests, at most `rows` at a time, until it ends; one Turn a round.
 
     A request that joins takes the free row that holds the longest prefix of its prompt, and only the rest is read by the target
-    (all of it where the drafter has taps: it needs every feature).
+    (all of it where the drafter has taps: it needs every feature). Rows are opened as requests come: where more of them run than
+    there are rows, twice as many are opened, and the running texts are read anew.
 
     Args:
         requests: pulled when a row is free, so a stream may be endless, and may answer to what earlier turns told. None in it
@@ -166,21 +168,53 @@ def serve(
     owner: list[int | None] = [place for place, _ in joining]
     asked, reused = [request for _, request in joining], [0] * len(joining)
     running = decode.start(target, drafter, _batch(joining, slots, target), verifier=verifier, slots=slots)
-    decode.admit(running, torch.arange(len(owner), device=target.info.device))
     last: Round | None = None
-    while any(o is not None for o in owner):
-        last = decode.step(running, draft_len(last) if callable(draft_len) else draft_len)
-        done = last.batch.done.tolist()
-        ended = [row for row, o in enumerate(owner) if o is not None and done[row]]
-        yield Turn(last, owner, asked, reused, ended)
-        if ended:
-            decode.release(running, torch.tensor(ended, device=target.info.device))
-        for row in ended:
-            owner[row] = None
-        free = [row for row, o in enumerate(owner) if o is None]
-        joining = queue.take(len(free))
-        for (row, kept), (place, request) in zip(_join(running, free, joining, slots), joining, strict=True):
-            owner[row], asked[row], reused[row] = place, request, kept
+    try:
+        decode.admit(running, torch.arange(len(owner), device=target.info.device))
+        while any(o is not None for o in owner):
+            last = decode.step(running, draft_len(last) if callable(draft_len) else draft_len)
+            done = last.batch.done.tolist()
+            ended = [row for row, o in enumerate(owner) if o is not None and done[row]]
+            yield Turn(last, owner, asked, reused, ended)
+            if ended:
+                decode.release(running, torch.tensor(ended, device=target.info.device))
+            for row in ended:
+                owner[row] = None
+            live = [row for row, o in enumerate(owner) if o is not None]
+            joining = queue.take(rows - len(live))
+            more = len(live) + len(joining) - len(owner)
+            if more > 0:
+                more = max(more, min(len(owner), rows - len(owner)))
+                _grow(running, live, len(owner) + more, slots)
+                owner += [None] * more
+                asked += [joining[0][1]] * more
+                reused += [0] * more
+            free = [row for row, o in enumerate(owner) if o is None]
+            for (row, kept), (place, request) in zip(_join(running, free, joining, slots), joining, strict=True):
+                owner[row], asked[row], reused[row] = place, request, kept
+    finally:  # also where nobody reads on, or a role raises
+        left = [row for row, o in enumerate(owner) if o is not None]
+        if left:
+            decode.release(running, torch.tensor(left, device=target.info.device))
+
+
+def _grow(running: decode.Run, live: list[int], rows: int, slots: int) -> None:
+    """Open `rows` rows in place of fewer: the live ones read their texts anew, the others hold nothing and are done."""
+    old, previous, device = running.batch, running.context.previous, running.batch.length.device
+    taken = torch.tensor(live, dtype=torch.long, device=device)
+    source = torch.arange(rows, device=device).clamp(max=len(old.length) - 1)
+    idle = torch.ones(rows, dtype=torch.bool, device=device).index_fill(0, taken, False)
+    batch: Batch = mapped(old, lambda part: part[source])
+    batch = replace(batch, done=idle, length=batch.length.masked_fill(idle, 1))
+    cache, state = running.target.open(rows, slots, running.drafter.taps), running.drafter.open(rows, slots)
+    if live:
+        decode.release(running, taken)
+    earlier, running.cache, running.state, running.batch = running.state, cache, state, batch
+    previous = mapped(previous, lambda part: part[source])
+    running.context = Context(batch, None, torch.zeros_like(batch.length), previous)
+    if live:
+        decode.admit(running, taken)
+        running.drafter.resume(state, earlier, taken)
 
 
 class _Queue:
@@ -203,11 +237,17 @@ class _Queue:
 
 
 def check(requests: Iterable[Request], target: Target[Any], first: int = 0) -> None:
-    """Raises UsageError for a prompt without tokens, and for options that name tokens the target does not have."""
-    size = target.info.vocab_size
+    """Raises UsageError for a prompt without tokens, one that may reach past the target's positions, and for options that name
+    tokens the target does not have."""
+    size, positions = target.info.vocab_size, target.info.max_positions
     for place, request in enumerate(requests, first):
         if not request.prompt:
             raise UsageError(f"prompt {place} holds no tokens; give at least one")
+        if len(request.prompt) + request.params.max_tokens > positions:
+            raise UsageError(
+                f"request {place} may reach {len(request.prompt)} + {request.params.max_tokens} tokens, but the target has {positions} "
+                "positions; shorten the prompt or lower max_tokens"
+            )
         named = {
             "logit_bias": [token for token, _ in request.params.logit_bias],
             "allowed_token_ids": request.params.allowed_token_ids or (),

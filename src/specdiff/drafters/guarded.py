@@ -74,6 +74,13 @@ class Guarded(Drafter[GuardedState]):
         except Exception as error:  # the rows' requests are answered: nothing is lost
             self._warn(state, f"raised {type(error).__name__} as requests left: {error}", error)
 
+    def resume(self, state: GuardedState, earlier: GuardedState, rows: Int[Tensor, "R"]) -> None:
+        """`rows` go on from an earlier state: what was disabled there stays so, and nothing is warned of twice."""
+        self._read(earlier)
+        off = earlier.off.to(rows.device)
+        state.off = state.off.to(rows.device).index_copy(0, rows, off[rows])
+        state.warned = earlier.warned
+
     def propose(self, context: Context, state: GuardedState, noise: Noise, draft_len: int) -> Draft:
         self._read(state)
         if state.resting:
