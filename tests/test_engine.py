@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from doubles import SICKNESS, Sick
+from doubles import SICKNESS, Sick, StaleTarget
 from specdiff import decode, engine
 from specdiff.check.toys import TableDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
@@ -417,3 +417,17 @@ def test_a_request_past_the_targets_positions_is_refused(drafter: Drafter[Any]) 
         list(decode.decode(target, NoDrafter(), batch))
     with pytest.raises(UsageError, match="a row may reach 33 tokens"):
         decode.start(target, NoDrafter(), batch, slots=64)
+
+
+def test_a_row_that_was_opened_late_holds_nothing_that_a_prompt_could_take_over() -> None:
+    """Every slot tells in this target's logits, and the prompt that joins begins as a running text does."""
+    target = StaleTarget(TableTarget.random(5, seed=3).table, sums=True)
+    first = [Request([1, 2], SamplingParams(max_tokens=20), 0), Request([3, 4, 2, 2, 1], SamplingParams(max_tokens=20), 1)]
+    late = Request([3, 4, 2, 2, 1, 0], SamplingParams(max_tokens=9), 2)
+    options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 3, "rows": 8, "slots": 40}
+    texts, reused = {}, []
+    for turn in engine.serve(target, TableDrafter(5), arriving([first, [late]]), **options):
+        texts |= {request: ids[prompt:].tolist() for request, ids, prompt in turn.finished()}
+        reused = list(turn.reused)
+    assert texts == served(target, TableDrafter(5), [*first, late], "match", rows=1)[0]
+    assert reused == [0, 0, 0, 0]
