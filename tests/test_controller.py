@@ -1,10 +1,16 @@
 """Drafting on and off, driven by rounds made up here: seconds and emitted tokens are what the test says they are."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import pytest
 import torch
 
+from specdiff import decode
 from specdiff.controller import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, PLAIN_PROBES, Controller
+from specdiff.decode import DeviceStopwatch
+from specdiff.drafters.base import NoDrafter
+from specdiff.targets.table import TableTarget
 from specdiff.types import Draft, Round, Verification
 from tiny import batch_of
 
@@ -109,3 +115,77 @@ def test_done_rows_do_not_lower_tau() -> None:
 
 def test_nothing_to_draft() -> None:
     assert driven(Controller(0), 20, lambda i: 1) == [0] * 20
+
+
+class Device:
+    """Works through what is queued after the host has moved on, as a GPU does."""
+
+    def __init__(self) -> None:
+        self.host, self.free, self.waits = 0.0, 0.0, 0
+
+    def work(self, seconds: float, *, waits: bool = False) -> None:
+        self.host += 0.001  # launching
+        self.free = max(self.free, self.host) + seconds
+        if waits:
+            self.host = self.free
+
+    def event(self) -> "Mark":
+        return Mark(self)
+
+
+class Mark:
+    def __init__(self, device: Device) -> None:
+        self.device, self.at = device, 0.0
+
+    def record(self) -> None:
+        self.at = max(self.device.host, self.device.free)
+
+    def synchronize(self) -> None:
+        self.device.waits += 1
+        self.device.host = max(self.device.host, self.at)
+
+    def elapsed_time(self, end: "Mark") -> float:
+        return 1000 * (end.at - self.at)
+
+
+def test_stages_on_a_device_take_what_the_device_takes() -> None:
+    """The drafter waits for its passes, the target's is only launched: host times would call the drafter the slow one."""
+    device = Device()
+    clock = DeviceStopwatch(device.event)
+    device.work(0.010, waits=True)
+    clock.lap("draft")
+    device.work(0.030)
+    clock.lap("score")
+    assert device.host < 0.015 and device.waits == 0  # nothing has waited yet
+    assert dict(clock.seconds) == pytest.approx({"draft": 0.011, "score": 0.031})
+    waits = device.waits
+    assert sum(clock.seconds.values()) == pytest.approx(0.042) and device.waits == waits  # read once
+
+
+def test_a_cheap_drafter_stays_on_where_scoring_returns_at_once() -> None:
+    """Draft and score cost 1 + 10 ms, plain rounds 10, and 3 tokens a round come: it pays, whatever the host has waited for."""
+    device, controller = Device(), Controller(DRAFT)
+    last, chosen = None, []
+    for _ in range(60):
+        chosen.append(controller(last))
+        clock = DeviceStopwatch(device.event)
+        if chosen[-1]:
+            device.work(0.001, waits=True)
+        clock.lap("draft")
+        device.work(0.010)
+        clock.lap("score")
+        last = replace(round_of(chosen[-1], 3 if chosen[-1] else 1, 0.0), seconds=clock.seconds)
+    assert chosen.count(0) == PLAIN_PROBES
+    assert controller.break_even == pytest.approx(1.2, abs=0.1)
+
+
+def test_a_round_is_measured_by_the_watch_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device()
+    monkeypatch.setattr(decode, "stopwatch", lambda place: DeviceStopwatch(device.event))
+    (first, *_) = decode.decode(TableTarget.random(5), NoDrafter(), batch_of([[1]], 2))
+    assert list(first.seconds) == ["draft", "score", "verify", "commit"] and device.waits == 0
+    assert isinstance(decode.Stopwatch().seconds, dict)
+
+
+def test_a_cpu_asks_for_no_events() -> None:
+    assert isinstance(decode.stopwatch(torch.device("cpu")), decode.Stopwatch)

@@ -5,9 +5,9 @@ leave. Write the loop by hand with `start`, `admit`, `step` and `release` where 
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,7 +45,7 @@ def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
 
     Raises nothing for a target whose logits are NaN or infinite: `Round.failed` names the rows, and `raise_if_failed` raises.
     """
-    clock = Stopwatch()
+    clock = stopwatch(run.batch.length.device)
     noise = Noise.of(run.batch)
     draft = run.drafter.propose(run.context, run.state, noise, draft_len) if draft_len else Draft.empty(run.batch)
     clock.lap("draft")
@@ -220,6 +220,16 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, 0, 0, max(0, width - x.shape[1])))
 
 
+class Event(Protocol):
+    """A mark on a device's stream: the device notes when it gets there."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: Self) -> float: ...
+
+
 class Stopwatch:
     """Host seconds by stage."""
 
@@ -230,3 +240,68 @@ class Stopwatch:
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
         self.seconds[stage], self.last = now - self.last, now
+
+
+class DeviceStopwatch:
+    """Seconds by stage on the device, where a stage returns to the host as soon as its work is queued."""
+
+    def __init__(self, event: Callable[[], Event]) -> None:
+        self.event = event
+        self.seconds = DeviceSeconds(self._mark())
+
+    def lap(self, stage: str) -> None:
+        self.seconds.ends[stage] = self._mark()
+
+    def _mark(self) -> Event:
+        event = self.event()
+        event.record()
+        return event
+
+
+class DeviceSeconds(Mapping[str, float]):
+    """Read at the first look, which waits for the round's last stage; a loop that has read `done` waits no more."""
+
+    def __init__(self, start: Event) -> None:
+        self.start = start
+        self.ends: dict[str, Event] = {}
+        self.read: dict[str, float] = {}
+
+    def __getitem__(self, stage: str) -> float:
+        if not self.read:
+            last = self.start
+            for name, end in self.ends.items():
+                end.synchronize()
+                self.read[name] = last.elapsed_time(end) / 1000  # events count milliseconds
+                last = end
+        return self.read[stage]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+
+def stopwatch(device: torch.device) -> Stopwatch | DeviceStopwatch:
+    """The one that measures what a stage takes on a device, not what queueing it takes."""
+    if device.type != "cuda":
+        return Stopwatch()
+    stream = torch.cuda.current_stream(device)
+    return DeviceStopwatch(lambda: StreamEvent(stream))
+
+
+class StreamEvent:
+    """A CUDA event on one stream, whichever device is the current one."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+        self.event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def record(self) -> None:
+        self.event.record(self.stream)
+
+    def synchronize(self) -> None:
+        self.event.synchronize()
+
+    def elapsed_time(self, end: Self) -> float:
+        return float(self.event.elapsed_time(end.event))
