@@ -146,7 +146,7 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
     if _is_sedd(config):
         from specdiff.drafters.sedd import sedd
 
-        return _call(partial(sedd, info, folder), options, str(folder))
+        return _call(partial(sedd, info, folder, partial(_same_ids, folder, info)), options, str(folder))
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -156,7 +156,41 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
         )
     from specdiff.drafters.autoregressive import autoregressive
 
-    return _call(partial(autoregressive, info, folder), options, str(folder))
+    return _call(partial(autoregressive, info, folder, partial(_same_ids, folder, info)), options, str(folder))
+
+
+def _same_ids(folder: Path, info: TargetInfo, size: int) -> bool:
+    """Whether a drafter's tokenizer and its target's give the ids that both vocabularies hold to the same tokens.
+
+    False where either has none: nothing else says what an id means.
+    """
+    shared = min(size, info.vocab_size)
+    own, target = _tokens(folder, shared), _tokens(_tokenizer_folder(info.name), shared)
+    return own == target and len(own) > shared / 2  # transformers makes up a tokenizer of one token where files are missing
+
+
+def _tokenizer_folder(name: str) -> Path | str | None:
+    """Where a target's tokenizer lies; None where its name says nothing of it."""
+    if not name:
+        return None
+    try:
+        folder = model_folder(name)
+    except SpecdiffError:
+        return None
+    return folder if isinstance(folder, Path) or "/" in folder else None
+
+
+def _tokens(folder: Path | str | None, size: int) -> dict[int, str]:
+    """The tokens of the ids below `size`; nothing without a tokenizer."""
+    from transformers import AutoTokenizer
+
+    if folder is None:
+        return {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id < size}
 
 
 def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> Drafter[Any]:

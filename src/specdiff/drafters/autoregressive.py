@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import checked_temperature, tempered
+from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.causal import RaggedModel
@@ -43,15 +44,19 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
     """K sequential passes of `model`. The self-test runs here: a network that cannot be cached exactly is refused.
 
     Past the network's own last position its drafts are poor, yet as lawful. `draft_temperature` as in DenoisingDrafter.
-    Raises DrafterError, ConfigError or UsageError.
+    `padded`: its ids mean what the target's do, though one vocabulary is larger. Raises DrafterError, ConfigError or UsageError.
     """
 
-    def __init__(self, model: SmallCausalLM, target: TargetInfo, *, draft_len: int = DRAFT_LEN, draft_temperature: float = 1.0) -> None:
-        if model.vocab_size != target.vocab_size:
-            raise DrafterError(
-                f"this drafter writes a vocabulary of {model.vocab_size} tokens, but the target {target.name!r} has {target.vocab_size}; "
-                f"use a drafter trained for this target"
-            )
+    def __init__(
+        self,
+        model: SmallCausalLM,
+        target: TargetInfo,
+        *,
+        draft_len: int = DRAFT_LEN,
+        draft_temperature: float = 1.0,
+        padded: bool = False,
+    ) -> None:
+        demand_vocabulary(model.vocab_size, target, padded=padded and not model.borrows)
         self.draft_len, self.draft_temperature = draft_len, checked_temperature(draft_temperature)
         if model.borrows:
             if target.embedding is None or target.head is None:
@@ -110,19 +115,25 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
 
     def _pass(self, state: AutoregressiveState, ids: Int[Tensor, "B N"], at: Int[Tensor, "B N"]) -> Float[Tensor, "B 1 C"]:
         state.read.scatter_(1, at, ids)
-        return self.ragged.forward(state.cache, ids, at, last=1)[0]
+        return self.ragged.forward(state.cache, known_ids(ids, self.model.vocab_size, self.vocab_size), at, last=1)[0]
 
     def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
         """Over the target's vocabulary: what the draft vocabulary lacks cannot be drawn."""
         if self.model.draft_vocab_size is None:
-            return logits
+            return fitted(logits, self.vocab_size)
         full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
         return full.index_copy_(2, self.model.draft_vocab, logits)
 
 
-def autoregressive(target: TargetInfo, folder: str | Path, *, draft_temperature: float = 1.0) -> AutoregressiveDrafter:
-    """A causal LM's folder or hub id as a drafter. Raises ConfigError, WeightsError or DrafterError naming what does not fit."""
+def autoregressive(
+    target: TargetInfo, folder: str | Path, agrees: Agreement = never, *, draft_temperature: float = 1.0
+) -> AutoregressiveDrafter:
+    """A causal LM's folder or hub id as a drafter; `agrees` is asked where its vocabulary is of another size.
+
+    Raises ConfigError, WeightsError or DrafterError naming what does not fit.
+    """
     path = locate(folder)
     model = SmallCausalLM.from_pretrained(path, dtype=target.dtype)
     draft_len = positive({"draft_len": DRAFT_LEN, **read_config(path)}, "draft_len", str(path / CONFIG))
-    return AutoregressiveDrafter(model, target, draft_len=draft_len, draft_temperature=draft_temperature)
+    padded = model.vocab_size != target.vocab_size and agrees(model.vocab_size)
+    return AutoregressiveDrafter(model, target, draft_len=draft_len, draft_temperature=draft_temperature, padded=padded)

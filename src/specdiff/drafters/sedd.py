@@ -7,7 +7,7 @@ authors' checkpoints) reads the window anew in every pass.
 Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary; of a score also MASK.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.denoising import ORDERS, DenoisingDrafter
+from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.masks import causal
@@ -39,17 +40,16 @@ class SEDDState:
 
 
 class SEDDDenoiser:
-    """A SEDD network over its target's vocabulary, as a Scorer; one of the absorbing process also as a Denoiser."""
+    """A SEDD network over its target's vocabulary, as a Scorer; one of the absorbing process also as a Denoiser.
+
+    padded: its ids mean what the target's do, though one vocabulary is larger. It is a Denoiser only then.
+    """
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, model: SEDD, target: TargetInfo, *, window: int | None = None, draft_len: int = 8) -> None:
+    def __init__(self, model: SEDD, target: TargetInfo, *, window: int | None = None, draft_len: int = 8, padded: bool = False) -> None:
         config = model.config
-        if config.tokens != target.vocab_size:
-            raise DrafterError(
-                f"this drafter writes a vocabulary of {config.tokens} tokens, but the target {target.name!r} has {target.vocab_size}; "
-                f"use a drafter trained for this target"
-            )
+        demand_vocabulary(config.tokens, target, padded=padded and not config.borrow_embeddings)
         self.cached = config.attention == "causal-context"
         if window is not None and window < 1:
             raise UsageError(f"window must be at least 1, not {window}")
@@ -88,7 +88,7 @@ class SEDDDenoiser:
         if self.model.config.draft_vocab_size is not None:
             full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
             return full.index_copy_(2, self.model.draft_vocab, logits)
-        return logits[..., : self.vocab_size]
+        return fitted(logits[..., : self.model.config.tokens], self.vocab_size)
 
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
         """The time of a fresh canvas; with the uniform process, of one whose drafted positions are all replaced."""
@@ -104,6 +104,11 @@ class SEDDDenoiser:
         self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"] | None
     ) -> Float[Tensor, "B K C"]:
         """Raw network output at the canvas; a cached context knows no time."""
+        words = self.model.config.tokens
+        if words < self.vocab_size:
+            ids = known_ids(context.batch.ids, words, self.vocab_size)
+            context = replace(context, batch=replace(context.batch, ids=ids))
+            canvas = canvas.clamp(max=self.model.config.vocab_size - 1)
         if state.cache is not None:
             hidden = self._cached(context, state, canvas)
         else:
@@ -162,6 +167,7 @@ class SEDDDenoiser:
 def sedd(
     target: TargetInfo,
     folder: str | Path,
+    agrees: Agreement = never,
     *,
     steps: int = 1,
     order: str | None = None,
@@ -172,6 +178,7 @@ def sedd(
     """A SEDD drafter from a folder or hub id.
 
     Args:
+        agrees: asked where its vocabulary is of another size; order "any" needs the same size.
         order: "one-shot", "left-to-right" or "any"; by default the first or second as `steps` has it, "any" where there is no MASK.
         sampler: of order "any", "analytic" (the default) or "euler".
 
@@ -183,8 +190,11 @@ def sedd(
     model, draft_len = SEDD.from_pretrained(path), read_config(path).get("draft_len", 8)
     if not isinstance(draft_len, int) or draft_len < 1:
         raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")
-    denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len)
+    tokens = model.config.tokens
+    padded = tokens != target.vocab_size and agrees(tokens)
+    denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len, padded=padded)
     if order == "any" or (order is None and denoiser.mask_id is None):
+        demand_vocabulary(tokens, target, padded=False)  # its process runs over all of its own tokens
         return AnyOrderDrafter(denoiser, steps=steps, sampler=sampler or "analytic", draft_temperature=draft_temperature)
     if sampler is not None:
         raise UsageError(f"sampler {sampler!r} runs the reverse process, which only order 'any' does")
