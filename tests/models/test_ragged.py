@@ -143,7 +143,9 @@ def test_grouped_attention_equals_repeated_keys(heads: tuple[int, int], shape: s
     mask = None
     if shape == "masked":
         mask = masks.additive(masks.causal(torch.tensor([[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]), S), torch.float32)
-    got, weights = masks.grouped_attention(torch.nn.Identity(), q, k, v, mask, scaling=0.3)
+    layer = torch.nn.Identity()
+    layer.num_key_value_groups = Q // A  # as every attention layer of transformers names it
+    got, weights = masks.grouped_attention(layer, q, k, v, mask, scaling=0.3)
     assert weights is None
     k, v = k.repeat_interleave(Q // A, dim=1), v.repeat_interleave(Q // A, dim=1)
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=shape == "causal", scale=0.3)
