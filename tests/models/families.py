@@ -62,6 +62,48 @@ LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "n_shared_experts": 1,
 }  # fmt: skip
 
+BASE = {"rope_theta": 10_000.0}
+ALPHA = BASE | {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}  # named dynamic, and fixed by its alpha
+TRAINED = 24  # positions a scaled model was first trained for: rows of the tests cross them
+LONG: dict[str, Any] = BASE | {
+    "rope_type": "longrope", "original_max_position_embeddings": TRAINED, "short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 12.0],
+}  # fmt: skip
+LLAMA3: dict[str, Any] = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": TRAINED,
+}  # fmt: skip
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A RoPE type, and `config`, which makes a tiny model that has it."""
+
+    type: str
+    hub: str
+    config: Callable[[], Any]
+
+    @property
+    def name(self) -> str:
+        return f"RoPE {self.type}"
+
+
+def _llama(**rope: Any) -> Callable[[], Any]:
+    return _tiny("llama", rope_parameters=BASE | rope)
+
+
+ROPES = [
+    Rope("default", "HuggingFaceTB/SmolLM2-135M-Instruct", _llama(rope_type="default")),
+    Rope("linear", "deepseek-ai/deepseek-coder-6.7b-instruct", _llama(rope_type="linear", factor=4.0)),
+    Rope("llama3", "meta-llama/Llama-3.2-1B", _llama(**LLAMA3)),
+    Rope("yarn", "openai/gpt-oss-20b, Qwen3 with YaRN", _llama(**YARN)),
+    Rope("proportional", "a part of each head's frequencies", _llama(rope_type="proportional", partial_rotary_factor=0.5)),
+]
+REFUSED_ROPES = [
+    Rope("dynamic", "Llama with dynamic NTK scaling", _llama(rope_type="dynamic", factor=2.0)),
+    Rope("longrope", "microsoft/Phi-3-mini-128k-instruct, Phi-3.5-mini-instruct, Phi-4-mini-instruct",
+         _tiny("phi3", original_max_position_embeddings=TRAINED, rope_parameters=LONG)),
+]  # fmt: skip
+
 SUPPORTED = [
     Family("GPT-2", "openai-community/gpt2", _old("gpt2")),
     Family("GPT-Neo", "EleutherAI/gpt-neo-125m, gpt-neo-2.7B", _neo, MIXED, "a target of the paper; eager attention only"),
@@ -85,7 +127,6 @@ SUPPORTED = [
     Family("Gemma 3", "google/gemma-3-270m", _tiny("gemma3_text", **GEMMA), MIXED, "text models"),
     Family("Phi", "microsoft/phi-2", _tiny("phi")),
     Family("Phi-3", "microsoft/Phi-3-mini-4k-instruct", _tiny("phi3", sliding_window=WINDOW), ALL),
-    Family("Phi-3.5-MoE", "microsoft/Phi-3.5-MoE-instruct", _tiny("phimoe", num_local_experts=4)),
     Family("StableLM", "stabilityai/stablelm-2-1_6b", _tiny("stablelm")),
     Family("StarCoder2", "bigcode/starcoder2-3b", _tiny("starcoder2", sliding_window=WINDOW), ALL),
     Family("OLMo", "allenai/OLMo-1B-hf", _tiny("olmo")),
@@ -113,11 +154,11 @@ SUPPORTED = [
     Family("Arcee", "arcee-ai/AFM-4.5B", _tiny("arcee")),
     Family("ERNIE 4.5", "baidu/ERNIE-4.5-0.3B-PT", _tiny("ernie4_5")),
     Family("Seed-OSS", "ByteDance-Seed/Seed-OSS-36B-Instruct", _tiny("seed_oss", head_dim=8)),
-    Family("Hunyuan", "tencent/Hunyuan-0.5B-Instruct", _tiny("hunyuan_v1_dense", head_dim=8)),
+    Family("Hunyuan", "tencent/Hunyuan-0.5B-Instruct", _tiny("hunyuan_v1_dense", head_dim=8, rope_parameters=ALPHA)),
 ]  # fmt: skip
 
 
-def model(family: Family) -> PreTrainedModel:
+def model(family: Family | Rope) -> PreTrainedModel:
     """A random one, its matrices scaled up so that greedy text is not one token for ever."""
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
@@ -134,8 +175,9 @@ def _plain(model_type: str, **changes: Any) -> Callable[[], Any]:
     return lambda: AutoConfig.for_model(model_type, **changes)
 
 
+PHIMOE = {"short_mscale": 1.2, "long_mscale": 1.4}
 DISTANCE, STATE, NOTHING, APART = "alibi", "a state", "no keys and values", "apart from its answer"
-LAYERS = "layers of type"
+LAYERS, ROPE, PADDED = "layers of type", "rotary embeddings of type", "its padding"
 REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be told
     (Family("BLOOM", "bigscience/bloom-560m", _plain("bloom")), DISTANCE),
     (Family("MPT", "mosaicml/mpt-7b", _plain("mpt")), DISTANCE),
@@ -157,6 +199,8 @@ REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be 
     (Family("GPT", "openai-community/openai-gpt", _plain("openai-gpt")), NOTHING),
     (Family("XLNet", "xlnet/xlnet-base-cased", _plain("xlnet")), NOTHING),
     (Family("Reformer", "google/reformer-enwik8", _plain("reformer")), NOTHING),
+    (Family("Phi-3.5-MoE", "microsoft/Phi-3.5-MoE-instruct", _tiny("phimoe", rope_parameters=LONG | PHIMOE)), ROPE),
+    (Family("Whisper's decoder", "distil-whisper/distil-large-v2", _plain("whisper", is_encoder_decoder=False)), PADDED),
     (Family("T5", "google-t5/t5-small", _plain("t5")), APART),
     (Family("BART", "facebook/bart-base", _plain("bart")), APART),
 ]
@@ -167,7 +211,7 @@ def page() -> str:
     from specdiff.errors import UnsupportedModelError
     from specdiff.models.sight import refuse
 
-    def why(family: Family) -> str:
+    def why(family: Family | Rope) -> str:
         try:
             refuse(family.config())
         except UnsupportedModelError as error:
@@ -176,7 +220,10 @@ def page() -> str:
 
     supported = "\n".join(f"| {f.name} | {f.hub} | {f.attention} | exact | {f.remark} |" for f in SUPPORTED)
     refused = "\n".join(f"| {f.name} | {f.hub} | refused | {why(f)} |" for f, _ in REFUSED)
-    return PAGE.format(supported=supported, refused=refused, version=".".join(transformers.__version__.split(".")[:2]))
+    ropes = [f"| `{r.type}` | {r.hub} | exact |" for r in ROPES]
+    ropes += [f"| `{r.type}` | {r.hub} | {'exact' if why(r) == 'served' else 'refused'} |" for r in REFUSED_ROPES]
+    version = ".".join(transformers.__version__.split(".")[:2])
+    return PAGE.format(supported=supported, refused=refused, ropes="\n".join(ropes), version=version)
 
 
 PAGE = """# Supported targets
@@ -185,8 +232,9 @@ Written by `python tests/models/families.py > docs/supported-models.md` from the
 
 *Exact* means, in float32 on a small random model of the family: rows of one batch at different lengths, with rejected drafts in between
 and beyond any sliding window, give the logits of a plain forward pass within 1e-4, and greedy speculative text is that of transformers'
-own `generate`. Any other causal LM may be tried: a self-test at load compares it with a plain forward pass, once more with its sliding
-window narrowed where it has one, and refuses it if they differ. Checked with transformers {version}.
+own `generate`. Any other causal LM may be tried: a self-test at load compares it with a plain forward pass of the untouched model (rows of
+different length, across every number of positions its config names, a rejected draft, two streams at once; once more with its sliding
+window narrowed where it has one), and refuses it if they differ. Checked with transformers {version}.
 
 | family | for example | attention | status | remark |
 |---|---|---|---|---|
@@ -195,6 +243,27 @@ window narrowed where it has one, and refuses it if they differ. Checked with tr
 Quantised weights and models spread over several devices load through `model_options` (see `specdiff.load`), and take the same self-test:
 weight-only formats pass; formats that round activations by the whole batch at once do not, because a token's logits then depend on its
 neighbours.
+
+## Rotary embeddings and windows
+
+Whatever the family, the RoPE type of its config decides (that of every layer type, where they differ):
+
+| RoPE type | for example | status |
+|---|---|---|
+{ropes}
+
+With the refused types the frequencies change with the length of the whole forward pass, so that a row's logits depend on the longest row
+beside it and on the draft. Any type that is not in this table is refused too. (Hunyuan's configs say `dynamic`, but its `alpha` fixes the
+frequencies: exact.)
+
+Sliding windows are exact in the families above that have them, and in any other that names its window `sliding_window` and its layers
+`full_attention` and `sliding_attention`. Chunked, compressed, indexed and linear attention are refused.
+
+Attention runs through PyTorch's scaled dot-product attention where the family has it, otherwise eagerly. Dropout, position biases and all
+other options of the attention function are left to transformers' own function; attention sinks are served in eager attention only.
+
+Several threads may share one target: forwards of one model take turns. GPT-Neo's own masks are changed for the length of a forward, so
+its model must not be called directly in one thread while another decodes with it.
 
 ## Refused at load
 

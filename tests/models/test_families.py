@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import REFUSED, SUPPORTED, VOCAB, WINDOW, Family, model, page
+from families import ALPHA, LONG, REFUSED, REFUSED_ROPES, ROPES, SUPPORTED, TRAINED, VOCAB, WINDOW, Family, Rope, model, page
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
@@ -14,7 +14,7 @@ from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
 from specdiff.models.probe import LENGTH, self_test
-from specdiff.models.sight import refuse
+from specdiff.models.sight import SERVED_ROPE, refuse
 from specdiff.targets.causal import CausalTarget
 
 NEW = 16
@@ -132,6 +132,72 @@ def test_a_family_that_cannot_be_exact_is_refused(family: Family, why: str) -> N
     config = family.config()
     with pytest.raises(UnsupportedModelError, match=rf"a {config.model_type} target cannot be scored exactly.*{why}.*supported-models"):
         refuse(config)
+
+
+ropes = pytest.mark.parametrize("rope", ROPES, ids=lambda r: r.type)
+refused_ropes = pytest.mark.parametrize("rope", REFUSED_ROPES, ids=lambda r: r.type)
+
+
+@ropes
+def test_a_served_rope_type_is_exact(rope: Rope) -> None:
+    """Rows on both sides of the positions the model was first trained for, and across them."""
+    plain = model(rope)
+    target = CausalTarget(tiny.copy_of(plain))
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (3, TRAINED - 6, TRAINED + 20)]
+    texts = [tiny.plain(plain, prompt, NEW) for prompt in prompts]
+    ids = torch.randint(VOCAB, (3, 2 * TRAINED), generator=generator)
+    assert logits_error(target, plain, ids) < 1e-4
+    batch = tiny.batch_of(prompts, NEW, temperature=0.0)
+    assert tiny.decoded(target, tiny.Hinted(texts, VOCAB, flaw=5), batch, draft_len=4) == texts
+
+
+@refused_ropes
+def test_a_rope_type_that_follows_the_length_is_refused(rope: Rope) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"rotary embeddings of type {rope.type}, .*served are {', '.join(SERVED_ROPE)}"):
+        CausalTarget(model(rope))
+
+
+@refused_ropes
+def test_the_self_test_sees_frequencies_that_follow_the_length(rope: Rope, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the config being asked, with the usual thousands of positions before anything changes."""
+    monkeypatch.setattr("specdiff.models.causal.refuse", lambda config: None)
+    far = rope.config()
+    far.max_position_embeddings = 131072
+    if rope.type == "longrope":
+        far.original_max_position_embeddings = far.rope_parameters["original_max_position_embeddings"] = 4096
+    for config in (rope.config(), far):
+        with pytest.raises(UnsupportedModelError, match=r"self-test.* differs from a plain forward"):
+            CausalTarget(model(Rope(rope.type, "", lambda config=config: config)))
+
+
+def test_every_rope_type_of_transformers_is_in_the_table() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    served, refused = {r.type for r in ROPES}, {r.type for r in REFUSED_ROPES}
+    assert served == set(SERVED_ROPE)
+    assert served | refused == {"default", *ROPE_INIT_FUNCTIONS}
+
+
+def test_rope_types_wherever_a_config_names_them() -> None:
+    """In its text part, in one layer type, under the old name; and what no one knows."""
+    from transformers import AutoConfig, Gemma3Config
+
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2, "head_dim": 8}
+    nested = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": LONG}
+    kinds = [
+        ("longrope", AutoConfig.for_model("gemma3_text", rope_parameters=nested, **layers)),
+        ("longrope", Gemma3Config(text_config={"rope_parameters": nested, **layers})),
+        ("dynamic", AutoConfig.for_model("llama", rope_scaling={"type": "dynamic", "factor": 2.0})),
+        ("dynamic", AutoConfig.for_model("hunyuan_v1_dense", rope_parameters={k: v for k, v in ALPHA.items() if k != "alpha"})),
+        ("dynamic", AutoConfig.for_model("llama", rope_parameters=ALPHA)),
+        ("spiral", AutoConfig.for_model("llama", rope_parameters={"rope_type": "spiral", "rope_theta": 1e4})),
+    ]
+    for name, config in kinds:
+        with pytest.raises(UnsupportedModelError, match=f"rotary embeddings of type {name},"):
+            refuse(config)
+    refuse(AutoConfig.for_model("gemma3_text", **layers))
+    refuse(AutoConfig.for_model("hunyuan_v1_dense", rope_parameters=ALPHA))
 
 
 def test_an_encoder_fails_the_self_test() -> None:

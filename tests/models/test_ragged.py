@@ -7,10 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tiny
 from specdiff.errors import UnsupportedModelError
@@ -143,11 +141,86 @@ def test_grouped_attention_equals_repeated_keys(heads: tuple[int, int], shape: s
     mask = None
     if shape == "masked":
         mask = masks.additive(masks.causal(torch.tensor([[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]), S), torch.float32)
-    got, weights = masks.grouped_attention(torch.nn.Identity(), q, k, v, mask, scaling=0.3)
+    layer = torch.nn.Identity()
+    layer.num_key_value_groups = Q // A  # as every attention layer of transformers names it
+    got, weights = masks.grouped_attention(layer, q, k, v, mask, scaling=0.3)
     assert weights is None
     k, v = k.repeat_interleave(Q // A, dim=1), v.repeat_interleave(Q // A, dim=1)
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=shape == "causal", scale=0.3)
     torch.testing.assert_close(got, want.transpose(1, 2), rtol=0, atol=1e-5)
+
+
+def attended(layer: torch.nn.Module, masked: bool = True, **options: Any) -> tuple[Tensor, Tensor]:
+    """What the target's attention gives, and the stock one, from the same random numbers."""
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, 2, 2))
+    mask = masks.additive(masks.causal(torch.arange(5).expand(2, 5), 5), torch.float32) if masked else None
+    outs = []
+    for attention in (masks.grouped_attention, sdpa_attention_forward):
+        torch.manual_seed(0)
+        outs.append(attention(layer, q, k, v, mask, **options)[0])
+    return outs[0], outs[1]
+
+
+def grouped() -> torch.nn.Module:
+    layer = torch.nn.Identity()
+    layer.num_key_value_groups = 2
+    return layer
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_dropout_is_obeyed(masked: bool) -> None:
+    ours, stock = attended(grouped(), masked, dropout=0.4)
+    assert torch.equal(ours, stock)
+    assert not torch.allclose(ours, attended(grouped(), masked)[0])
+
+
+def test_a_position_bias_is_obeyed() -> None:
+    bias = torch.randn(1, 4, 5, 5, generator=torch.Generator().manual_seed(1))
+    ours, stock = attended(grouped(), position_bias=bias)
+    assert torch.equal(ours, stock)
+    assert not torch.allclose(ours, attended(grouped())[0])
+
+
+def test_masks_of_single_heads_are_obeyed() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, 2, 2))
+    mask = torch.randn(2, 4, 5, 5, generator=generator)
+    ours, _ = masks.grouped_attention(grouped(), q, k, v, mask)
+    torch.testing.assert_close(ours, sdpa_attention_forward(grouped(), q, k, v, mask)[0])
+
+
+@pytest.mark.parametrize(("option", "message"), [("s_aux", r"sinks \(s_aux\)"), ("sinks", "sinks"), ("softcap", "softcap")])
+def test_what_attention_cannot_do_is_refused(option: str, message: str) -> None:
+    with pytest.raises((UnsupportedModelError, ValueError), match=message):
+        attended(grouped(), **{option: torch.ones(4)})
+
+
+def test_options_of_no_consequence_stay_on_the_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("keys and values are copied")
+
+    monkeypatch.setattr(masks, "sdpa_attention_forward", refuses)
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.zeros(2, 1, 5, 9)
+    masks.grouped_attention(grouped(), q, k, k, mask, use_cache=True, position_ids=torch.arange(5)[None], sliding_window=5, softcap=None)
+
+
+def test_a_model_in_training_keeps_its_attention_dropout() -> None:
+    """Attaching a target leaves the gradient noise of the user's own training as it was."""
+    nets = [LlamaForCausalLM(LlamaConfig(**{**tiny.model("llama").config.to_dict(), "attention_dropout": 0.5})) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    CausalTarget(nets[1])
+    ids, mask = torch.arange(10)[None].expand(2, 10), torch.ones(2, 10, dtype=torch.long)
+    mask[0, :3] = 0
+    for attention in (None, mask):
+        losses = []
+        for net in nets:
+            net.train()
+            torch.manual_seed(5)
+            losses.append([float(net(ids, attention_mask=attention, labels=ids).loss.detach()) for _ in range(3)])
+        assert losses[0] == losses[1]
+        assert len(set(losses[1])) == 3
 
 
 def test_masks() -> None:
@@ -200,6 +273,85 @@ class Broken(LlamaForCausalLM):
         if past_key_values is not None:
             out.logits = out.logits * torch.nan
         return out
+
+
+class Stretched(LlamaForCausalLM):
+    """A Llama that counts positions twice as fast once any row of the forward is longer than the 40 it was trained for."""
+
+    def forward(self, *arguments: Any, position_ids: Tensor | None = None, **options: Any) -> Any:
+        if position_ids is not None and int(position_ids.max()) >= self.config.original_max_position_embeddings:
+            position_ids = position_ids * 2
+        return super().forward(*arguments, position_ids=position_ids, **options)
+
+
+class Sociable(LlamaForCausalLM):
+    """A Llama whose logits lean towards those of the batch's other rows."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        out = super().forward(*arguments, **options)
+        out.logits = 0.9 * out.logits + 0.1 * out.logits.mean(0, keepdim=True)
+        return out
+
+
+class Tiring(LlamaForCausalLM):
+    """A Llama whose logits fade with every forward pass."""
+
+    passes = 0
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        out = super().forward(*arguments, **options)
+        out.logits = out.logits * 0.99**self.passes
+        self.passes += 1
+        return out
+
+
+class Roomy(LlamaForCausalLM):
+    """A Llama whose logits shrink with the number of slots, if they are more than 100."""
+
+    def forward(self, *arguments: Any, attention_mask: Tensor | None = None, **options: Any) -> Any:
+        out = super().forward(*arguments, attention_mask=attention_mask, **options)
+        if attention_mask is not None and attention_mask.shape[-1] > 100:
+            out.logits = out.logits * 0.9
+        return out
+
+
+class Sticky(LlamaForCausalLM):
+    """A Llama that serves every stream from the first one's cache."""
+
+    first: Any = None
+
+    def forward(self, *arguments: Any, past_key_values: Any = None, **options: Any) -> Any:
+        self.first = past_key_values if self.first is None else self.first
+        return super().forward(*arguments, past_key_values=self.first, **options)
+
+
+@pytest.mark.parametrize("kind", [Stretched, Sociable, Tiring, Roomy])
+def test_the_self_test_sees_length_neighbors_time_and_room(kind: type[PreTrainedModel]) -> None:
+    net = kind(tiny.model("llama").config)
+    net.config.original_max_position_embeddings = 40
+    net.load_state_dict(tiny.model("llama").state_dict())
+    with pytest.raises(UnsupportedModelError, match=r"self-test: .* differs from a plain forward"):
+        CausalTarget(net)
+
+
+def test_the_self_test_sees_one_cache_under_two_streams() -> None:
+    net = Sticky(tiny.model("llama").config)
+    net.load_state_dict(tiny.model("llama").state_dict())
+    with pytest.raises(UnsupportedModelError, match="self-test"):
+        CausalTarget(net)
+
+
+def test_the_self_test_compares_with_the_untouched_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is wrong everywhere alike is compared with the model's own."""
+    from transformers import AttentionInterface
+
+    def halved(*arguments: Any, **options: Any) -> Any:
+        out, weights = masks.grouped_attention(*arguments, **options)
+        return out / 2, weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, masks.ATTENTION, halved)
+    with pytest.raises(UnsupportedModelError, match=r"self-test: .* differs from a plain forward"):
+        CausalTarget(tiny.model("llama"))
 
 
 @pytest.mark.parametrize("kind", [Deaf, Blind, Noisy, Broken])

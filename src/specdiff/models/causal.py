@@ -4,7 +4,9 @@ Shapes: R rows of one forward, N positions of it, V vocabulary.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,34 @@ AttentionMaskInterface.register(masks.ATTENTION, sdpa_mask)  # the user's own pa
 
 # how a target may be loaded: keyword arguments of transformers' from_pretrained that neither run code nor change its law
 OPTIONS = ("attn_implementation", "device_map", "max_memory", "offload_folder", "quantization_config")
+
+
+LOCK = "_specdiff_lock"
+
+
+class ModelLock:
+    """A lock that hangs on a model object, for whatever changes it for the length of a forward. A copy has its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self.lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelLock":
+        return ModelLock()
+
+    def __reduce__(self) -> tuple[type["ModelLock"], tuple[()]]:
+        return ModelLock, ()
+
+
+def lock_of(model: PreTrainedModel) -> ModelLock:
+    """The one lock of a model object, however many targets and threads it serves."""
+    lock: ModelLock = vars(model).setdefault(LOCK, ModelLock())
+    return lock
 
 
 class _Layer(CacheLayerMixin):
@@ -57,16 +87,21 @@ class _Layer(CacheLayerMixin):
 
 
 class RaggedModel:
-    """forward(cache, ids, at) -> logits, and hidden states where asked."""
+    """forward(cache, ids, at) -> logits, and hidden states where asked.
+
+    Several threads may call it, each with caches of its own: forwards of one model object take turns, and nothing of a stream
+    stays on the model between them.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         refuse(model.config)
-        self.model, self.sight = model.eval(), sight_of(model)
+        self.model = model.eval()
+        self.sight = sight_of(model)
+        self.lock = lock_of(model)
         if getattr(model.config, "_attn_implementation", None) == "sdpa":
             model.set_attn_implementation(masks.ATTENTION)
         self.layers: int = model.config.get_text_config().num_hidden_layers
         self.trims = "logits_to_keep" in inspect.signature(model.forward).parameters  # not every family can spare logits
-        self.doors: tuple[RaggedCache, Cache] | None = None
 
     @torch.inference_mode()
     def forward(
@@ -78,17 +113,22 @@ class RaggedModel:
         selected: Int[Tensor, "R"] | None = None,
         taps: Sequence[int] = (),
         last: int = 0,
+        positions: Int[Tensor, "R N"] | None = None,
     ) -> tuple[Float[Tensor, "R N V"], Float[Tensor, "R N D"] | None]:
-        """Score `ids` at slots `at`, writing their keys and values. `last`: logits for that many final positions only."""
+        """Score `ids` at slots `at`, writing their keys and values. `last`: logits for that many final positions only.
+
+        `positions`: the position ids, where they are not the slots.
+        """
         cache.place(at, selected)
-        positions = at.clamp(max=self.max_positions - 1)  # beyond the last position lie only tokens no row may reach
+        if positions is None:
+            positions = at.clamp(max=self.max_positions - 1)  # beyond the last position lie only tokens no row may reach
         keep = {"logits_to_keep": last} if last and self.trims else {}
-        with self.sight.looking(at, cache.bound, self.model.dtype) as mask:
+        with self.lock, self.sight.looking(at, cache.bound, self.model.dtype) as mask:
             out = self.model(
                 ids,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=self._door(cache),
+                past_key_values=Cache(layers=[_Layer(cache, i) for i in range(self.layers)]),
                 use_cache=True,
                 output_hidden_states=bool(taps),
                 **keep,
@@ -102,10 +142,17 @@ class RaggedModel:
     def max_positions(self) -> int:
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
-    def _door(self, cache: RaggedCache) -> Cache:
-        if self.doors is None or self.doors[0] is not cache:
-            self.doors = cache, Cache(layers=[_Layer(cache, i) for i in range(self.layers)])
-        return self.doors[1]
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The model with the attention it came with, to compare with; hold the lock meanwhile."""
+        ours = self.model.config._attn_implementation == masks.ATTENTION
+        if ours:
+            self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            if ours:
+                self.model.set_attn_implementation(masks.ATTENTION)
 
 
 def home(model: PreTrainedModel) -> torch.device:

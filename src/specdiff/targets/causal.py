@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff.models.cache import RaggedCache
-from specdiff.models.causal import RaggedModel, home
+from specdiff.models.causal import RaggedModel, home, lock_of
 from specdiff.models.probe import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
@@ -81,18 +83,40 @@ class CausalTarget(Target[CausalCache]):
         return None  # the next request overwrites the row
 
 
+@dataclass(frozen=True, slots=True)
+class _Attachment:
+    """A model's target, and what was true of the model when it was tested."""
+
+    target: CausalTarget
+    facts: tuple[Any, ...]
+
+
 def attached(model: PreTrainedModel, name: str = "") -> CausalTarget:
-    """The target of a model, self-tested once: again only where its dtype, device or attention has changed since.
+    """The target of a model, self-tested once: again only where its config, attention, weights or buffers have changed since.
 
     It hangs on the model itself, so that the two are forgotten together; a table beside them would keep both for ever.
     """
-    known = vars(model).get(ATTACHED)
-    now = (model.dtype, home(model), model.config._attn_implementation)
-    if known is None or (known[0].info.dtype, known[0].info.device, known[1]) != now:
-        made = CausalTarget(model, name)
-        known = vars(model)[ATTACHED] = (made, model.config._attn_implementation)
-    target: CausalTarget = known[0]
-    return target
+    with lock_of(model):
+        known: _Attachment | None = vars(model).get(ATTACHED)
+        if known is None or known.facts != _facts(model):
+            target = CausalTarget(model, name or (known.target.info.name if known else ""))
+            known = vars(model)[ATTACHED] = _Attachment(target, _facts(model))
+        return known.target
+
+
+def _facts(model: PreTrainedModel) -> tuple[Any, ...]:
+    """All that a target is made from: equal as long as it still holds."""
+    attention = tuple(part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel))
+    tensors = tuple(_identity(tensor) for tensor in chain(model.parameters(), model.buffers()))
+    return repr(model.config.to_dict()), attention, tensors
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """Which numbers a tensor holds, without reading them: where they lie, and how often they were written to."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)  # a packed (quantized) tensor has no address of its own
+    place = tensor.data_ptr() if plain else id(tensor)
+    writes = 0 if tensor.is_inference() else tensor._version
+    return place, writes, tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 def _table(layer: torch.nn.Module | None, kind: type[torch.nn.Module]) -> Float[Tensor, "V D"] | None:
