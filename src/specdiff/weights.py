@@ -135,7 +135,7 @@ def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix
     wanted = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or surplus:
-        told = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(surplus)}"] * bool(surplus)
+        told = [f"lacks {few(missing)}"] * bool(missing) + [f"has unknown {few(surplus)}"] * bool(surplus)
         raise WeightsError(f"{path} {' and '.join(told)}; does its {CONFIG} describe another network?")
     for name, tensor in wanted.items():
         found = tensors[name]
@@ -148,7 +148,7 @@ def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix
 
 def complete(folder: Path | str, report: Mapping[str, Any]) -> None:
     """Refuse what transformers' loading report says it filled with random numbers: missing tensors, and misshapen ones."""
-    told = [f"lack {_few(sorted(report['missing_keys']))}"] * bool(report["missing_keys"])
+    told = [f"lack {few(sorted(report['missing_keys']))}"] * bool(report["missing_keys"])
     told += [f"hold {name} in shape {list(is_)}, not {list(asked)}" for name, is_, asked in sorted(report["mismatched_keys"])[:1]]
     if told:
         raise WeightsError(f"the safetensors of {folder} {' and '.join(told)}; does its {CONFIG} describe another model?")
@@ -167,6 +167,7 @@ def save(model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch
     partial.replace(folder / CONFIG)
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
