@@ -121,7 +121,7 @@ def test_a_missing_key(tmp_path: Path, key: str) -> None:
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), fields={"general.type": "adapter"})
-    with pytest.raises(WeightsError, match="holds no model: its general.type is 'adapter'"):
+    with pytest.raises(WeightsError, match=r"holds no model: its general\.type is 'adapter'"):
         gguf.converted(path)
 
 

@@ -84,7 +84,7 @@ class Header:
             )
         config.max_position_embeddings = self.fields["context_length"]
         implied = _implied(config)
-        for key, value in (self._defaults(implied) | self.fields).items():
+        for key, value in {**self._defaults(implied), **self.fields}.items():
             if key in HARMLESS or self._agrees(key, value, implied.get(key)):
                 continue
             built = f"transformers builds {implied[key]!r}" if key in implied else "that key is not understood"
@@ -163,13 +163,12 @@ class Header:
             return self._window(value) == self._window(implied)
         if isinstance(value, float) and isinstance(implied, int | float):
             return math.isclose(value, implied, rel_tol=1e-6)
-        same: bool = value == implied
-        return same
+        return bool(value == implied)
 
-    def _window(self, size: Any) -> Any:
+    def _window(self, size: Any) -> int:
         """A sliding window, or 0 for one that never cuts anything off."""
-        unbounded = size is None or (isinstance(size, int) and size >= self.fields["context_length"])
-        return 0 if unbounded else size
+        unbounded = size is None or size >= self.fields["context_length"]
+        return 0 if unbounded else int(size)
 
     def _scales_frequencies(self) -> bool:
         return self.architecture == "llama" and bool(self.rope_freqs)
