@@ -7,6 +7,7 @@ constructor arguments as JSON behind a second colon. Classes are called as `Clas
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -32,10 +33,15 @@ TRAINED = ("sedd", "autoregressive")  # the kinds of drafter folders; "auto" pre
 DRAFTERS = ("auto", "none", "ngram", *TRAINED)
 
 
-def model_folder(spec: str) -> Path | str:
-    """Where a model spec's safetensors and tokenizer lie: a folder, or a hub id that transformers fetches."""
+def model_folder(spec: str | os.PathLike[str]) -> Path | str:
+    """Where a model spec's safetensors and tokenizer lie: a folder, or a hub id that transformers fetches.
+
+    A path object is a file or folder here, never a name.
+    """
     from specdiff.models import gguf
 
+    if not isinstance(spec, str):
+        spec = os.fspath(Path(spec).expanduser().absolute())
     if spec in PACKAGED_MODELS:
         return gguf.converted(gguf.packaged(*PACKAGED_MODELS[spec]))
     if spec.endswith(".gguf"):
@@ -55,6 +61,15 @@ def model_names() -> list[str]:
     return [*PACKAGED_MODELS, *HUB_MODELS]
 
 
+def check_tokenizer(tokenizer: Any, info: TargetInfo, folder: Path | str) -> None:
+    """Raise ConfigError if a tokenizer (None: there is none) writes ids that the target has no words for."""
+    if tokenizer is not None and len(tokenizer) > info.vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {info.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+
+
 def same_target(spec: str) -> list[str]:
     """Every name under which a target's drafters should be found: its packaged and hub forms are one model."""
     forms = [*PACKAGED_MODELS, *(n for name, hub in HUB_MODELS.items() for n in (name, hub))]
@@ -71,7 +86,10 @@ def hub_id(spec: str) -> str | None:
 
 
 def target(
-    spec: str, dtype: torch.dtype | None, device: torch.device, options: Mapping[str, Any] | None = None
+    spec: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[Target[Any], Path | str]:
     """The target a spec names, self-tested, and the folder its tokenizer is in. `options`: see `specdiff.load`."""
     folder = model_folder(spec)
@@ -82,7 +100,7 @@ def target(
         model = load_model(folder, dtype, device, options)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}. Built-in models: {', '.join(model_names())}") from error
-    return attached(model, name=spec), folder
+    return attached(model, name=os.fspath(spec)), folder
 
 
 def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = None) -> Drafter[Any]:

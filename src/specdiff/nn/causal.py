@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from specdiff import weights
+from specdiff import files, weights
 from specdiff.errors import ConfigError, WeightsError
 from specdiff.nn.linear import linear
 
@@ -67,8 +67,7 @@ class SmallCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.borrows, self.draft_vocab_size = _options(config)
-        auto: Any = AutoModelForCausalLM
-        self.net: Any = auto.from_config(config, dtype=torch.float32) if net is None else net
+        self.net: Any = _built(config) if net is None else net
         words: Any = self.net.get_input_embeddings()
         self.vocab_size, self.width = words.weight.shape
         if self.borrows:
@@ -98,19 +97,23 @@ class SmallCausalLM(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
-        """Write config.json (with `extra` keys) and the safetensors; each file appears whole or not at all."""
+        """Write config.json (with `extra` keys) and the safetensors; each file appears whole or not at all.
+
+        Raises StorageError.
+        """
         config, path = copy.deepcopy(self.config), Path(folder)
         config.update({**extra, "dtype": dtype or self.net.dtype})
         if self.borrows:
             weights.save(self, path, config.to_dict(), dtype)
             return
-        path.mkdir(parents=True, exist_ok=True)
         net = copy.deepcopy(self.net).to(dtype)  # transformers knows which tensors are tied, and writes each once
         net.config = config
-        with TemporaryDirectory(prefix=".partial", dir=path) as partial:
-            net.save_pretrained(partial)
-            for file in Path(partial).iterdir():
-                file.replace(path / file.name)
+        with files.storing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(prefix=".partial", dir=path) as partial:
+                net.save_pretrained(partial)
+                for file in Path(partial).iterdir():
+                    file.replace(path / file.name)
 
     def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
         """Read and write through the target's embedding and head; only the `draft_vocab` rows of the head are kept.
@@ -155,6 +158,13 @@ def _options(config: PretrainedConfig) -> tuple[bool, int | None]:
     return borrows, size
 
 
+def _built(config: PretrainedConfig) -> Any:
+    """A network with random weights. Raises ConfigError for sizes that do not fit together."""
+    weights.check_heads(config, f"{weights.CONFIG} of a {config.model_type} drafter")
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(config, dtype=torch.float32)
+
+
 def _config(path: Path) -> PretrainedConfig:
     """The folder's config as transformers reads it."""
     where = path / weights.CONFIG
@@ -164,6 +174,7 @@ def _config(path: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (StrictDataclassError, OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+    weights.check_heads(config, str(where))
     return config
 
 

@@ -38,6 +38,16 @@ class SEDDConfig:
     time_conditioning: bool = True
     output: str = "score"
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a width that cannot be split into heads of an even size, as rotary embedding turns pairs."""
+        if self.hidden_size % self.n_heads:
+            raise ConfigError(f"hidden_size {self.hidden_size} is not a multiple of n_heads {self.n_heads}")
+        if self.hidden_size // self.n_heads % 2:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} over n_heads {self.n_heads} gives heads of odd size "
+                f"{self.hidden_size // self.n_heads}; it must be even"
+            )
+
     @property
     def mask_id(self) -> int | None:
         """The MASK token: one past the vocabulary. The uniform process has none."""
@@ -64,9 +74,10 @@ class SEDDConfig:
             **_optional(noise, {"sigma_min": float, "sigma_max": float}, where),
             **_optional(data, _OURS, where),
         }
-        config = cls(**values)
-        if config.hidden_size % config.n_heads:
-            raise ConfigError(f"{where}: hidden_size {config.hidden_size} is not a multiple of n_heads {config.n_heads}")
+        try:
+            config = cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
         weights.choice({"attention": config.attention}, "attention", ("bidirectional", "causal-context"), where)
         weights.choice({"output": config.output}, "output", ("score", "denoiser"), where)
         if config.output == "denoiser" and config.process == "uniform":
