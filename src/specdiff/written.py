@@ -29,7 +29,8 @@ class Ending:
         if not limits:
             raise UsageError("nothing bounds the answer; give max_new_tokens")
         self.new = min(limits) - prompt.shape[1]
-        self.ids = tuple(sorted({int(i) for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id}))
+        ends = {int(i) for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id}
+        self.ids = tuple(sorted(i for i in ends if i >= 0))  # -1 is a way to say that no token ends a text
         self.rest = StoppingCriteriaList([c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)])
         self.fills = any(isinstance(c, EosTokenCriteria) for c in criteria)
         self.prompt, self.pad = prompt, pad
@@ -59,15 +60,13 @@ class Ending:
 class Written:
     """Folds rounds into streamed columns, Stats, and the output. `scores`, `logits`: which of the two are kept for it.
 
-    A row's scores behind its end are zeros.
+    The streamer has the prompts already. A row's scores behind its end are zeros.
     """
 
     def __init__(self, ending: Ending, streamer: BaseStreamer | None, stats: Stats | None, *, scores: bool, logits: bool) -> None:
         self.ending, self.streamer, self.stats, self.streamed = ending, streamer, stats, 0
         self.scores: list[Tensor] | None = [] if scores else None
         self.logits: list[Tensor] | None = [] if logits else None
-        if streamer is not None:
-            streamer.put(ending.prompt.cpu())
 
     def add(self, last: Round, cache: PreparedCache) -> None:
         """One round, and the scores its tokens came from."""
