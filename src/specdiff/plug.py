@@ -79,11 +79,10 @@ def custom_generate(
     without it, in the same shape; in float32 the same tokens where do_sample is off. Not to be called by hand.
 
     Processors, criteria, end-of-text and length limits, left-padded batches, num_return_sequences, return_dict_in_generate with
-    output_scores and output_logits are transformers' own. Processors and criteria must be functions of the token ids (and the scores):
-    a draft's positions are asked about ahead of time, and criteria get None for scores. Your own processors, and
-    prefix_allowed_tokens_fn, are asked some texts twice; one that answers differently is refused (drafter="none" asks about every
-    position once, in order, and takes it). Where do_sample is on, all randomness comes from torch's default generator:
-    `transformers.set_seed` fixes it.
+    output_scores and output_logits are transformers' own. Processors must be functions of the token ids and the scores, since a
+    draft's positions are processed ahead of time. Your own, and prefix_allowed_tokens_fn, are asked about some texts twice; one
+    that answers differently is refused (drafter="none" asks about every position once, in order, and takes it). Criteria get
+    None for scores. Where do_sample is on, all randomness comes from torch's default generator: `transformers.set_seed` fixes it.
 
     The model is tested once, at its first use: whether scoring drafts gives its own logits. It keeps computing the same by itself.
 
@@ -132,6 +131,7 @@ def custom_generate(
     last: Round | None = None
     while not bool(run.batch.done.all()):
         last = decode.step(run, length if isinstance(length, int) else length(last), ending if ending.rest else None)
+        prepared.check(run.cache, last)
         written.add(last, run.cache)
     prepared.finish(run.cache)
     return written.output(run.batch) if detailed else written.finish(run.batch)

@@ -21,6 +21,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LogitsProcessor,
     PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TextIteratorStreamer,
 )
 
@@ -244,6 +246,58 @@ def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
     want, answer = theirs(net, **options), ours(net, **options, draft_len=4)
     assert torch.equal(answer.sequences, want.sequences)
     assert all(torch.equal(a.isposinf(), b.isposinf()) for a, b in zip(answer.scores, want.scores, strict=True))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("fault", [-torch.inf, torch.nan])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_processors_that_allow_nothing_are_named(net: PreTrainedModel, fault: float, sampled: bool, rows: int) -> None:
+    """There is no distribution to draw from, whatever argmax makes of it."""
+    width = padded(rows)["input_ids"].shape[1]
+
+    def nothing(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if input_ids.shape[1] >= width + 4:
+            scores[rows - 1] = fault
+        return scores
+
+    options: dict[str, Any] = {**padded(rows), "max_new_tokens": 12, "do_sample": sampled}
+    for drafter in ("none", "ngram", Fixed([5] * 5)):
+        with pytest.raises(UsageError, match=rf"in row {rows - 1} for token 4 of the answer"):
+            ours(net, **options, logits_processor=[nothing], drafter=drafter)
+
+
+# stopping criteria with a memory
+
+
+class Countdown(StoppingCriteria):
+    """Ends the row of the call's number where its last token is even; all of them at call 18."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self.calls += 1
+        place = torch.arange(len(input_ids))
+        turn = (self.calls % 3 == 0) & (place == self.calls // 3 % len(input_ids))
+        return (turn & (input_ids[:, -1] % 2 == 0)) | torch.tensor(self.calls >= 18)
+
+
+@pytest.mark.parametrize("end", [None, EOS, -1])
+@pytest.mark.parametrize("rows", [1, 3, 5])
+def test_criteria_may_have_a_memory(net: PreTrainedModel, rows: int, end: int | None) -> None:
+    """They are asked about every width once and in order, however far ahead of the others a row is."""
+    options: dict[str, Any] = {**padded(rows), **PLAIN, "eos_token_id": end}
+    want = theirs(net, **options, stopping_criteria=StoppingCriteriaList([Countdown()]))
+    texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(rows)]
+    uneven = tiny.Hinted([text if row % 2 else [0] * len(text) for row, text in enumerate(texts)], tiny.VOCAB, 99)
+    for drafter in ("none", "ngram", uneven, tiny.Hinted(texts, tiny.VOCAB, 7)):
+        columns, stats = Columns(), specdiff.Stats()
+        criteria = StoppingCriteriaList([Countdown()])
+        answer = ours(net, **options, stopping_criteria=criteria, drafter=drafter, text_streamer=columns, stats=stats)
+        assert torch.equal(answer, want)
+        columns.match(answer, options["input_ids"])
+        if end is None:
+            assert stats.tokens == answer[:, options["input_ids"].shape[1] :].numel()
 
 
 # options of sampling that ours do not have, or bound otherwise

@@ -20,7 +20,7 @@ from transformers.generation import logits_process
 from specdiff.errors import UsageError
 from specdiff.targets.base import Target
 from specdiff.targets.repeats import Position, Repeats, own
-from specdiff.types import Batch, Draft, TargetOutput, Verification
+from specdiff.types import Batch, Draft, Round, TargetOutput, Verification
 
 STATEFUL = (  # each remembers its last call, or expects other rows than the batch's own
     logits_process.AlternatingCodebooksLogitsProcessor,
@@ -102,6 +102,23 @@ class PreparedTarget(Target[PreparedCache]):
             cache.repeats.begin(shown(self.prompt, batch, self.pad), cache.logits[:, 0], batch.params.stop_ids, room)
         cache.scores = self._processed(cache, batch, draft)
         return replace(output, logits=_bounded(cache.scores, cache.logits))
+
+    def check(self, cache: PreparedCache, last: Round) -> None:
+        """Raises UsageError where the processors left no distribution at a position that a round decided."""
+        if not self.processors:
+            return
+        place = torch.arange(cache.scores.shape[1], device=cache.scores.device)
+        empty = ~(cache.scores.amax(-1) > -torch.inf)  # all -inf, or NaN
+        empty &= place < last.emitted[:, None]
+        if not bool(empty.any()):
+            return
+        sound = cache.logits.amax(-1).isfinite()  # else the model is at fault, not they
+        for row, step in (empty & sound).nonzero().tolist():
+            written = int(last.batch.length[row] - last.batch.prompt_length[row] - last.emitted[row])
+            raise UsageError(
+                f"the logits processors allow no token at all, or return NaN, in row {row} for token {written + step} of the "
+                f"answer; leave one token possible everywhere, or pass remove_invalid_values=True"
+            )
 
     def finish(self, cache: PreparedCache) -> None:
         """The run is over. Raises UsageError where a processor turns out to have a memory after all."""
