@@ -121,12 +121,12 @@ def custom_generate(
     batch = _batch(prompts, ending, sampled, input_ids.device)
     hinted = AskedDrafter(made, _hint(generation_config, batch, sampled))
     slots = reach + max(made.draft_len, length if isinstance(length, int) else 0) + 1
+    streamer = _streamer(text_streamer, input_ids)
     run = decode.start(prepared, hinted, batch, verifier=verifier_named(verifier), slots=slots)
     decode.admit(run, torch.arange(len(prompts), device=input_ids.device))
     detailed = bool(generation_config.return_dict_in_generate)
     scores = detailed and bool(generation_config.output_scores)
     logits = detailed and bool(generation_config.output_logits)
-    streamer = _streamer(text_streamer, input_ids)
     written = Written(ending, streamer, stats, scores=scores, logits=logits)
     last: Round | None = None
     while not bool(run.batch.done.all()):
@@ -140,7 +140,8 @@ def custom_generate(
 def _check(drafter: Any, options: Any, verifier: Any, stats: Any) -> None:
     """Raises UsageError for an argument of a wrong type."""
     if not isinstance(drafter, (str, os.PathLike, Drafter)):
-        raise UsageError(f"drafter must be a name, a folder or a specdiff.Drafter, not {drafter!r}; for plain decoding use 'none'")
+        kinds = "a name, a folder or a specdiff.Drafter"
+        raise UsageError(f"drafter must be {kinds}, not {drafter!r}; 'none' decodes plainly")
     if options is not None and not isinstance(options, Mapping):
         raise UsageError(f"drafter_options must be a mapping of keyword arguments, not {options!r}")
     if not isinstance(verifier, str):
@@ -196,7 +197,7 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: Mapp
 
 
 def _empty(value: Any) -> bool:
-    """None, or a collection of nothing else: what transformers prepares for inputs that are not there, such as images."""
+    """None, or a collection of nothing else: what transformers prepares for images, say, that are not there."""
     if isinstance(value, Mapping):
         return all(_empty(part) for part in value.values())
     return value is None or (isinstance(value, Sequence) and all(_empty(part) for part in value))
@@ -238,8 +239,9 @@ def _drafter(
             return known[key]
     built = catalog.drafter(spec, target.info, options)
     if spec == "auto" and isinstance(built, NoDrafter):
-        message = f"no drafter was trained for {target.info.name!r}: decoding plainly; drafter='ngram' needs no training"
-        warnings.warn(message, RuntimeWarning, stacklevel=3)
+        plainly = "decoding plainly; drafter='ngram' needs no training"
+        message = f"no drafter was trained for {target.info.name!r}: {plainly}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     with LOCK:
         built = known.setdefault(key, built)
         known.move_to_end(key)

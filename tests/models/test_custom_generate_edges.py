@@ -320,6 +320,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "renormalized": {"renormalize_logits": True, "top_p": 0.0},
     "strong penalty": {"repetition_penalty": 1e9, "top_k": 0},
     "weak penalty": {"repetition_penalty": 1e-9, "top_k": 0},
+    "penalty that overflows": {"repetition_penalty": 1e-40, "top_k": 0},
 }
 
 
