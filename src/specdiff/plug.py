@@ -5,16 +5,28 @@ transformers prepares everything (processors, stopping criteria, lengths, expand
 Shapes: B rows, P prompt width with its padding, L columns of the longest answer.
 """
 
+import inspect
 import json
+import os
+import threading
 import warnings
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
 
 from specdiff import catalog, decode
@@ -26,6 +38,7 @@ from specdiff.noise import row_seed
 from specdiff.stats import Stats
 from specdiff.targets.causal import CausalTarget, attached
 from specdiff.targets.prepared import PreparedTarget
+from specdiff.targets.repeats import own
 from specdiff.types import Batch, Params, Round, SamplingParams
 from specdiff.verify import verifier as verifier_named
 from specdiff.written import Ending, Written
@@ -33,7 +46,18 @@ from specdiff.written import Ending, Written
 PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 # what transformers prepares for its own loop; all else would change what the model sees
 PREPARED = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
-DRAFTERS: WeakKeyDictionary[CausalTarget, dict[str, Drafter[Any]]] = WeakKeyDictionary()  # built once a target and spec
+COLDEST = 1e-30  # logits divided by less overflow, and nothing but the argmax is left
+# what our own sampling takes
+HINTS: dict[str, tuple[float, float]] = {"repetition_penalty": (1e-6, 1e6)}
+TEMPERED: dict[str, tuple[float, float]] = {
+    "temperature": (COLDEST, 1e6),
+    "top_k": (0, 1 << 31),
+    "top_p": (1e-6, 1.0),
+    "min_p": (0.0, 1.0),
+}
+MOST_DRAFTERS = 8  # of each target, the most recently used
+DRAFTERS: WeakKeyDictionary[CausalTarget, OrderedDict[str, Drafter[Any]]] = WeakKeyDictionary()
+LOCK = threading.Lock()  # around DRAFTERS
 
 
 def custom_generate(
@@ -43,7 +67,7 @@ def custom_generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     *,
-    drafter: str | Drafter[Any] = "auto",
+    drafter: str | os.PathLike[str] | Drafter[Any] = "auto",
     drafter_options: Mapping[str, Any] | None = None,
     verifier: str = "token",
     draft_len: int | str | None = None,
@@ -55,9 +79,10 @@ def custom_generate(
     without it, in the same shape; in float32 the same tokens where do_sample is off. Not to be called by hand.
 
     Processors, criteria, end-of-text and length limits, left-padded batches, num_return_sequences, return_dict_in_generate with
-    output_scores and output_logits are transformers' own. Processors and criteria must be functions of the token ids (and the scores):
-    a draft's positions are asked about ahead of time, and criteria get None for scores. Where do_sample is on, all randomness comes
-    from torch's default generator: `transformers.set_seed` fixes it.
+    output_scores and output_logits are transformers' own. Processors must be functions of the token ids and the scores, since a
+    draft's positions are processed ahead of time. Your own, and prefix_allowed_tokens_fn, are asked about some texts twice; one
+    that answers differently is refused (drafter="none" asks about every position once, in order, and takes it). Criteria get
+    None for scores. Where do_sample is on, all randomness comes from torch's default generator: `transformers.set_seed` fixes it.
 
     The model is tested once, at its first use: whether scoring drafts gives its own logits. It keeps computing the same by itself.
 
@@ -67,8 +92,9 @@ def custom_generate(
         verifier: "token", "block", "match" or "match-gumbel".
         draft_len: K, "auto" (drafting rests while it does not pay), or None: "auto" where the text cannot depend on it (greedy and
             match), else the drafter's own.
-        text_streamer: a transformers streamer; gets the prompts, each column of tokens, and the end. (generate keeps `streamer` to
-            itself.) Likewise `tokenizer` and with it stop_strings: pass stopping_criteria=[StopStringCriteria(tokenizer, strings)].
+        text_streamer: a transformers streamer; gets the prompts, each column of tokens, and the end. generate's own `streamer` does
+            too. (generate keeps `tokenizer` to itself, and with it stop_strings: pass
+            stopping_criteria=[StopStringCriteria(tokenizer, strings)].)
         stats: a `specdiff.Stats` to add this run's rounds to, those of all rows.
         model_kwargs: what transformers prepared.
 
@@ -76,6 +102,7 @@ def custom_generate(
     with memory, padding elsewhere than on the left), and UnsupportedModelError for a model that fails the self-test.
     """
     _refuse(model, generation_config, model_kwargs)
+    _check(drafter, drafter_options, verifier, stats)
     target = attached(model)
     if input_ids.device != target.info.device:
         raise UsageError(f"input_ids are on {input_ids.device}, the model on {target.info.device}; move them there")
@@ -86,23 +113,64 @@ def custom_generate(
     if reach > target.info.max_positions:
         raise UsageError(f"prompt and answer may reach {reach} tokens, but the model has {target.info.max_positions} positions; "
                          f"lower max_new_tokens")  # fmt: skip
-    prepared = PreparedTarget(target, logits_processor, input_ids, ending.pad)
     made = _drafter(target, drafter, drafter_options)
-    sampled = bool(generation_config.do_sample)
-    length = draft_length(draft_len, made, steady=sampled and not verifier.startswith("match"))
+    processors, sampled = _sampling(logits_processor, bool(generation_config.do_sample))
+    prepared = PreparedTarget(target, processors, input_ids, ending.pad, drafted=made.draft_len > 0)
+    number = int(draft_len) if isinstance(draft_len, Integral) else draft_len
+    length = draft_length(number, made, steady=sampled and not verifier.startswith("match"))
     batch = _batch(prompts, ending, sampled, input_ids.device)
-    asked = AskedDrafter(made, _asked(generation_config, batch))
+    hinted = AskedDrafter(made, _hint(generation_config, batch, sampled))
     slots = reach + max(made.draft_len, length if isinstance(length, int) else 0) + 1
-    run = decode.start(prepared, asked, batch, verifier=verifier_named(verifier), slots=slots)
+    streamer = _streamer(text_streamer, input_ids)
+    run = decode.start(prepared, hinted, batch, verifier=verifier_named(verifier), slots=slots)
     decode.admit(run, torch.arange(len(prompts), device=input_ids.device))
-    told = bool(generation_config.return_dict_in_generate)
-    kept = {"scores": told and bool(generation_config.output_scores), "logits": told and bool(generation_config.output_logits)}
-    written = Written(ending, text_streamer, stats, **kept)
+    detailed = bool(generation_config.return_dict_in_generate)
+    scores = detailed and bool(generation_config.output_scores)
+    logits = detailed and bool(generation_config.output_logits)
+    written = Written(ending, streamer, stats, scores=scores, logits=logits)
     last: Round | None = None
     while not bool(run.batch.done.all()):
         last = decode.step(run, length if isinstance(length, int) else length(last), ending if ending.rest else None)
+        prepared.check(run.cache, last)
         written.add(last, run.cache)
-    return written.output(run.batch) if told else written.finish(run.batch)
+    prepared.finish(run.cache)
+    return written.output(run.batch) if detailed else written.finish(run.batch)
+
+
+def _check(drafter: Any, options: Any, verifier: Any, stats: Any) -> None:
+    """Raises UsageError for an argument of a wrong type."""
+    if not isinstance(drafter, (str, os.PathLike, Drafter)):
+        kinds = "a name, a folder or a specdiff.Drafter"
+        raise UsageError(f"drafter must be {kinds}, not {drafter!r}; 'none' decodes plainly")
+    if options is not None and not isinstance(options, Mapping):
+        raise UsageError(f"drafter_options must be a mapping of keyword arguments, not {options!r}")
+    if not isinstance(verifier, str):
+        raise UsageError(f"verifier must be a name, not {verifier!r}")
+    if stats is not None and not isinstance(stats, Stats):
+        raise UsageError(f"stats must be a specdiff.Stats, not {stats!r}")
+
+
+def _streamer(
+    text_streamer: BaseStreamer | None,
+    prompts: Int[Tensor, "B P"],
+) -> BaseStreamer | None:
+    """`text_streamer`, or the one that `generate` was called with, with the prompts put into it.
+
+    generate puts the prompts into its own, but hands it to no custom loop: whoever reads from it
+    would wait for ever. Raises UsageError where there are two.
+    """
+    code = inspect.unwrap(GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    streamer = None if frame is None else frame.f_locals.get("streamer")
+    if text_streamer is None:
+        return streamer
+    if streamer is not None:
+        raise UsageError("streamer and text_streamer both ask for the tokens; give one of them")
+    put: Any = text_streamer.put  # untyped in transformers
+    put(prompts.cpu())
+    return text_streamer
 
 
 def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
@@ -123,9 +191,16 @@ def _refuse(model: PreTrainedModel, config: GenerationConfig, model_kwargs: Mapp
     cache = model_kwargs.get("past_key_values")
     if cache is not None and "_is_user_defined" in vars(cache):  # transformers' own mark; its fresh one has none
         raise UsageError("past_key_values cannot be continued; leave it out, and give the whole text as input_ids")
-    unknown = sorted(name for name, value in model_kwargs.items() if value is not None and name not in PREPARED)
+    unknown = sorted(name for name, value in model_kwargs.items() if name not in PREPARED and not _empty(value))
     if unknown:
         raise UsageError(f"{unknown[0]} as model input is not supported: drafts are token ids alone; leave it out, or custom_generate")
+
+
+def _empty(value: Any) -> bool:
+    """None, or a collection of nothing else: what transformers prepares for images, say, that are not there."""
+    if isinstance(value, Mapping):
+        return all(_empty(part) for part in value.values())
+    return value is None or (isinstance(value, Sequence) and all(_empty(part) for part in value))
 
 
 def _prompts(input_ids: Int[Tensor, "B P"], model_kwargs: Mapping[str, Any]) -> list[list[int]]:
@@ -142,19 +217,51 @@ def _prompts(input_ids: Int[Tensor, "B P"], model_kwargs: Mapping[str, Any]) -> 
     return [row[-int(n) :].tolist() for row, n in zip(input_ids, mask.sum(1), strict=True)]
 
 
-def _drafter(target: CausalTarget, drafter: str | Drafter[Any], options: Mapping[str, Any] | None) -> Drafter[Any]:
+def _drafter(
+    target: CausalTarget,
+    drafter: str | os.PathLike[str] | Drafter[Any],
+    options: Mapping[str, Any] | None,
+) -> Drafter[Any]:
+    """The drafter of a spec, built once while it is among the target's most recently used."""
     if isinstance(drafter, Drafter):
         if options:
             raise UsageError("drafter_options need a drafter given by name; this one was given as an object")
         return drafter
-    key = json.dumps([drafter, dict(options or {})], sort_keys=True, default=str)
-    known = DRAFTERS.setdefault(target, {})
-    if key not in known:
-        known[key] = catalog.drafter(drafter, target.info, options)
-        if drafter == "auto" and isinstance(known[key], NoDrafter):
-            told = f"no drafter was trained for {target.info.name!r}: decoding plainly; drafter='ngram' needs no training"
-            warnings.warn(told, RuntimeWarning, stacklevel=2)
-    return known[key]
+    spec = os.fspath(drafter)
+    try:
+        key = json.dumps([spec, dict(options or {})], sort_keys=True)
+    except TypeError:  # options that are objects: no text tells two of them apart for certain
+        return catalog.drafter(spec, target.info, options)
+    with LOCK:
+        known = DRAFTERS.setdefault(target, OrderedDict())
+        if key in known:
+            known.move_to_end(key)
+            return known[key]
+    built = catalog.drafter(spec, target.info, options)
+    if spec == "auto" and isinstance(built, NoDrafter):
+        plainly = "decoding plainly; drafter='ngram' needs no training"
+        message = f"no drafter was trained for {target.info.name!r}: {plainly}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    with LOCK:
+        built = known.setdefault(key, built)
+        known.move_to_end(key)
+        while len(known) > MOST_DRAFTERS:
+            known.popitem(last=False)
+    return built
+
+
+def _sampling(processors: LogitsProcessorList, sampled: bool) -> tuple[LogitsProcessorList, bool]:
+    """The processors, and whether to sample.
+
+    A temperature next to 0 leaves nothing but the argmax, whatever warpers come after it.
+    """
+    cold = [type(p) is TemperatureLogitsWarper and p.temperature < COLDEST for p in processors]
+    if not sampled or True not in cold:
+        return processors, sampled
+    place = cold.index(True)
+    if any(own(p) for p in processors[place:]):
+        return processors, sampled
+    return LogitsProcessorList(processors[:place]), False
 
 
 def _batch(prompts: list[list[int]], ending: Ending, sampled: bool, device: torch.device) -> Batch:
@@ -164,10 +271,18 @@ def _batch(prompts: list[list[int]], ending: Ending, sampled: bool, device: torc
     return Batch.of(prompts, [params] * len(prompts), [row_seed(root, i) for i in range(len(prompts))], device=device)
 
 
-def _asked(config: GenerationConfig, batch: Batch) -> Params:
-    """What a drafter can make use of: the sampling parameters, as far as they are ours too."""
-    sampling: dict[str, Any] = {"temperature": 0.0}
-    if config.do_sample:
-        sampling = {name: value for name in ("temperature", "top_k", "top_p", "min_p") if (value := getattr(config, name)) is not None}
-    own = SamplingParams(repetition_penalty=config.repetition_penalty or 1.0, **sampling)
-    return Params.stack([own] * len(batch.length), batch.params.limit, batch.length.device)
+def _hint(config: GenerationConfig, batch: Batch, sampled: bool) -> Params:
+    """What a drafter can make use of: the sampling parameters, as far as they are ours too.
+
+    The processors define the distribution, so a value outside our own range is replaced by the
+    closest one in it.
+    """
+    ranges = HINTS | TEMPERED if sampled else HINTS
+    values = {name: getattr(config, name) for name in ranges}
+    sampling: dict[str, Any] = {
+        name: min(max(value, ranges[name][0]), ranges[name][1]) for name, value in values.items() if value is not None
+    }
+    if not sampled:
+        sampling["temperature"] = 0.0
+    params = SamplingParams(**sampling)
+    return Params.stack([params] * len(batch.length), batch.params.limit, batch.length.device)

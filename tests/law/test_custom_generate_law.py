@@ -1,5 +1,6 @@
 """The law of sampled text inside transformers: its own processors on the model's logits, enumerated, against many texts."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "top_k": 0,
         "min_p": 0.05,
         "prefix_allowed_tokens_fn": lambda _, ids: [t for t in range(V) if (t + int(ids.sum())) % 3],
+    },
+    "uniform": {"top_k": 0, "temperature": math.inf},
+    "own": {
+        "top_k": 0,
+        "logits_processor": [lambda ids, scores: scores.masked_fill((ids.sum(1, keepdim=True) + torch.arange(V)) % 3 == 0, -torch.inf)],
     },
 }
 
@@ -85,6 +91,9 @@ CASES = [
     ("filtered", "token"),
     ("filtered", "block"),
     ("constrained", "match"),
+    ("uniform", "token"),
+    ("own", "token"),
+    ("own", "block"),
 ]
 
 
@@ -102,6 +111,19 @@ def test_point_masses_and_transformers_own_sampling(net: PreTrainedModel) -> Non
     out = net.generate(**options("counting", ROWS))[:, len(PROMPT) :]
     behind = ((out == END).cumsum(1) - (out == END).long()) > 0
     assert compare(out.masked_fill(behind, PADDING), law(net, "counting")) > 1e-3
+
+
+def test_an_end_seen_too_early_is_caught(net: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BUG: the position of a drafted end itself is left unprocessed, not only those behind it."""
+    honest = prepared._ended
+
+    def early(batch: Any, draft: Any) -> Any:
+        shorter, reach = honest(batch, draft)
+        return shorter, (reach - 1).clamp(min=0)
+
+    monkeypatch.setattr(prepared, "_ended", early)
+    drafter = DenoisingDrafter(ToyDenoiser(V, seed=5), steps=2)
+    assert compare(texts(net, "counting", "token", drafter), law(net, "counting")) < 1e-6
 
 
 def test_processors_that_miss_the_draft_are_caught(net: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
