@@ -135,8 +135,12 @@ class Params:
         """One row per request; `limit` is the length (prompt included) at which it must end."""
         off = SamplingParams()
         numbers = {name: torch.tensor([getattr(r, name) for r in rows], dtype=torch.float32) for name in _NUMBERS}
-        # asked of the float32 values: the smallest temperatures round to 0 there, and are greedy
-        used = {"greedy": bool((numbers["temperature"] == 0).any())}
+        # A float32 temperature below the smallest normal number is greedy. The law would be the same but for ties: logits of
+        # float32 that differ at all, and are not themselves below 1e-28, differ by more than 104 such temperatures, and exp(-104)
+        # is 0. Subnormal divisors are slow, and 0 where a device flushes them.
+        cold = numbers["temperature"] < torch.finfo(torch.float32).tiny
+        numbers["temperature"] = numbers["temperature"].masked_fill(cold, 0.0)
+        used = {"greedy": bool(cold.any())}
         used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in (*_NUMBERS, *_OTHERS)}
         lists = {
             "stop_ids": _table([r.stop_token_ids for r in rows], PADDING),
