@@ -2,21 +2,28 @@
 
 import copy
 import gc
+import itertools
 import json
 import os
 import random
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from specdiff import Conversation, SpeculativeLM, catalog, templates
-from specdiff.errors import UsageError
-from specdiff.lm import tokenizer_of
+import specdiff
+import tiny
+from specdiff import Conversation, SpeculativeLM, catalog, engine, templates
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.errors import ConfigError, TargetError, UsageError
+from specdiff.lm import DRAFTERS, tokenizer_of
 from specdiff.options import Options
 from specdiff.templates import Renderer, TemplateRefusedError
 from test_lm import VOCAB, Script, scripted
@@ -436,3 +443,335 @@ def test_lone_surrogates_become_replacement_characters(byte_level: Any) -> None:
     talk = Conversation(lm, system="\udcff", max_tokens=2)
     list(talk.say("x\udcff"))
     assert talk.messages[1]["content"] == "x\ufffd"
+
+
+# where a text ends, and a model's own defaults
+
+
+def saved(path: Path, generation: dict[str, Any] | None, **config: Any) -> Path:
+    """A tiny model's folder, whose two configs say just this of the end of text and of sampling."""
+    net = tiny.model("llama", vocab=VOCAB)
+    net.save_pretrained(path)
+    written = json.loads((path / "config.json").read_text())
+    written.pop("eos_token_id", None)
+    (path / "config.json").write_text(json.dumps({**written, **config}))
+    (path / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (path / "generation_config.json").write_text(json.dumps(generation))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "ends"),
+    [
+        ({"eos_token_id": [7]}, {}, (7,)),  # the config's class would say 2
+        ({"eos_token_id": [9, 7]}, {"eos_token_id": 5}, (7, 9)),
+        ({}, {"eos_token_id": 5}, (5,)),
+        ({}, {"eos_token_id": 2}, (2,)),  # written, though it is the class's default too
+        ({}, {}, (0,)),
+        (None, {"eos_token_id": 5}, (5,)),
+        (None, {}, (0,)),
+        ({"eos_token_id": -1}, {"eos_token_id": 5}, ()),
+    ],
+)
+def test_one_rule_says_where_a_text_ends(
+    tmp_path: Path,
+    byte_level: Any,  # noqa: F811
+    generation: dict[str, Any] | None,
+    config: dict[str, Any],
+    ends: tuple[int, ...],
+) -> None:
+    folder = saved(tmp_path / "model", generation, **config)
+    byte_level.save_pretrained(folder)
+    lm = specdiff.load(folder, "none", device="cpu")
+    assert lm.end_ids == ends
+    assert SpeculativeLM(lm.target, "none", byte_level, 64).end_ids == ends
+    if not ends or min(ends) < 0:
+        return
+    bias = {ends[0]: 6.0}
+    for seed in range(4):  # transformers' own generate ends there as well
+        ids = torch.tensor([[5, 6 + seed]])
+        out = lm.generate(ids, max_tokens=30, temperature=0, logit_bias=bias)[0].token_ids
+        plain = lm.target.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=30,
+            sequence_bias=[[[ends[0]], 6.0]],
+            pad_token_id=0,
+        )
+        assert plain[0, 2:].tolist() == out
+
+
+@pytest.mark.real
+def test_the_packaged_model_ends_a_turn(smollm_tokenizer: Any) -> None:
+    lm = specdiff.load("smollm2-135m", "none")
+    assert [smollm_tokenizer.convert_ids_to_tokens(i) for i in lm.end_ids] == ["<|im_end|>"]
+    assert lm.defaults == {}
+    answer = lm.generate("Say hi.", max_tokens=60, temperature=0)
+    assert answer.finish_reason == "stop" and answer.token_ids[-1] == lm.end_ids[0]
+    same = lm.generate("Say hi.", max_tokens=60, temperature=0, stop=["<|im_end|>"], ignore_eos=True)
+    assert (same.text, same.token_ids, same.finish_reason) == (answer.text, answer.token_ids, "stop")
+    pieces = list(lm.stream("Say hi.", max_tokens=60, temperature=0, stop=["<|im_end|>\n"], ignore_eos=True))
+    assert "<|im_end|>" not in "".join(p.text for p in pieces)
+
+
+def test_sampling_defaults_are_the_models_where_the_caller_names_none(tmp_path: Path, byte_level: Any) -> None:  # noqa: F811
+    named = {"temperature": 0.3, "top_p": 0.7, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2}
+    folder = saved(tmp_path / "model", {**named, "do_sample": True, "max_new_tokens": 3}, eos_token_id=0)
+    byte_level.save_pretrained(folder)
+    lm = specdiff.load(folder, "none", device="cpu")
+    bare = specdiff.load(folder, "none", device="cpu", generation_config="none")
+    assert lm.defaults == named and bare.defaults == {}
+    options: dict[str, Any] = {"max_tokens": 20, "seed": 3, "ignore_eos": True}
+    own, explicit = lm.generate([5, 6], **options), bare.generate([5, 6], **options, **named)
+    assert own.token_ids == explicit.token_ids != bare.generate([5, 6], **options).token_ids
+    none = dict.fromkeys([*named, "max_tokens", "stop", "verifier", "draft_len", "logit_bias"])
+    assert lm.generate([5, 6], **{**none, **options}).token_ids == own.token_ids
+    warmer = {**named, "temperature": 1.5}
+    assert lm.generate([5, 6], **options, temperature=1.5).token_ids == bare.generate([5, 6], **options, **warmer).token_ids
+    talk, same = Conversation(lm, max_tokens=9, seed=1), Conversation(bare, max_tokens=9, seed=1, **named)
+    assert [p.text for p in talk.say("hi")] == [p.text for p in same.say("hi")]
+
+
+def test_a_default_that_no_option_may_have_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model", {"top_p": 1.5}, eos_token_id=0)
+    with pytest.raises(ConfigError, match=r"top_p must be in \(0, 1\].*generation_config='none'"):
+        specdiff.load(folder, "none", device="cpu")
+    assert specdiff.load(folder, "none", device="cpu", generation_config="none").defaults == {}
+    with pytest.raises(UsageError, match="unknown generation_config 'hope'"):
+        specdiff.load(folder, generation_config="hope")
+
+
+def test_a_tokenizer_larger_than_the_model_is_named() -> None:
+    tokenizer = byte_fallback("strip")
+    lm = chatting(tokenizer, vocab=200)
+    for ask in (lambda: lm.encode("ab", raw=True), lambda: lm.render([{"role": "user", "content": "ab"}])):
+        with pytest.raises(UsageError, match=r"the tokenizer gives .* token id \d+ is outside the target's vocabulary of 200"):
+            ask()
+
+
+# arguments of any library, and of none
+
+
+@pytest.fixture(scope="module")
+def small() -> SpeculativeLM:
+    return SpeculativeLM(tiny.target("llama", vocab=VOCAB), "ngram", None, 64)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        torch.tensor([3, 4, 5]),
+        np.array([3, 4, 5]),
+        np.array([3, 4, 5], dtype=np.int32),
+        range(3, 6),
+        (3, 4, 5),
+        [np.int64(3), np.int32(4), 5],
+        [torch.tensor(3), 4, 5],
+        {"input_ids": [3, 4, 5]},
+        {"input_ids": [1, 3, 4, 5], "attention_mask": [0, 1, 1, 1]},
+        BatchEncoding({"input_ids": torch.tensor([3, 4, 5])}),
+    ],
+)
+def test_token_ids_of_any_library(small: SpeculativeLM, prompt: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 5, "seed": np.int64(4), "temperature": np.float32(0.5), "top_k": np.int32(7)}
+    want = small.generate([3, 4, 5], max_tokens=5, seed=4, temperature=0.5, top_k=7)
+    assert small.generate(prompt, **options).token_ids == want.token_ids
+    assert list(small.stream(prompt, **options))[-1].generation.token_ids == want.token_ids
+    assert [g.token_ids for g in small.generate([prompt], **options)] == [want.token_ids]
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        torch.tensor([[3, 4], [5, 6]]),
+        np.array([[3, 4], [5, 6]]),
+        [torch.tensor([3, 4]), (5, 6)],
+        {"input_ids": [[1, 3, 4], [1, 5, 6]], "attention_mask": torch.tensor([[0, 1, 1], [0, 1, 1]])},
+        [{"input_ids": [3, 4]}, [5, 6]],
+    ],
+)
+def test_lists_of_token_ids_of_any_library(small: SpeculativeLM, prompts: Any) -> None:
+    want = [g.token_ids for g in small.generate([[3, 4], [5, 6]], max_tokens=4, seed=1)]
+    assert [g.token_ids for g in small.generate(prompts, max_tokens=4, seed=1)] == want
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (None, "a prompt must be a string, token ids, or a list of either, not NoneType"),
+        (5, "a prompt must be a string"),
+        (b"hi", "a prompt must be a string, .* not bytes"),
+        ((i for i in [1, 2]), "a prompt must be a string, .* not generator"),
+        ({1, 2}, "a prompt must be a string, .* not set"),
+        ({"attention_mask": [1]}, "must hold input_ids, not attention_mask"),
+        ([1.5, 2], "each id in a prompt must be a whole number, not 1.5"),
+        ([1, 2.0], "each id in a prompt must be a whole number, not 2.0"),
+        ([True, 2], "each id in a prompt must be a whole number, not True"),
+        ([[2, "a"]], "each id in a prompt must be a whole number, not 'a'"),
+        ([[[1]]], r"each id in a prompt must be a whole number, not \[1\]"),
+        ([b"a"], "a prompt must be a list of token ids, not b'a'"),
+        ([None], "a prompt must be a list of token ids, not None"),
+        (torch.tensor([0.5]), "each id in a prompt must be a whole number, not 0.5"),
+        (torch.tensor(3), "a prompt must be a string"),
+        ([2**64], f"token id {2**64} is outside"),
+    ],
+)
+def test_what_is_no_prompt_is_one_clear_error(small: SpeculativeLM, prompt: Any, said: str) -> None:
+    for ask in (small.generate, lambda p: list(small.stream(p))):
+        with pytest.raises(UsageError, match=said):
+            ask(prompt)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"temperature": "0.5"}, "temperature must be a number, not '0.5'"),
+        ({"temperature": True}, "temperature must be a number, not True"),
+        ({"top_p": [0.5]}, r"top_p must be a number, not \[0.5\]"),
+        ({"max_tokens": 1.5}, "max_tokens must be a whole number, not 1.5"),
+        ({"max_tokens": "3"}, "max_tokens must be a whole number, not '3'"),
+        ({"top_k": 2.0}, "top_k must be a whole number, not 2.0"),
+        ({"top_k": 2**63}, "top_k must be >= 0"),
+        ({"seed": 1.5}, "seed must be a whole number, not 1.5"),
+        ({"seed": "1"}, "seed must be a whole number, not '1'"),
+        ({"rows": "8"}, "rows must be a whole number, not '8'"),
+        ({"draft_len": 2.5}, "draft_len must be a whole number"),
+        ({"stop_token_ids": 3}, "stop_token_ids must be a list of token ids, not 3"),
+        ({"stop_token_ids": "3"}, "stop_token_ids must be a list of token ids, not '3'"),
+        ({"stop_token_ids": [1.5]}, "each id in stop_token_ids must be a whole number, not 1.5"),
+        ({"stop_token_ids": [2**64]}, r"stop_token_ids must be token ids below 2\*\*63"),
+        ({"allowed_token_ids": (1.5,)}, "each id in allowed_token_ids must be a whole number, not 1.5"),
+        ({"allowed_token_ids": 4}, "allowed_token_ids must be a list of token ids, not 4"),
+        ({"logit_bias": {"5": 1.0, 5: 2.0}}, "logit_bias names token 5 twice"),
+        ({"logit_bias": [(5, 1.0), (5, 2.0)]}, "logit_bias names token 5 twice"),
+        ({"logit_bias": {1.5: 1.0}}, "each token id of logit_bias must be a whole number, not 1.5"),
+        ({"logit_bias": {5: "1"}}, "the logit_bias of token 5 must be a number, not '1'"),
+        ({"logit_bias": 5}, "logit_bias must be a mapping or a list of pairs, not 5"),
+        ({"logit_bias": [5]}, "logit_bias must hold pairs of token id and value, not 5"),
+        ({"logprobs": True}, "logprobs must be a whole number, not True"),
+        ({"stop": 5}, "stop must be a string or a list of strings, not 5"),
+        ({"stop": [b"a"]}, "stop must hold strings of at least one character, not b'a'"),
+        ({"verifier": ["token"]}, "verifier must be a name"),
+        ({"drafter_options": [1]}, r"drafter_options must be a mapping, not \[1\]"),
+        ({"hope": None}, "unknown option 'hope'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_option_is_one_clear_error(small: SpeculativeLM, options: dict[str, Any], said: str) -> None:
+    for ask in (small.generate, lambda p, **o: list(small.stream(p, **o))):
+        with pytest.raises(UsageError, match=said):
+            ask([1, 2], **options)
+
+
+def test_options_of_any_library(small: SpeculativeLM) -> None:
+    ids = np.array([4, 5, 6, 7])
+    want = small.generate([3], max_tokens=6, seed=2, allowed_token_ids=(4, 5, 6, 7), stop_token_ids=(6,), logit_bias={5: 1.0})
+    for allowed in (ids, torch.tensor([4, 5, 6, 7]), [4, 5, 6, 7], {4, 5, 6, 7}, range(4, 8)):
+        out = small.generate(
+            [3],
+            max_tokens=np.int64(6),
+            seed=np.uint64(2),
+            allowed_token_ids=allowed,
+            stop_token_ids=ids[2:3],
+            logit_bias={"5": np.float32(1)},
+        )
+        assert out.token_ids == want.token_ids
+    for name, value in (("max_len", "64"), ("max_len", 1.5), ("model", 5), ("drafter", None)):
+        with pytest.raises(UsageError, match=name):
+            specdiff.load(**{name: value})
+
+
+# drafters with options of a request's own
+
+
+def test_options_of_a_request_add_to_those_of_load(tmp_path: Path) -> None:
+    target = tiny.target("llama", vocab=VOCAB)
+    tiny.sedd(tiny.sedd_config(VOCAB)).save_pretrained(tmp_path / "drafter", draft_len=5)
+    lm = SpeculativeLM(target, str(tmp_path / "drafter"), None, 128, {"steps": 2})
+    both, _ = lm.drafting(Options.of({"drafter_options": {"draft_temperature": 0.5}}))
+    assert isinstance(both, DenoisingDrafter) and (both.steps, both.draft_temperature) == (2, 0.5)
+    three, _ = lm.drafting(Options.of({"drafter_options": {"steps": 3}}))
+    assert isinstance(three, DenoisingDrafter) and three.steps == 3
+    assert lm.drafting(Options.of({}))[0] is lm.drafting(Options.of({"drafter_options": {"steps": 2}}))[0] is lm.drafter
+
+
+def test_few_drafters_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    target = tiny.target("llama", vocab=VOCAB)
+    tiny.sedd(tiny.sedd_config(VOCAB)).save_pretrained(tmp_path / "drafter", draft_len=5)
+    lm = SpeculativeLM(target, str(tmp_path / "drafter"), None, 128)
+
+    def drafter(temperature: float) -> Any:
+        return lm.drafting(Options.of({"drafter_options": {"draft_temperature": temperature}}))[0]
+
+    first, second = drafter(0.01), drafter(0.02)
+    for i in range(3, DRAFTERS + 1):
+        drafter(i / 100)
+    assert drafter(0.01) is first  # now the most recently used
+    drafter(0.5)
+    assert drafter(0.01) is first and len(lm._drafters) == DRAFTERS
+    assert drafter(0.02) is not second
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(40):
+                drafter(((i * seed) % 11 + 1) / 100)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 3, 5, 7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and len(lm._drafters) <= DRAFTERS
+
+
+# a target that fails
+
+
+def failing(lm: SpeculativeLM, monkeypatch: pytest.MonkeyPatch, request: int, rounds: int) -> None:
+    """From the given round on, the engine reports that the target failed under one request."""
+    progress = engine.Turn.progress
+
+    def failed(turn: Any) -> list[Any]:
+        reports = []
+        for p in progress(turn):
+            if p.request == request and len(p.tokens) and next(count) >= rounds:
+                turn.cancel(request)
+                p = replace(p, finished="error", error="the target's logits are not finite at position 9")
+            reports.append(p)
+        return reports
+
+    count = itertools.count()
+    monkeypatch.setattr(engine.Turn, "progress", failed)
+
+
+def test_an_answer_under_which_the_target_failed_is_an_error(monkeypatch: pytest.MonkeyPatch, byte_level: Any) -> None:  # noqa: F811
+    lm = SpeculativeLM(tiny.target("llama", vocab=VOCAB), "none", byte_level, 128)
+    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    want = [g.token_ids for g in lm.generate([[3], [4], [5]], **options)]
+    failing(lm, monkeypatch, 1, 2)
+    with pytest.raises(TargetError, match=r"answer 1 of 3: the target's logits are not finite at position 9") as caught:
+        lm.generate([[3], [4], [5]], **options)
+    generations: Any = caught.value.generations
+    assert [g.finish_reason for g in generations] == ["length", "error", "length"]
+    assert [g.token_ids for g in generations] == [want[0], want[1][:3], want[2]]
+    assert [g.error is None for g in generations] == [True, False, True]
+    monkeypatch.undo()
+    failing(lm, monkeypatch, 0, 2)
+    pieces = []
+    with pytest.raises(TargetError, match="answer 0 of 1"):
+        for piece in lm.stream([4], **options):
+            pieces.append(piece)
+    assert pieces[-1].generation.token_ids == want[1][:3]
+    monkeypatch.undo()
+    failing(lm, monkeypatch, 0, 2)
+    talk = Conversation(lm, **options)
+    with pytest.raises(TargetError):
+        list(talk.say("hi"))
+    monkeypatch.undo()
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"]
+    assert list(talk.say("so"))[-1].generation.finish_reason == "length"
