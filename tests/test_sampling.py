@@ -197,6 +197,23 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
     assert found.tolist() == [[0, 0, 1]]
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 5e-39, 1e-46])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_temperature_without_a_normal_float32_is_greedy(temperature: float, dtype: torch.dtype) -> None:
+    """Ties and all, and also where subnormal numbers are flushed to zero."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 3, 40, generator=generator, dtype=dtype)
+    logits[0, 0, :4] = 9.0
+    rows = [SamplingParams(temperature=t, top_k=7, top_p=0.9) for t in (temperature, 0.0)]
+    cold, greedy = (Params.stack([row] * 5, torch.full((5,), 9)) for row in rows)
+    assert torch.equal(probabilities(logits, cold), probabilities(logits, greedy))
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(probabilities(logits, cold), probabilities(logits, greedy))
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("top_p", [1e-6, 1e-46])  # the second is 0 in float32
 def test_a_tiny_top_p_keeps_the_best(top_p: float) -> None:
     assert normalised(torch.tensor([[0.0, 1.0, 2.0]]), SamplingParams(top_p=top_p)).tolist() == [[0, 0, 1]]

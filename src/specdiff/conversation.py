@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdiff import engine
+from specdiff.arguments import brief
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
-from specdiff.generation import Generation, Piece
+from specdiff.generation import Generation, Piece, demand_whole
 from specdiff.lm import SpeculativeLM
 from specdiff.noise import row_seed
 from specdiff.options import Options
 from specdiff.prefixes import shared
 from specdiff.stats import Stats
+from specdiff.unicode import valid
 from specdiff.verify import Verifier
 
 
@@ -36,13 +38,14 @@ class Conversation:
     """`for piece in Conversation(lm, system="Be brief.", max_tokens=200).say("Hello"): ...`
 
     Each answer is the one `lm.chat(messages, ...)` would give. `messages` grows by two with every answer and may be edited in
-    between; `stats` and `reading` are of all answers so far, cleared ones included. `options` are generate's (but raw, system, rows).
+    between; `stats` and `reading` are of all answers so far, cleared ones included. `options` are generate's (but raw, system, rows);
+    None stands for an option's default.
 
     Raises UsageError for a bad option.
     """
 
     def __init__(self, lm: SpeculativeLM, system: str | None = None, **options: Any) -> None:
-        Options.of(options)
+        Options.of(options, lm.defaults)
         self.lm, self.system, self.options = lm, system, options
         self.stats, self.reading = Stats(), Reading()
         self._answering = self._stopped = False  # plain flags: a signal handler may wait for no lock
@@ -53,12 +56,15 @@ class Conversation:
         """Answer `text`, piece by piece; `options` hold for this answer. When it ends, is stopped or is no longer read, text and
         answer are in `messages`; if it fails before its first round, neither is.
 
-        Raises UsageError for a bad option, for a conversation that no longer fits max_len, and while another answer is running.
+        Raises UsageError for a bad option, for a conversation that no longer fits max_len, and while another answer is running;
+        TargetError if the target fails under the answer, which is kept up to there.
         """
         self._demand_idle()
+        if not isinstance(text, str):
+            raise UsageError(f"a message must be a string, not {brief(text)}")
         self._answering, self._stopped = True, False
         try:
-            yield from self._answer(text, Options.of({**self.options, **options}))
+            yield from self._answer(valid(text), Options.of({**self.options, **options}, self.lm.defaults))
         finally:
             self._answering = False
 
@@ -80,7 +86,7 @@ class Conversation:
     def _answer(self, text: str, asked: Options) -> Iterator[Piece]:
         said = {"role": "user", "content": text}
         root = secrets.randbits(63) if asked.seed is None else asked.seed
-        request = self.lm.request(self._prompt(said), asked, row_seed(root, 0))
+        request = self.lm.request(self._prompt(said, asked), asked, row_seed(root, 0))
         engine.check([request], self.lm.target)
         answer, row, turn = self.lm.answer(asked), self._row_for(asked), None
         told = answer.generation
@@ -100,9 +106,16 @@ class Conversation:
             if turn is not None:
                 told.finish_reason = told.finish_reason or "interrupted"
                 self._keep(said, request.prompt, turn.reused[0], told)
+        demand_whole([told])
 
-    def _prompt(self, said: dict[str, str]) -> list[int]:
-        ids, most = self.lm.render([*self.messages, said]), self.lm.max_len
+    def _prompt(self, said: dict[str, str], asked: Options) -> list[int]:
+        most = self.lm.max_len
+        ids = self.lm.render(
+            [*self.messages, said],
+            tools=asked.tools,
+            documents=asked.documents,
+            chat_template_kwargs=asked.chat_template_kwargs,
+        )
         if len(ids) >= most:
             raise UsageError(
                 f"the conversation has {len(ids)} tokens with this message, which leaves none to answer within max_len {most}: clear it, "

@@ -13,6 +13,8 @@ SpecdiffError
 └── MissingExtraError          an optional dependency that is not installed
 """
 
+from collections.abc import Sequence
+
 
 class SpecdiffError(Exception):
     """Base of every error raised on purpose; the message names the offending value and the fix."""
@@ -39,7 +41,14 @@ class UnsupportedModelError(SpecdiffError):
 
 
 class TargetError(SpecdiffError):
-    """The target's logits are not finite, so there is no distribution to draw from; names the row and position."""
+    """The target's logits are not finite, so there is no distribution to draw from; names the row and position.
+
+    `generations`: every answer of the call, the ones that failed up to where they did.
+    """
+
+    def __init__(self, message: str, generations: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.generations = generations
 
 
 class StorageError(SpecdiffError):

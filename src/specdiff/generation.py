@@ -1,9 +1,11 @@
 """An answer as it grows: what rounds gave, folded into tokens, text, log probabilities and the reason it ended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specdiff.detokenizer import Detokenizer
 from specdiff.engine import Progress
+from specdiff.errors import TargetError
 from specdiff.stats import Stats
 
 
@@ -11,9 +13,10 @@ from specdiff.stats import Stats
 class Generation:
     """One answer. `accepted[i]`: token i came from the draft.
 
-    finish_reason: "stop" (end of text, stop id or stop string), "length", or "interrupted" (a conversation's, by its user). `text` ends
-    before a stop string, `token_ids` with the token that completed it. logprobs, where asked: the target's own of each token, before
-    any option; `top_logprobs[i]` the (token id, logprob) of the likeliest in place i.
+    finish_reason: "stop" (end of text, stop id or stop string), "length", "interrupted" (a conversation's, by its user), or "error"
+    (the target failed; `error` says how). `text` ends before a stop string, `token_ids` with the token that completed it. logprobs,
+    where asked: the target's own of each token, before any option; `top_logprobs[i]` the (token id, logprob) of the likeliest in
+    place i.
     """
 
     text: str = ""
@@ -23,6 +26,16 @@ class Generation:
     stats: Stats = field(default_factory=Stats)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    error: str | None = None
+
+
+def demand_whole(generations: Sequence[Generation]) -> None:
+    """Raises TargetError, with all of them, if the target failed under one."""
+    failures = [(place, g.error) for place, g in enumerate(generations) if g.error is not None]
+    if failures:
+        place, error = failures[0]
+        more = f" (and {len(failures) - 1} more failed)" if len(failures) > 1 else ""
+        raise TargetError(f"answer {place} of {len(generations)}: {error}{more}", generations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,7 @@ class Answer:
         if self.done:
             pieces.append((self.text.finish(), False))
             g.finish_reason = "stop" if self.text.stopped else p.finished or ""
+            g.error = None if self.text.stopped else p.error
         g.token_ids += p.tokens[:kept]
         g.accepted += [k < p.accepted for k in range(kept)]
         g.logprobs += p.logprobs[:kept]

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from specdiff.arguments import token_ids, whole
 from specdiff.diffusion import reverse
 from specdiff.drafters.anyorder import AnyOrderDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
@@ -59,18 +60,24 @@ def infill(
     Raises UsageError for a drafter that is no SEDD network, a suffix it cannot see, or a canvas it has no room for.
     """
     scorer = _scorer(lm)
+    length, steps, count = (whole(name, value) for name, value in (("length", length), ("steps", steps), ("count", count)))
     for name, value in {"length": length, "steps": steps, "count": count}.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
     if sampler not in reverse.SAMPLERS:
         raise UsageError(f"unknown sampler {sampler!r}; known are {', '.join(reverse.SAMPLERS)}")
-    before, after = (lm.encode(part, raw=True) if len(part) else [] for part in (prefix, suffix))
+    before, after = (_part(lm, part) for part in (prefix, suffix))
     if after and scorer.cached:
         raise UsageError("this drafter's context is causal, so it cannot see a suffix; use a bidirectional one (SEDD's or MDLM's own)")
-    root = secrets.randbits(63) if seed is None else seed
+    root = secrets.randbits(63) if seed is None else whole("seed", seed)
     new = _sampled(scorer, before, length, after, steps, sampler, [row_seed(root, i) for i in range(count)])
     judged = [perplexity(lm.target, before, row) for row in new]
     return [Sample(_text(lm, [*before, *row, *after]), row, p) for row, p in zip(new, judged, strict=True)]
+
+
+def _part(lm: SpeculativeLM, part: Prompt) -> list[int]:
+    part = part if isinstance(part, str) else token_ids("prefix and suffix", part)
+    return lm.encode(part, raw=True) if part else []
 
 
 def _scorer(lm: SpeculativeLM) -> SEDDDenoiser:

@@ -5,7 +5,9 @@ inside a process can stop `10 ** (10 ** 10)`. The process is kept for the next c
 with its limits. This file is both sides: run as a program it is the renderer, and imports nothing of specdiff.
 """
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ WAITING = 10  # times as long on the clock, for machines that are busy with othe
 STARTING = 120.0  # importing transformers, on the busiest machine
 CHARACTERS = 4_000_000  # no context is that long
 MEMORY = 2 << 30
+CHUNK = 1 << 16  # bytes read at a time
 READY = "ready"
 
 
@@ -26,63 +29,135 @@ class TemplateRefusedError(Exception):
 
 
 class Renderer:
-    """`render` from any thread, one at a time. The process starts with the first conversation and ends with this object."""
+    """`render` from any thread, one at a time. The process starts with the first conversation and ends with this object.
+
+    A renderer process serves the process that started it, and no other: after a fork the child starts its own. If two processes
+    shared the pipes, each would read conversations of the other.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+        self._seat = _Seat()
 
-    def render(self, template: str, messages: Sequence[Mapping[str, Any]], *, prompt: bool, tokens: Mapping[str, Any]) -> str:
-        """The conversation as text. `prompt`: end with the beginning of an answer; `tokens`: the tokenizer's special tokens.
+    def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        prompt: bool,
+        tokens: Mapping[str, Any],
+        resume: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as text.
+
+        Args:
+            prompt: end with the beginning of an answer.
+            tokens: the tokenizer's special tokens.
+            resume: end inside the last message, which the answer continues.
+            variables: further variables of the template (tools, documents, enable_thinking, ...).
 
         Raises TemplateRefusedError.
         """
-        asked = {"conversations": [list(messages)], "chat_template": template, "add_generation_prompt": prompt, **tokens}
-        with self._lock:
-            process = self._process or self._start()
-            self._process = None  # until it has answered
-            line = _ask(process, json.dumps(asked), WAITING * SECONDS)
-            if line is None:
-                raise TemplateRefusedError(f"it did not end within {SECONDS} seconds and {MEMORY >> 30} GiB of memory")
-            self._process = process
-        answer: dict[str, str] = json.loads(line)
+        seat = self._seat
+        if seat.pid != os.getpid():
+            # Two threads of a child may both come here: then each has a process of its own for this once.
+            seat = self._seat = _Seat()
+        conversation = {"conversations": [list(messages)], "chat_template": template}
+        ending = {"add_generation_prompt": prompt, "continue_final_message": resume}
+        answer = seat.answer({**tokens, **(variables or {}), **conversation, **ending})
         if "error" in answer:
             raise TemplateRefusedError(answer["error"])
-        return answer["text"]
+        return str(answer["text"])
 
-    def _start(self) -> "subprocess.Popen[str]":
+
+class _Seat:
+    """The renderer process of one process, with the lock of its pipes: a forked child inherits neither."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[bytes] | None = None
+        self.numbers = itertools.count(1)
+
+    def answer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """What the process says about one conversation. Raises TemplateRefusedError if it says nothing, or not about this one."""
+        with self.lock:
+            number = next(self.numbers)
+            request = json.dumps({"number": number, "arguments": dict(arguments)})
+            process = self.process or self._start()
+            self.process = None  # until it has answered
+            line = _ask(process, request, WAITING * SECONDS)
+            if line is None:
+                limits = f"{SECONDS} seconds and {MEMORY >> 30} GiB of memory"
+                raise TemplateRefusedError(f"it did not end within {limits}")
+            answer: dict[str, Any] = json.loads(line)
+            if answer.get("number") != number:
+                _end(process, self.pid)
+                raise TemplateRefusedError("the renderer answered another request, and was stopped")
+            self.process = process
+        return answer
+
+    def _start(self) -> "subprocess.Popen[bytes]":
         # -P: the standard library's `types` must not be the one beside this file
         command = [sys.executable, "-P", __file__, str(SECONDS)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-        process = subprocess.Popen(command, start_new_session=True, **pipes)  # a Ctrl-C at the terminal is not meant for it
-        weakref.finalize(self, _end, process)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,  # a buffer would be inherited by a fork, half full, and written twice
+            start_new_session=True,  # a Ctrl-C at the terminal is not meant for it
+        )
+        weakref.finalize(self, _end, process, self.pid)
         if _ask(process, None, STARTING) != READY:
             raise TemplateRefusedError("the process that renders templates does not start")
         return process
 
 
-def _ask(process: "subprocess.Popen[str]", line: str | None, seconds: float) -> str | None:
+def _ask(process: "subprocess.Popen[bytes]", line: str | None, seconds: float) -> str | None:
     """One line there, one line back; None, and the process is gone, if it takes longer."""
-    assert process.stdin is not None and process.stdout is not None
     timer = threading.Timer(seconds, process.kill)
     timer.start()
+    answer = b""
     try:
         if line is not None:
-            print(line, file=process.stdin, flush=True)
-        answer = process.stdout.readline(8 * CHARACTERS)
+            _write(process, line.encode() + b"\n")
+        answer = _read(process)
     except OSError:  # it died
-        answer = ""
+        answer = b""
     finally:
         timer.cancel()
-    if answer.endswith("\n"):
-        return answer[:-1]
-    _end(process)
-    return None
+        if not answer.endswith(b"\n"):  # interrupted too: the answer to this must not be read as the next one's
+            _end(process, os.getpid())
+    return answer[:-1].decode() if answer.endswith(b"\n") else None
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    process.kill()
-    process.wait()
+def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
+    assert process.stdin is not None
+    rest = memoryview(data)
+    while rest:
+        rest = rest[process.stdin.write(rest) :]
+
+
+def _read(process: "subprocess.Popen[bytes]") -> bytes:
+    """Up to the end of the line; without one where the process ended, or wrote more than a conversation can be."""
+    assert process.stdout is not None
+    answer = bytearray()
+    while not answer.endswith(b"\n") and len(answer) < 16 * CHARACTERS:
+        chunk = process.stdout.read(CHUNK)
+        if not chunk:
+            break
+        answer += chunk
+    return bytes(answer)
+
+
+def _end(process: "subprocess.Popen[bytes]", pid: int) -> None:
+    """Close the pipes, and kill the process if it is ours: a forked child must not kill its parent's."""
+    if pid == os.getpid():
+        process.kill()
+        process.wait()
+    else:
+        process.returncode = 0  # not a child of this process: nothing to wait for
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             try:
@@ -95,20 +170,23 @@ def _serve(seconds: int) -> None:
     """The renderer's side: one request a line, until the other side is gone."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    def rendered(asked: dict[str, Any]) -> dict[str, str]:
+    def rendered(arguments: dict[str, Any]) -> dict[str, str]:
         try:
-            text = render_jinja_template(**asked)[0][0]
+            text = render_jinja_template(**arguments)[0][0]
         except MemoryError:
             return {"error": f"it takes more than {MEMORY >> 30} GiB of memory"}
         except Exception as error:
             return {"error": f"{type(error).__name__}: {error}"[:500]}
-        return {"text": text} if len(text) <= CHARACTERS else {"error": f"it writes more than {CHARACTERS} characters"}
+        if len(text) > CHARACTERS:
+            return {"error": f"it writes more than {CHARACTERS} characters"}
+        return {"text": text}
 
     rendered({"conversations": [[{}]], "chat_template": ""})  # what is imported late is not the first conversation's fault
     print(READY, flush=True)
     for line in sys.stdin:
         _limit(seconds)
-        print(json.dumps(rendered(json.loads(line))), flush=True)
+        request = json.loads(line)
+        print(json.dumps({"number": request["number"], **rendered(request["arguments"])}), flush=True)
 
 
 def _limit(seconds: int) -> None:

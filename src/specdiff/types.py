@@ -6,19 +6,21 @@ D tapped feature width, E entries of the longest row of a list, T top tokens. Al
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdiff.arguments import brief, number, token_ids, whole
 from specdiff.errors import UsageError
 
 PADDING = -1  # fills up lists of token ids; no token has this id
 TOP_LOGPROBS = 20  # most alternatives told of a position
 BIASES = 300  # most entries of a logit bias
+LARGEST = 2**63 - 1  # that a tensor of whole numbers holds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +46,60 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        _demand(self, "max_tokens", self.max_tokens >= 1, "at least 1")
+        """Numbers of any library become Python's, lists tuples; then each is checked."""
+        for name in ("max_tokens", "top_k"):
+            object.__setattr__(self, name, whole(name, getattr(self, name)))
+        for name in _NUMBERS:
+            object.__setattr__(self, name, number(name, getattr(self, name)))
+        object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+        if self.logprobs is not None:
+            object.__setattr__(self, "logprobs", whole("logprobs", self.logprobs))
+        _demand(self, "max_tokens", 1 <= self.max_tokens <= LARGEST, "at least 1")
         _demand(self, "temperature", 0 <= self.temperature < math.inf, "a finite number >= 0 (0 is greedy)")
-        _demand(self, "top_k", self.top_k >= 0, ">= 0 (0 is off)")
+        _demand(self, "top_k", 0 <= self.top_k <= LARGEST, ">= 0 (0 is off)")
         _demand(self, "top_p", 0 < self.top_p <= 1, "in (0, 1] (1 is off)")
         _demand(self, "min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)")
-        _demand(self, "stop_token_ids", all(i >= 0 for i in self.stop_token_ids), "token ids >= 0")
         _demand(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0 (1 is off)")
         _demand(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2] (0 is off)")
         _demand(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2] (0 is off)")
-        if len(self.logit_bias) > BIASES:
-            raise UsageError(f"logit_bias may hold at most {BIASES} entries, not {len(self.logit_bias)}")
-        for token, bias in self.logit_bias:
-            if not (token >= 0 and -100 <= bias <= 100):
-                raise UsageError(f"logit_bias must map token ids >= 0 to numbers in [-100, 100], not {token!r} to {bias!r}")
         allowed = self.allowed_token_ids
-        _demand(self, "allowed_token_ids", allowed is None or (len(allowed) > 0 and min(allowed) >= 0), "one token id >= 0 at least")
+        _demand(self, "allowed_token_ids", allowed is None or len(allowed) > 0, "one token id >= 0 at least")
         wanted = self.logprobs
         _demand(self, "logprobs", wanted is None or 0 <= wanted <= TOP_LOGPROBS, f"in [0, {TOP_LOGPROBS}], or None (off)")
+
+
+def _ids(name: str, value: Any) -> tuple[int, ...]:
+    ids = token_ids(name, sorted(value) if isinstance(value, Set) else value)
+    if ids and min(ids) < 0:
+        raise UsageError(f"{name} must be token ids >= 0, not {brief(value)}")
+    if ids and max(ids) > LARGEST:
+        raise UsageError(f"{name} must be token ids below 2**63, not {brief(value)}")
+    return tuple(ids)
+
+
+def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
+    """The entries of a logit bias, given as pairs or as a mapping."""
+    if not isinstance(value, (Mapping, Sequence)) or isinstance(value, str):
+        raise UsageError(f"logit_bias must be a mapping or a list of pairs, not {brief(value)}")
+    entries = list(value.items() if isinstance(value, Mapping) else value)
+    if len(entries) > BIASES:
+        raise UsageError(f"logit_bias may hold at most {BIASES} entries, not {len(entries)}")
+    pairs: dict[int, float] = {}
+    for entry in entries:
+        if not isinstance(entry, Sequence) or len(entry) != 2:
+            raise UsageError(f"logit_bias must hold pairs of token id and value, not {brief(entry)}")
+        token, bias = entry
+        key = int(token) if isinstance(token, str) and token.isdecimal() else whole("each token id of logit_bias", token)
+        amount = number(f"the logit_bias of token {key}", bias)
+        if not (0 <= key <= LARGEST and -100 <= amount <= 100):
+            raise UsageError(f"logit_bias must map token ids >= 0 to numbers in [-100, 100], not {key!r} to {amount!r}")
+        if key in pairs:
+            raise UsageError(f"logit_bias names token {key} twice")
+        pairs[key] = amount
+    return tuple(pairs.items())
 
 
 def _demand(owner: object, name: str, met: bool, allowed: str) -> None:
@@ -97,8 +135,12 @@ class Params:
         """One row per request; `limit` is the length (prompt included) at which it must end."""
         off = SamplingParams()
         numbers = {name: torch.tensor([getattr(r, name) for r in rows], dtype=torch.float32) for name in _NUMBERS}
-        # asked of the float32 values: the smallest temperatures round to 0 there, and are greedy
-        used = {"greedy": bool((numbers["temperature"] == 0).any())}
+        # A float32 temperature below the smallest normal number is greedy. The law would be the same but for ties: logits of
+        # float32 that differ at all, and are not themselves below 1e-28, differ by more than 104 such temperatures, and exp(-104)
+        # is 0. Subnormal divisors are slow, and 0 where a device flushes them.
+        cold = numbers["temperature"] < torch.finfo(torch.float32).tiny
+        numbers["temperature"] = numbers["temperature"].masked_fill(cold, 0.0)
+        used = {"greedy": bool(cold.any())}
         used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in (*_NUMBERS, *_OTHERS)}
         lists = {
             "stop_ids": _table([r.stop_token_ids for r in rows], PADDING),
