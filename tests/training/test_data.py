@@ -22,6 +22,7 @@ from specdiff.drafters.base import NoDrafter
 from specdiff.engine import Request
 from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.noise import row_seed
+from specdiff.records import Record
 from specdiff.targets.causal import CausalTarget
 from specdiff.targets.table import TableTarget
 from specdiff.training import generate, prompts
@@ -193,7 +194,7 @@ def test_a_model_with_neither_template_nor_start() -> None:
     with pytest.raises(UsageError, match="neither a chat template nor a BOS or EOS token"):
         SelfSource(SpeculativeLM(table, "none", None, 64))
     with pytest.raises(UsageError, match="no tokenizer, which text needs"):
-        list(RecordSource(SpeculativeLM(table, "none", None, 64), lambda: [{"text": "hi"}], {}, longest=8).prompts(()))
+        list(RecordSource(SpeculativeLM(table, "none", None, 64), lambda: [Record("line 1", {"text": "hi"})], {}, longest=8).prompts(()))
 
 
 def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
@@ -229,6 +230,10 @@ def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
         ("", "holds no prompts"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ("[1]\n", "line 1 must be an object"),
+        ('{"prompt": "a"}\n\n7\n', "line 3 must be an object"),
+        ('{"prompt": 7}\n', "prompt must be text, not int"),
+        ('{"messages": [{"role": "user", "content": null}]}\n', "line 1: message 1: content must be text, not null"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n', "it has a part of type 'image_url'"),
         ('{"question": "a", "id": 3}\n', "has none of the fields messages, prompt, text, article, but question, id"),
         ('{"prompt": [3, 999]}\n', "token id 999 is outside the target's vocabulary of 264"),
         ('{"prompt": {"a": 1}}\n', "prompt must be text, not dict"),
@@ -239,7 +244,7 @@ def test_bad_jsonl(lm: SpeculativeLM, tmp_path: Path, content: str, told: str) -
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match=told):
-        list(prompts.source(lm, "jsonl", path, longest=200).prompts(()))
+        list(prompts.source(lm, "jsonl", path, longest=200, strict=True).prompts(()))
 
 
 def test_text_files(lm: SpeculativeLM, plain: SpeculativeLM, tmp_path: Path) -> None:
@@ -291,7 +296,7 @@ def test_data_sets(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_it_gives_up_where_nothing_new_comes(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "BARREN", 20)
-    source = RecordSource(lm, lambda: [{"prompt": [3, 4]}] * 500, {}, longest=8)
+    source = RecordSource(lm, lambda: [Record("line 1", {"prompt": [3, 4]})] * 500, {}, longest=8)
     with pytest.raises(CorpusError, match=r"the last 20 texts were all dropped .*duplicate"):
         write(lm, source, tmp_path / "c", settings=Settings(max_tokens=3, temperatures=(0.0,), shares=(1.0,)))
     assert len(texts(tmp_path / "c")) == 1  # what was finished is kept
@@ -412,7 +417,7 @@ def test_the_command_imports(here: Callable[..., tuple[int, str, str]], folder: 
         (("--tokens", "9", "--max-tokens", "2000"), 2, "exceed max_len 256"),
         (("--from-tokens", "/nowhere.safetensors"), 2, "no such file: /nowhere.safetensors"),
         (("--features",), 1, "holds no manifest.json"),
-        (("--tokens", "9", "--rows", "2", "--out", "/proc/nowhere"), 1, "cannot write to /proc/nowhere"),
+        (("--tokens", "9", "--rows", "2", "--out", "/proc/nowhere"), 1, "cannot write /proc/nowhere"),
     ],
 )
 def test_errors_are_one_line(
