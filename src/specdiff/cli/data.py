@@ -86,11 +86,13 @@ def data(
         elif tokens:
             longest = lm.max_len - max_tokens
             origin = prompts.source(lm, source, input_path, dataset, longest=longest, text_tokens=text_tokens, strict=strict)
-            plan = _plan(lm, origin, settings, rows, notes)
+            generate.slots(lm, origin, settings)
+            generate.first_prompt(origin)
             if dry_run:
-                summary = _forecast(lm, origin, settings, plan, tokens, features)
+                summary = _forecast(lm, origin, settings, _plan(lm, origin, settings, rows, notes), tokens, features)
             else:
-                summary = _generated(lm, origin, settings, out, tokens, int(plan["rows_at_a_time"]), shard_tokens, notes)
+                count = int(_plan(lm, origin, settings, rows, notes)["rows_at_a_time"]) if rows == "auto" else int(rows)
+                summary = _generated(lm, origin, settings, out, tokens, count, shard_tokens, notes)
         if features and not dry_run:
             summary |= _features(lm, out, notes)
     except KeyboardInterrupt:

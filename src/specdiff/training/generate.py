@@ -277,6 +277,16 @@ class _Feed:
         self.ready.append((_Job(prompt, None), Request(ids, params, row_seed(s.seed, key))))
 
 
+def first_prompt(source: Source) -> Prompt:
+    """The first prompt that can be used. Raises UsageError for a source without one, saying why."""
+    why = ""
+    for prompt in source.prompts(()):
+        if not prompt.refused:
+            return prompt
+        why = why or f" (the first: {prompt.detail or prompt.refused})"
+    raise UsageError(f"the source holds no usable prompt{why}")
+
+
 def trial(lm: SpeculativeLM, source: Source, settings: Settings, rows: int | None = None, rounds: int = 3) -> tuple[int, float]:
     """(rows, generated tokens a second): of the number given, or of the fewest that more rows do not better by a tenth.
 
@@ -285,13 +295,7 @@ def trial(lm: SpeculativeLM, source: Source, settings: Settings, rows: int | Non
     Raises UsageError for a source without prompts.
     """
     room = slots(lm, source, settings)
-    first = ""
-    for prompt in source.prompts(()):
-        if not prompt.refused:
-            break
-        first = first or f" (the first: {prompt.detail or prompt.refused})"
-    else:
-        raise UsageError(f"the source holds no usable prompt{first}")
+    prompt = first_prompt(source)
     params = SamplingParams(max(2, min(rounds + 1, settings.max_tokens)))
     best, missed, begin = (0, 0.0), 0, time.monotonic()
     for tried in ROWS if rows is None else (rows,):
