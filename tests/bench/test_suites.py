@@ -53,9 +53,11 @@ def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('{"text": "hi"}', "record 1 has none of the fields messages, prompt, but text"),
-        ('{"prompt": 3}', "record 1: prompt must be text, not int"),
+        ('{"text": "hi"}', "line 2 has none of the fields messages, prompt, but text"),
+        ('{"prompt": 3}', "line 2: prompt must be text, not int"),
         ("[1]", "line 2 must be an object"),
+        ('{"prompt": ""}', "line 2: prompt is empty"),
+        ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1: content must be text, not null"),
     ],
 )
 def test_a_bad_record_is_named(tmp_path: Path, line: str, told: str) -> None:

@@ -1,6 +1,7 @@
 """Corpora on disk: what goes in comes out, whole or not at all, and nobody else's rows get in between."""
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from specdiff.errors import CorpusError, UsageError
+from specdiff import files
+from specdiff.errors import CorpusError, StorageError, UsageError
 from specdiff.training import corpus, imports
 from specdiff.training.corpus import Corpus, CorpusWriter, Row
 from specdiff.training.tally import Tally
@@ -60,7 +62,7 @@ def test_wide_vocabularies(tmp_path: Path) -> None:
 def test_other_settings_and_other_writers_are_refused(tmp_path: Path) -> None:
     with writer(tmp_path) as w:
         w.add(rows(1)[0])
-        with pytest.raises(CorpusError, match="another process is writing"):
+        with pytest.raises(StorageError, match="another process is writing"):
             writer(tmp_path)
     with pytest.raises(CorpusError, match="begun with seed = 3, not 4"):
         writer(tmp_path, about=ABOUT | {"seed": 4})
@@ -71,28 +73,32 @@ def test_other_settings_and_other_writers_are_refused(tmp_path: Path) -> None:
 
 def test_unwritable_folders(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CorpusError, match=r"cannot write to .*choose another --out"):
+    with pytest.raises(StorageError, match=r"cannot write .*file/c"):
         writer(tmp_path / "file" / "c")
 
 
-def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     w = writer(tmp_path)
     w.add(rows(1)[0])
     w.flush()
-    save = corpus.save_file
-
-    def full(tensors: Any, path: Path) -> None:
-        path.write_bytes(b"part")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(corpus, "save_file", full)
-    w.add(rows(1, 1)[0])
-    with pytest.raises(CorpusError, match=r"No space left on device.*1 complete shards are intact"):
-        w.flush()
+    w.add(Row(torch.arange(50_000) % VOCAB, 1, 1.0, 1))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"ulimit -f.*1 complete shards are intact: make room"):
+            w.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert len(Corpus(tmp_path)) == 1 and not list(tmp_path.glob(".*.partial"))
-    monkeypatch.setattr(corpus, "save_file", save)
     w.flush()
     assert len(Corpus(tmp_path)) == 2
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds README.md, but no manifest.json.*choose another --out"):
+        writer(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_what_was_not_flushed_is_not_counted_either(tmp_path: Path) -> None:
     w.flush()
     t.add(rows(1, 1)[0])
     t.drop(7, "question-empty")
-    w.unlock()  # as if the process were gone
+    w.lock.release()  # as if the process were gone
     t = tally(writer(tmp_path))
     assert t.known == {0} and t.summary()["by_temperature"]["0"]["rows"] == 1 and t.summary()["rows"] == 1
 
@@ -192,3 +198,90 @@ def test_token_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "bad").write_bytes(b"no tensors here")
     with pytest.raises(CorpusError, match="cannot be read"):
         imports.read_rows(tmp_path / "bad", VOCAB)
+
+
+def held_out(folder: Path, share: float = 0.3) -> tuple[list[int], list[int]]:
+    """The keys of both parts, in their order."""
+    found = Corpus(folder)
+    training, rest = found.split(share)
+    assert sorted(training + rest) == list(range(len(found)))
+    return [found[i].key for i in training], [found[i].key for i in rest]
+
+
+def test_held_out_rows_hang_on_their_keys_alone(tmp_path: Path) -> None:
+    """Neither the order of writing, nor their length, nor what is added later moves a row to the other part."""
+    for name, order in (("a", rows(200)), ("b", rows(200)[::-1]), ("c", rows(100))):
+        with writer(tmp_path / name, shard_tokens=50) as w:
+            for row in order:
+                w.add(row)
+    assert held_out(tmp_path / "a") == held_out(tmp_path / "b")
+    training, rest = held_out(tmp_path / "a")
+    assert len(rest) == pytest.approx(60, abs=20) and set(range(150, 200)) & set(training)
+    assert set(held_out(tmp_path / "c")[1]) == {key for key in rest if key < 100}
+    assert set(held_out(tmp_path / "a", 0.1)[1]) < set(rest)
+
+
+@pytest.mark.parametrize("share", [1e-9, 1 - 1e-9])
+def test_each_part_has_a_row(tmp_path: Path, share: float) -> None:
+    with writer(tmp_path) as w:
+        for row in rows(5):
+            w.add(row)
+    training, rest = held_out(tmp_path, share)
+    assert min(len(training), len(rest)) == 1
+
+
+def test_counts_are_of_the_rows_named(tmp_path: Path) -> None:
+    with writer(tmp_path, shard_tokens=50) as w:
+        for row in rows(40):
+            w.add(row)
+    found = Corpus(tmp_path)
+    chosen = [3, 17, 18, 39]
+    expected = torch.zeros(VOCAB, dtype=torch.long)
+    for i in chosen:
+        for token in found[i].tokens.tolist():
+            expected[token] += 1
+    assert torch.equal(found.counts(chosen, VOCAB), expected)
+
+
+def test_a_document_lies_in_one_part(tmp_path: Path) -> None:
+    """Packed rows: every document has a token of its own, which shows where it is."""
+    documents = [[i] * (1 + (7 * i) % 23) for i in range(1, 1000)]
+    with writer(tmp_path, about=ABOUT | {"row_tokens": 16, corpus.PACKED: True}, vocab_size=1000, shard_tokens=500) as w:
+        assert sum(imports.add_rows(imports.packed(documents, 0, 16), tally(w))) == sum(map(len, documents)) + len(documents)
+    found = Corpus(tmp_path)
+    for share in (0.05, 0.5):
+        parts = [{t for i in part for t in found[i].tokens.tolist()} for part in found.split(share)]
+        assert parts[0] & parts[1] == {0} and len(parts[1]) > 10
+    full = sum(len(found[i].tokens) == 16 for i in range(len(found)))
+    assert full > 0.85 * len(found)
+
+
+def test_one_document_cannot_be_held_out(tmp_path: Path) -> None:
+    with writer(tmp_path, about=ABOUT | {"row_tokens": 16, corpus.PACKED: True}) as w:
+        list(imports.add_rows(imports.packed([list(range(90))], 0, 16), tally(w)))
+    with pytest.raises(CorpusError, match="6 rows that share documents; training needs at least 2 apart"):
+        Corpus(tmp_path).split(0.1)
+
+
+def test_corpora_packed_by_an_earlier_version_are_packed_again(tmp_path: Path) -> None:
+    with writer(tmp_path, about=ABOUT | {"row_tokens": 16}) as w:
+        for row in rows(5):
+            w.add(row)
+    with pytest.raises(CorpusError, match=r"packed by an earlier version.*pack it again"):
+        Corpus(tmp_path).split(0.1)
+
+
+def test_a_changed_shard_is_named(tmp_path: Path) -> None:
+    with writer(tmp_path, shard_tokens=50) as w:
+        for row in rows(40):
+            w.add(row)
+    found = Corpus(tmp_path)
+    found.verify()
+    path = tmp_path / "shard-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        CorpusError, match=rf"shard-00001.safetensors was changed .*{files.digest(path)}, not {found.manifest['shards'][1]['sha256']}"
+    ):
+        Corpus(tmp_path).verify()

@@ -1,9 +1,13 @@
 """`specdiff data` end to end on a tiny target: sources, temperatures, resumption after SIGKILL, errors, the command itself."""
 
+import importlib
 import importlib.util
 import json
 import os
 import random
+import re
+import resource
+import shutil
 import signal
 import sys
 import time
@@ -22,6 +26,7 @@ from specdiff.drafters.base import NoDrafter
 from specdiff.engine import Request
 from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.noise import row_seed
+from specdiff.records import Record
 from specdiff.targets.causal import CausalTarget
 from specdiff.targets.table import TableTarget
 from specdiff.training import generate, prompts
@@ -137,15 +142,17 @@ def test_the_target_asks_itself(lm: SpeculativeLM, tmp_path: Path) -> None:
 
 
 def test_each_row_is_a_function_of_its_key(lm: SpeculativeLM, tmp_path: Path) -> None:
-    """Whatever the number of rows, shards, runs, and with a drafter too."""
+    """Whatever the number of rows at a time, shards, runs, and with a drafter too; and so is which rows there are."""
     whole = write(lm, SelfSource(lm, 48), tmp_path / "a", tokens=500)
     for goal in (150, 500):
         write(lm, SelfSource(lm, 48), tmp_path / "b", tokens=goal, rows=3)
     drafted = SpeculativeLM(lm.target, tiny.drafter(lm.target.info, **tiny.CACHED), lm.tokenizer, 256)
     write(drafted, SelfSource(lm, 48), tmp_path / "c", tokens=150)
     a, b, c = (texts(tmp_path / name) for name in "abc")
-    assert same(a, b) >= 0.8 * len(a) and same(a, c) >= 5
-    assert whole["rows"] == len(a)
+    assert a.keys() == b.keys() and same(a, b) == len(a) == whole["rows"]
+    assert list(a)[: len(c)] == list(c) == sorted(c) and same(a, c) == len(c) >= 5
+    dropped = [Corpus(tmp_path / name).manifest["notes"]["dropped"] for name in "ab"]
+    assert dropped[0] == dropped[1]
     write(lm, SelfSource(lm, 48), tmp_path / "d", settings=Settings(seed=6, max_tokens=12))
     d = texts(tmp_path / "d")
     assert any(not torch.equal(a[k].tokens, d[k].tokens) for k in a.keys() & d.keys())
@@ -193,7 +200,7 @@ def test_a_model_with_neither_template_nor_start() -> None:
     with pytest.raises(UsageError, match="neither a chat template nor a BOS or EOS token"):
         SelfSource(SpeculativeLM(table, "none", None, 64))
     with pytest.raises(UsageError, match="no tokenizer, which text needs"):
-        list(RecordSource(SpeculativeLM(table, "none", None, 64), lambda: [{"text": "hi"}], {}, longest=8).prompts(()))
+        list(RecordSource(SpeculativeLM(table, "none", None, 64), lambda: [Record("line 1", {"text": "hi"})], {}, longest=8).prompts(()))
 
 
 def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
@@ -229,6 +236,10 @@ def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
         ("", "holds no prompts"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
         ("[1]\n", "line 1 must be an object"),
+        ('{"prompt": "a"}\n\n7\n', "line 3 must be an object"),
+        ('{"prompt": 7}\n', "prompt must be text, not int"),
+        ('{"messages": [{"role": "user", "content": null}]}\n', "line 1: message 1: content must be text, not null"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}\n', "it has a part of type 'image_url'"),
         ('{"question": "a", "id": 3}\n', "has none of the fields messages, prompt, text, article, but question, id"),
         ('{"prompt": [3, 999]}\n', "token id 999 is outside the target's vocabulary of 264"),
         ('{"prompt": {"a": 1}}\n', "prompt must be text, not dict"),
@@ -239,7 +250,7 @@ def test_bad_jsonl(lm: SpeculativeLM, tmp_path: Path, content: str, told: str) -
     path = tmp_path / "p.jsonl"
     path.write_text(content)
     with pytest.raises(UsageError, match=told):
-        list(prompts.source(lm, "jsonl", path, longest=200).prompts(()))
+        list(prompts.source(lm, "jsonl", path, longest=200, strict=True).prompts(()))
 
 
 def test_text_files(lm: SpeculativeLM, plain: SpeculativeLM, tmp_path: Path) -> None:
@@ -291,7 +302,7 @@ def test_data_sets(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_it_gives_up_where_nothing_new_comes(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "BARREN", 20)
-    source = RecordSource(lm, lambda: [{"prompt": [3, 4]}] * 500, {}, longest=8)
+    source = RecordSource(lm, lambda: [Record("line 1", {"prompt": [3, 4]})] * 500, {}, longest=8)
     with pytest.raises(CorpusError, match=r"the last 20 texts were all dropped .*duplicate"):
         write(lm, source, tmp_path / "c", settings=Settings(max_tokens=3, temperatures=(0.0,), shares=(1.0,)))
     assert len(texts(tmp_path / "c")) == 1  # what was finished is kept
@@ -327,11 +338,19 @@ def command(folder: Path, out: Path, tokens: int) -> list[str]:
     return ["specdiff", "data", "--model", str(folder), "--out", str(out), "--tokens", str(tokens), "-q", *sizes]
 
 
-def start(argv: list[str]) -> int:
-    """The command in a process of its own: forked, since importing torch anew costs more than the work."""
+def start(argv: list[str], log: Path | None = None, largest: int | None = None) -> int:
+    """The command in a process of its own: forked, since importing torch anew costs more than the work.
+
+    `log` takes its stderr; no file grows beyond `largest` bytes.
+    """
     child = os.fork()
     if child == 0:
         try:
+            if log is not None:
+                os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+                sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+            if largest is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell hands it down ignored
             sys.argv = argv
             cli.main()
@@ -356,12 +375,28 @@ def test_killed_at_any_moment_it_goes_on(folder: Path, tmp_path: Path) -> None:
     assert killed
     assert os.waitpid(start(command(folder, tmp_path / "torn", 1200)), 0)[1] == 0
     whole, torn = texts(tmp_path / "whole"), texts(tmp_path / "torn")
-    assert same(whole, torn) >= 0.8 * len(whole)
+    assert same(whole, torn) == len(whole) == len(torn)
     assert Corpus(tmp_path / "torn").tokens >= 1200
     notes = Corpus(tmp_path / "torn").manifest["notes"]
     assert sum(law["rows"] for law in notes["by_temperature"].values()) == len(torn)
     assert os.waitpid(start(command(folder, tmp_path / "torn", 1500)), 0)[1] == 0  # a greater goal goes on
     assert Corpus(tmp_path / "torn").tokens >= 1500 and same(texts(tmp_path / "torn"), torn) == len(torn)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_full_disk_is_one_line_and_loses_nothing(folder: Path, tmp_path: Path) -> None:
+    assert os.waitpid(start(command(folder, tmp_path / "whole", 900)), 0)[1] == 0
+    torn, log = tmp_path / "torn", tmp_path / "log"
+    assert os.waitpid(start(command(folder, torn, 300)), 0)[1] == 0
+    before = texts(torn)
+    limited = [*command(folder, torn, 900), "--shard-tokens", "100000"]
+    assert os.waitstatus_to_exitcode(os.waitpid(start(limited, log, 1200), 0)[1]) == 1
+    (line,) = log.read_text().splitlines()
+    assert line.startswith(f"specdiff: error: cannot write {torn}/") and "ulimit -f" in line and "repeat the command" in line
+    assert texts(torn).keys() == before.keys() and not list(torn.glob(".*.partial"))
+    assert os.waitpid(start(command(folder, torn, 900)), 0)[1] == 0
+    whole = texts(tmp_path / "whole")
+    assert same(texts(torn), whole) == len(whole)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -391,6 +426,66 @@ def test_the_command(here: Callable[..., tuple[int, str, str]], folder: Path, tm
     assert code == 0 and text == ""
 
 
+def test_odd_records_are_dropped_and_named(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    records = [
+        {"prompt": "rain?"}, {"messages": [{"role": "user", "content": None}]}, 7, {"prompt": 3}, {"question": "?"}, {"prompt": [3, 999]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "ra"}, {"type": "text", "text": "in?"}]}]},
+        {"messages": [{"role": "user", "content": "snow"}, {"role": "alien", "content": "x"}]}, {"text": "wind"},
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    strange = made_tokenizer(
+        "{% for m in messages %}{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}{% endfor %}" + TEMPLATE
+    )
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    strange.save_pretrained(model)
+    base = [*command(model, tmp_path / "c", 100_000)[2:], "--source", "jsonl", "--input", str(path)]
+    base.remove("-q")
+    code, out, err = here(*base, "--json")
+    summary = json.loads(out)
+    dropped = {
+        "record-not-an-object": 1, "record-not-text": 2, "record-without-prompt": 1, "template-refused": 1, "token-id-unknown": 1,
+    }  # fmt: skip
+    assert code == 0 and summary["rows"] >= 2
+    assert {why: n for why, n in summary["dropped"].items() if why != "duplicate"} == dropped
+    notes = Corpus(tmp_path / "c").manifest["notes"]
+    assert notes["dropped"]["record-not-text"] == [1, 3] and "line 2: message 1: content" in notes["first_dropped"]["record-not-text"]
+    assert "no aliens" in summary["first_dropped"]["template-refused"] and "line 8" in summary["first_dropped"]["template-refused"]
+    assert "first token-id-unknown: " in err and "line 6: token id 999" in err
+    first = texts(tmp_path / "c")[0]
+    question = made_tokenizer(None).decode(first.tokens[: first.prompt_length])
+    assert "rain?" in question
+    code, _, err = here(*base, "--strict", "--out", str(tmp_path / "d"))
+    assert code == 2 and f"{path}, line 2: message 1: content must be text, not null" in err
+    shutil.rmtree(tmp_path / "c")
+    verbatim = here(*base, "--verbatim", "--json")
+    assert json.loads(verbatim[1])["dropped"] == dropped
+    assert here(*base, "--verbatim", "--json")[1].partition('"dropped"')[2] == verbatim[1].partition('"dropped"')[2]
+    assert here(*base, "--verbatim", "--strict", "--out", str(tmp_path / "e"))[0] == 2
+
+
+def test_a_source_without_a_usable_prompt_says_why(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": 7}\n' * 3)
+    code, _, err = here(*command(folder, tmp_path / "c", 100)[2:], "--source", "jsonl", "--input", str(path))
+    assert code == 2 and f"no usable prompt (the first: {path}, line 1: prompt must be text, not int)" in err
+
+
+def test_progress_is_reported_from_the_start(
+    here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("specdiff.cli.data"), "FIRST_SECONDS", 0.0)
+    arguments = [a for a in command(folder, tmp_path / "c", 900)[2:] if a != "-q"]
+    code, _, err = here(*arguments, "--rows", "64")
+    assert code == 0
+    lines = err.splitlines()
+    assert lines[:2] == [f"loading {folder}", "writing, 64 rows at a time: 0 of 900 tokens"]
+    assert re.fullmatch(
+        r"writing, 64 rows at a time: 0 of 900 tokens, \d+ tok/s, \d+ tokens in unfinished rows, 0 rows stored, 0 dropped", lines[2]
+    )
+
+
 def test_the_command_imports(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -412,7 +507,7 @@ def test_the_command_imports(here: Callable[..., tuple[int, str, str]], folder: 
         (("--tokens", "9", "--max-tokens", "2000"), 2, "exceed max_len 256"),
         (("--from-tokens", "/nowhere.safetensors"), 2, "no such file: /nowhere.safetensors"),
         (("--features",), 1, "holds no manifest.json"),
-        (("--tokens", "9", "--rows", "2", "--out", "/proc/nowhere"), 1, "cannot write to /proc/nowhere"),
+        (("--tokens", "9", "--rows", "2", "--out", "/proc/nowhere"), 1, "cannot write /proc/nowhere"),
     ],
 )
 def test_errors_are_one_line(
@@ -420,6 +515,45 @@ def test_errors_are_one_line(
 ) -> None:
     got, out, err = here("--model", str(folder), "--out", str(tmp_path / "c"), "--max-model-len", "256", "--max-tokens", "24", *arguments)
     assert (got, out) == (code, "") and told in err and "Traceback" not in err
+
+
+def test_a_corpus_of_an_earlier_version_is_resumed(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    """Its manifest knows the target by the beginning of its weights alone; from now on by all of them."""
+    model, manifest = tmp_path / "model", tmp_path / "c" / "manifest.json"
+    shutil.copytree(folder, model)
+    (model / "more.safetensors").write_bytes(bytes(2 << 20))
+    base = command(model, tmp_path / "c", 100)[2:]
+    assert here(*base)[0] == 0
+    content = json.loads(manifest.read_text())
+    digest = content["about"].pop("target_weights")
+    manifest.write_text(json.dumps(content))
+    longer = command(model, tmp_path / "c", 200)[2:]
+    assert here(*longer)[0] == 0 and Corpus(tmp_path / "c").tokens >= 200
+    assert json.loads(manifest.read_text())["about"] == content["about"] | {"target_weights": digest}
+    (model / "more.safetensors").write_bytes(bytes((2 << 20) - 1) + b"1")
+    code, _, err = here(*longer)
+    assert code == 1 and f"begun with target_weights = '{digest}', not" in err
+    manifest.write_text(json.dumps(content | {"about": content["about"] | {"target_sha256": "0" * 64}}))
+    code, _, err = here(*longer)
+    assert code == 1 and "begun with target_sha256" in err
+
+
+def test_a_folder_of_something_else_is_left_alone(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    code, _, err = here(*command(folder, folder, 100)[2:])
+    assert code == 2 and "it is not a corpus; choose another --out" in err
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_a_shard_changed_on_disk_is_named(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:
+    base = command(folder, tmp_path / "c", 300)[2:]
+    assert here(*base)[0] == 0
+    path = tmp_path / "c" / "shard-00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for arguments in (base, ["--model", str(folder), "--out", str(tmp_path / "c"), "--features"]):
+        code, _, err = here(*arguments)
+        assert code == 1 and f"{path} was changed after it was written" in err
 
 
 def test_another_seed_or_target_is_refused(here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import tiny
 from specdiff import catalog, cli
 from specdiff.nn.ddit import SEDD
 from specdiff.targets.causal import CausalTarget
-from specdiff.training.corpus import Corpus
+from specdiff.training.corpus import GROUP_BITS, Corpus
 from specdiff.training.imports import packed
 
 GPT2_WORDS = 50257
@@ -38,8 +38,8 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_packing_joins_and_cuts() -> None:
     rows = list(packed([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], end=0, length=5))
-    assert [r.tokens.tolist() for r in rows] == [[1, 2, 3, 0, 4], [5, 0, 6, 7, 8], [9, 0]]
-    assert [(r.key, r.prompt_length) for r in rows] == [(0, 0), (1, 0), (2, 0)]
+    assert [r.tokens.tolist() for r in rows] == [[1, 2, 3, 0, 4], [5, 0], [6, 7, 8, 9, 0]]  # a group ends with its document
+    assert [(r.key >> GROUP_BITS, r.key % (1 << GROUP_BITS), r.prompt_length) for r in rows] == [(1, 0, 0), (1, 1, 0), (2, 0, 0)]
 
 
 def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) 
     copied = Corpus(tmp_path / "corpus")
     with pytest.raises(CorpusError, match="--features"):
         PrecomputedTeacher(copied)
-    assert list(precompute(model, copied, rows=4))[-1] == (corpus.tokens, corpus.tokens)
-    assert list(precompute(model, copied, rows=4)) == []  # nothing is computed twice
+    assert list(precompute(model, copied, "digest", rows=4))[-1] == (corpus.tokens, corpus.tokens)
+    assert list(precompute(model, copied, "digest", rows=4)) == []  # nothing is computed twice
     rows = [0, 5, 11]
     ids = pad([corpus[i].tokens for i in rows])
     head = model.get_output_embeddings().weight.detach()

@@ -5,7 +5,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -35,34 +34,51 @@ def equal_files(a: Path, b: Path) -> bool:
     return x.keys() == y.keys() and all((x[k] == y[k]).all() for k in x)
 
 
-def kill_until_done(arguments: list[str], out: Path, steps: int, kills: int, chance: random.Random) -> int:
-    """Start the run again and again, each time killed at a random moment behind a little progress; the number of kills."""
+KILLED = """
+import os, signal, sys
+from specdiff import cli, files
+
+lines, delay = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+append_line = files.append_line
+
+def counted(path, line):
+    global lines
+    append_line(path, line)
+    lines -= path.name == "log.jsonl"
+    if lines == 0 and delay:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+    elif lines == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+files.append_line = counted
+signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whose default ends the process at once, as SIGKILL does
+sys.argv = sys.argv[1:]
+cli.main()
+"""
+
+
+def kill_until_done(arguments: list[str], steps: int, kills: int, chance: random.Random) -> int:
+    """Start the run again and again; each ends itself at a random moment after a little progress. The number of kills."""
     done = 0
-    log = out / LOG
     while True:
-        process = subprocess.Popen([sys.executable, "-m", *arguments], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        before = len(log.read_text().splitlines()) if log.exists() else 0
-        goal = before + chance.randrange(1, max(2, 2 * steps // (kills + 1)))
-        while process.poll() is None and done < kills:
-            if log.exists() and len(log.read_text().splitlines()) >= goal:
-                time.sleep(chance.random() * 0.05)
-                process.send_signal(signal.SIGKILL)
-                done += 1
-                break
-            time.sleep(0.002)
-        _, error = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            assert process.returncode == 0, error[-3000:]
+        lines = chance.randrange(1, max(2, steps // (kills + 1))) if done < kills else -1
+        delay = chance.choice([0.0, chance.uniform(1e-4, 0.02)])
+        script = [sys.executable, "-c", KILLED, str(lines), str(delay), *arguments]
+        process = subprocess.run(script, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if process.returncode not in (-signal.SIGKILL, -signal.SIGALRM):
+            assert process.returncode == 0, process.stderr[-3000:]
             return done
+        done += 1
 
 
 def survives(target: Path, corpus: Corpus, tmp_path: Path, steps: int, kills: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(command(target, corpus, whole, f"steps={steps}"))
-    assert kill_until_done(command(target, corpus, parts, f"steps={steps}"), parts, steps, kills, random.Random(kills)) >= kills - 1
+    done = kill_until_done(command(target, corpus, parts, f"steps={steps}"), steps, kills, random.Random(kills))
     assert (whole / LOG).read_text() == (parts / LOG).read_text()  # every loss, to the last digit
     for name in ("model.safetensors", LAST.format(steps)):
         assert equal_files(whole / name, parts / name)
+    assert done == kills
 
 
 def test_three_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:

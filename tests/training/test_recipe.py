@@ -34,6 +34,8 @@ def test_every_packaged_recipe_reads_back(tmp_path: Path) -> None:
         (["kind=autoregressive", "objective=score_entropy", "draft_vocab=null"], r"diffusion network"),
         (["draft_lens=[]"], r"draft_lens"),
         (["draft_lens=[0]"], r"draft_lens.0 = 0"),
+        (["seed=8388608"], r"seed = 8388608: .*less than 8388608"),
+        (["seed=-1"], r"seed = -1: .*greater than or equal to 0"),
         (["steps"], r"key=value, not 'steps'"),
         (["steps=[1"], r"not valid YAML"),
     ],

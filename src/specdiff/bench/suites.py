@@ -1,15 +1,15 @@
 """Where prompts come from: the packaged suite, or the user's own files. Read before any model is loaded, so that mistakes show at once."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
+from specdiff import files
 from specdiff.errors import UsageError
 from specdiff.lm import SpeculativeLM
-from specdiff.records import SETS, read_dataset, read_jsonl
+from specdiff.records import SETS, Record, prompt_of, read_dataset, read_jsonl
 
 EMBEDDED = Path(__file__).parent / "prompts" / "embedded.jsonl"
 FILES = {"jsonl": ("messages", "prompt"), "humaneval": ("prompt",), "gsm8k": ("question",)}  # kind -> fields, most telling first
@@ -46,10 +46,11 @@ def check(suite: str) -> str:
         known = ("embedded", "paper", *(f"{kind}:FILE" for kind in FILES))
         raise UsageError(f"unknown suite {suite!r}; known are {', '.join(known)}")
     file = EMBEDDED if suite == "embedded" else Path(path).expanduser()
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; name a file in it")
     if not file.is_file():
         raise UsageError(f"no such file: {file}")
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    return files.digest(file)
 
 
 def read(suite: str, count: int | None = None) -> list[Text]:
@@ -61,24 +62,21 @@ def read(suite: str, count: int | None = None) -> list[Text]:
     if kind == "dataset":
         field = SETS[where][2]
         rows = islice(read_dataset(where), count or DOCUMENTS)
-        return [Text(f"{where}-{i}", where, row[field], document=True) for i, row in enumerate(rows)]
+        return [Text(f"{where}-{i}", where, row.value[field], document=True) for i, row in enumerate(rows)]
     file, kind = (EMBEDDED, "jsonl") if suite == "embedded" else (Path(where).expanduser(), kind)
-    found = [_text(record, kind, f"{file}, record {i}", i) for i, record in enumerate(read_jsonl(file))]
-    if not found:
+    texts = [_text(record, kind, i) for i, record in enumerate(read_jsonl(file))]
+    if not texts:
         raise UsageError(f"{file} holds no prompts")
-    return spread(found, count)
+    return spread(texts, count)
 
 
-def _text(record: Mapping[str, Any], kind: str, where: str, place: int) -> Text:
-    field = next((f for f in FILES[kind] if record.get(f)), None)
-    if field is None:
-        raise UsageError(f"{where} has none of the fields {', '.join(FILES[kind])}, but {', '.join(record) or 'none'}")
-    body = record[field]
-    if not isinstance(body, str) and not (field != "question" and isinstance(body, list)):
-        raise UsageError(f"{where}: {field} must be text, not {type(body).__name__}")
-    task = str(record.get("task", kind))
-    known = record.get("id", record.get("task_id", f"{task}-{place}"))
-    return Text(str(known), task, CODE.format(body) if kind == "humaneval" else body)
+def _text(record: Record, kind: str, place: int) -> Text:
+    field, body = prompt_of(record, FILES[kind])
+    if not body:
+        raise UsageError(f"{record.place}: {field} is empty")
+    task = str(record.value.get("task", kind))
+    name = record.value.get("id", record.value.get("task_id", f"{task}-{place}"))
+    return Text(str(name), task, CODE.format(body) if kind == "humaneval" else body)
 
 
 def spread(texts: Sequence[Text], count: int | None) -> list[Text]:

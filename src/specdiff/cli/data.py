@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,21 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdiff.cli.options import quiet_libraries
-from specdiff.errors import CorpusError, UsageError
+from specdiff.errors import CorpusError, StorageError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from specdiff.lm import SpeculativeLM
-    from specdiff.training.generate import Settings
-    from specdiff.training.prompts import Source
+    from specdiff.training.generate import Settings, Written
+    from specdiff.training.prompts import Document, Source
     from specdiff.training.tally import Tally
 
-REPORT_SECONDS = 60.0  # between progress lines where stderr is no terminal
+FIRST_SECONDS = 5.0  # to the first progress line where stderr is no terminal
+REPORT_SECONDS = 60.0  # between the others
 
 
 def data(
-    out: Annotated[Path, typer.Option(help="Corpus folder; one that a stopped run left is gone on with.")],
+    out: Annotated[Path, typer.Option(help="Corpus folder; an interrupted run is resumed.")],
     model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
     tokens: Annotated[int, typer.Option(help="Tokens the corpus shall have, prompts included.")] = 0,
     source: Annotated[str, typer.Option(help="self (the target asks itself), jsonl or text.")] = "self",
@@ -44,11 +46,12 @@ def data(
     max_model_len: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 1024,
     drafter: Annotated[str, typer.Option(help="Changes the speed only; see generate.")] = "none",
     features: Annotated[bool, typer.Option("--features", help="Store the target's final states too, for training on a CPU.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be used, instead of dropping it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the closing summary as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> None:
-    """Let the target write its own training corpus. Stop it any time; the same command goes on.
+    """Let the target write its own training corpus. Stop it any time; the same command resumes it.
 
     Example:  specdiff data --out corpus --tokens 2000000 --features
     """
@@ -63,13 +66,15 @@ def data(
 
     import specdiff
     from specdiff.training import generate, memory, prompts
+    from specdiff.training.corpus import check_folder
 
     memory.keep_freed()
+    check_folder(out)
     heat = _numbers("--temperatures", temperatures)
     spread = _numbers("--shares", shares or ("0.4,0.2,0.4" if temperatures == "1.0,0.7,0" else ",".join([repr(1 / len(heat))] * len(heat))))
     settings = generate.Settings(seed, max_tokens, heat, spread)
     notes = Console(stderr=True, highlight=False, quiet=quiet)
-    with notes.status(f"loading {model}"):
+    with _status(notes, f"loading {model}"):
         lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
     begin = time.perf_counter()
     summary: dict[str, Any] = {}
@@ -77,21 +82,24 @@ def data(
         if from_tokens:
             summary = _imported(lm, from_tokens, out, shard_tokens, notes)
         elif verbatim:
-            summary = _packed(lm, source, input_path, dataset, out, tokens, shard_tokens, notes)
+            summary = _packed(lm, source, input_path, dataset, out, tokens, shard_tokens, strict, notes)
         elif tokens:
-            origin = prompts.source(lm, source, input_path, dataset, longest=lm.max_len - max_tokens, text_tokens=text_tokens)
-            plan = _plan(lm, origin, settings, rows, notes)
+            longest = lm.max_len - max_tokens
+            origin = prompts.source(lm, source, input_path, dataset, longest=longest, text_tokens=text_tokens, strict=strict)
+            generate.slots(lm, origin, settings)
+            generate.first_prompt(origin)
             if dry_run:
-                summary = _forecast(lm, origin, settings, plan, tokens, features)
+                summary = _forecast(lm, origin, settings, _plan(lm, origin, settings, rows, notes), tokens, features)
             else:
-                summary = _generated(lm, origin, settings, out, tokens, int(plan["rows_at_a_time"]), shard_tokens, notes)
+                count = int(_plan(lm, origin, settings, rows, notes)["rows_at_a_time"]) if rows == "auto" else int(rows)
+                summary = _generated(lm, origin, settings, out, tokens, count, shard_tokens, notes)
         if features and not dry_run:
             summary |= _features(lm, out, notes)
     except KeyboardInterrupt:
-        notes.print(f"stopped; what was finished is in {out}. To go on, repeat the command.", soft_wrap=True)
+        notes.print(f"stopped; what was finished is in {out}. To resume, repeat the command.", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
     summary = {"out": str(out), "target": model, "seconds": round(time.perf_counter() - begin, 2)} | summary
-    notes.print(_told(summary), soft_wrap=True)
+    notes.print(_summary(summary), soft_wrap=True, markup=False)
     if as_json:
         print(json.dumps(summary))
 
@@ -106,7 +114,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 def _plan(lm: "SpeculativeLM", source: "Source", settings: "Settings", rows: str, notes: "Console") -> dict[str, float]:
     from specdiff.training.generate import trial
 
-    with notes.status("measuring how many rows at a time are fastest" if rows == "auto" else "measuring"):
+    with _status(notes, "measuring how many rows at a time are fastest" if rows == "auto" else "measuring"):
         best, rate = trial(lm, source, settings, None if rows == "auto" else int(rows))
     return {"rows_at_a_time": best, "trial_tokens_per_second": round(rate, 1)}
 
@@ -131,10 +139,21 @@ def _generated(
     with CorpusWriter(out, about(lm, source, settings), vocab_size=lm.target.info.vocab_size, shard_tokens=shard_tokens) as writer:
         tally = _tally(writer)
         before, begin = writer.tokens, time.perf_counter()
+        unsettled = 0
+
+        def steps(work: "Iterator[Written]") -> Iterator[int]:
+            nonlocal unsettled
+            for written in work:
+                unsettled = written.unsettled
+                yield written.tokens
+
+        def note() -> str:
+            return f"{unsettled} tokens in unfinished rows, {writer.rows} rows stored, {_dropped(tally)} dropped"
+
         work = generate(lm, source, tally, settings, tokens=tokens, rows=rows)
-        made = _watched(work, lambda: writer.tokens, tokens, notes, "writing", lambda: f"{writer.rows} rows, {_dropped(tally)} dropped")
+        generated = _watched(steps(work), lambda: writer.tokens, tokens, notes, f"writing, {rows} rows at a time", note)
         seconds = time.perf_counter() - begin
-        speed = {"generated_tokens": made, "tokens_per_second": round(made / max(seconds, 1e-9), 1), "rows_at_a_time": rows}
+        speed = {"generated_tokens": generated, "tokens_per_second": round(generated / max(seconds, 1e-9), 1), "rows_at_a_time": rows}
         return tally.close() | {"new_tokens": writer.tokens - before, "source_exhausted": writer.tokens < tokens} | speed
 
 
@@ -144,7 +163,7 @@ def _imported(lm: "SpeculativeLM", path: Path, out: Path, shard_tokens: int, not
 
     vocab = lm.target.info.vocab_size
     rows = imports.read_rows(path, vocab)
-    about = imports.about(path, lm.target.info.name, generate.fingerprint(lm.target.info.name))
+    about = imports.about(path, generate.identity(lm.target.info.name))
     with CorpusWriter(out, about, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
         tally = _tally(writer)
         total = sum(len(r.tokens) for r in rows)
@@ -160,88 +179,121 @@ def _packed(
     out: Path,
     tokens: int,
     shard_tokens: int,
+    strict: bool,
     notes: "Console",
 ) -> dict[str, Any]:
     from specdiff.training import generate, imports, prompts
-    from specdiff.training.corpus import CorpusWriter
+    from specdiff.training.corpus import PACKED, CorpusWriter
 
-    origin = prompts.source(lm, source, path, dataset, longest=lm.max_len)
+    origin = prompts.source(lm, source, path, dataset, longest=lm.max_len, strict=strict)
     if not isinstance(origin, prompts.RecordSource):
         raise UsageError("--verbatim stores texts as they are: name them with --source jsonl or text and --input, or with --dataset")
-    name, vocab = lm.target.info.name, lm.target.info.vocab_size
-    about = {"target": name, "target_sha256": generate.fingerprint(name), "source": origin.about, "row_tokens": lm.max_len}
+    vocab = lm.target.info.vocab_size
+    about = generate.identity(lm.target.info.name) | {"source": origin.about, "row_tokens": lm.max_len, PACKED: True}
     with CorpusWriter(out, about, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
         tally = _tally(writer)
         end = lm.end_ids[0] if lm.end_ids else None  # the lowest is the end of a text; ends of turns came later
-        rows = imports.packed(origin.documents(), end, lm.max_len)
+        rows = imports.packed(_usable(origin.documents(), tally), end, lm.max_len)
         wanted = takewhile(lambda _: not tokens or writer.tokens < tokens, rows)
-        _watched(imports.add_rows(wanted, tally), lambda: writer.tokens, tokens, notes, "packing", lambda: f"{writer.rows} rows")
+        note = lambda: f"{writer.rows} rows, {_dropped(tally)} dropped"  # noqa: E731
+        _watched(imports.add_rows(wanted, tally), lambda: writer.tokens, tokens, notes, "packing", note)
         return tally.close()
 
 
+def _usable(documents: "Iterator[Document]", tally: "Tally") -> Iterator[Sequence[int]]:
+    for document in documents:
+        if document.refused:
+            tally.drop(document.key, document.refused, document.detail)
+        else:
+            yield document.ids
+
+
 def _tally(writer: Any) -> "Tally":
+    """The tally of a corpus, whose shards are proved unchanged first."""
     from specdiff.training.corpus import Corpus
     from specdiff.training.tally import Tally
 
-    return Tally(writer, Corpus(writer.folder).columns())
+    corpus = Corpus(writer.folder)
+    corpus.verify()
+    return Tally(writer, corpus.columns())
 
 
 def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any]:
-    from safetensors import SafetensorError
-
+    from specdiff import files
+    from specdiff.training import generate
     from specdiff.training.corpus import Corpus
     from specdiff.training.teacher import precompute
 
     corpus = Corpus(out)
-    made, known = corpus.manifest["about"].get("target"), lm.target.info.name
+    writer, model = corpus.manifest["about"].get("target"), lm.target.info.name
     if corpus.manifest["vocab_size"] != lm.target.info.vocab_size:
-        raise CorpusError(f"{out} was written by {made}, of another vocabulary than {known}; give --model {made}")
+        raise CorpusError(f"{out} was written by {writer}, of another vocabulary than {model}; give --model {writer}")
+    corpus.verify()
+    identity = generate.weights_digest(generate.model_files(model))
     at = 0
 
     def steps() -> Iterator[int]:
         nonlocal at
-        for done, _ in precompute(lm.target.model, corpus):  # type: ignore[attr-defined]
+        for done, _ in precompute(lm.target.model, corpus, identity):  # type: ignore[attr-defined]
             step, at = done - at, done
             yield step
 
     try:
-        _watched(steps(), lambda: at, corpus.tokens, notes, "final states", str)
-    except (OSError, SafetensorError) as error:
-        raise CorpusError(f"cannot write to {out} ({error}); finished shards are kept: make room, then repeat the command") from error
+        with files.lock(out):
+            _watched(steps(), lambda: at, corpus.tokens, notes, "final states", str)
+    except StorageError as error:
+        raise StorageError(f"{error}; finished shards are kept: make room, then repeat the command to resume") from error
     return {"feature_tokens": corpus.tokens}
 
 
-def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "Console", title: str, told: Callable[[], str]) -> int:
-    """Run `work`, which yields tokens, behind a progress bar (a line a minute where nobody watches); returns their sum."""
+@contextmanager
+def _status(notes: "Console", text: str) -> Iterator[None]:
+    """A spinner; a line where nobody watches."""
+    if notes.is_terminal:
+        with notes.status(text):
+            yield
+    else:
+        notes.print(text, soft_wrap=True, markup=False)
+        yield
+
+
+def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "Console", title: str, note: Callable[[], str]) -> int:
+    """Run `work`, which yields tokens, behind a progress bar; returns their sum.
+
+    Where stderr is no terminal: a line at once, one after the first seconds, then one a minute.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    made, begin = 0, time.perf_counter()
-    said = begin
+    count = 0
+    begin = time.perf_counter()
+    due = begin + FIRST_SECONDS
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeRemainingColumn(),
     )
+    if not notes.is_terminal:
+        notes.print(f"{title}: {done()} of {total or 'all'} tokens", soft_wrap=True, markup=False)
     with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True, speed_estimate_period=300) as bar:
         task = bar.add_task(title, total=total or None, completed=done(), note="")
         for tokens in work:
-            made += tokens
+            count += tokens
             now = time.perf_counter()
-            note = ", ".join(filter(None, [f"{made / max(now - begin, 1e-9):.0f} tok/s", told()]))
-            bar.update(task, completed=min(total or done(), done()), note=note)
-            if not notes.is_terminal and now - said > REPORT_SECONDS:
-                said = now
-                notes.print(f"{title}: {done()} of {total} tokens, {note}", soft_wrap=True)
-    return made
+            text = ", ".join(filter(None, [f"{count / max(now - begin, 1e-9):.0f} tok/s", note()]))
+            bar.update(task, completed=min(total or done(), done()), note=text)
+            if not notes.is_terminal and now >= due:
+                due = now + REPORT_SECONDS
+                notes.print(f"{title}: {done()} of {total or 'all'} tokens, {text}", soft_wrap=True, markup=False)
+    return count
 
 
 def _dropped(tally: "Tally") -> int:
     return sum(len(keys) for keys in tally.dropped.values())
 
 
-def _told(s: dict[str, Any]) -> str:
+def _summary(s: dict[str, Any]) -> str:
     """The summary for people."""
     if s.get("dry_run"):
         return (
@@ -253,6 +305,7 @@ def _told(s: dict[str, Any]) -> str:
     if "rows" in s:
         dropped = ", ".join(f"{n} {why}" for why, n in s["dropped"].items()) or "none"
         lines.append(f"{s['out']}: {s['tokens']} tokens in {s['rows']} rows, {s['shards']} shards; dropped: {dropped}")
+        lines += [f"first {why}: {detail}" for why, detail in s["first_dropped"].items()]
     if "generated_tokens" in s:
         lines.append(f"generated {s['generated_tokens']} tokens at {s['tokens_per_second']} tok/s, {s['rows_at_a_time']} rows at a time")
     if s.get("source_exhausted"):

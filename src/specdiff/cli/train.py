@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def train(
     data: Annotated[Path, typer.Option(help="Corpus folder, made by 'specdiff data'.")],
-    out: Annotated[Path, typer.Option(help="The drafter's folder; a run that stopped there is gone on with.")],
+    out: Annotated[Path, typer.Option(help="The drafter's folder; an interrupted run is resumed.")],
     model: Annotated[
         str, typer.Option("--target", "--model", help="The target: hub id, folder, file.gguf or built-in name.")
     ] = "smollm2-135m",
@@ -36,7 +36,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="Print the closing measurement as one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> None:
-    """Train a drafter for a target. Stop it any time; the same command goes on. Several GPUs: accelerate launch -m specdiff train ...
+    """Train a drafter for a target. Stop it any time; the same command resumes it. Several GPUs: accelerate launch -m specdiff train ...
 
     Example:  specdiff train --target smollm2-135m --data corpus --out my-drafter --set steps=2000
     """

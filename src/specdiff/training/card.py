@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import specdiff
+from specdiff import files
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe, as_yaml
 
@@ -35,8 +36,8 @@ def write(
             f"- command: `{command}`",
             f"- specdiff {specdiff.__version__}, commit {commit()}",
             f"- parameters: {sizes['trained']:,} trained, {sizes['stored']:,} stored",
-            f"- data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({json.dumps(corpus.manifest['about'])}), the last "
-            f"{recipe.held_out:.0%} held out",
+            f"- data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({json.dumps(corpus.manifest['about'])}), of which "
+            f"{recipe.held_out:.0%}, chosen by a hash of the row's key, are held out",
             f"- licence: {licence}",
             "",
             "```yaml",
@@ -45,9 +46,7 @@ def write(
             "",
         ]
     )
-    partial = out / ".README.md.partial"
-    partial.write_text(FOLDERS.sub("", lines), encoding="utf-8")
-    partial.replace(out / "README.md")
+    files.write_text(out / "README.md", FOLDERS.sub("", lines))
 
 
 def _front_matter(recipe: Recipe, base_model: str | None, licence: str) -> list[str]:

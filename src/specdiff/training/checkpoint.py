@@ -6,15 +6,15 @@ checkpoints/00000250/COMPLETE               only now does it count
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from specdiff import files
 from specdiff.errors import WeightsError
 
 MARKER = "COMPLETE"
@@ -22,22 +22,11 @@ KEPT = 2
 
 
 def write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Add the checkpoint of `step`, then drop all but the newest two."""
-    folder.mkdir(parents=True, exist_ok=True)
-    aside, final = folder / f".{step:08d}.partial", folder / f"{step:08d}"
-    for stale in (aside, final):
-        shutil.rmtree(stale, ignore_errors=True)
-    aside.mkdir()
-    # cloned: tied tensors share memory, which safetensors refuses
-    save_file({k: v.detach().cpu().clone() for k, v in tensors.items()}, aside / "training.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-    for path in (aside / "training.safetensors", aside / "state.json"):
-        _flush(path)
-    aside.rename(final)
-    (final / MARKER).touch()
-    _flush(final / MARKER)
-    _flush(final)
-    _flush(folder)
+    """Add the checkpoint of `step`, then drop all but the newest two. Raises StorageError; older checkpoints stay then."""
+    with files.staged_folder(folder / f"{step:08d}") as staged:
+        files.write_tensors(staged / "training.safetensors", tensors)
+        files.write_json(staged / "state.json", {"step": step, **state})
+        files.write_text(staged / MARKER, "")
     for old in complete(folder)[:-KEPT]:
         shutil.rmtree(old)
 
@@ -53,14 +42,5 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return load_file(path / "training.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
     except Exception as error:
         raise WeightsError(
-            f"{path} is marked complete but cannot be read ({error}); delete that folder to go on from an older one"
+            f"{path} is marked complete but cannot be read ({error}); delete that folder to resume from an older one"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    """To the disk itself: a rename may otherwise outlive the bytes it names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,9 +10,6 @@ Shapes: L tokens of one row, H width of the target.
 import bisect
 import hashlib
 import json
-import os
-import sys
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,13 +19,18 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from specdiff.errors import CorpusError
+from specdiff import files
+from specdiff.errors import CorpusError, StorageError, UsageError
+from specdiff.noise import row_seed
 
 FORMAT = "specdiff-corpus-1"
 MANIFEST = "manifest.json"
+GROUP_BITS = 40  # a packed row's key is its group, then its place in it: rows of one group share documents
+PACKED = "grouped"  # the key of `about` that says so
+SPLIT = 0x5EED  # of the hash that holds rows out
+ADDED = "target_weights"  # the key of `about` that older manifests lack; the others tell their targets apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,21 +80,74 @@ class Corpus:
         """Whether every shard's features were computed."""
         return bool(self.shards) and all(s.features_path.exists() for s in self.shards)
 
-    def split(self, held_out: float) -> tuple[range, range]:
-        """Training rows, and the last share of rows, held out (at least one row each)."""
-        if len(self) < 2:
-            raise CorpusError(f"{self.folder} holds {len(self)} rows; training needs at least 2, one of them held out")
-        first = min(len(self) - 1, max(1, round(len(self) * (1 - held_out))))
-        return range(first), range(first, len(self))
+    def feature_metadata(self, shard: int, target_weights: str) -> dict[str, str]:
+        """What a shard's features say of themselves: of which target they are, and of which tokens."""
+        return {"target_weights": target_weights, "shard_sha256": self.manifest["shards"][shard]["sha256"]}
 
-    def counts(self, rows: range, vocab_size: int) -> Int[Tensor, "V"]:
+    def check_features(self, target_weights: str) -> None:
+        """Raises CorpusError if any features there are of another target, or of other tokens."""
+        for index, shard in enumerate(self.shards):
+            if not shard.features_path.exists():
+                continue
+            metadata = shard.feature_file.metadata() or {}
+            for name, value in self.feature_metadata(index, target_weights).items():
+                if metadata.get(name) != value:
+                    raise CorpusError(
+                        f"{shard.features_path} holds final states with {name} = {metadata.get(name, 'unknown')}, not {value}: "
+                        f"they are of another target or of other tokens; delete the features-* files and compute them again:  "
+                        f"specdiff data --features"
+                    )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the shards' own digests: the identity of the rows."""
+        return hashlib.sha256("".join(s["sha256"] for s in self.manifest["shards"]).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read every shard whole and compare its digest with the manifest's. Raises CorpusError naming the shard that differs."""
+        for shard, entry in zip(self.shards, self.manifest["shards"], strict=True):
+            digest = files.digest(shard.path)
+            if digest != entry["sha256"]:
+                raise CorpusError(
+                    f"{shard.path} was changed after it was written (SHA-256 {digest}, not {entry['sha256']}); "
+                    f"restore it or make the corpus anew"
+                )
+
+    def split(self, held_out: float) -> tuple[list[int], list[int]]:
+        """Indices of the training rows, and of the share that is held out (at least one row each).
+
+        A hash of the row's key decides, and gives the order of both: neither depends on the order in which rows were
+        written, and a corpus that grows never moves a row from one part to the other. Rows of a packed corpus that share a
+        document lie in one part.
+        """
+        about = self.manifest["about"]
+        if "row_tokens" in about and PACKED not in about:
+            raise CorpusError(
+                f"{self.folder} was packed by an earlier version, which put one document into both parts; "
+                f"pack it again into another --out (nothing is generated)"
+            )
+        keys = [key for shard in self.shards for key in shard.columns["keys"].tolist()]
+        groups = [key >> GROUP_BITS for key in keys] if PACKED in about else keys
+        places = {group: row_seed(SPLIT, group) / 2.0**64 for group in set(groups)}
+        if len(places) < 2:
+            rows = "rows that share documents" if PACKED in about else "rows"
+            raise CorpusError(f"{self.folder} holds {len(keys)} {rows}; training needs at least 2 apart, one of them held out")
+        ranks = sorted(places.values())
+        limit = min(max(held_out, ranks[0]), ranks[-2])
+        order = sorted(range(len(keys)), key=lambda row: (places[groups[row]], keys[row]))
+        first = sum(places[group] <= limit for group in groups)
+        return order[first:], order[:first]
+
+    def counts(self, rows: Sequence[int], vocab_size: int) -> Int[Tensor, "V"]:
         """How often each token occurs in `rows`."""
+        chosen = torch.zeros(len(self), dtype=torch.bool)
+        chosen[torch.as_tensor(rows, dtype=torch.long)] = True
         total = torch.zeros(vocab_size, dtype=torch.long)
         start = 0
         for shard in self.shards:
-            low, high = max(rows.start, start) - start, min(rows.stop, start + shard.rows) - start
-            if low < high:
-                total += torch.bincount(shard.tokens(low, high), minlength=vocab_size)
+            lengths = shard.columns["offsets"].diff()
+            inside = torch.repeat_interleave(chosen[start : start + shard.rows], lengths)
+            total += torch.bincount(shard.tokens(0, shard.rows)[inside], minlength=vocab_size)
             start += shard.rows
         return total
 
@@ -138,42 +193,47 @@ class _Shard:
 
 
 class CorpusWriter:
-    """Appends rows; a full buffer becomes a shard. Opening a folder that a killed writer left goes on behind its last shard.
+    """Appends rows; a full buffer becomes a shard. Opening a folder that a killed writer left resumes after its last shard.
 
-    `about` says what writes it (target, settings, seed); going on with another `about` is refused, for the mixture would
-    be nobody's. `notes` is kept in the manifest, and changes there only together with the shards it speaks of.
+    `about` says what writes it (target, settings, seed); resuming with another `about` is refused, for the mixture could not
+    be reproduced. `notes` is kept in the manifest, and changes there only together with the shards it describes.
 
-    Raises CorpusError for a folder that cannot be written, is being written by another process, or was begun otherwise.
+    Raises UsageError for a folder that holds something else, StorageError for one that cannot be written or is being written
+    by another process, CorpusError for one that was begun otherwise.
     """
 
     def __init__(self, folder: str | Path, about: Mapping[str, Any], *, vocab_size: int, shard_tokens: int = 1 << 20) -> None:
-        self.folder, self.shard_tokens = Path(folder), shard_tokens
+        self.folder = Path(folder)
+        self.shard_tokens = shard_tokens
         self.dtype = torch.uint16 if vocab_size <= 1 << 16 else torch.int32
         self.buffer: list[Row] = []
         self.buffered = 0
         self.refused = False
         self.manifest: dict[str, Any] = {"format": FORMAT, "about": dict(about), "vocab_size": vocab_size, "shards": [], "notes": {}}
+        check_folder(self.folder)
+        self.lock = files.lock(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.unlock = weakref.finalize(self, os.close, _lock(self.folder))
             if (self.folder / MANIFEST).exists():
                 self.manifest = {"notes": {}} | read_manifest(self.folder)
-                self._same(about)
+                self._resume(about)
             else:
-                _write_json(self.folder / MANIFEST, self.manifest)
-        except OSError as error:
-            raise CorpusError(f"cannot write to {self.folder} ({error.strerror or error}); choose another --out") from error
+                files.write_json(self.folder / MANIFEST, self.manifest)
+        except BaseException:
+            self.lock.release()
+            raise
         self.notes: dict[str, Any] = self.manifest["notes"]
 
-    def _same(self, about: Mapping[str, Any]) -> None:
+    def _resume(self, about: Mapping[str, Any]) -> None:
         begun = self.manifest["about"]
         for name, value in json.loads(json.dumps(about)).items():
+            if name == ADDED and name not in begun:
+                continue
             if begun.get(name) != value:
-                self.unlock()
                 raise CorpusError(
                     f"{self.folder} was begun with {name} = {begun.get(name)!r}, not {value!r}; "
-                    f"repeat that setting to go on, or choose another --out"
+                    f"repeat that setting to resume, or choose another --out"
                 )
+        self.manifest["about"] = begun | {name: about[name] for name in about if name == ADDED}
 
     @property
     def tokens(self) -> int:
@@ -191,23 +251,24 @@ class CorpusWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is buffered as a shard, and the notes. Raises CorpusError if the disk does not take it; nothing is lost then."""
+        """Write what is buffered as a shard, and the notes. Raises StorageError if the disk does not take it; nothing is lost then."""
         manifest = self.manifest | {"notes": self.notes}
         try:
             if self.buffer:
                 manifest["shards"] = [*manifest["shards"], self._write(f"shard-{len(manifest['shards']):05d}.safetensors")]
-            _write_json(self.folder / MANIFEST, manifest)
-        except (OSError, SafetensorError) as error:
+            files.write_json(self.folder / MANIFEST, manifest)
+        except StorageError as error:
             self.refused = True  # on the way out it would be refused again
-            raise CorpusError(
-                f"cannot write to {self.folder} ({error}); the {len(self.manifest['shards'])} complete shards are intact: "
-                f"make room, then repeat the command to go on"
+            raise StorageError(
+                f"{error}; the {len(self.manifest['shards'])} complete shards are intact: make room, then repeat the command to resume"
             ) from error
-        self.manifest, self.buffer, self.buffered = manifest, [], 0
+        self.manifest = manifest
+        self.buffer = []
+        self.buffered = 0
 
     def _write(self, name: str) -> dict[str, Any]:
         lengths = torch.tensor([len(r.tokens) for r in self.buffer])
-        write_tensors(
+        path = files.write_tensors(
             self.folder / name,
             {
                 "tokens": torch.cat([r.tokens for r in self.buffer]).to(self.dtype),
@@ -217,8 +278,7 @@ class CorpusWriter:
                 "keys": torch.tensor([r.key for r in self.buffer], dtype=torch.int64),
             },
         )
-        digest = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
-        return {"file": name, "rows": len(self.buffer), "tokens": self.buffered, "sha256": digest}
+        return {"file": name, "rows": len(self.buffer), "tokens": self.buffered, "sha256": files.digest(path)}
 
     def __enter__(self) -> Self:
         return self
@@ -228,21 +288,16 @@ class CorpusWriter:
             if not self.refused:
                 self.flush()
         finally:
-            self.unlock()
+            self.lock.release()
 
 
-def _lock(folder: Path) -> int:
-    """Two writers in one folder would overwrite each other's shards. The lock goes with the process, however it ends."""
-    file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-    if sys.platform != "win32":
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            raise CorpusError(f"another process is writing to {folder}; wait for it, or choose another --out") from None
-    return file
+def check_folder(folder: Path) -> None:
+    """Raises UsageError if the folder holds files and is not a corpus."""
+    if (folder / MANIFEST).exists() or not folder.is_dir():
+        return
+    others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    if others:
+        raise UsageError(f"{folder} holds {others[0]}, but no {MANIFEST}: it is not a corpus; choose another --out")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -260,30 +315,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise CorpusError(f"{folder} lacks {missing[0]}, which its {MANIFEST} names; restore it or make the corpus anew")
     return dict(data)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file that appears whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
-        _settle(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _write_json(path: Path, data: Any) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    _settle(partial, path)
-
-
-def _settle(partial: Path, path: Path) -> None:
-    """The content reaches the disk before the name does."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _open(path: Path) -> Any:

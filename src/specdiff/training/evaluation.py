@@ -16,7 +16,7 @@ from specdiff.types import SamplingParams
 from specdiff.verify import verifier
 
 
-def held_out_prompts(corpus: Corpus, rows: range, count: int) -> list[list[int]]:
+def held_out_prompts(corpus: Corpus, rows: Sequence[int], count: int) -> list[list[int]]:
     """Prompts of held-out rows, spread over them; a text without a prompt lends its first half."""
     chosen = [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
     found = [corpus[i] for i in chosen]

@@ -9,7 +9,8 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdiff import catalog, engine
+from specdiff import catalog, engine, files
 from specdiff.controller import Controller
 from specdiff.engine import Request, Turn
 from specdiff.errors import CorpusError, UsageError
@@ -71,16 +72,35 @@ def about(lm: SpeculativeLM, source: Source, settings: Settings) -> dict[str, An
     spec = lm.target.info.name
     name = str(Path(spec).expanduser().resolve()) if Path(spec).expanduser().is_dir() else spec
     dtype = str(lm.target.info.dtype).removeprefix("torch.")
-    return {"target": name, "target_sha256": fingerprint(spec), "dtype": dtype, "source": source.about, **asdict(settings)}
+    return identity(spec) | {"target": name, "dtype": dtype, "source": source.about, **asdict(settings)}
 
 
-def fingerprint(spec: str) -> str:
-    """SHA-256 over the target's config.json, and the name, size and first megabyte of each of its weight files."""
+def identity(spec: str) -> dict[str, str]:
+    """A target by name and by content. `target_sha256` is how manifests of earlier versions know it."""
+    folder = model_files(spec)
+    return {"target": spec, "target_sha256": fingerprint(folder), "target_weights": weights_digest(folder)}
+
+
+def model_files(spec: str) -> Path:
+    """The folder that holds a model's config.json and safetensors on this machine."""
     from transformers.utils import cached_file
 
     folder = Path(catalog.model_folder(spec))
-    if not folder.is_dir():
-        folder = Path(str(cached_file(str(folder), "config.json"))).parent
+    if folder.is_dir():
+        return folder
+    return Path(str(cached_file(str(folder), "config.json"))).parent
+
+
+def weights_digest(folder: Path) -> str:
+    """SHA-256 over config.json and the whole content of each weight file."""
+    digest = hashlib.sha256()
+    for file in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
+        digest.update(f"{file.name} {files.digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over config.json, and the name, size and first megabyte of each weight file: what older manifests hold."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -89,27 +109,40 @@ def fingerprint(spec: str) -> str:
     return digest.hexdigest()
 
 
-def generate(lm: SpeculativeLM, source: Source, tally: Tally, settings: Settings, *, tokens: int, rows: int) -> Iterator[int]:
-    """Write rows until the corpus has `tokens` tokens, or the source gives out; yields how many tokens each round generated.
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a round generated, and how many generated tokens wait for their text, or for that of an earlier key, to end."""
 
-    Rows that are running when the goal comes into reach are finished, or the last ones would be short texts only. Close the
-    generator at any time: the writer's next flush keeps the finished rows. Raises CorpusError where nothing new comes any more.
+    tokens: int
+    unsettled: int = 0
+
+
+def generate(lm: SpeculativeLM, source: Source, tally: Tally, settings: Settings, *, tokens: int, rows: int) -> Iterator[Written]:
+    """Write rows until the corpus has `tokens` tokens, or the source gives out; yields what each round generated.
+
+    Rows are settled in the order of their keys, and the corpus ends with the first key that reaches the goal: the same seed
+    gives the same rows, however many are written at a time. Close the generator at any time: the writer's next flush keeps
+    the settled rows. Raises CorpusError where only duplicates or unusable prompts come.
     """
     feed = _Feed(lm, source, tally, settings, tokens)
     flushed = time.monotonic()
     while tally.writer.tokens < tokens and not feed.exhausted:
-        for turn in serve(lm, iter(feed), slots(lm, source, settings), rows):
-            feed.settle(turn)
-            if time.monotonic() - flushed > FLUSH_SECONDS:
-                tally.writer.flush()
-                flushed = time.monotonic()
-            yield int(turn.round.emitted.sum())
+        with closing(serve(lm, iter(feed), slots(lm, source, settings), rows)) as turns:
+            for turn in turns:
+                generated = int(turn.round.emitted.sum())
+                feed.settle(turn, generated)
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    tally.writer.flush()
+                    flushed = time.monotonic()
+                yield Written(generated, feed.unsettled)
+                if tally.writer.tokens >= tokens:
+                    return
 
 
-def serve(lm: SpeculativeLM, requests: Iterator[Request | None], room: int, rows: int) -> Iterator[Turn]:
+def serve(lm: SpeculativeLM, requests: Iterator[Request | None], room: int, rows: int) -> Generator[Turn, None, None]:
     """The engine, as a corpus needs it: `match`, and a drafter only while it pays."""
     length = Controller(lm.drafter.draft_len) if lm.drafter.draft_len else 0
-    return engine.serve(lm.target, lm.drafter, requests, verifier=match, draft_len=length, rows=rows, slots=room)
+    yield from engine.serve(lm.target, lm.drafter, requests, verifier=match, draft_len=length, rows=rows, slots=room)
 
 
 def slots(lm: SpeculativeLM, source: Source, settings: Settings) -> int:
@@ -124,19 +157,34 @@ def slots(lm: SpeculativeLM, source: Source, settings: Settings) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of a key: a row, or the reason why it has none. `generated` tokens went into it."""
+
+    row: Row | None
+    generated: int = 0
+    cut: bool = False
+    refused: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     prompt: Prompt
     opening: Opening | None  # still to be settled; None: the answer is being written
 
 
 class _Feed:
-    """The engine's stream: new prompts, and in front of them the answers to openings that have come back."""
+    """The engine's stream: new prompts, and before them the answers to openings that have come back."""
 
     def __init__(self, lm: SpeculativeLM, source: Source, tally: Tally, settings: Settings, goal: int) -> None:
         self.lm, self.source, self.tally, self.settings, self.goal = lm, source, tally, settings, goal
         self.prompts = source.prompts(tally.known)
         self.ready: deque[tuple[_Job, Request]] = deque()
         self.running: dict[int, _Job] = {}
+        self.order: deque[int] = deque()  # keys that were begun and not settled yet
+        self.outcomes: dict[int, _Outcome] = {}
+        self.waiting = 0  # tokens of the rows in `outcomes`
+        self.unsettled = 0
         self.place = 0
         self.exhausted = False
         self.barren = 0
@@ -156,31 +204,52 @@ class _Feed:
         self.place += 1
         return request
 
-    def settle(self, turn: Turn) -> None:
-        """Take in what the turn finished."""
+    def settle(self, turn: Turn, generated: int) -> None:
+        """Take in what the turn finished, in the order of keys."""
+        self.unsettled += generated
         for place, ids, prompt_length in turn.finished():
             job = self.running.pop(place)
             if job.opening is not None:
                 self._opened(job.prompt, job.opening, ids, prompt_length)
                 continue
-            row = Row(ids, prompt_length, self.settings.temperature(job.prompt.key), job.prompt.key)
-            self.barren = 0 if self.tally.add(row, cut=job.prompt.cut) else self.barren + 1
+            key = job.prompt.key
+            row = Row(ids, prompt_length, self.settings.temperature(key), key)
+            header = () if self.source.opening is None else self.source.opening.header
+            self._close(key, _Outcome(row, len(ids) - len(job.prompt.ids) - len(header), job.prompt.cut))
+
+    def _close(self, key: int, outcome: _Outcome) -> None:
+        self.outcomes[key] = outcome
+        self.waiting += 0 if outcome.row is None else len(outcome.row.tokens)
+        while self.order and self.order[0] in self.outcomes and self.tally.writer.tokens < self.goal:
+            first = self.order.popleft()
+            self._settle(first, self.outcomes.pop(first))
+
+    def _settle(self, key: int, outcome: _Outcome) -> None:
+        self.unsettled -= outcome.generated
+        if outcome.row is None:
+            self.tally.drop(key, outcome.refused, outcome.detail)
+            new = False
+        else:
+            self.waiting -= len(outcome.row.tokens)
+            new = self.tally.add(outcome.row, cut=outcome.cut)
+        self.barren = 0 if new else self.barren + 1
         if self.barren >= BARREN:
             raise CorpusError(
-                f"the last {BARREN} texts were all dropped ({self.tally.summary()['dropped']}), so no new ones are to be expected; "
+                f"the last {BARREN} texts were all dropped ({self.tally.reasons()}), so no new ones are to be expected; "
                 f"raise the temperatures, or give prompts with --source jsonl or text"
             )
 
     def _enough(self) -> bool:
-        """Whether the running rows will reach the goal, at the mean length so far."""
+        """Whether the rows begun will reach the goal, at the mean length so far."""
         writer = self.tally.writer
         mean = writer.tokens / writer.rows if writer.rows else self.source.longest + self.settings.max_tokens / 2
-        return writer.tokens + (len(self.running) + len(self.ready)) * mean >= self.goal
+        return writer.tokens + self.waiting + (len(self.running) + len(self.ready)) * mean >= self.goal
 
     def _pull(self) -> None:
         for prompt in self.prompts:
+            self.order.append(prompt.key)
             if prompt.refused:
-                self.tally.drop(prompt.key, prompt.refused)
+                self._close(prompt.key, _Outcome(None, refused=prompt.refused, detail=prompt.detail))
             elif self.source.opening is None:
                 return self._answer(prompt, prompt.ids)
             else:
@@ -193,23 +262,29 @@ class _Feed:
     def _opened(self, prompt: Prompt, opening: Opening, ids: Int[Tensor, "L"], prompt_length: int) -> None:
         said = ids[prompt_length:].tolist()
         whole = said[-1] in opening.ends if opening.ends else len(said) == opening.limit and said[-1] not in self.lm.end_ids
-        asked = said[:-1] if opening.ends else said
+        question = said[:-1] if opening.ends else said
         if not whole:
-            self._drop(prompt.key, UNENDED)
-        elif not asked or (self.lm.tokenizer is not None and not self.lm.tokenizer.decode(asked, skip_special_tokens=True).strip()):
-            self._drop(prompt.key, UNASKED)
+            self._close(prompt.key, _Outcome(None, len(said), refused=UNENDED))
+        elif not question or (self.lm.tokenizer is not None and not self.lm.tokenizer.decode(question, skip_special_tokens=True).strip()):
+            self._close(prompt.key, _Outcome(None, len(said), refused=UNASKED))
         else:
             self._answer(prompt, (*prompt.ids, *said, *opening.header))
-
-    def _drop(self, key: int, why: str) -> None:
-        self.barren += 1
-        self.tally.drop(key, why)
 
     def _answer(self, prompt: Prompt, ids: tuple[int, ...]) -> None:
         key, s = prompt.key, self.settings
         params = SamplingParams(s.max_tokens, s.temperature(key), stop_token_ids=self.lm.end_ids)
         # the opening's own seed: its draws were for earlier positions, and every draw's key holds its position
         self.ready.append((_Job(prompt, None), Request(ids, params, row_seed(s.seed, key))))
+
+
+def first_prompt(source: Source) -> Prompt:
+    """The first prompt that can be used. Raises UsageError for a source without one, saying why."""
+    why = ""
+    for prompt in source.prompts(()):
+        if not prompt.refused:
+            return prompt
+        why = why or f" (the first: {prompt.detail or prompt.refused})"
+    raise UsageError(f"the source holds no usable prompt{why}")
 
 
 def trial(lm: SpeculativeLM, source: Source, settings: Settings, rows: int | None = None, rounds: int = 3) -> tuple[int, float]:
@@ -220,9 +295,7 @@ def trial(lm: SpeculativeLM, source: Source, settings: Settings, rows: int | Non
     Raises UsageError for a source without prompts.
     """
     room = slots(lm, source, settings)
-    prompt = next((p for p in source.prompts(()) if not p.refused), None)
-    if prompt is None:
-        raise UsageError("the source holds no usable prompt")
+    prompt = first_prompt(source)
     params = SamplingParams(max(2, min(rounds + 1, settings.max_tokens)))
     best, missed, begin = (0, 0.0), 0, time.monotonic()
     for tried in ROWS if rows is None else (rows,):

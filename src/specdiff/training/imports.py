@@ -1,7 +1,6 @@
 """Token rows and texts someone already has -> a corpus folder. Nothing is generated."""
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from specdiff import files
 from specdiff.errors import CorpusError, UsageError
-from specdiff.training.corpus import Row
+from specdiff.training.corpus import GROUP_BITS, Row
 from specdiff.training.tally import Tally
 
 MODES = (0.0, 0.7, 1.0)  # what the numbers of a `mode` tensor stand for
@@ -62,24 +62,31 @@ def _temperatures(data: dict[str, Tensor], rows: int, path: Path) -> list[float]
     return found
 
 
-def about(path: Path, target: str, target_sha256: str) -> dict[str, Any]:
-    """What an imported corpus says of itself."""
-    with path.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    return {"target": target, "target_sha256": target_sha256, "source": {"kind": "tokens", "input": path.name, "input_sha256": digest}}
+def about(path: Path, identity: Mapping[str, str]) -> dict[str, Any]:
+    """What an imported corpus says of itself; `identity` is its target's."""
+    return {**identity, "source": {"kind": "tokens", "input": path.name, "input_sha256": files.digest(path)}}
 
 
 def packed(documents: Iterable[Sequence[int]], end: int | None, length: int) -> Iterator[Row]:
-    """Documents as rows of `length` tokens: an end token behind each, all joined, cut anew (how SEDD and its paper train)."""
+    """Documents as rows of `length` tokens: an end token after each, all joined, cut anew (how SEDD and its paper train).
+
+    Every so often a group of rows ends with its last document, so that a whole group can be held out. Groups grow with the
+    corpus: a small one still has several, and a large one few short rows.
+    """
+    remaining = filter(None, documents)
     joined: list[int] = []
-    keys = count()
-    for document in filter(None, documents):
-        joined += [*document, *([] if end is None else [end])]
-        while len(joined) >= length:
-            yield Row(torch.tensor(joined[:length]), 0, 1.0, next(keys))
-            joined = joined[length:]
-    if len(joined) > 1:
-        yield Row(torch.tensor(joined), 0, 1.0, next(keys))
+    for group in count(1):
+        size = length * (1 + group // 4)
+        for document in remaining:
+            joined += [*document, *([] if end is None else [end])]
+            if len(joined) >= size and len(joined) % length != 1:  # a row of one token teaches nothing
+                break
+        if len(joined) < 2:
+            return
+        for place, start in enumerate(range(0, len(joined), length)):
+            if len(joined) - start > 1:
+                yield Row(torch.tensor(joined[start : start + length]), 0, 1.0, group << GROUP_BITS | place)
+        joined = []
 
 
 def add_rows(rows: Iterable[Row], tally: Tally) -> Iterator[int]:

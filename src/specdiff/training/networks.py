@@ -4,6 +4,7 @@ Shapes: V target vocabulary, C draft vocabulary, H width.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ Network = TypeVar("Network", SEDD, SmallCausalLM)
 CONDITIONING = 128  # width of the sigma embedding, as in the authors' checkpoints
 
 
-def sedd(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -> SEDD:
+def sedd(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrainedModel) -> SEDD:
     """A SEDD network as the recipe says. Raises ConfigError or UsageError where it does not fit the target."""
     text = target.config.get_text_config()
     if recipe.init not in (None, "target"):
@@ -77,7 +78,7 @@ def _output(recipe: Recipe) -> str:
     return "score" if recipe.objective == "score_entropy" else "denoiser"
 
 
-def autoregressive(recipe: Recipe, corpus: Corpus, rows: range, target: PreTrainedModel) -> SmallCausalLM:
+def autoregressive(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrainedModel) -> SmallCausalLM:
     """A causal LM of the target's family with fewer layers, or an earlier drafter."""
     text = target.config.get_text_config()
     if recipe.init not in (None, "target"):

@@ -4,29 +4,45 @@ A source gives numbered prompts: the number is the text's key, so it must mean t
 """
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
+from specdiff import files
 from specdiff.errors import UsageError
 from specdiff.lm import SpeculativeLM
-from specdiff.records import FIELDS, read_dataset, read_jsonl, read_texts
+from specdiff.records import FIELDS, Record, RecordError, prompt_of, read_dataset, read_jsonl, read_texts
 
 TOO_LONG, EMPTY = "prompt-too-long", "prompt-empty"
+REFUSED, UNKNOWN_ID = "template-refused", "token-id-unknown"
 QUESTION_TOKENS = 128  # longer questions of a small model are mostly rambling
 OPENING_TOKENS = 8  # without a template, this many tokens sampled at temperature 1 keep greedy texts apart
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The tokens a text begins with. `cut`: a document's first tokens only. `refused`: why it cannot be used, else empty."""
+    """The tokens a text begins with. `cut`: a document's first tokens only.
+
+    `refused`: why it cannot be used, else empty; `detail` says it of this record, by name.
+    """
 
     key: int
     ids: tuple[int, ...]
     cut: bool = False
     refused: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A whole text, numbered by its record. `refused` and `detail` as in Prompt."""
+
+    key: int
+    ids: tuple[int, ...]
+    refused: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,85 +115,113 @@ def _common(rows: list[list[int]]) -> tuple[int, ...]:
 
 
 class RecordSource:
-    """Records with "messages", "prompt" (a user's turn, or token ids) or "text" (a document: its first tokens), one key each."""
+    """Records with "messages", "prompt" (a user's turn, or token ids) or "text" (a document: its first tokens), one key each.
+
+    A record that cannot be used is a refused prompt; with `strict` it is a RecordError.
+    """
 
     opening: Opening | None = None
 
     def __init__(
         self,
         lm: SpeculativeLM,
-        records: Callable[[], Iterable[Mapping[str, Any]]],
+        records: Callable[[], Iterable[Record]],
         about: dict[str, Any],
         *,
         longest: int,
         text_tokens: int = 64,
+        strict: bool = False,
     ) -> None:
         if longest < 1 or text_tokens < 1:
             raise UsageError("no room is left for prompts: raise --max-model-len, or lower --max-tokens")
-        self.lm, self.records, self.longest, self.text_tokens = lm, records, longest, min(text_tokens, longest)
+        self.lm = lm
+        self.records = records
+        self.longest = longest
+        self.text_tokens = min(text_tokens, longest)
+        self.strict = strict
         self.about = about | {"text_tokens": self.text_tokens, "longest_prompt": longest}
 
     def prompts(self, known: Container[int]) -> Iterator[Prompt]:
-        found = 0
-        for found, record in enumerate(self.records(), 1):
-            if found - 1 not in known:
-                yield self._prompt(found - 1, record)
-        if not found:
+        count = 0
+        for key, record in enumerate(self.records()):
+            count += 1
+            if key not in known:
+                yield self._prompt(key, record)
+        if not count:
             raise UsageError(f"{self.about.get('input')} holds no prompts")
 
-    def documents(self) -> Iterator[tuple[int, ...]]:
+    def documents(self) -> Iterator[Document]:
         """Every record as it stands, whole: for learning from texts themselves."""
         for key, record in enumerate(self.records()):
-            field = self._field(key, record)
-            yield self._tokens(record[field], field, key, whole=True)
+            try:
+                yield Document(key, self._tokens(record, whole=True)[1])
+            except RecordError as error:
+                if self.strict:
+                    raise
+                yield Document(key, (), error.kind, str(error))
 
-    def _field(self, key: int, record: Mapping[str, Any]) -> str:
-        field = next((f for f in FIELDS if record.get(f) is not None), None)
-        if field is None:
-            raise UsageError(
-                f"record {key} of {self.about.get('input')} has none of the fields {', '.join(FIELDS)}, but {', '.join(record) or 'none'}"
-            )
-        return field
-
-    def _prompt(self, key: int, record: Mapping[str, Any]) -> Prompt:
-        field = self._field(key, record)
-        value = record[field]
-        document = field in ("text", "article")
-        ids = self._tokens(value, field, key)
-        if document and len(ids) > self.text_tokens:
+    def _prompt(self, key: int, record: Record) -> Prompt:
+        try:
+            field, ids = self._tokens(record)
+        except RecordError as error:
+            if self.strict:
+                raise
+            return Prompt(key, (), refused=error.kind, detail=str(error))
+        if field in ("text", "article") and len(ids) > self.text_tokens:
             return Prompt(key, ids[: self.text_tokens], cut=True)
-        return Prompt(key, ids, refused=EMPTY if not ids else TOO_LONG if len(ids) > self.longest else "")
+        if not ids:
+            return Prompt(key, (), refused=EMPTY)
+        return Prompt(key, ids, refused=TOO_LONG if len(ids) > self.longest else "")
 
-    def _tokens(self, value: Any, field: str, key: int, whole: bool = False) -> tuple[int, ...]:
-        if field == "prompt" and isinstance(value, list) and all(isinstance(i, int) for i in value):
-            outside = next((i for i in value if not 0 <= i < self.lm.target.info.vocab_size), None)
-            if outside is not None:
-                raise UsageError(f"record {key}: token id {outside} is outside the target's vocabulary of {self.lm.target.info.vocab_size}")
-            return tuple(value)
+    def _tokens(self, record: Record, whole: bool = False) -> tuple[str, tuple[int, ...]]:
+        """The record's field, and the tokens of what stands there. Raises RecordError; UsageError if the model cannot read any."""
+        field, body = prompt_of(record, FIELDS)
+        if isinstance(body, list) and isinstance(body[0], int):
+            return field, self._ids(body, record.place)
         if self.lm.tokenizer is None:
             raise UsageError('the model has no tokenizer, which text needs; give token ids instead: {"prompt": [1, 2, 3]}')
-        if field == "messages":
-            answered = value and isinstance(value, list) and isinstance(value[-1], Mapping) and value[-1].get("role") == "assistant"
-            if whole and answered:
-                return tuple(self.lm.render(value, answered=True))
-            return tuple(self.lm.render(value[:-1] if answered else value))
-        if not isinstance(value, str):
-            raise UsageError(f"record {key} of {self.about.get('input')}: {field} must be text, not {type(value).__name__}")
-        if not value.strip():
-            return ()
+        if isinstance(body, list):
+            return field, self._rendered(body, record.place, whole)
+        if not body.strip():
+            return field, ()
         if field == "prompt" and getattr(self.lm.tokenizer, "chat_template", None):
-            return tuple(self.lm.render([{"role": "user", "content": value}]))
-        return tuple(int(i) for i in self.lm.tokenizer(value, verbose=False)["input_ids"])
+            return field, self._rendered([{"role": "user", "content": body}], record.place, whole=False)
+        return field, tuple(int(i) for i in self.lm.tokenizer(body, verbose=False)["input_ids"])
+
+    def _ids(self, ids: list[Any], place: str) -> tuple[int, ...]:
+        size = self.lm.target.info.vocab_size
+        outside = next((i for i in ids if not 0 <= i < size), None)
+        if outside is not None:
+            raise RecordError(UNKNOWN_ID, f"{place}: token id {outside} is outside the target's vocabulary of {size}")
+        return tuple(ids)
+
+    def _rendered(self, messages: list[Any], place: str, whole: bool) -> tuple[int, ...]:
+        """`whole`: with the last answer, if there is one; else up to where it would begin."""
+        if not getattr(self.lm.tokenizer, "chat_template", None):
+            raise UsageError('this model has no chat template, which messages need; give the text as {"prompt": ...}')
+        answered = messages[-1]["role"] == "assistant"
+        try:
+            if whole and answered:
+                return tuple(self.lm.render(messages, answered=True))
+            return tuple(self.lm.render(messages[:-1] if answered else messages))
+        except UsageError as error:
+            raise RecordError(REFUSED, f"{place}: {error}") from error
 
 
 def source(
-    lm: SpeculativeLM, kind: str, path: Path | None = None, dataset: str | None = None, *, longest: int, text_tokens: int = 64
+    lm: SpeculativeLM,
+    kind: str,
+    path: Path | None = None,
+    dataset: str | None = None,
+    *,
+    longest: int,
+    text_tokens: int = 64,
+    strict: bool = False,
 ) -> Source:
     """The source called `kind` (self, jsonl, text), or a data set. Raises UsageError for what is missing."""
     if dataset is not None:
-        return RecordSource(
-            lm, lambda: read_dataset(dataset), {"kind": "dataset", "input": dataset}, longest=longest, text_tokens=text_tokens
-        )
+        about = {"kind": "dataset", "input": dataset}
+        return RecordSource(lm, lambda: read_dataset(dataset), about, longest=longest, text_tokens=text_tokens, strict=strict)
     if kind == "self":
         return SelfSource(lm, min(QUESTION_TOKENS, longest))
     readers = {"jsonl": read_jsonl, "text": read_texts}
@@ -187,14 +231,15 @@ def source(
         raise UsageError(f"--source {kind} needs --input PATH")
     if not path.exists():
         raise UsageError(f"no such file: {path}")
+    if path.is_dir() and kind == "jsonl":
+        raise UsageError(f"{path} is a folder; name a file in it")
     about = {"kind": kind, "input": path.name, "input_sha256": _content(path)}
-    return RecordSource(lm, lambda: readers[kind](path), about, longest=longest, text_tokens=text_tokens)
+    return RecordSource(lm, lambda: readers[kind](path), about, longest=longest, text_tokens=text_tokens, strict=strict)
 
 
 def _content(path: Path) -> str:
     """Of the input itself: a key means nothing once its record is another."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        digest.update(bytes.fromhex(files.digest(file)))
     return digest.hexdigest()

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from specdiff import records
 from specdiff.errors import UsageError
 from specdiff.training.objectives import DIVERGENCES, WEIGHTS
 
@@ -61,7 +62,7 @@ class Recipe(BaseModel):
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=1 << 23)] = 0  # the draws of all steps fit 63 bits with it
 
     # what is kept and measured
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -111,8 +112,8 @@ def load(source: str, changes: Sequence[str] = ()) -> Recipe:
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UsageError(f"no recipe {source!r}; known are {', '.join(names())}, or a FILE.yaml")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.safe_load(records.read_text(path))
+    except yaml.YAMLError as error:
         raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
         raise UsageError(f"{path} must hold key: value lines, not a {type(data).__name__}")

@@ -3,7 +3,7 @@
 import importlib
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from specdiff import catalog
 from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.lm import SpeculativeLM, tokenizer_of
 from specdiff.targets.causal import CausalTarget
-from specdiff.training import card, evaluation, networks
+from specdiff.training import card, evaluation, generate, networks
 from specdiff.training.autoregressive import AutoregressiveTask
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe
@@ -24,7 +24,7 @@ from specdiff.training.sedd import SEDDTask
 from specdiff.training.target import TargetTask
 from specdiff.training.task import Task
 from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, Teacher
-from specdiff.training.trainer import Trainer
+from specdiff.training.trainer import Trainer, check_folder
 
 TRACKERS = ("none", "tensorboard", "trackio")
 
@@ -56,7 +56,9 @@ def prepare(
     if log_to not in TRACKERS:
         raise UsageError(f"unknown --log-to {log_to!r}; known are {', '.join(TRACKERS)}")
     corpus = Corpus(data)
+    corpus.verify()
     training, held_out = corpus.split(recipe.held_out)
+    check_folder(out)
     accelerator = accelerator_for(recipe, device)
     torch.manual_seed(recipe.seed)
     trained = recipe.kind == "target"
@@ -67,8 +69,12 @@ def prepare(
             f"{data} holds tokens of a vocabulary of {corpus.manifest['vocab_size']}, but {model} has {target.info.vocab_size}; "
             f"make its corpus with:  specdiff data --model {model} --out DIR"
         )
+    model_folder = generate.model_files(model)
+    if out.exists() and out.resolve() == model_folder.resolve():
+        raise UsageError(f"--out {out} is the target's own folder, whose weights would be replaced; choose another --out")
+    sources = {"corpus": corpus.digest, "target": generate.weights_digest(model_folder)}
     tokenizer = tokenizer_of(folder)
-    task = _task(recipe, corpus, training, target, tokenizer, catalog.same_target(model))
+    task = _task(recipe, corpus, training, target, tokenizer, catalog.same_target(model), sources["target"])
     evaluate = None
     if not trained:
         prompts = evaluation.held_out_prompts(corpus, held_out, recipe.eval_prompts)
@@ -85,6 +91,7 @@ def prepare(
         accelerator,
         training,
         held_out,
+        sources,
         evaluate=lambda folder: evaluate(str(folder)) if evaluate else {},
         describe=describe,
         track=_tracker(log_to, out, recipe) if accelerator.is_main_process else None,
@@ -99,7 +106,15 @@ def accelerator_for(recipe: Recipe, device: str) -> Accelerator:
     return Accelerator(cpu=not cuda and device in ("auto", "cpu"), mixed_precision="bf16" if bf16 else "no")
 
 
-def _task(recipe: Recipe, corpus: Corpus, training: range, target: CausalTarget, tokenizer: Any, targets: list[str]) -> Task:
+def _task(
+    recipe: Recipe,
+    corpus: Corpus,
+    training: Sequence[int],
+    target: CausalTarget,
+    tokenizer: Any,
+    targets: list[str],
+    target_weights: str,
+) -> Task:
     model = target.model
     if recipe.kind == "target":
         for parameter in model.parameters():
@@ -108,6 +123,8 @@ def _task(recipe: Recipe, corpus: Corpus, training: range, target: CausalTarget,
     model.requires_grad_(False)
     teacher: Teacher | None = None
     if recipe.objective == "distill":
+        if corpus.has_features:
+            corpus.check_features(target_weights)
         teacher = PrecomputedTeacher(corpus) if corpus.has_features else OnlineTeacher(model)
         if target.info.head is None:
             raise UsageError(f"{model.config.model_type} has no plain output matrix to learn from; train with --set objective=denoise")

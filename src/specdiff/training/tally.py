@@ -21,6 +21,7 @@ class Tally:
         self.writer = writer
         self.by_temperature: dict[str, dict[str, int]] = writer.notes.setdefault("by_temperature", {})
         self.dropped: dict[str, list[int]] = writer.notes.setdefault("dropped", {})
+        self.first_dropped: dict[str, str] = writer.notes.setdefault("first_dropped", {})
         self.known: set[int] = {key for keys in self.dropped.values() for key in keys}
         self.texts: set[bytes] = set()
         for shard in written:
@@ -46,10 +47,19 @@ class Tally:
         self.writer.add(row)  # last: a full buffer is flushed here, together with the notes
         return True
 
-    def drop(self, key: int, why: str) -> None:
-        """This key gives no row, and shall not be tried again."""
+    def drop(self, key: int, why: str, detail: str = "") -> None:
+        """This key gives no row, and is not tried again. `detail` names its record; the first of each reason is kept."""
+        if key in self.known:
+            return
         self.known.add(key)
         self.dropped.setdefault(why, []).append(key)
+        if detail:
+            self.first_dropped.setdefault(why, detail)
+
+    def reasons(self) -> str:
+        """What was dropped, for people: counts, and the first record of each reason that names one."""
+        counts = [f"{len(keys)} {why}" for why, keys in sorted(self.dropped.items())]
+        return "; ".join([", ".join(counts) or "none", *(f"first {why}: {d}" for why, d in sorted(self.first_dropped.items()))])
 
     def close(self) -> dict[str, Any]:
         """Flush, and leave the closing counts in the manifest."""
@@ -69,6 +79,7 @@ class Tally:
             "tokens": self.writer.tokens,
             "shards": len(self.writer.manifest["shards"]),
             "dropped": {why: len(keys) for why, keys in sorted(self.dropped.items())},
+            "first_dropped": dict(sorted(self.first_dropped.items())),
             "by_temperature": laws,
         }
 

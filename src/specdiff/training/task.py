@@ -108,7 +108,7 @@ def columns_of(draft_vocab: Int[Tensor, "C"] | None, vocab_size: int) -> Int[Ten
     return columns
 
 
-def most_frequent(corpus: Corpus, rows: range, vocab_size: int, size: int | None) -> Int[Tensor, "C"] | None:
+def most_frequent(corpus: Corpus, rows: Sequence[int], vocab_size: int, size: int | None) -> Int[Tensor, "C"] | None:
     """The `size` tokens a corpus uses most, ascending: a draft vocabulary. None for the whole vocabulary."""
     if size is None or size >= vocab_size:
         return None

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdiff import files
 from specdiff.errors import CorpusError, UnsupportedModelError
-from specdiff.training.corpus import Corpus, pad, write_tensors
+from specdiff.training.corpus import Corpus, pad
 
 STORED = torch.bfloat16  # log_z is computed from the rounded states, so that the stored law sums to 1
 POSITIONS = 2048  # positions whose whole-vocabulary logits are in memory at a time
@@ -61,11 +62,15 @@ def log_normaliser(hidden: Float[Tensor, "*B H"], head: Float[Tensor, "V H"]) ->
 
 
 @torch.inference_mode()
-def precompute(model: PreTrainedModel, corpus: Corpus, *, rows: int = 8, shards: Sequence[int] | None = None) -> Iterator[tuple[int, int]]:
+def precompute(
+    model: PreTrainedModel, corpus: Corpus, target_weights: str, *, rows: int = 8, shards: Sequence[int] | None = None
+) -> Iterator[tuple[int, int]]:
     """Write the features of every shard that lacks them; yields (tokens done, tokens in all). A killed run loses one shard.
 
-    Raises UnsupportedModelError if the model's logits are not its head times its final states.
+    `target_weights` is the model's digest, which is stored with them. Raises CorpusError if features of another target are
+    there, UnsupportedModelError if the model's logits are not its head times its final states.
     """
+    corpus.check_features(target_weights)
     model.eval()
     head = _head(model)
     device = model.device
@@ -90,7 +95,8 @@ def precompute(model: PreTrainedModel, corpus: Corpus, *, rows: int = 8, shards:
                 hidden[i], log_z[i] = h[: len(tokens[i])].cpu(), z[: len(tokens[i])].cpu()
             done += sum(len(tokens[i]) for i in group)
             yield done, corpus.tokens
-        write_tensors(shard.features_path, {"hidden": torch.cat(hidden), "log_z": torch.cat(log_z)})
+        metadata = corpus.feature_metadata(index, target_weights)
+        files.write_tensors(shard.features_path, {"hidden": torch.cat(hidden), "log_z": torch.cat(log_z)}, metadata)
 
 
 def _head(model: PreTrainedModel) -> Tensor:

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -12,14 +12,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from filelock import BaseFileLock
 
-from specdiff.errors import UsageError
+from specdiff import files
+from specdiff.errors import CorpusError, StorageError, UsageError
+from specdiff.records import read_text
 from specdiff.training import checkpoint
 from specdiff.training.recipe import Recipe, as_yaml, load
 from specdiff.training.state import State
 from specdiff.training.task import Task, TensorDict
 
 HELD_OUT_ROWS = 64  # most rows the held-out loss is averaged over
+RECIPE = "recipe.yaml"
+SOURCES = "sources.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +42,19 @@ class Progress:
 class Trainer:
     """One run in `out`: the finished folder at its top, all that resuming needs under `training/`.
 
-    `evaluate(folder)` measures the exported drafter, `describe()` writes its card, `track(values, step)` logs to a tracker.
-    Building it resumes from the last complete checkpoint. Raises UsageError if that was begun with another recipe.
+    `sources` are the digests of what it learns from. `evaluate(folder)` measures the exported drafter, `describe()` writes its
+    card, `track(values, step)` logs to a tracker. Building it locks the folder until the run ends, and resumes from the last
+    complete checkpoint. Raises UsageError if that was begun with another recipe or the folder holds something else,
+    CorpusError if it was begun with other sources, StorageError if another process trains there.
     """
 
     task: Task
     recipe: Recipe
     out: Path
     accelerator: Accelerator
-    training_rows: range
-    held_out_rows: range
+    training_rows: Sequence[int]
+    held_out_rows: Sequence[int]
+    sources: Mapping[str, str]
     evaluate: Callable[[Path], dict[str, Any]] | None = None
     describe: Callable[[], None] | None = None
     track: Callable[[dict[str, float], int], None] | None = None
@@ -56,6 +64,7 @@ class Trainer:
     model: Any = field(init=False)
     optimizer: Any = field(init=False)
     state: State = field(init=False)
+    lock: BaseFileLock | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         recipe, trained = self.recipe, [p for p in self.task.parameters() if p.requires_grad]
@@ -66,10 +75,27 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         self.state = State(self.model, self.optimizer.optimizer, recipe.ema)
-        self._resume()
+        check_folder(self.out)
+        self._acquire()
+        try:
+            self._resume()
+        except BaseException:
+            self._release()
+            raise
 
     def run(self, max_seconds: float | None = None) -> Iterator[Progress]:
         """Train to the recipe's last step, or for `max_seconds` from now; yields what is logged. The last state is saved."""
+        self._acquire()
+        try:
+            yield from self._run(max_seconds)
+        except StorageError as error:
+            complete = checkpoint.complete(self._work / "checkpoints")
+            last = f"the checkpoint of step {int(complete[-1].name)} is intact" if complete else "there is no checkpoint yet"
+            raise StorageError(f"{error}; {last}: make room, then repeat the command to resume") from error
+        finally:
+            self._release()
+
+    def _run(self, max_seconds: float | None) -> Iterator[Progress]:
         began, before = time.monotonic(), self.spent
         if self.due() and not self._measured():  # killed while it was measured
             yield Progress(self.step, self.recipe.steps, self.spent, {"step": self.step}, self._measure())
@@ -94,12 +120,22 @@ class Trainer:
         """A checkpoint, and the folder as it stands. Every process must call it."""
         tensors, network = self.state.dump(), self.state.network()
         if self.accelerator.is_main_process:
-            self.task.export(self.out, network)
+            self._export(network)
             if self.describe is not None:
                 self.describe()
             told = {"spent": self.spent, "tokens": self.tokens, "processes": self.accelerator.num_processes}
             checkpoint.write(self._work / "checkpoints", self.step, tensors, told)
         self.accelerator.wait_for_everyone()
+
+    def _export(self, network: TensorDict) -> None:
+        """The folder's own files: written aside, then each moved into its place. A disk that fills up leaves the old ones."""
+        staged = self._work / "export"
+        with files.staged_folder(staged) as folder:
+            self.task.export(folder, network)
+        with files.storing(self.out):
+            for path in sorted(staged.iterdir()):
+                path.replace(self.out / path.name)
+            staged.rmdir()
 
     # one step
 
@@ -209,31 +245,63 @@ class Trainer:
     def _log(self, name: str, record: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
             return
-        with (self._work / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        files.append_line(self._work / name, json.dumps(record))
         if self.track is not None:
             self.track({k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}, record["step"])
 
+    def _acquire(self) -> None:
+        if self.lock is None and self.accelerator.is_main_process:
+            self.lock = files.lock(self._work)
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
+            self.lock = None
+
     def _resume(self) -> None:
-        kept, found = self._work / "recipe.yaml", checkpoint.complete(self._work / "checkpoints")
-        if found and kept.exists() and (old := load(str(kept))) != self.recipe:
+        checkpoints = checkpoint.complete(self._work / "checkpoints")
+        if checkpoints:
+            self._same()
+            tensors, state = checkpoint.read(checkpoints[-1])
+            self.state.restore(tensors)
+            self.step = int(state["step"])
+            self.spent = float(state["spent"])
+            self.tokens = int(state["tokens"])
+        self.accelerator.wait_for_everyone()  # nobody writes while another still reads
+        if self.accelerator.is_main_process:
+            files.write_text(self._work / RECIPE, as_yaml(self.recipe))
+            files.write_json(self._work / SOURCES, dict(self.sources))
+            for path in self._work.glob("*.jsonl"):
+                lines = path.read_text(encoding="utf-8").splitlines()
+                known = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+                files.write_text(path, "".join(f"{line}\n" for line in known))
+
+    def _same(self) -> None:
+        """The checkpoint was begun with this recipe and these sources (which runs of earlier versions did not record)."""
+        recipe, sources = self._work / RECIPE, self._work / SOURCES
+        old = load(str(recipe)) if recipe.exists() else self.recipe
+        if old != self.recipe:
             name = next(n for n in Recipe.model_fields if getattr(old, n) != getattr(self.recipe, n))
             raise UsageError(
                 f"{self.out} was begun with {name} = {getattr(old, name)!r}, not {getattr(self.recipe, name)!r}; repeat that recipe to "
-                f"go on, or choose another --out"
+                f"resume, or choose another --out"
             )
-        if found:
-            tensors, told = checkpoint.read(found[-1])
-            self.state.restore(tensors)
-            self.step, self.spent, self.tokens = int(told["step"]), float(told["spent"]), int(told["tokens"])
-        self.accelerator.wait_for_everyone()  # nobody writes while another still reads
-        if self.accelerator.is_main_process:
-            self._work.mkdir(parents=True, exist_ok=True)
-            kept.write_text(as_yaml(self.recipe), encoding="utf-8")
-            for path in self._work.glob("*.jsonl"):
-                lines = path.read_text(encoding="utf-8").splitlines()
-                behind = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-                path.write_text("".join(f"{line}\n" for line in behind), encoding="utf-8")
+        begun = json.loads(read_text(sources)) if sources.exists() else {}
+        for name, digest in self.sources.items():
+            if begun.get(name, digest) != digest:
+                raise CorpusError(
+                    f"{self.out} was begun with another {name}: SHA-256 {begun[name]}, not {digest}; give the same {name} to "
+                    f"resume, or choose another --out"
+                )
+
+
+def check_folder(out: Path) -> None:
+    """Raises UsageError if `out` holds files that no training run put there."""
+    if (out / "training" / RECIPE).exists() or not out.is_dir():
+        return
+    others = sorted(p.name for p in out.iterdir() if not p.name.startswith(".") and p.name != "training")
+    if others:
+        raise UsageError(f"{out} holds {others[0]}, but no training/{RECIPE}: no run of specdiff began it; choose another --out")
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
