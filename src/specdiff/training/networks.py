@@ -150,13 +150,13 @@ def _open(network: SEDD, counts: Int[Tensor, "V"], norm: Float[Tensor, "H"] | No
             network.output_layer.norm_final.weight.copy_(0.1 * norm)
     shift = unigram_shift(network.head.float(), columns)
     with torch.no_grad():
-        network.output_layer.adaLN_modulation.bias[:width] = shift
+        network.output_layer.adaLN_modulation.bias[:width].copy_(shift)  # the head may lie on another device
 
 
 def unigram_shift(head: Float[Tensor, "C H"], counts: Int[Tensor, "C"]) -> Float[Tensor, "H"]:
     """The state whose read-out is nearest to the corpus's word frequencies: training need not spend steps on those."""
-    shift = torch.zeros(head.shape[1], requires_grad=True)
-    frequency = counts.float() / counts.sum()
+    shift = torch.zeros(head.shape[1], device=head.device, requires_grad=True)
+    frequency = (counts.float() / counts.sum()).to(head.device)
     optimizer = torch.optim.LBFGS([shift], max_iter=100)
 
     def closure() -> Tensor:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from specdiff import files
 from specdiff.errors import CorpusError, UnsupportedModelError
+from specdiff.models.causal import home
 from specdiff.training.corpus import Corpus, pad
 
 STORED = torch.bfloat16  # log_z is computed from the rounded states, so that the stored law sums to 1
@@ -50,7 +51,9 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
-        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state  # causal, so padding behind a row changes nothing
+        ids = ids.to(home(self.model))  # a batch is made on the host
+        # causal, so padding behind a row changes nothing
+        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
         return hidden.float(), log_normaliser(hidden, self.head)
 
 

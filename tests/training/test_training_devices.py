@@ -1,0 +1,183 @@
+"""Training with everything on another device than the host: corpus rows come from the host, and all else stays where the model is."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from second_device import DEVICE, HOST, SecondDevice
+from transformers import PreTrainedModel
+
+import tiny
+from specdiff.training import networks, recipe, run
+from specdiff.training.corpus import Corpus
+from specdiff.training.teacher import PrecomputedTeacher, precompute
+
+SIZES = ["blocks=1", "draft_vocab=24", "context_window=12", "rows=2", "canvas_tokens=8"]
+SMALL = [*SIZES, "accumulation=1", "warmup=1", "steps=2", "ema=0.9"]
+BOOKS = ["log_every=1", "save_every=1", "eval_every=2", "eval_prompts=2", "eval_tokens=6"]
+BIDIRECTIONAL = ["attention=bidirectional", "length=24"]
+SCORES = [*BIDIRECTIONAL, "objective=score_entropy", "draft_vocab=null"]
+
+
+class There(Accelerator):
+    """Places models and batches on the second device."""
+
+    @property
+    def device(self) -> torch.device:
+        return DEVICE
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
+    """The second device, on, and runs placed there."""
+    monkeypatch.setattr(run, "accelerator_for", lambda recipe, device: There(cpu=True))
+    with SecondDevice() as mode:
+        yield mode
+
+
+@pytest.fixture(scope="module")
+def taught(corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The corpus with the target's states beside it."""
+    folder = tmp_path_factory.mktemp("taught") / "corpus"
+    shutil.copytree(corpus.folder, folder)
+    list(precompute(model, Corpus(folder)))
+    return folder
+
+
+def test_the_device_itself(device: SecondDevice) -> None:
+    here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+    assert (here.device, there.device, there[1:].device, there.cpu().device) == (HOST, DEVICE, DEVICE, HOST)
+    assert (there + here.to(DEVICE)).device == (there * here[0]).device == torch.zeros_like(there).device == DEVICE
+    assert there[torch.tensor([0, 2])].tolist() == [1, 1]
+    for meet in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.dot(here, there), lambda: here[there.long()]):
+        with pytest.raises(RuntimeError, match=r"two devices meet|of the second device"):
+            meet()
+    with pytest.raises(RuntimeError, match="a generator of the host"):
+        torch.rand(3, generator=torch.Generator(), device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("sedd", []),
+        ("sedd", ["truth_share=0.5", "weights=d_pace", "init=target", "heads=4"]),
+        ("sedd", ["objective=denoise", "weights=streak"]),
+        ("sedd", ["draft_vocab=null"]),
+        ("sedd", [*BIDIRECTIONAL, "time_conditioning=true"]),
+        ("sedd", [*BIDIRECTIONAL, "drafting_share=0", "objective=denoise"]),
+        ("sedd", SCORES),
+        ("sedd", [*SCORES, "drafting_share=0", "process=uniform", "borrow_embeddings=false"]),
+        ("autoregressive", ["init=null"]),
+        ("autoregressive", ["objective=denoise"]),
+        ("target", []),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v,
+)
+def test_a_run(
+    kind: str,
+    changes: list[str],
+    tmp_path: Path,
+    target_folder: Path,
+    corpus: Corpus,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A forecast, then a run that is measured and resumed: the losses of the host."""
+    r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "host", device="cpu")
+    wanted = records(plan, r.steps)
+    request.getfixturevalue("device")
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "forecast")
+    assert plan.target.info.device == DEVICE
+    assert {p.device for p in plan.trainer.task.parameters()} == {DEVICE}
+    assert {b.device for b in plan.trainer.task.buffers()} == {DEVICE}
+    assert run.forecast(plan)["tokens_per_step"] > 0
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
+    measured = records(plan, 1)
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
+    assert plan.trainer.step == 1
+    measured += records(plan, r.steps)
+    assert [m["loss"] for m in measured] == pytest.approx([w["loss"] for w in wanted], rel=1e-6)
+    curve, host = (json.loads((tmp_path / name / "training" / "curve.jsonl").read_text()) for name in ("there", "host"))
+    for name in host.keys() - {"minutes"}:
+        assert curve[name] == pytest.approx(host[name], rel=1e-4)
+
+
+def records(plan: run.Plan, last: int) -> list[dict[str, Any]]:
+    """What is logged up to step `last`, and measured there where that is due."""
+    logged = []
+    for progress in plan.trainer.run():
+        if progress.evaluated is None:
+            logged.append(progress.record)
+        if progress.step == last and (progress.evaluated is not None or last < plan.trainer.recipe.steps):
+            break
+    return logged
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "stored"),
+    [
+        ("sedd", [], False),
+        ("sedd", ["weights=d_pace", "init=target", "heads=4"], True),
+        ("sedd", BIDIRECTIONAL, True),
+        ("autoregressive", [], False),
+        ("target", [], False),
+    ],
+)
+def test_in_half_precision(
+    kind: str,
+    changes: list[str],
+    stored: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    corpus: Corpus,
+) -> None:
+    """As on a GPU: a target in bfloat16 and a network under autocast; about the losses of float32."""
+    model = tiny.model("llama").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "target")
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus.folder, folder)
+    if stored:
+        list(precompute(model, Corpus(folder)))
+    r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
+    plan = run.prepare(r, model=str(tmp_path / "target"), data=folder, out=tmp_path / "host", device="cpu")
+    wanted = records(plan, r.steps)
+    monkeypatch.setattr(run, "accelerator_for", lambda recipe, device: There(cpu=True, mixed_precision="bf16"))
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # it keeps the first precision of a process
+    with SecondDevice():
+        plan = run.prepare(r, model=str(tmp_path / "target"), data=folder, out=tmp_path / "there")
+        measured = records(plan, r.steps)
+    assert [m["loss"] for m in measured] == pytest.approx([w["loss"] for w in wanted], rel=0.05, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", ["sedd", "autoregressive"])
+def test_states_from_the_disk(kind: str, device: SecondDevice, tmp_path: Path, target_folder: Path, taught: Path) -> None:
+    r = recipe.load(kind, [*SMALL, *BOOKS, "init=null"])
+    plan = run.prepare(r, model=str(target_folder), data=taught, out=tmp_path)
+    assert isinstance(plan.trainer.task.teacher, PrecomputedTeacher)
+    assert plan.trainer.one_step()["loss"] > 0
+    assert plan.trainer.held_out()["held_out_loss"] > 0
+
+
+def test_states_are_computed_where_the_target_is(device: SecondDevice, tmp_path: Path, corpus: Corpus, taught: Path) -> None:
+    """The very states that the host computes, read back by a drafter's task."""
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus.folder, folder)
+    model = tiny.model("llama").to(DEVICE)
+    list(precompute(model, Corpus(folder)))
+    wanted, read = Corpus(taught).features(3), Corpus(folder).features(3)
+    assert wanted is not None and read is not None
+    for ours, host in zip(read, wanted, strict=True):
+        assert torch.equal(ours, host)
+
+
+def test_word_frequencies_where_the_head_is(device: SecondDevice) -> None:
+    head, counts = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(1, 10)
+    shift = networks.unigram_shift(head.to(DEVICE), counts)
+    assert shift.device == DEVICE
+    assert torch.equal(shift.cpu(), networks.unigram_shift(head, counts))

@@ -1,0 +1,351 @@
+"""Losses, draws and rates of training, worked out again in plain loops over a corpus of three rows.
+
+Networks and target run on one unpadded text at a time; all that is made of their numbers (laws, divergences, weights, means) is
+computed here token by token.
+"""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import tiny
+from specdiff.training import networks, recipe
+from specdiff.training.autoregressive import AutoregressiveTask
+from specdiff.training.corpus import Corpus, CorpusWriter, Row
+from specdiff.training.recipe import Recipe
+from specdiff.training.sedd import SEDDTask
+from specdiff.training.target import TargetTask
+from specdiff.training.teacher import OnlineTeacher
+
+VOCAB = 12
+WORDS = 8  # of the draft vocabulary
+ROWS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3], [2, 7, 1, 8, 2, 8], [11, 0, 10]]
+PROMPTS = [4, 2, 1]
+NEAR = 2e-5
+SMALL = ["blocks=1", f"draft_vocab={WORDS}", "heads=4", "dropout=0"]
+CANVASES = [*SMALL, "context_window=3", "draft_lens=[3]", "canvas_tokens=18", "revealed=0.4"]
+WINDOWS = [*SMALL, "attention=bidirectional", "time_conditioning=true", "context_window=4", "draft_lens=[3]"]
+SCORES = ["objective=score_entropy", "draft_vocab=null"]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny.model("llama", vocab=VOCAB)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    folder = tmp_path_factory.mktemp("three")
+    with CorpusWriter(folder, {"target": "tiny", "source": "test"}, vocab_size=VOCAB) as writer:
+        for key, (tokens, prompt_length) in enumerate(zip(ROWS, PROMPTS, strict=True)):
+            writer.add(Row(torch.tensor(tokens), prompt_length, 0.0, key))
+    return Corpus(folder)
+
+
+# ---- the slow computation ----
+
+
+def softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    total = math.fsum(math.exp(v - top) for v in logits)
+    return [math.exp(v - top) / total for v in logits]
+
+
+def law_after(model: PreTrainedModel, tokens: list[int]) -> list[float]:
+    """The target's law of the token that follows."""
+    with torch.no_grad():
+        return softmax(model(torch.tensor([tokens])).logits[0, -1].tolist())
+
+
+def accepted(logits: list[float], p: list[float] | None, truth: int, vocab: list[int]) -> float:
+    """The chance that a drafted token is accepted: the overlap with the target's law, or the truth's own probability."""
+    q = softmax(logits)
+    if p is None:
+        return q[vocab.index(truth)] if truth in vocab else 0.0
+    return math.fsum(min(q[column], p[token]) for column, token in enumerate(vocab))
+
+
+def loss_of(logits: list[float], p: list[float] | None, truth: int, vocab: list[int], r: Recipe) -> float:
+    """One position: cross-entropy, or a divergence from the target's law mixed with it. A token outside costs nothing."""
+    q = softmax(logits)
+    cross_entropy = -math.log(q[vocab.index(truth)]) if truth in vocab else 0.0
+    if p is None:
+        return cross_entropy
+    forward = math.fsum(p[token] * math.log(p[token] / q[column]) for column, token in enumerate(vocab))
+    divergence = forward
+    if r.divergence == "hybrid":
+        overlap = accepted(logits, p, truth, vocab)
+        trust = math.exp(-3 * overlap)
+        divergence = trust * forward + (1 - trust) * (1 - overlap)
+    return (1 - r.truth_share) * divergence + r.truth_share * cross_entropy
+
+
+def weights_of(q: list[float], r: Recipe) -> list[float]:
+    """The weight of each drafted position."""
+    if r.weights == "exponential":
+        return [math.exp(-k / r.weight_scale) for k in range(len(q))]
+    if r.weights == "streak":
+        return [math.prod(q[:k]) for k in range(len(q))]
+    return [1.0] * len(q)
+
+
+def expected_accepted(q: list[float]) -> float:
+    return math.fsum(math.prod(q[: k + 1]) for k in range(len(q)))
+
+
+def mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def shaken(network: torch.nn.Module) -> None:
+    """No parameter stays at its initial value."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def sedd_task(r: Recipe, corpus: Corpus, model: PreTrainedModel) -> SEDDTask:
+    network = networks.sedd(r, corpus, range(3), model)
+    shaken(network)
+    head = model.get_output_embeddings().weight.detach()
+    teacher = OnlineTeacher(model) if r.objective == "distill" else None
+    task = SEDDTask(r, corpus, network, head, teacher, {})
+    return task.eval()
+
+
+def vocab_of(network: Any) -> list[int]:
+    return network.draft_vocab.tolist()
+
+
+def on_canvas(task: SEDDTask, past: list[int], canvas: list[int]) -> list[list[list[float]]]:
+    """Logits [clean, canvas] of one canvas behind one text: a clean token sees `window` clean ones, a canvas token its
+    anchor's past and the canvas."""
+    window = task.network.config.context_window
+    L, G = len(past), len(canvas)
+    mask = torch.zeros(1, 1, L + G, L + G, dtype=torch.bool)
+    for i in range(L + G):
+        last = min(i, L - 1)
+        for j in range(L + G):
+            mask[0, 0, i, j] = last - window < j <= last or (i >= L and j >= L)
+    with torch.no_grad():
+        states = task.network.hidden(torch.tensor([past + canvas]), torch.zeros(1), mask=mask)
+        logits = task.network.logits(states)[0].tolist()
+    return [logits[:L], logits[L:]]
+
+
+def alone(task: SEDDTask, x: list[int], t: float) -> list[list[float]]:
+    """Logits of a whole corrupted text, its noise level that of the log-linear schedule."""
+    sigma = -math.log(1 - (1 - 1e-3) * t)
+    with torch.no_grad():
+        states = task.network.hidden(torch.tensor([x]), torch.tensor([sigma]))
+        return task.network.logits(states)[0].tolist()
+
+
+# ---- losses ----
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["objective=denoise", "weights=exponential", "weight_scale=2"],
+        ["divergence=forward", "weights=streak", "auxiliary=0"],
+        ["divergence=hybrid", "truth_share=0.2", "weights=exponential", "weight_scale=2"],
+        ["divergence=forward", "truth_share=0.8", "weights=uniform"],
+    ],
+    ids=" ".join,
+)
+def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
+    r = recipe.load("sedd", [*CANVASES, *changes])
+    task = sedd_task(r, corpus, model)
+    vocab, mask = vocab_of(task.network), VOCAB
+    batch = task.prepare(range(3), torch.Generator().manual_seed(1))
+    progress = 0.25
+    with torch.no_grad():
+        loss, records = task(batch, progress)
+
+    sums, weights, first, accepts, following = [], [], [], [], []
+    beyond = revealed_canvases = 0
+    for b, row in enumerate(ROWS):
+        for anchor, revealed in zip(batch["anchors"][b].tolist(), batch["revealed"][b].tolist(), strict=True):
+            true = row[anchor + 1 : anchor + 4]
+            canvas = [true[k] if k < revealed else mask for k in range(3)]
+            _, logits = on_canvas(task, row[: anchor + 1], canvas)
+            q, losses = [], []
+            for k in range(3):
+                if k >= len(true):
+                    q.append(0.0)
+                    losses.append(None)
+                elif k < revealed:
+                    q.append(1.0)
+                    losses.append(None)
+                else:
+                    p = law_after(model, row[: anchor + 1 + k]) if r.objective == "distill" else None
+                    q.append(accepted(logits[k], p, true[k], vocab))
+                    losses.append(loss_of(logits[k], p, true[k], vocab, r))
+            for weight, value in zip(weights_of(q, r), losses, strict=True):
+                if value is not None:
+                    sums.append(weight * value)
+                    weights.append(weight)
+            if revealed == 0 and len(true) == 3:
+                first.append(q[0])
+                accepts.append(expected_accepted(q))
+            beyond += len(true) < 3
+            revealed_canvases += revealed > 0
+        clean, _ = on_canvas(task, row, [mask])
+        for i in range(len(row) - 1):
+            if row[i + 1] in vocab:
+                following.append(-math.log(softmax(clean[i])[vocab.index(row[i + 1])]))
+    assert first
+    assert beyond
+    assert revealed_canvases  # every case is there
+    wanted = math.fsum(sums) / math.fsum(weights) + r.auxiliary * (1 - progress) * mean(following)
+    assert loss.item() == pytest.approx(wanted, rel=NEAR)
+    assert records["q1"].item() == pytest.approx(mean(first), rel=NEAR)
+    assert records["expected_tau"].item() == pytest.approx(1 + mean(accepts), rel=NEAR)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["objective=denoise", "weights=exponential", "weight_scale=2"],
+        ["divergence=hybrid", "truth_share=0.2", "weights=exponential", "weight_scale=2"],
+        ["divergence=forward", "truth_share=0.8", "weights=streak"],
+    ],
+    ids=" ".join,
+)
+def test_a_window_as_it_is_drafted(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
+    r = recipe.load("sedd", [*WINDOWS, *changes])
+    task = sedd_task(r, corpus, model)
+    vocab, mask = vocab_of(task.network), VOCAB
+    sums, weights, first, accepts = [], [], [], []
+    rows = [0, 1, 2, 0, 0, 1]
+    batch = task.prepare(rows, torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        loss, records = task(batch, 0.0)
+    for b, row in enumerate(ROWS[i] for i in rows):
+        anchor = int(batch["start"][b]) + batch["drafted"][b].tolist().index(0) - 1
+        past = row[max(0, anchor + 1 - 4) : anchor + 1]
+        t = min(1.0, 3 / (len(past) + 3) / (1 - 1e-3))
+        logits = alone(task, past + [mask] * 3, t)[len(past) :]
+        q, losses = [0.0] * 3, [0.0] * 3
+        for k, truth in enumerate(row[anchor + 1 : anchor + 4]):
+            p = law_after(model, row[: anchor + 1 + k]) if r.objective == "distill" else None
+            q[k] = accepted(logits[k], p, truth, vocab)
+            losses[k] = loss_of(logits[k], p, truth, vocab, r)
+        inside = min(3, len(row) - anchor - 1)
+        sums += [w * v for w, v in zip(weights_of(q, r), losses, strict=True)][:inside]
+        weights += weights_of(q, r)[:inside]
+        first.append(q[0])
+        accepts.append(expected_accepted(q))
+    assert len(weights) < 3 * len(rows)  # some canvas reaches beyond its row
+    assert loss.item() == pytest.approx(math.fsum(sums) / math.fsum(weights), rel=NEAR)
+    assert records["q1"].item() == pytest.approx(mean(first), rel=NEAR)
+    assert records["expected_tau"].item() == pytest.approx(1 + mean(accepts), rel=NEAR)
+
+
+@pytest.mark.parametrize("changes", [["objective=denoise"], ["divergence=forward", "truth_share=0.2"]], ids=" ".join)
+def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
+    """The sum over masked positions of loss / t, over all positions: the bound of MDLM, per token."""
+    r = recipe.load("sedd", [*WINDOWS, "drafting_share=0", "length=5", *changes])
+    task = sedd_task(r, corpus, model)
+    vocab, mask = vocab_of(task.network), VOCAB
+    rows = [0, 1, 2, 2, 1, 0, 1]
+    batch = task.prepare(rows, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        loss, _ = task(batch, 0.0)
+    terms, tokens, unpredictable = [], 0, 0
+    for b, row in enumerate(ROWS[i] for i in rows):
+        start, t = int(batch["start"][b]), batch["t"][b].item()
+        crop = row[start : start + 5]
+        x = batch["x"][b].tolist()[: len(crop)]
+        assert all(x[i] in (token, mask) for i, token in enumerate(crop))
+        assert batch["real"][b].tolist() == [i < len(crop) for i in range(5)]
+        logits = alone(task, x, t)
+        tokens += len(crop)
+        for i, token in enumerate(x):
+            if token != mask:
+                continue
+            if start + i == 0:
+                unpredictable += 1  # nothing comes before the first token
+                continue
+            p = law_after(model, row[: start + i]) if r.objective == "distill" else None
+            terms.append(loss_of(logits[i], p, crop[i], vocab, r) / t)
+    assert unpredictable
+    assert batch["start"].max() > 0
+    assert loss.item() == pytest.approx(math.fsum(terms) / tokens, rel=NEAR)
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) -> None:
+    """sigma'(t) times (sum of scores - r log s(truth) + r (log r - 1)) at every MASK, r = 1 / (e^sigma - 1); in nats a token, or
+    a MASK of a canvas."""
+    share = 1 if drafted else 0
+    r = recipe.load("sedd", [*WINDOWS, *SCORES, f"drafting_share={share}", "length=7"])
+    task = sedd_task(r, corpus, model)
+    rows = [0, 1, 2, 0]
+    batch = task.prepare(rows, torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        loss, _ = task(batch, 0.0)
+    terms, count = [], 0
+    for b, row in enumerate(ROWS[i] for i in rows):
+        start, t = int(batch["start"][b]), batch["t"][b].item()
+        masked = 1 - (1 - 1e-3) * t  # e^-sigma
+        sigma, rate = -math.log(masked), (1 - 1e-3) / masked
+        ratio = 1 / math.expm1(sigma)
+        real = int(batch["real"][b].sum())
+        x = batch["x"][b].tolist()[:real]
+        logits = alone(task, x, t)
+        for i, token in enumerate(x):
+            inside = start + i < len(row)
+            if inside and (token == VOCAB or not drafted):
+                count += 1
+            if not inside or token != VOCAB:
+                continue
+            offset = math.log(math.expm1(sigma)) + math.log(VOCAB)  # the authors' parametrization of an absorbing score
+            log_score = [v - offset for v in logits[i]]
+            truth = row[start + i]
+            entropy = math.fsum(math.exp(v) for v in log_score)
+            entropy += ratio * (math.log(ratio) - 1) - ratio * log_score[truth]
+            terms.append(rate * entropy * (t if drafted else 1))
+    assert loss.item() == pytest.approx(math.fsum(terms) / count, rel=NEAR)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["objective=denoise"], ["divergence=hybrid", "truth_share=0.2"], ["divergence=forward"]],
+    ids=" ".join,
+)
+def test_autoregressive(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
+    r = recipe.load("autoregressive", ["blocks=1", f"draft_vocab={WORDS}", "init=null", *changes])
+    network = networks.autoregressive(r, corpus, range(3), model)
+    shaken(network)
+    head = model.get_output_embeddings().weight.detach()
+    teacher = OnlineTeacher(model) if r.objective == "distill" else None
+    task = AutoregressiveTask(r, corpus, network, head, teacher, {}).eval()
+    vocab = vocab_of(network)
+    with torch.no_grad():
+        loss, records = task(task.prepare(range(3), torch.Generator()), 0.0)
+    losses, answers = [], []
+    for row, prompt_length in zip(ROWS, PROMPTS, strict=True):
+        for i in range(1, len(row)):
+            with torch.no_grad():
+                logits = network.logits(network.hidden(torch.tensor([row[:i]])))[0, -1].tolist()
+            p = law_after(model, row[:i]) if teacher is not None else None
+            losses.append(loss_of(logits, p, row[i], vocab, r))
+            if i >= prompt_length:
+                answers.append(accepted(logits, p, row[i], vocab))
+    assert loss.item() == pytest.approx(mean(losses), rel=NEAR)
+    assert records["q1"].item() == pytest.approx(mean(answers), rel=NEAR)
+
+
+def test_the_target_itself(corpus: Corpus, model: PreTrainedModel) -> None:
+    task = TargetTask(recipe.load("target"), corpus, model, None)
+    with torch.no_grad():
+        loss, _ = task(task.prepare(range(3), torch.Generator()), 0.0)
+    losses = [-math.log(law_after(model, row[:i])[row[i]]) for row in ROWS for i in range(1, len(row))]
+    assert loss.item() == pytest.approx(mean(losses), rel=NEAR)
