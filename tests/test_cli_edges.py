@@ -171,6 +171,7 @@ def test_a_mistyped_option_gets_no_such_hint(here: Here) -> None:
     code, _, err = here("hi", "--temprature", "0.5")
     assert code == 2 and "No such option: --temprature" in err and "'--'" not in err
     assert "'--'" not in here("chat", "-5")[2]
+    assert "'--'" not in here("hi", "--temperature", "-1x")[2]
 
 
 def test_behind_two_dashes_it_is_a_prompt(answer: Here, here: Here) -> None:

@@ -91,7 +91,7 @@ def _guarded(arguments: list[str], debug: bool) -> int:
         return 130
     except CommandLineError as error:
         error.show()
-        if _looks_like_a_prompt(arguments):
+        if type(error) is not typer.BadParameter and _looks_like_a_prompt(arguments):  # not the value of an option
             print("A prompt that begins with '-' goes after '--', or into 'specdiff generate -' as a pipe.", file=sys.stderr)
         return error.exit_code
     except Exception as error:

@@ -80,13 +80,18 @@ def bench(
     quiet_libraries()
     folder = out or Path(f"bench-{suite.partition(':')[0]}" + ("-smoke" if smoke else ""))
     settings, parts = _plan(base | {n: v for n, v in chosen.items() if v is not None} | fixed, folder)
+    from specdiff import files
     from specdiff.bench.journal import Journal
 
     about = {"suite": suite, "command": valid(shlex.join(["specdiff", *sys.argv[1:]]))}
-    journal = Journal(folder, asdict(settings), about, resume=resume)
     notes = terminal.notes(quiet=quiet)
-    interrupted = _watch(settings, parts, journal, folder, notes)
-    _tell(journal, folder, notes, as_json=as_json, finished=not interrupted)
+    lock = files.lock(folder)
+    try:
+        journal = Journal(folder, asdict(settings), about, resume=resume)
+        interrupted = _watch(settings, parts, journal, folder, notes)
+        _tell(journal, folder, notes, as_json=as_json, finished=not interrupted)
+    finally:
+        lock.release()
 
 
 def _alone(ctx: typer.Context) -> None:
