@@ -78,7 +78,7 @@ def test_quiet_says_nothing_on_stderr(here: Callable[..., tuple[int, str, str]])
 
 def test_settings_are_listed_changed_and_checked(here: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     bad = {
-        "!set temperature hot": "temperature is 0.0; !set takes a number for it, not 'hot'",
+        "!set temperature hot": "temperature is 0.0; !set takes a number or default for it, not 'hot'",
         "!set temperature -1": "temperature must be a finite number >= 0 (0 is greedy), not -1.0",
         "!set max_tokens": "!set takes a whole number for it, not ''",
         "!set max_tokens default": "not 'default'",

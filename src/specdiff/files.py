@@ -48,6 +48,8 @@ def append_line(path: Path, line: str) -> None:
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError:
             if path.exists():
                 os.truncate(path, size)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -130,3 +131,74 @@ def test_the_paper_suite_says_what_is_missing(here: Here, tmp_path: Path, monkey
     code, out, err = here("--suite", "paper", "--out", str(tmp_path / "out"))
     assert code == 1 and "hf download" in err and "openai-community/gpt2" in err and "abisee/cnn_dailymail" in err
     assert "Table 2" in out and "7.59" in out
+
+
+@pytest.fixture
+def limited() -> Iterator[Callable[[int], None]]:
+    """Set the largest size of a file, as `ulimit -f` does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on(
+    here: Here, tmp_path: Path, target: str, prompts: Path, limited: Callable[[int], None]
+) -> None:
+    folder = tmp_path / "out"
+    chosen = ("--suite", f"jsonl:{prompts}", "--model", target, "--only", "ngram", "--out", str(folder), *TINY, "-q")
+    limited(4000)
+    code, out, err = here(*chosen)
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert err.startswith(f"specdiff: error: cannot write {folder}/journal.jsonl: ") and "ulimit -f" in err
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    assert len(lines) > 1 and all(json.loads(line)["key"] for line in lines)
+    limited(resource.RLIM_INFINITY)
+    assert here(*chosen, "--resume")[0] == 0
+    results = (folder / "results.json").read_bytes()
+    assert (folder / "journal.jsonl").read_text().splitlines()[: len(lines)] == lines
+    limited(1000)
+    code, _, err = here(*chosen, "--resume")
+    assert code == 1 and "results.json: it would exceed" in err
+    code, _, err = here("report", str(folder))
+    assert code == 1 and "report.html: it would exceed" in err and err.count("\n") == 1
+    limited(resource.RLIM_INFINITY)
+    assert (folder / "results.json").read_bytes() == results
+    assert not list(folder.glob(".*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[1]\n[2]\n", "a line is no record"),
+        ('{"a": 1}\n{"key": "x"}\n', "a line is no record"),
+        ('{"key": "begin"}\n{"key": "x"}\n', "its first line holds no settings"),
+        ("{\n{\n", "Expecting property name"),
+    ],
+)
+def test_a_damaged_journal(here: Here, tmp_path: Path, target: str, prompts: Path, text: str, reason: str) -> None:
+    (tmp_path / "journal.jsonl").write_text(text)
+    code, _, err = here("--suite", f"jsonl:{prompts}", "--model", target, "--out", str(tmp_path), *TINY, "-q", "--resume")
+    assert code == 2 and f"journal.jsonl is damaged ({reason}" in err and err.count("\n") == 1
+
+
+def test_out_is_a_file(here: Here, tmp_path: Path, target: str, prompts: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    code, out, err = here("--suite", f"jsonl:{prompts}", "--model", target, "--out", str(tmp_path / "out"), *TINY, "-q")
+    assert code == 1 and out == "" and err.count("\n") == 1 and f"cannot write {tmp_path}/out" in err
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_two_runs_into_one_folder_and_a_name_with_markup(here: Here, tmp_path: Path, target: str, prompts: Path) -> None:
+    from specdiff import files
+
+    held = files.lock(tmp_path / "out")
+    model = tmp_path / "[b]:smile:[" / "x]"
+    model.parent.mkdir()
+    model.symlink_to(target)
+    own = ("--only", "ngram", "--out", str(tmp_path / "out"))
+    chosen = ("--suite", f"jsonl:{prompts}", "--model", str(model), *own, *TINY)
+    code, _, err = here(*chosen)
+    assert code == 1 and "another process is writing to" in err and err.count("\n") == 1
+    held.release()
+    code, out, err = here(*chosen)
+    assert code == 0 and "[b]:smile:[/x]" in "".join(out.split()), err

@@ -4,11 +4,11 @@ The first line holds the settings; every later one has a `key` that no other has
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from specdiff import files, strict
 from specdiff.errors import UsageError
 
 NAME = "journal.jsonl"
@@ -31,17 +31,13 @@ class Journal:
             _same(self.records[0]["settings"], wanted, folder)
             return
         self.records.clear()  # nothing was measured there
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("", encoding="utf-8")
+        files.write_text(self.path, "")
         self.add({"kind": "begin", "key": "begin", "settings": wanted, **about})
 
     def add(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Append one record; it is on the disk when this returns."""
-        line = json.dumps(record)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Append one record; it is on the disk when this returns. Raises StorageError."""
+        line = strict.dumps(record)
+        files.append_line(self.path, line)
         kept: dict[str, Any] = json.loads(line)
         self.records.append(kept)
         return kept
@@ -53,16 +49,26 @@ class Journal:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, error) from None
     whole, newline, torn = text.rpartition("\n")
     if torn:
-        aside = path.with_suffix(".partial")
-        aside.write_text(whole + newline, encoding="utf-8")
-        aside.replace(path)
+        files.write_text(path, whole + newline)
     try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{path} is damaged ({error}); remove its folder, or choose another --out") from None
+        records = [json.loads(line) for line in whole.splitlines()]
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if not all(isinstance(record, dict) and "key" in record for record in records):
+        raise _damaged(path, "a line is no record")
+    if records and not isinstance(records[0].get("settings"), dict):
+        raise _damaged(path, "its first line holds no settings")
+    return records
+
+
+def _damaged(path: Path, reason: object) -> UsageError:
+    return UsageError(f"{path} is damaged ({reason}); remove its folder, or choose another --out")
 
 
 def _same(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:

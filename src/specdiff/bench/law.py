@@ -1,13 +1,12 @@
 """How far each way of drafting moves the law of the text: by enumeration, for recipes and for this library's own drafters."""
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from specdiff import files, strict
 from specdiff.bench import builtins, report
-from specdiff.bench.results import replace
 from specdiff.check import recipes
 
 VERIFIERS = ("token", "block", "match")
@@ -60,15 +59,13 @@ def shade(row: Mapping[str, Any], verifier: str) -> str:
 
 
 def write(folder: Path, found: list[dict[str, Any]]) -> Path:
-    """law.json. Returns its place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return replace(
-        folder / "law.json", json.dumps({"schema": 1, "tokens": recipes.K + 1, "vocabulary": recipes.V, "rows": found}, indent=1) + "\n"
-    )
+    """law.json. Returns its place. Raises StorageError."""
+    study = {"schema": 1, "tokens": recipes.K + 1, "vocabulary": recipes.V, "rows": found}
+    return files.write_json(folder / "law.json", strict.plain(study))
 
 
 def page(folder: Path, found: list[dict[str, Any]]) -> Path:
-    """law.html. Returns its place. Raises MissingExtraError."""
+    """law.html. Returns its place. Raises MissingExtraError or StorageError."""
     facts = {"tokens": recipes.K + 1, "vocabulary": recipes.V, "cases": recipes.CASES, "networks": CASES, "alarm": builtins.ALARM}
     try:
         from specdiff.bench import distances, svg
@@ -77,4 +74,4 @@ def page(folder: Path, found: list[dict[str, Any]]) -> Path:
     with svg.style():
         figure = svg.inline(distances.draw(found, VERIFIERS), "law")
     told = report.render("law.html", rows=found, verifiers=VERIFIERS, shown=shown, shade=shade, facts=facts, figure=figure)
-    return replace(folder / "law.html", told)
+    return files.write_text(folder / "law.html", told)

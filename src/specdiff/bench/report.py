@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specdiff import files
 from specdiff.bench import results, summary, table
 from specdiff.bench.plan import VANILLA
 from specdiff.errors import MissingExtraError
+from specdiff.unicode import valid
 
 Record = Mapping[str, Any]
 NAME = "report.html"
@@ -56,8 +58,8 @@ class Figure:
 
 
 def write(folder: Path, told: Record) -> Path:
-    """report.html beside results.json, whole or not at all. Raises MissingExtraError."""
-    return results.replace(folder / NAME, page(told))
+    """report.html beside results.json, whole or not at all. Raises MissingExtraError or StorageError."""
+    return files.write_text(folder / NAME, valid(page(told)))
 
 
 def page(told: Record) -> str:

@@ -44,13 +44,14 @@ results.csv has one line a cell, spreads flattened to name, name_min, name_max.
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specdiff import files, strict
 from specdiff.bench import metrics, paper
 from specdiff.bench.plan import HF, VANILLA
+from specdiff.unicode import valid
 
 SCHEMA = 1
 KEY = ("stage", "baseline", "draft_len", "steps", "verifier", "temperature", "batch")
@@ -186,16 +187,9 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
-    """results.json and results.csv, each whole or not at all."""
-    replace(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    replace(folder / "results.csv", table(results))
-
-
-def replace(path: Path, text: str) -> Path:
-    """A file written whole, or left as it was."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text(text, encoding="utf-8")
-    return aside.replace(path)
+    """results.json and results.csv, each whole or not at all. Raises StorageError."""
+    files.write_json(folder / "results.json", strict.plain(results))
+    files.write_text(folder / "results.csv", valid(table(results)))
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
+from specdiff import files
 from specdiff.bench import paper
 from specdiff.bench.suites import Text
 from specdiff.nn.config import SEDDConfig
@@ -31,7 +32,8 @@ def models(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
         if not (folder / name / "model.safetensors").exists():
             torch.manual_seed(seed)
             made: Any = kind
-            made(config).save_pretrained(folder / name)
+            with files.staged_folder(folder / name) as partial:
+                made(config).save_pretrained(partial)
     return {name: str(folder / name) for name in paper.TARGETS}, {name: str(folder / name) for name in paper.DRAFTERS}
 
 

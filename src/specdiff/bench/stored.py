@@ -21,7 +21,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise UsageError(f"no results in {folder}: there is no {file.name}; `specdiff bench --out {folder}` writes it")
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is damaged ({error}); measure again, or take the folder of another run") from None
     schema = told.get("schema") if isinstance(told, dict) else None
     if schema != SCHEMA:
@@ -38,8 +38,13 @@ def _lacking(told: dict[str, Any]) -> Any:
     if not isinstance(parts, list):
         yield "its parts are no list"
         return
+    if not isinstance(told["settings"], dict):
+        yield "its settings are no object"
     for i, part in enumerate(parts):
         yield from (f"part {i} has no {name!r}" for name in _absent(part, PART))
+        if not isinstance(part["cells"], list):
+            yield f"the cells of part {i} are no list"
+            return
         for j, cell in enumerate(part["cells"]):
             yield from (f"cell {j} of part {i} has no {name!r}" for name in _absent(cell, CELL))
 

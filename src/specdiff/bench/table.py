@@ -97,7 +97,7 @@ def whole(told: Mapping[str, Any], width: int) -> Iterator[RenderableType]:
         if part["cells"]:
             yield main(part, width)
         for line in absent(part):
-            yield f"  {line}".replace("[", "\\[")
+            yield f"  {line}"
     if any(part["cells"] for part in told["parts"]):
         yield LEGEND
     if told["paper"]:

@@ -1,6 +1,5 @@
 """`specdiff bench`: how much faster, on this machine, than what else there is."""
 
-import json
 import shlex
 import sys
 import time
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdiff.cli import terminal
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
+from specdiff.unicode import valid
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,17 +78,20 @@ def bench(
     fixed = {"suite": suite, "drafters": tuple(drafter or ()), "verifier": verifier, "draft_len": draft_len, "seed": seed}
     fixed |= {"only": tuple(filter(None, only.split(","))), "device": device, "dtype": dtype, "smoke": smoke, "model": model or ""}
     quiet_libraries()
-    from rich.console import Console
-
     folder = out or Path(f"bench-{suite.partition(':')[0]}" + ("-smoke" if smoke else ""))
     settings, parts = _plan(base | {n: v for n, v in chosen.items() if v is not None} | fixed, folder)
+    from specdiff import files
     from specdiff.bench.journal import Journal
 
-    about = {"suite": suite, "command": shlex.join(["specdiff", *sys.argv[1:]])}
-    journal = Journal(folder, asdict(settings), about, resume=resume)
-    notes = Console(stderr=True, highlight=False, quiet=quiet)
-    interrupted = _watch(settings, parts, journal, folder, notes)
-    _tell(journal, folder, notes, as_json=as_json, finished=not interrupted)
+    about = {"suite": suite, "command": valid(shlex.join(["specdiff", *sys.argv[1:]]))}
+    notes = terminal.notes(quiet=quiet)
+    lock = files.lock(folder)
+    try:
+        journal = Journal(folder, asdict(settings), about, resume=resume)
+        interrupted = _watch(settings, parts, journal, folder, notes)
+        _tell(journal, folder, notes, as_json=as_json, finished=not interrupted)
+    finally:
+        lock.release()
 
 
 def _alone(ctx: typer.Context) -> None:
@@ -156,29 +160,27 @@ def _page(told: dict[str, Any], folder: Path, notes: "Console") -> None:
     try:
         written = report.write(folder, told)
     except MissingExtraError as error:
-        notes.print(f"no report.html: {error}", markup=False, soft_wrap=True)
+        notes.print(f"no report.html: {error}", soft_wrap=True)
     else:
-        notes.print(f"report: {written}", markup=False, soft_wrap=True)
+        notes.print(f"report: {written}", soft_wrap=True)
 
 
 def _tell(journal: "Journal", folder: Path, notes: "Console", *, as_json: bool, finished: bool) -> None:
     """Write the results, print them, and end as they deserve: 130 if cut short, 1 if anything failed."""
-    from rich.console import Console
-
     from specdiff.bench import results, table
 
     told = results.fold(journal.records, finished=finished)
     results.write(folder, told)
     wrong = results.problems(told)
     if as_json:
-        print(json.dumps(results.summary(told) | {"out": str(folder), "problems": wrong}))
+        terminal.print_json(results.summary(told) | {"out": str(folder), "problems": wrong})
     else:
-        out = Console(highlight=False, width=None if sys.stdout.isatty() else table.WIDE)
+        out = terminal.page(table.WIDE)
         for shown in table.whole(told, out.width):
             out.print(shown)
     for line in wrong:
-        notes.print(f"problem: {line}", style="red", markup=False, soft_wrap=True)
-    notes.print(f"results: {folder / 'results.json'}", markup=False, soft_wrap=True)
+        notes.print(f"problem: {line}", style="red", soft_wrap=True)
+    notes.print(f"results: {folder / 'results.json'}", soft_wrap=True)
     _page(told, folder, notes)
     if not finished:
         notes.print("interrupted; to go on, repeat the command with --resume", soft_wrap=True)

@@ -1,6 +1,5 @@
 """`specdiff bench report`, `compare` and `law`: what measures no speed."""
 
-import json
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from specdiff.cli import terminal
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import MissingExtraError, SpecdiffError
 
@@ -41,16 +41,15 @@ def compare(
 
     found = pair.compare(stored.read(first), stored.read(second))
     if as_json:
-        print(json.dumps(found))
+        terminal.print_json(found)
         return
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    out = terminal.page(160)
     for line in _differences(found["differences"]):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     table = Table(title=f"{second} over {first}: above 1, {second} is larger", title_justify="left", box=SIMPLE_HEAD)
     for name in ("cell", "tok/s", "", "ratio (min-max)", "", "vs vanilla, ratio", "tau, ratio", "alpha, ratio"):
         table.add_column(name, justify="left" if name in ("cell", "") else "right")
@@ -60,7 +59,7 @@ def compare(
         said = " and ".join(f"{side} failed" for side in row["failed"]) or row["verdict"] or ""
         colour = {"faster": "green", "slower": "red"}.get(said, "red" if row["failed"] else "")
         ratios = [_ratio(row[name]) for name in ("speedup_vs_vanilla", "tau", "alpha")]
-        table.add_row(escape(_named(row)), *both, _ratio(speed), f"[{colour}]{said}[/]" if colour else said, *ratios)
+        table.add_row(_named(row), *both, _ratio(speed), Text(said, style=colour), *ratios)
     if found["cells"]:
         out.print(table)
         out.print("no word: the spreads overlap, or are not known. Spreads of tok/s are over turns, of tau over tasks.")
@@ -68,7 +67,7 @@ def compare(
         out.print("no cell is in both")
     for side, folder in (("only_first", first), ("only_second", second)):
         for row in found[side]:
-            out.print(f"only in {folder}: {_named(row)}", markup=False, soft_wrap=True)
+            out.print(f"only in {folder}: {_named(row)}", soft_wrap=True)
 
 
 def _differences(found: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -107,7 +106,7 @@ def law(
     found = list(study.rows())
     written = study.write(out, found)
     if as_json:
-        print(json.dumps(found))
+        terminal.print_json(found)
     else:
         _show(found)
     print(f"results: {written}", file=sys.stderr)
@@ -122,8 +121,8 @@ def law(
 
 def _show(found: Iterable[Mapping[str, Any]]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from specdiff.bench.law import VERIFIERS, shown
 
@@ -137,5 +136,6 @@ def _show(found: Iterable[Mapping[str, Any]]) -> None:
             table.add_section()
         last = row["group"]
         cells = [shown(row, v) for v in VERIFIERS]
-        table.add_row(row["draft"], *cells, "[red]biased[/]" if row["biased"] else "[green]lawful[/]")
-    Console(highlight=False, width=None if sys.stdout.isatty() else 140).print(table)
+        outcome = Text("biased", style="red") if row["biased"] else Text("lawful", style="green")
+        table.add_row(row["draft"], *cells, outcome)
+    terminal.page(140).print(table)

@@ -1,6 +1,5 @@
 """`specdiff chat`: a conversation, streaming; each turn reads only what is new."""
 
-import io
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,11 +8,13 @@ from typing import Any
 import typer
 
 from specdiff.cli import declared as d
-from specdiff.cli.options import draft_length, given, json_object, quiet_libraries
+from specdiff.cli import terminal
+from specdiff.cli.options import draft_length, given, json_object, quiet_libraries, sampling_defaults
 from specdiff.cli.session import Session
 
 
 def chat(
+    ctx: typer.Context,
     model: d.Model = "smollm2-135m",
     drafter: d.DrafterSpec = "auto",
     system: d.System = None,
@@ -24,11 +25,11 @@ def chat(
     draft_temperature: d.DraftTemperature = None,
     verifier: d.VerifierName = "token",
     max_tokens: d.MaxTokens = 512,
-    temperature: d.Temperature = 1.0,
-    top_k: d.TopK = 0,
-    top_p: d.TopP = 1.0,
-    min_p: d.MinP = 0.0,
-    repetition_penalty: d.RepetitionPenalty = 1.0,
+    temperature: d.Temperature = None,
+    top_k: d.TopK = None,
+    top_p: d.TopP = None,
+    min_p: d.MinP = None,
+    repetition_penalty: d.RepetitionPenalty = None,
     presence_penalty: d.PresencePenalty = 0.0,
     frequency_penalty: d.FrequencyPenalty = 0.0,
     stop: d.Stop = None,
@@ -37,6 +38,7 @@ def chat(
     drafter_device: d.DrafterDevice = None,
     model_options: d.ModelOptions = "{}",
     dtype: d.Dtype = "auto",
+    generation_config: d.GenerationConfig = "auto",
     max_model_len: d.MaxModelLen = 2048,
     show_accepted: d.ShowAccepted = False,
     quiet: d.Quiet = False,
@@ -55,20 +57,20 @@ def chat(
         "device": device,
         "drafter_device": drafter_device,
         "model_options": json_object("--model-options", model_options),
+        **sampling_defaults(generation_config),
     }
     chosen = given({"steps": steps, "order": order, "sampler": sampler, "draft_temperature": draft_temperature})
+    terminal.prepare_input()
     quiet_libraries()
-    from rich.console import Console
-
     import specdiff
 
-    notes = Console(stderr=True, highlight=False)
-    with notes.status(f"loading {model}"):
+    notes = terminal.notes()
+    with terminal.loading(notes, model):
         lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=chosen, **places)
         lm.render([{"role": "user", "content": "?"}])  # a model that cannot converse is told before anything is typed
     conversation = specdiff.Conversation(lm, system)
-    out = Console(highlight=False, soft_wrap=True)
-    session = Session(conversation, settings, {"model": model, "drafter": drafter}, out, notes, quiet)
+    about = {"model": model, "drafter": drafter}
+    session = Session(conversation, settings, about, terminal.page(), notes, quiet, debug=bool(ctx.obj))
     try:
         session.run(_lines(quiet))
     except KeyboardInterrupt:
@@ -77,8 +79,6 @@ def chat(
 
 def _lines(quiet: bool) -> Iterator[str]:
     """What is typed, with line editing and history; or a pipe's lines, without any prompt. Ctrl-C and Ctrl-D end it."""
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")
     try:
         if not sys.stdin.isatty():
             yield from (line.rstrip("\r\n") for line in sys.stdin)

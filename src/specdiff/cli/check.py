@@ -1,12 +1,12 @@
 """`specdiff check`: is a drafter, a verifier or a target lossless?"""
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from specdiff.cli import terminal
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import UsageError
 
@@ -53,7 +53,7 @@ def check(
             print(f"\r{len(found)} checks done", end="", file=sys.stderr, flush=True)
     passed = all(f.passed for f in found)
     if as_json:
-        print(json.dumps({"passed": passed, "findings": [f.as_dict() for f in found]}))
+        terminal.print_json({"passed": passed, "findings": [f.as_dict() for f in found]})
     else:
         _show(found)
     raise typer.Exit(0 if passed else 1)
@@ -86,7 +86,7 @@ def _recipes(as_json: bool) -> None:
     from specdiff.check.recipes import table
 
     if as_json:
-        print(json.dumps([{"draft": name, "lawful": lawful, "distance": found} for name, lawful, found in table()]))
+        terminal.print_json([{"draft": name, "lawful": lawful, "distance": found} for name, lawful, found in table()])
         return
     print("| a draft made by | `token` | `block` | `match` |\n|---|---|---|---|")
     for name, lawful, found in table():
@@ -96,10 +96,10 @@ def _recipes(as_json: bool) -> None:
 
 def _show(found: "Iterable[Finding]") -> None:
     """A table on a terminal, plain lines in a pipe."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    out = Console(highlight=False)
+    out = terminal.page()
     if not out.is_terminal:
         for f in found:
             print(f"{'passed' if f.passed else 'FAILED'}  {f.name}: {f.message}")
@@ -107,5 +107,6 @@ def _show(found: "Iterable[Finding]") -> None:
     table = Table("check", "", "what was seen", "statistic", "threshold", box=None, padding=(0, 2, 0, 0))
     for f in found:
         numbers = ["" if x is None else f"{x:.3g}" for x in (f.statistic, f.threshold)]
-        table.add_row(f.name, "[green]passed[/]" if f.passed else "[red]FAILED[/]", f.message, *numbers)
+        outcome = Text("passed", style="green") if f.passed else Text("FAILED", style="red")
+        table.add_row(f.name, outcome, f.message, *numbers)
     out.print(table)

@@ -1,11 +1,12 @@
 """`specdiff env`: what a bug report needs to say."""
 
-import json
 import platform
 from importlib import metadata
 from typing import Annotated, Any
 
 import typer
+
+from specdiff.cli import terminal
 
 
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
@@ -32,7 +33,10 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
         "cache": str(cache_home()),
         "converted models": sorted(p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")),
     }
-    print(json.dumps(facts) if as_json else "\n".join(f"{name:17} {_plain(value)}" for name, value in facts.items()))
+    if as_json:
+        terminal.print_json(facts)
+    else:
+        print("\n".join(f"{name:17} {_plain(value)}" for name, value in facts.items()))
 
 
 def _plain(value: Any) -> str:

@@ -1,6 +1,5 @@
 """`specdiff generate`: answer one prompt, streaming."""
 
-import json
 import statistics
 import sys
 import time
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdiff.cli import declared as d
-from specdiff.cli.options import biases, draft_length, given, json_object, quiet_libraries, token_ids
+from specdiff.cli import terminal
+from specdiff.cli.options import biases, draft_length, given, json_object, quiet_libraries, sampling_defaults, token_ids
 from specdiff.cli.streaming import footer, show
 from specdiff.errors import UsageError
 
@@ -32,11 +32,11 @@ def generate(
     draft_temperature: d.DraftTemperature = None,
     verifier: d.VerifierName = "token",
     max_tokens: d.MaxTokens = 256,
-    temperature: d.Temperature = 1.0,
-    top_k: d.TopK = 0,
-    top_p: d.TopP = 1.0,
-    min_p: d.MinP = 0.0,
-    repetition_penalty: d.RepetitionPenalty = 1.0,
+    temperature: d.Temperature = None,
+    top_k: d.TopK = None,
+    top_p: d.TopP = None,
+    min_p: d.MinP = None,
+    repetition_penalty: d.RepetitionPenalty = None,
     presence_penalty: d.PresencePenalty = 0.0,
     frequency_penalty: d.FrequencyPenalty = 0.0,
     logit_bias: Annotated[str, typer.Option(help="ID=VALUE,... with values in [-100, 100].")] = "",
@@ -51,6 +51,7 @@ def generate(
     drafter_device: d.DrafterDevice = None,
     model_options: d.ModelOptions = "{}",
     dtype: d.Dtype = "auto",
+    generation_config: d.GenerationConfig = "auto",
     max_model_len: d.MaxModelLen = 2048,
     show_accepted: d.ShowAccepted = False,
     compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too; compare tokens and speed.")] = False,
@@ -61,68 +62,85 @@ def generate(
 
     Example:  echo "Write a haiku" | specdiff generate - --temperature 0 --compare
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty; give some text, or pipe it into 'specdiff generate -'")
     chosen = {"steps": steps, "order": order, "sampler": sampler, "draft_temperature": draft_temperature}
-    options: dict[str, Any] = {
+    options = given({
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
         "logit_bias": biases(logit_bias), "allowed_token_ids": token_ids(allowed_token_ids), "stop": stop or (), "logprobs": logprobs,
         "verifier": verifier, "draft_len": draft_length(draft_len), "ignore_eos": ignore_eos, "raw": raw, "system": system,
-    }  # fmt: skip
+    })  # fmt: skip
     places: dict[str, Any] = {
         "device": device,
         "drafter_device": drafter_device,
         "model_options": json_object("--model-options", model_options),
+        **sampling_defaults(generation_config),
     }
     quiet_libraries()
-    from rich.console import Console
-
     import specdiff
 
-    notes = Console(stderr=True, highlight=False, quiet=quiet)
-    with notes.status(f"loading {model}"):
+    notes = terminal.notes(quiet=quiet)
+    with terminal.loading(notes, model):
         lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=given(chosen), **places)
         lm.encode(text, raw=raw, system=system)  # a bad prompt is told before anything is generated
-    out = Console(highlight=False, soft_wrap=True, quiet=as_json)
+    out = None if as_json else terminal.page()
     begin = time.perf_counter()
     answer, interrupted = _stream(lm.stream(text, **options), out, show_accepted)
     seconds = time.perf_counter() - begin
     report: dict[str, Any] = {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "accepted": answer.accepted,
+        "finish_reason": answer.finish_reason,
+        "stats": answer.stats.as_dict(),
+    }
+    if logprobs is not None:
+        report |= {"logprobs": answer.logprobs, "top_logprobs": answer.top_logprobs}
+    report |= {
         "model": model,
         "drafter": drafter,
         "seconds": seconds,
         "tokens_per_second": len(answer.token_ids) / max(seconds, 1e-9),
     }
     notes.print(footer("specdiff", answer, seconds), style="dim", soft_wrap=True)
-    if compare and not interrupted:
-        with notes.status("decoding plainly, and both once more"):
-            report["compare"] = _compare(lm, text, options, answer, seconds)
-        notes.print(_verdict(report["compare"], temperature, verifier), style="dim", soft_wrap=True)
-    if as_json:
-        told = {} if logprobs is None else {"logprobs": answer.logprobs, "top_logprobs": answer.top_logprobs}
-        print(json.dumps({"text": answer.text, "token_ids": answer.token_ids, "accepted": answer.accepted}
-                         | {"finish_reason": answer.finish_reason, "stats": answer.stats.as_dict()} | told | report))  # fmt: skip
+    try:
+        if compare and not interrupted:
+            report["compare"] = None
+            with notes.status("decoding plainly, and both once more"):
+                report["compare"] = _compare(lm, text, options, answer, seconds)
+            notes.print(_verdict(report["compare"], temperature, verifier), style="dim", soft_wrap=True)
+    finally:  # whatever ends the comparison, the answer is there
+        if as_json:
+            terminal.print_json(report)
     if interrupted:
         raise typer.Exit(130)
 
 
-def _stream(pieces: "Iterator[Piece]", out: "Console", show_accepted: bool) -> tuple["Generation", bool]:
+def _standard_input() -> str:
+    terminal.prepare_input()
+    return sys.stdin.read()
+
+
+def _stream(pieces: "Iterator[Piece]", out: "Console | None", show_accepted: bool) -> tuple["Generation", bool]:
     """Print as it comes. Ctrl-C keeps what was generated. Returns the answer, and whether it was cut short."""
     from specdiff.generation import Generation
 
     answer = Generation()
+    interrupted = False
     try:
         for piece in pieces:
             answer = piece.generation
-            show(piece, out, show_accepted)
+            if out is not None:
+                show(piece, out, show_accepted)
     except KeyboardInterrupt:
-        out.print()
         answer.finish_reason = "interrupted"
-        return answer, True
-    out.print()
-    return answer, False
+        interrupted = True
+    finally:
+        if out is not None and (answer.text or sys.exception() is None):
+            out.file.write("\n")
+    return answer, interrupted
 
 
 def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "Generation", seconds: float) -> dict[str, Any]:
@@ -159,10 +177,10 @@ def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "G
     }
 
 
-def _verdict(c: dict[str, Any], temperature: float, verifier: str) -> str:
+def _verdict(c: dict[str, Any], temperature: float | None, verifier: str) -> str:
     if c["same_tokens"]:
         same = "the same tokens"
-    elif temperature > 0 and not verifier.startswith("match"):
+    elif temperature != 0 and not verifier.startswith("match"):
         same = f"other tokens from position {c['first_difference']} on, of the same law (--verifier match --seed N gives the same tokens)"
     else:
         same = f"OTHER TOKENS from position {c['first_difference']} on (near-ties in a low-precision dtype can do this)"

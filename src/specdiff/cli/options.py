@@ -11,11 +11,16 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def sampling_defaults(generation_config: str) -> dict[str, str]:
+    """The keyword argument of `specdiff.load` for --generation-config; none for its default."""
+    return {} if generation_config == "auto" else {"generation_config": generation_config}
+
+
 def json_object(flag: str, text: str) -> dict[str, Any]:
     """An option given as JSON. Raises UsageError if it is no JSON object."""
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{flag} is not valid JSON ({error}): {text}") from None
     if not isinstance(found, dict):
         raise UsageError(f"{flag} must be a JSON object, not {text}")
@@ -42,9 +47,13 @@ def biases(text: str) -> dict[int, float]:
     """ID=VALUE,... as a mapping. Raises UsageError."""
     try:
         pairs = [part.split("=") for part in text.split(",")] if text else []
-        return {int(token): float(value) for token, value in pairs}
+        listed = [(int(token), float(value)) for token, value in pairs]
     except ValueError:
         raise UsageError(f"--logit-bias must be ID=VALUE,ID=VALUE,..., not {text!r}") from None
+    by_token = dict(listed)
+    if len(by_token) < len(listed):
+        raise UsageError(f"--logit-bias names a token twice: {text!r}")
+    return by_token
 
 
 def draft_length(text: str) -> int | str | None:

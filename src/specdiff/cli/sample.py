@@ -1,6 +1,5 @@
 """`specdiff sample`: text from the diffusion network alone, and what the target thinks of it."""
 
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from specdiff.cli import terminal
 from specdiff.cli.options import quiet_libraries
 
 
@@ -41,7 +41,7 @@ def sample(
     judged = [s.perplexity for s in made if s.perplexity is not None]
     typical = math.exp(sum(map(math.log, judged)) / len(judged)) if judged else None
     if as_json:
-        print(json.dumps({"samples": [asdict(s) for s in made], "perplexity": typical, "model": model, "drafter": drafter}))
+        terminal.print_json({"samples": [asdict(s) for s in made], "perplexity": typical, "model": model, "drafter": drafter})
         return
     print("\n\n".join(s.text if s.text is not None else " ".join(map(str, s.token_ids)) for s in made))
     if typical is not None and not quiet:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -9,9 +10,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specdiff import strict
+from specdiff.cli import terminal
+from specdiff.cli.messages import complain
 from specdiff.cli.options import draft_length, given
 from specdiff.cli.streaming import footer, show
-from specdiff.errors import SpecdiffError, UsageError
+from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,11 +44,12 @@ def _optional(read: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 NUMBER, WHOLE, NAME = (float, "a number"), (int, "a whole number"), (str, "a name")
+OPTIONAL_NUMBER = (_optional(float), "a number or default")
 SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_tokens": WHOLE,
-    **dict.fromkeys(("temperature", "top_p", "min_p"), NUMBER),
-    "top_k": WHOLE,
-    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), NUMBER),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), OPTIONAL_NUMBER),
+    "top_k": (_optional(int), "a whole number or default"),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), NUMBER),
     "seed": (_optional(int), "a whole number or default"),
     "verifier": NAME,
     "draft_len": (_optional(draft_length), "a whole number, auto or default"),
@@ -62,8 +67,17 @@ class Session:
     """
 
     def __init__(
-        self, conversation: "Conversation", settings: dict[str, Any], about: dict[str, str], out: "Console", notes: "Console", quiet: bool
+        self,
+        conversation: "Conversation",
+        settings: dict[str, Any],
+        about: dict[str, str],
+        out: "Console",
+        notes: "Console",
+        quiet: bool,
+        *,
+        debug: bool = False,
     ) -> None:
+        self.debug = debug
         self.conversation, self.settings, self.about, self.out, self.notes, self.quiet = conversation, settings, about, out, notes, quiet
         self.seconds, self.answers = 0.0, 0
         self.commands: dict[str, Callable[[str], None]] = {
@@ -81,8 +95,13 @@ class Session:
                     return
                 elif name:
                     self._command(name, rest.strip())
-            except SpecdiffError as error:
-                self._note(f"specdiff: error: {error}")
+            except BrokenPipeError:
+                raise
+            except Exception as error:  # whatever it is, the conversation is worth more
+                unwritten = None if sys.stdin.isatty() else terminal.output_error(error)
+                if unwritten is not None:  # and nobody is there to !save
+                    raise unwritten from error
+                complain(error, debug=self.debug)
 
     def _answer(self, line: str) -> None:
         before, begin, piece = replace(self.conversation.reading), time.perf_counter(), None
@@ -146,18 +165,19 @@ class Session:
     def _save(self, rest: str) -> None:
         if not rest:
             raise UsageError("!save needs the name of a file to write: !save FILE.json")
+        from specdiff import files
+
         c = self.conversation
-        kept = {
+        record = {
             **self.about, "messages": c.messages, "settings": self.settings, "seconds": self.seconds,
             "stats": c.stats.as_dict(), "reading": asdict(c.reading),
         }  # fmt: skip
-        try:
-            with Path(rest).expanduser().open("x", encoding="utf-8") as file:
-                file.write(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-        except FileExistsError:
-            raise UsageError(f"{rest} is there already, and nothing is overwritten; give another name") from None
-        except OSError as error:
-            raise UsageError(f"cannot write {rest}: {error.strerror}") from None
+        path = Path(rest).expanduser()
+        if path.exists():
+            raise UsageError(f"{rest} is there already, and nothing is overwritten; give another name")
+        if not path.parent.is_dir():
+            raise UsageError(f"cannot write {rest}: No such file or directory: {path.parent}")
+        files.write_text(path, json.dumps(strict.plain(record), indent=2, ensure_ascii=False) + "\n")
         self._note(f"saved to {rest}")
 
     def _check(self, settings: dict[str, Any]) -> None:
@@ -176,7 +196,7 @@ def _asked(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as `say` takes them."""
     drafting = given({name: settings[name] for name in OF_THE_DRAFTER})
     rest = {name: value for name, value in settings.items() if name not in (*OF_THE_DRAFTER, "show_accepted")}
-    return {**rest, "drafter_options": drafting}
+    return {**given(rest), "drafter_options": drafting}
 
 
 def _plain(value: Any) -> str:

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
 def show(piece: "Piece", out: "Console", show_accepted: bool) -> None:
     """The piece's text, coloured where it was drafted and that is wanted; into a pipe, exactly as it is."""
-    if out.quiet:
-        return
     if out.is_terminal:
         out.out(piece.text, style="green" if show_accepted and piece.accepted else None, end="", highlight=False)
     else:

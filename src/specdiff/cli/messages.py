@@ -1,0 +1,41 @@
+"""Errors and warnings on stderr, a line each."""
+
+import sys
+import traceback
+from typing import TextIO
+
+from specdiff.errors import SpecdiffError
+
+LONGEST = 500  # characters of a message that was not written for people
+
+
+def complain(error: Exception, *, debug: bool) -> None:
+    """Print an error; `debug`: its traceback too."""
+    if debug:
+        traceback.print_exception(error)
+    line = one_line(error)
+    if not debug and not isinstance(error, SpecdiffError):
+        line += "; run again with --debug for the traceback"
+    print(f"specdiff: error: {line}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error raised on purpose; kind and message of every other."""
+    if isinstance(error, SpecdiffError):
+        return str(error)
+    message = " ".join(str(error).split())
+    if len(message) > LONGEST:
+        message = f"{message[:LONGEST]}..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Stands in for warnings.showwarning."""
+    print(f"specdiff: warning: {message}", file=file or sys.stderr)
