@@ -329,6 +329,15 @@ def test_twins_encode_as_the_tokenizer_does(smollm_tokenizer: Any) -> None:
             assert guard.encode(text, {}) == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def test_tokens_that_take_the_spaces_around_them_keep_doing_so() -> None:
+    tokenizer = byte_fallback("strip")
+    flags: dict[str, Any] = {"normalized": False, "special": True}
+    tokenizer.add_tokens([AddedToken("<R>", rstrip=True, **flags), AddedToken("<L>", lstrip=True, **flags)], special_tokens=True)
+    guard = chatting(tokenizer)._chat_template._guarded(frozenset({"<R>"}))
+    for text in ("a <R> b", "a <L> b", " <L> <R>  a", "<R>\n <L>a"):
+        assert guard.encode(text, {}) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_a_turn_marker_that_is_not_special_cannot_be_forged_either() -> None:
     """Some tokenizers add the tokens of turns without calling them special."""
     tokenizer = byte_fallback("strip")

@@ -32,7 +32,8 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _written(config: Any) -> Any:
     """eos_token_id of config.json as written; of a config that no file holds, where it is not its class's default."""
-    if config is None:
+    ends = getattr(config, "eos_token_id", None)
+    if ends is None:
         return None
     folder = getattr(config, "_name_or_path", "")
     if folder:
@@ -40,7 +41,6 @@ def _written(config: Any) -> Any:
             return config.get_config_dict(folder, local_files_only=True)[0].get("eos_token_id")
         except (OSError, ValueError):  # moved since it was loaded, or never a folder
             pass
-    ends = getattr(config, "eos_token_id", None)
     return None if ends == getattr(type(config)(), "eos_token_id", None) else ends
 
 

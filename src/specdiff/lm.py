@@ -185,10 +185,12 @@ class SpeculativeLM:
         return ids
 
     def _warn_of_control_tokens(self, prompt: str) -> None:
-        spelled = self._chat_template.spelled(prompt)
-        if spelled:
+        template = self._chat_template
+        spelled = template.spelled(prompt)
+        rendered = spelled & template.markers if spelled else spelled
+        if rendered:
             warnings.warn(
-                f"the prompt spells the control token {min(spelled)!r}, which is read as ordinary text; "
+                f"the prompt spells the control token {min(rendered)!r}, which is read as ordinary text; "
                 "give a prompt that is rendered already with raw=True",
                 stacklevel=3,
             )

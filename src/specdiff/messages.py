@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from specdiff.errors import UsageError
@@ -127,7 +128,6 @@ class ChatTemplate:
         added = tokenizer.added_tokens_decoder
         self._special = frozenset({*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)})
         self._added = _any_of({*self._special, *(t.content for t in added.values())})
-        self._controls: frozenset[str] | None = None
         self._guard: _Guard | None = None
 
     def encode(self, messages: Any, *, answered: bool = False, variables: Mapping[str, Any] | None = None) -> list[int]:
@@ -163,27 +163,26 @@ class ChatTemplate:
     def spelled(self, value: Any) -> frozenset[str]:
         """The control tokens that strings in `value` spell: special tokens, and others that the template writes around turns."""
         names = frozenset(name for text in _strings(value) for name in self._added.findall(text))
-        return names if names <= self._special else names & self._control()
+        return names if names <= self._special else names & (self._special | self.markers)
 
-    def _control(self) -> frozenset[str]:
-        """Special tokens, and added ones that the template writes around turns: some tokenizers do not call these special."""
-        if self._controls is None:
-            turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
-            written: frozenset[str] = frozenset()
-            for probe in (turns, turns[:1]):  # some templates refuse one of them
-                try:
-                    written |= frozenset(self._added.findall(self._render(probe, True, False, {})))
-                except UsageError:
-                    continue
-            self._controls = self._special | written
-        return self._controls
+    @cached_property
+    def markers(self) -> frozenset[str]:
+        """The added tokens that the template writes around turns; some tokenizers do not call them special."""
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        written: set[str] = set()
+        for probe in (turns, turns[:1]):  # some templates refuse one of them
+            try:
+                written.update(self._added.findall(self._render(probe, True, False, {})))
+            except UsageError:
+                continue
+        return frozenset(written)
 
     def _guarded(self, spelled: frozenset[str]) -> "_Guard":
         if not self.tokenizer.is_fast:
             name = min(spelled)
             raise UsageError(f"a message spells the control token {name!r}, which this tokenizer cannot encode as text; take it out")
         if self._guard is None:
-            self._guard = _Guard(self.tokenizer, self._control())
+            self._guard = _Guard(self.tokenizer, self._special | self.markers)
         return self._guard
 
     def _render(self, messages: Sequence[Message], prompt: bool, resume: bool, variables: Mapping[str, Any]) -> str:
