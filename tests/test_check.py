@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from doubles import (
@@ -308,6 +309,52 @@ class Rewriting(CausalTarget):
 def test_a_target_that_writes_into_rows_that_are_done_fails() -> None:
     found = failed(check_target(Rewriting(tiny.model("llama")), quick=True))
     assert found.keys() == {"reuse"} and "`kept` first positions" in found["reuse"]
+
+
+class Stretching(TableTarget):
+    """BUG: logits shrink while any row of the batch is long."""
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        output = super().score(cache, batch, draft)
+        longest = int(batch.length.max()) + draft.tokens.shape[1]
+        return replace(output, logits=output.logits * 0.8) if longest > 48 else output
+
+
+class Overhearing(TableTarget):
+    """BUG: one cache serves the latest stream, whosever it is."""
+
+    latest: Any = None
+
+    def admit(self, cache: Any, rows: Any, prompts: Any, kept: Any) -> Any:
+        self.latest = cache
+        return super().admit(cache, rows, prompts, kept)
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        rows = min(len(cache.slots), len(self.latest.slots))
+        width = min(cache.slots.shape[1], self.latest.slots.shape[1])
+        cache.slots[:rows, :width] = self.latest.slots[:rows, :width]
+        return super().score(cache, batch, draft)
+
+
+@pytest.mark.parametrize("kind", [Stretching, Overhearing])
+def test_a_target_that_depends_on_length_or_on_another_stream_fails(kind: type[TableTarget]) -> None:
+    found = failed(check_target(kind(TableTarget.random(7).table), quick=True))
+    assert found.keys() == {"lengths"} and "how long the neighbors" in found["lengths"]
+
+
+def test_a_model_that_was_let_through_at_load_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RoPE that changes its frequencies for all rows of a forward once one of them is long."""
+    monkeypatch.setattr("specdiff.models.causal.refuse", lambda config: None)
+    monkeypatch.setattr("specdiff.targets.causal.self_test", lambda model: 0.0)
+    sizes = tiny.model("llama").config.to_dict()
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 12.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
+    torch.manual_seed(0)
+    net = LlamaForCausalLM(LlamaConfig(**{**sizes, "rope_parameters": rope}))
+    for parameter in net.parameters():
+        parameter.data *= 6 if parameter.dim() > 1 else 1
+    found = failed(check_target(CausalTarget(net), quick=True))
+    assert "how long the neighbors" in found["lengths"]
 
 
 def test_lawful_scores_have_the_promised_tails() -> None:

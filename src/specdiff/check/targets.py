@@ -22,6 +22,8 @@ from specdiff.types import Batch, Draft, SamplingParams, TargetOutput, Verificat
 from specdiff.verify import match
 
 K, ROWS = 4, 3
+LENGTHS = (2, 9, 33, 130, 520)  # of rows that stand side by side, as far as the target has positions
+STRETCH = 24  # drafted tokens, far enough to reach over what changes on the way
 ASKED = (SamplingParams(max_tokens=12), SamplingParams(max_tokens=8, temperature=0))
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the logits' spread
 
@@ -70,6 +72,7 @@ def check_target(target: Target[Any], *, quick: bool = False) -> Iterator[Findin
     if all(logits.shape == (K + 1, target.info.vocab_size) for _, _, logits in watched.seen):
         yield history(watched)
         yield reuse(reusing)
+        yield lengths(target, quick=quick)
 
 
 def continued(target: Target[Any], asked: Sequence[Request]) -> list[Sequence[Request]]:
@@ -152,14 +155,71 @@ def _allowed(watched: Watched) -> float:
 
 def apart(watched: Watched) -> float:
     """How far logits are from those of the same row, once more, in a cache of its own that never saw anything else."""
-    target, worst = watched.inner, 0.0
-    for text, draft, logits in watched.seen:
-        batch = Batch.of([text], [SamplingParams(max_tokens=len(draft) + 1)], [0], device=target.info.device)
-        cache, row = target.open(1, len(text) + len(draft) + 1), torch.zeros(1, dtype=torch.long, device=target.info.device)
-        with torch.inference_mode():
-            target.admit(cache, row, [batch.ids[0, : len(text)]], torch.zeros_like(row))
-            fresh = target.score(cache, batch, Draft(torch.tensor([draft], device=target.info.device))).logits[0].double().cpu()
-        finite = torch.isfinite(fresh) & torch.isfinite(logits)
-        spread = float(fresh[finite].std().clamp(min=1e-9))
-        worst = max(worst, float((fresh - logits)[finite].abs().max()) / spread)
-    return worst
+    return max((distance(logits, alone(watched.inner, text, draft)) for text, draft, logits in watched.seen), default=0.0)
+
+
+@torch.inference_mode()
+def alone(target: Target[Any], text: Sequence[int], draft: Sequence[int] = ()) -> Float[Tensor, "N V"]:
+    """What a target scores in a new cache that holds this row and nothing else."""
+    device = target.info.device
+    batch = Batch.of([text], [SamplingParams(max_tokens=len(draft) + 1)], [0], device=device)
+    cache = target.open(1, len(text) + len(draft) + 1)
+    row = torch.zeros(1, dtype=torch.long, device=device)
+    target.admit(cache, row, [batch.ids[0, : len(text)]], torch.zeros_like(row))
+    drafted = torch.tensor([list(draft)], dtype=torch.long, device=device)
+    return target.score(cache, batch, Draft(drafted)).logits[0].double().cpu()
+
+
+def distance(logits: Float[Tensor, "N V"], expected: Float[Tensor, "N V"]) -> float:
+    """The largest difference, in units of the expected logits' spread."""
+    finite = torch.isfinite(expected) & torch.isfinite(logits)
+    spread = float(expected[finite].std().clamp(min=1e-9))
+    return float((expected - logits)[finite].abs().max()) / spread
+
+
+def lengths(target: Target[Any], *, quick: bool = False) -> Finding:
+    """A short row beside long ones, a long draft, and a second stream: each position as plain decoding would score it."""
+    allowed = TOLERANCE.get(target.info.dtype, 1e-3)
+    try:
+        worst = stretched(target, LENGTHS[:-1] if quick else LENGTHS)
+    except Exception as error:
+        return Finding("lengths", False, f"with rows of very different length it raised {type(error).__name__}: {error}")
+    if worst <= allowed:
+        return Finding("lengths", True, "rows of very different length, in two streams, score as they do alone", worst, allowed)
+    message = (
+        f"logits depend on how long the neighbors or the draft are, or on what another stream read meanwhile (off by {worst:.2g} "
+        f"of their spread): each position must be scored as if the text ended there and nothing else were in the cache"
+    )
+    return Finding("lengths", False, message, worst, allowed)
+
+
+@torch.inference_mode()
+def stretched(target: Target[Any], wanted: Sequence[int]) -> float:
+    """How far the first and the last position of a long draft are from plain decoding, for rows of the lengths `wanted`."""
+    device = target.info.device
+    room = target.info.max_positions - STRETCH - 1
+    sizes = sorted({max(1, min(size, room)) for size in wanted})
+    width = sizes[-1] + STRETCH
+    ids = torch.randint(target.info.vocab_size, (len(sizes), width), generator=torch.Generator().manual_seed(11))
+    texts = [row[: size + STRETCH].tolist() for row, size in zip(ids, sizes, strict=True)]
+    expected = [torch.cat([alone(target, text[:size]), alone(target, text)]) for text, size in zip(texts, sizes, strict=True)]
+
+    def stream(rows: Sequence[int]) -> Iterator[Float[Tensor, "B N V"]]:
+        """The prompts are read, a draft is rejected, the text itself is scored as a draft: a step at a time."""
+        prompts = [texts[row][: sizes[row]] for row in rows]
+        params = [SamplingParams(max_tokens=STRETCH + 1)] * len(rows)
+        batch = Batch.of(prompts, params, [0] * len(rows), device=device)
+        cache = target.open(len(rows), width + 1)
+        places = torch.arange(len(rows), device=device)
+        right = torch.tensor([texts[row][sizes[row] :] for row in rows], device=device)
+        target.admit(cache, places, [torch.tensor(prompt, device=device) for prompt in prompts], torch.zeros_like(places))
+        for draft in ((right + 1) % target.info.vocab_size, right):
+            yield target.score(cache, batch, Draft(draft)).logits.double().cpu()
+
+    second = min(1, len(sizes) - 1)  # not the first row's text, so that streams that meet differ
+    together = stream(range(len(sizes)))
+    beside = stream([second])
+    rounds = [(next(together), next(beside)) for _ in range(2)]
+    all_rows, one_row = rounds[-1]
+    pairs = [*zip(all_rows, expected, strict=True), (one_row[0], expected[second])]
+    return max(distance(logits[[0, -1]], plain) for logits, plain in pairs)
