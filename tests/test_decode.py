@@ -221,14 +221,13 @@ def test_the_last_position_of_a_model_is_its_own(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_cache_that_ends_with_the_text_holds_all_of_it(family: str) -> None:
-    """Draft tokens beyond the last slot are written there, where no token of the text is read."""
+def test_draft_tokens_beyond_the_last_slot_touch_no_token_of_the_text(family: str) -> None:
     net = tiny.model(family)
-    prompt = [3, 1, 4, 1, 5]
-    text = tiny.plain(tiny.copy_of(net), prompt, 20)
-    rows = Batch.of([prompt], [SamplingParams(max_tokens=20, temperature=0)], [0])
-    run = decode.start(tiny.CausalTarget(net), tiny.Hinted([text], tiny.VOCAB), rows, slots=25)
+    ids = torch.randint(tiny.VOCAB, (1, 24), generator=torch.Generator().manual_seed(0))
+    plain = tiny.copy_of(net)(ids).logits
+    target = tiny.CausalTarget(net)
+    run = decode.start(target, NoDrafter(), tiny.batch_of(ids.tolist(), 1), slots=25)
     decode.admit(run, torch.arange(1))
-    while not bool(run.batch.done.all()):
-        decode.step(run, 6)
-    assert tiny.rows_of(run.batch) == [text]
+    with torch.inference_mode():
+        logits = target.score(run.cache, run.batch, Draft(torch.arange(6)[None])).logits
+    torch.testing.assert_close(logits[:, 0], plain[:, -1], rtol=0, atol=1e-4)
