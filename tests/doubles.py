@@ -236,6 +236,18 @@ class OneStream(Noise):
         return Noise.uniform(self, Purpose.RATIO, n, index)
 
 
+@dataclass(frozen=True, slots=True)
+class ThreeUniforms(Noise):
+    """BUG: from the fourth position on, draws share the uniforms of the first three: no draft of three shows it."""
+
+    def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
+        return Noise.uniform(self, purpose, 3, index).repeat(1, -(-n // 3))[:, :n]
+
+
+def three_uniforms(noise: Noise) -> Noise:
+    return ThreeUniforms(noise.seed, noise.round, noise.position)
+
+
 def one_uniform(noise: Noise) -> Noise:
     return OneUniform(noise.seed, noise.round, noise.position)
 

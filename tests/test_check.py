@@ -29,13 +29,14 @@ from doubles import (
     one_stream,
     one_uniform,
     swapped,
+    three_uniforms,
     verifier_of,
 )
 from law.samples import causal_drafter
 from specdiff import SpeculativeLM, catalog, cli, verify
 from specdiff.check import Finding, Subject, check_drafter, check_target, check_verifier
 from specdiff.check.contract import Scores
-from specdiff.check.drafters import contract, requests
+from specdiff.check.drafters import contract, of_the_target, requests
 from specdiff.check.recording import run
 from specdiff.check.toys import TableDrafter
 from specdiff.drafters.anyorder import AnyOrderDrafter
@@ -148,6 +149,15 @@ def test_what_is_not_true_shows_in_the_few_texts_affordable_there(monkeypatch: p
     assert "contract: law" in failed(contract(made, lm.target, 200))
 
 
+@pytest.mark.parametrize("name", ["token", "block"])
+def test_what_goes_wrong_late_in_a_draft_shows_in_the_texts_too(name: str) -> None:
+    """Three uniforms for all positions: exact for drafts of three."""
+    target, broken = TableTarget.random(3, seed=4), through(three_uniforms)
+    found = of_the_target("law", target, broken(target.info), VERIFIERS[name], 20_000)
+    assert not found.passed and "draft_len 8" in found.message
+    assert of_the_target("law", target, broken(target.info), VERIFIERS[name], 20_000, longest=3).passed
+
+
 @pytest.mark.parametrize("name", VERIFIERS)
 def test_every_verifier_passes(name: str) -> None:
     assert not failed(check_verifier(VERIFIERS[name], quick=True))
@@ -254,6 +264,7 @@ PLANTED: dict[str, tuple[Build, str, str]] = {
     "one position late": (bug(late), "contract: law", "one position late"),
     "untempered": (lambda info: Misreported(toy(info), draft_temperature=0.7), "contract: law", "before a temperature"),
     "one uniform": (through(one_uniform), "contract: ancestors", "one uniform used for several positions"),
+    "three uniforms": (through(three_uniforms), "contract: ancestors", "one uniform used for several positions"),
     "not renormalised": (bug(filtered), "probabilities", "not summing to 1"),
     "leak between rows": (bug(leaking), "batches", "other rows of its batch"),
     "another seed": (bug(another_seed), "contract: law", "another draw"),

@@ -190,3 +190,44 @@ def test_a_model_that_breaks_after_ten_passes() -> None:
             decode.raise_if_failed(decode.step(run, 3))
     hook.remove()
     assert f"position {int(run.batch.length[0])}" in str(caught.value)
+
+
+def test_a_released_row_is_done_and_emits_nothing() -> None:
+    """Also where it had more to say."""
+    run = decode.start(TARGET, Witness(), batch(), slots=64)
+    decode.admit(run, torch.arange(4))
+    decode.step(run, 3)
+    decode.release(run, torch.tensor([1, 3]))
+    assert run.batch.done.tolist() == [False, True, False, True]
+    length = run.batch.length.clone()
+    after = decode.step(run, 3)
+    assert after.emitted[[1, 3]].tolist() == [0, 0] and after.emitted[[0, 2]].min() > 0
+    assert torch.equal(run.batch.length[[1, 3]], length[[1, 3]])
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_last_position_of_a_model_is_its_own(family: str) -> None:
+    """Scored in one pass up to the very last position, logits are those of a plain pass."""
+    net = tiny.model(family, positions=24)
+    ids = torch.randint(tiny.VOCAB, (1, 24), generator=torch.Generator().manual_seed(0))
+    plain = tiny.copy_of(net)(ids).logits
+    target = tiny.CausalTarget(net)
+    rows = Batch.of([ids[0, :20].tolist()], [SamplingParams(max_tokens=4)], [0], slots=30)
+    run = decode.start(target, NoDrafter(), rows, slots=30)
+    decode.admit(run, torch.arange(1))
+    with torch.inference_mode():
+        logits = target.score(run.cache, run.batch, Draft(ids[:, 20:])).logits
+    torch.testing.assert_close(logits, plain[:, 19:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_draft_tokens_beyond_the_last_slot_touch_no_token_of_the_text(family: str) -> None:
+    net = tiny.model(family)
+    ids = torch.randint(tiny.VOCAB, (1, 24), generator=torch.Generator().manual_seed(0))
+    plain = tiny.copy_of(net)(ids).logits
+    target = tiny.CausalTarget(net)
+    run = decode.start(target, NoDrafter(), tiny.batch_of(ids.tolist(), 1), slots=25)
+    decode.admit(run, torch.arange(1))
+    with torch.inference_mode():
+        logits = target.score(run.cache, run.batch, Draft(torch.arange(6)[None])).logits
+    torch.testing.assert_close(logits[:, 0], plain[:, -1], rtol=0, atol=1e-4)

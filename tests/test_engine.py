@@ -431,3 +431,40 @@ def test_a_row_that_was_opened_late_holds_nothing_that_a_prompt_could_take_over(
         reused = list(turn.reused)
     assert texts == served(target, TableDrafter(5), [*first, late], "match", rows=1)[0]
     assert reused == [0, 0, 0, 0]
+
+
+def test_a_drafter_that_reads_features_gets_those_of_the_whole_prompt(target: Target[Any]) -> None:
+    """A row that holds the beginning of a prompt is not taken over: its features are gone."""
+    shared = [5, 6, 7, 8, 9, 10]
+    asked = [Request([*shared, i], SamplingParams(max_tokens=4), i) for i in range(6)]
+    plain, tapped = Watched(target), Watched(target)
+    texts = served(plain, TableDrafter(tiny.VOCAB), asked, "match", rows=1)[0]
+    assert sum(plain.kept) > 0  # so there is something to take over
+    drafter = Sized(TableDrafter(tiny.VOCAB))
+    assert served(tapped, drafter, asked, "match", rows=1)[0] == texts
+    assert tapped.kept == [0] * 6
+    assert drafter.sizes == [len(shared)] * 6
+
+
+class Sized(Drafter[None]):
+    """`inner`, and how many features it got as each request joined; they must be as many as it is told."""
+
+    taps = (0,)
+    draft_len = 3
+
+    def __init__(self, inner: Drafter[Any]) -> None:
+        self.inner = inner
+        self.sizes: list[int] = []
+
+    def open(self, rows: int, slots: int) -> None:
+        return None
+
+    def admit(self, state: None, context: Context, rows: Tensor) -> None:
+        assert context.features is not None and context.features.shape[1] >= int(context.feature_size[rows].max())
+        self.sizes += context.feature_size[rows].tolist()
+
+    def release(self, state: None, rows: Tensor) -> None:
+        return None
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        return self.inner.propose(context, None, noise, draft_len)

@@ -9,8 +9,9 @@ from enumeration import SHAPES, Cases, emitted_law, error, first_failure, worst
 
 from doubles import Grid, early_bonus, no_residual, swapped
 from specdiff import verify
-from specdiff.noise import Noise
-from specdiff.types import Draft
+from specdiff.noise import Noise, Purpose
+from specdiff.sampling import draw
+from specdiff.types import Batch, Draft, SamplingParams
 
 COUNT = 60  # cases of each size; twelve sizes a shape
 SIZES = [(V, K) for V in (2, 3, 4) for K in (0, 1, 2, 3)]
@@ -219,3 +220,16 @@ def test_block_never_accepts_behind_an_impossible_token() -> None:
     draft = Draft(torch.tensor([[0, 1]]), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]]])
     assert verify.block_plan(draft, p).thresholds.tolist() == [[0, 0]]
+
+
+def test_matching_draws_with_the_targets_own_uniform_and_gumbel_noise_is_another_method() -> None:
+    """The two methods have one law, but not one text: a seed's text under `match` must not change with what a drafter shares."""
+    rows = 400
+    batch = Batch.of([[1]] * rows, [SamplingParams()] * rows, range(rows))
+    noise = Noise.of(batch)
+    p = torch.softmax(torch.randn(rows, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), -1)
+    plain = verify.match(Draft.empty(batch), p, noise).tokens[:, 0]
+    gumbel = verify.match_gumbel(Draft.empty(batch), p, noise).tokens[:, 0]
+    assert torch.equal(plain, draw(p[:, 0], noise.uniform(Purpose.TARGET, 1)[:, 0]))
+    assert torch.equal(gumbel, (p[:, 0].log() + noise.shared(1, 4)[:, 0]).argmax(-1))
+    assert 0.2 < (plain == gumbel).double().mean() < 0.8

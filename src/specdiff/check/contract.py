@@ -88,10 +88,10 @@ class Sums:
 
 @dataclass(slots=True)
 class Scores:
-    """Every draft seen, folded into Sums by kind of feature and position. Features are at most about 1 in size."""
+    """Every draft seen, folded into Sums by kind of feature, draft length and position. Features are at most about 1 in size."""
 
     vocab_size: int
-    sums: dict[tuple[str, int], Sums] = field(default_factory=dict)
+    sums: dict[tuple[str, int, int], Sums] = field(default_factory=dict)
     last: dict[int, tuple[int, Float[Tensor, "K P"]]] = field(default_factory=dict)
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -121,7 +121,7 @@ class Scores:
             }
             for kind, f in features.items():
                 d = shapes[counted, k].flatten(1)
-                self.sums.setdefault((kind, k), Sums.empty(f.shape[1], d.shape[1])).add(f[counted], d)
+                self.sums.setdefault((kind, tokens.shape[1], k), Sums.empty(f.shape[1], d.shape[1])).add(f[counted], d)
 
     def _classes(self) -> Float[Tensor, "V C"]:
         """Centred: a class is as often above as below 0."""
@@ -146,21 +146,21 @@ class Scores:
             yield Finding("contract", True, "the drafts are point masses (or none): nothing they could be drawn from wrongly")
             return
         for kind in CAUSES:
-            yield self._finding(kind, {k: s.scores() for (name, k), s in self.sums.items() if name == kind and s.f.numel()})
+            yield self._finding(kind, {(K, k): s.scores() for (name, K, k), s in self.sums.items() if name == kind and s.f.numel()})
 
-    def _finding(self, kind: str, scores: dict[int, Float[Tensor, "F P"]]) -> Finding:
+    def _finding(self, kind: str, scores: dict[tuple[int, int], Float[Tensor, "F P"]]) -> Finding:
         name = f"contract: {kind}"
         tests = sum(z.numel() for z in scores.values())
         if not tests:
             return Finding(name, True, "one position only: nothing before it")
         threshold, worst = critical(tests), {k: float(z.max()) for k, z in scores.items()}
-        k = max(worst, key=worst.__getitem__)
-        drafts = self.sums[kind, k].n
-        if worst[k] <= threshold:
-            return Finding(name, True, f"{tests} scores over up to {drafts} drafts", worst[k], threshold)
+        K, k = at = max(worst, key=worst.__getitem__)
+        drafts = self.sums[kind, K, k].n
+        if worst[at] <= threshold:
+            return Finding(name, True, f"{tests} scores over up to {drafts} drafts", worst[at], threshold)
         what, why = CAUSES[kind]
-        message = f"position {k}'s tokens {what}: {why} (score {worst[k]:.1f} over {drafts} drafts). {CONTRACT}"
-        return Finding(name, False, message, worst[k], threshold)
+        message = f"position {k}'s tokens {what}: {why} (score {worst[at]:.1f} over {drafts} drafts of {K}). {CONTRACT}"
+        return Finding(name, False, message, worst[at], threshold)
 
 
 def transforms(tokens: Int[Tensor, "B K"], q: Float[Tensor, "B K V"], generator: torch.Generator) -> Float[Tensor, "B K O"]:

@@ -25,6 +25,7 @@ from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
 from specdiff.verify import Verifier, match, token
 
 LARGE = 16  # a draft longer than most use
+LAW_LEN, LONG_LAW_LEN = 3, 8  # drafts of the texts that are counted
 SMALL = 5  # the toy's vocabulary; 3 where whole texts are counted
 ASKED = (
     SamplingParams(max_tokens=12),
@@ -34,6 +35,7 @@ ASKED = (
     SamplingParams(max_tokens=10, top_p=0.8),
 )
 LAWS = (SamplingParams(max_tokens=4), SamplingParams(max_tokens=3, temperature=0.6), SamplingParams(max_tokens=3, top_k=2))
+LONG_LAW = SamplingParams(max_tokens=7)  # long enough for what goes wrong late in a draft
 Build = Callable[[TargetInfo], Drafter[Any]]
 
 
@@ -50,26 +52,27 @@ class Subject:
         return isinstance(self.target, TableTarget)
 
 
-def requests(target: Target[Any], count: int, asked: Sequence[SamplingParams] = ASKED) -> list[Request]:
+def requests(target: Target[Any], count: int, asked: Sequence[SamplingParams] = ASKED, seed: int = 5) -> list[Request]:
     """Prompts of one to nine random tokens."""
     generator = torch.Generator().manual_seed(7)
     V = target.info.vocab_size
     prompts = [torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)]
-    return [Request(p, asked[i % len(asked)], row_seed(5, i)) for i, p in enumerate(prompts)]
+    return [Request(p, asked[i % len(asked)], row_seed(seed, i)) for i, p in enumerate(prompts)]
 
 
 def check_drafter(subject: Subject, verifiers: Mapping[str, Verifier], *, quick: bool = False) -> Iterator[Finding]:
     """Every finding about a drafter, each as it is known; drafts that cannot be read end it early, for they prove nothing further."""
     drafter = subject.build(subject.target.info)
-    sound = True
-    for finding in soundness(drafter, subject.target):
+    sound, lengths = True, list[int]()
+    for finding in soundness(drafter, subject.target, lengths):
         sound &= finding.passed or finding.name == "possible"  # a lie, which the contract's checks explain
         yield finding
     if not sound:
         return
     yield from steadiness(drafter, subject.target)
-    yield from contract(drafter, subject.target, 300 if quick else 2000)
-    yield from (_laws(subject.build, verifiers, 5000 if quick else 50_000) if subject.toy else ())
+    longest = max(lengths)
+    yield from contract(drafter, subject.target, 300 if quick else 2000, longest)
+    yield from (_laws(subject.build, verifiers, 5000 if quick else 50_000, longest) if subject.toy else ())
     yield greedy(drafter, subject.target, verifiers)
     yield survives(drafter, subject.target)
 
@@ -97,14 +100,18 @@ class _Seen:
             self.impossible += int(((own <= 0) & counted).sum())
 
 
-def soundness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
-    """Short, usual and long drafts under all sampling parameters: nothing raised, right shapes, laws that are laws."""
+def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -> Iterator[Finding]:
+    """Short, usual and long drafts under all sampling parameters: nothing raised, right shapes, laws that are laws.
+
+    `accepted` gets the draft lengths that it does not refuse.
+    """
     V = target.info.vocab_size
     seen, lengths = _Seen(V), sorted({1, drafter.draft_len or 1, LARGE})
     refused = []
     for draft_len in lengths:
         try:
             run(target, drafter, requests(target, 5), _with_length(seen, draft_len), draft_len=draft_len, rows=3)
+            accepted.append(draft_len)
         except UsageError as error:
             if draft_len == drafter.draft_len:
                 yield Finding("drafts", False, f"it refuses its own draft_len {draft_len}: {error}")
@@ -193,32 +200,44 @@ def _fresh(target: Target[Any], drafter: Drafter[Any], record: Record, asked: Se
     return found
 
 
-def contract(drafter: Drafter[Any], target: Target[Any], rows: int) -> Iterator[Finding]:
-    """See `specdiff.check.contract`. A real target gets as many texts as are affordable."""
+def contract(drafter: Drafter[Any], target: Target[Any], rows: int, longest: int = LARGE) -> Iterator[Finding]:
+    """See `specdiff.check.contract`; of drafts as long as the drafter likes, and of the longest. A real target gets as many texts
+    as are affordable, fewer of the longest drafts."""
     small = target.info.vocab_size <= 64
     scores = Scores(target.info.vocab_size)
     sampled = [p for p in ASKED if p.temperature]
-    asked = requests(target, rows if small else rows // 25, sampled)
-    K = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
-    run(target, drafter, asked, scores.look, draft_len=K, rows=rows if small else 8, verifier=token)
+    own = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
+    for draft_len in sorted({own, longest} if drafter.draft_len else {own}):
+        count = rows if small else rows // (25 if draft_len == own else 50)
+        asked = requests(target, count, sampled, seed=5 + draft_len)  # draws of its own for each length
+        run(target, drafter, asked, scores.look, draft_len=draft_len, rows=rows if small else 8, verifier=token)
     yield from scores.findings()
 
 
-def _laws(build: Build, verifiers: Mapping[str, Verifier], count: int) -> Iterator[Finding]:
+def _laws(build: Build, verifiers: Mapping[str, Verifier], count: int, longest: int) -> Iterator[Finding]:
     target = TableTarget.random(3, seed=4)
     drafter = build(target.info)
     for name, verifier in verifiers.items():
-        yield of_the_target(f"law under {name}", target, drafter, verifier, count)
+        yield of_the_target(f"law under {name}", target, drafter, verifier, count, longest)
 
 
-def of_the_target(name: str, target: TableTarget, drafter: Drafter[Any], verifier: Verifier, count: int) -> Finding:
-    """Monte Carlo through the real loop: do whole texts have the chances the target gives them?"""
-    fits = {p: compare(texts(target, drafter, verifier, p, count=count, rows=count), law(target, p)) for p in LAWS}
-    params, p = min(fits.items(), key=lambda item: item[1])
-    threshold = FALSE_ALARMS / len(LAWS)
+def of_the_target(name: str, target: TableTarget, drafter: Drafter[Any], verifier: Verifier, count: int, longest: int = LARGE) -> Finding:
+    """Monte Carlo through the real loop: do whole texts have the chances the target gives them, with short and with long drafts?"""
+    short, long = min(LAW_LEN, longest), min(LONG_LAW_LEN, longest)
+    trials = [(params, short, count) for params in LAWS] + [(LONG_LAW, long, count // 2)]
+
+    def fit(params: SamplingParams, draft_len: int, count: int) -> float:
+        return compare(texts(target, drafter, verifier, params, count=count, rows=count, draft_len=draft_len), law(target, params))
+
+    p, worst = min(((fit(*trial), i) for i, trial in enumerate(trials)), key=lambda outcome: outcome[0])
+    params, draft_len, size = trials[worst]
+    threshold = FALSE_ALARMS / len(trials)
     if p >= threshold:
-        return Finding(name, True, f"{len(LAWS) * count} texts have the target's law (p-value)", p, threshold)
-    found = f"temperature {params.temperature}, top_k {params.top_k}: {count} texts of {params.max_tokens} tokens, G-test p = {p:.1e}"
+        return Finding(name, True, f"{sum(size for _, _, size in trials)} texts have the target's law (p-value)", p, threshold)
+    found = (
+        f"temperature {params.temperature}, top_k {params.top_k}, draft_len {draft_len}: {size} texts of {params.max_tokens} tokens, "
+        f"G-test p = {p:.1e}"
+    )
     message = f"texts do not have the target's law ({found}): decoding with it is not lossless"
     return Finding(name, False, message, p, threshold)
 
