@@ -46,8 +46,12 @@ def taught(corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.Temp
     """The corpus with the target's states beside it."""
     folder = tmp_path_factory.mktemp("taught") / "corpus"
     shutil.copytree(corpus.folder, folder)
-    list(precompute(model, Corpus(folder)))
+    store_states(model, folder)
     return folder
+
+
+def store_states(model: PreTrainedModel, folder: Path) -> None:
+    list(precompute(model, Corpus(folder)))
 
 
 def test_the_device_itself(device: SecondDevice) -> None:
@@ -136,30 +140,30 @@ def test_in_half_precision(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     corpus: Corpus,
+    taught: Path,
 ) -> None:
     """As on a GPU: a target in bfloat16 and a network under autocast; about the losses of float32."""
-    model = tiny.model("llama").to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "target")
-    folder = tmp_path / "corpus"
-    shutil.copytree(corpus.folder, folder)
-    if stored:
-        list(precompute(model, Corpus(folder)))
+    tiny.model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "target")
     r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
-    plan = run.prepare(r, model=str(tmp_path / "target"), data=folder, out=tmp_path / "host", device="cpu")
-    wanted = records(plan, r.steps)
+
+    def losses(out: str) -> list[float]:
+        plan = run.prepare(r, model=str(tmp_path / "target"), data=corpus.folder, out=tmp_path / out, device="cpu")
+        if stored:
+            plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
+        return [record["loss"] for record in records(plan, r.steps)]
+
+    host = losses("host")
     monkeypatch.setattr(run, "accelerator_for", lambda recipe, device: There(cpu=True, mixed_precision="bf16"))
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # it keeps the first precision of a process
     with SecondDevice():
-        plan = run.prepare(r, model=str(tmp_path / "target"), data=folder, out=tmp_path / "there")
-        measured = records(plan, r.steps)
-    assert [m["loss"] for m in measured] == pytest.approx([w["loss"] for w in wanted], rel=0.05, abs=0.05)
+        assert losses("there") == pytest.approx(host, rel=0.05, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["sedd", "autoregressive"])
-def test_states_from_the_disk(kind: str, device: SecondDevice, tmp_path: Path, target_folder: Path, taught: Path) -> None:
+def test_states_from_the_disk(kind: str, device: SecondDevice, tmp_path: Path, target_folder: Path, corpus: Corpus, taught: Path) -> None:
     r = recipe.load(kind, [*SMALL, *BOOKS, "init=null"])
-    plan = run.prepare(r, model=str(target_folder), data=taught, out=tmp_path)
-    assert isinstance(plan.trainer.task.teacher, PrecomputedTeacher)
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path)
+    plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
     assert plan.trainer.one_step()["loss"] > 0
     assert plan.trainer.held_out()["held_out_loss"] > 0
 
@@ -168,8 +172,7 @@ def test_states_are_computed_where_the_target_is(device: SecondDevice, tmp_path:
     """The very states that the host computes, read back by a drafter's task."""
     folder = tmp_path / "corpus"
     shutil.copytree(corpus.folder, folder)
-    model = tiny.model("llama").to(DEVICE)
-    list(precompute(model, Corpus(folder)))
+    store_states(tiny.model("llama").to(DEVICE), folder)
     wanted, read = Corpus(taught).features(3), Corpus(folder).features(3)
     assert wanted is not None and read is not None
     for ours, host in zip(read, wanted, strict=True):
