@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ from second_device import DEVICE, HOST, SecondDevice
 from transformers import PreTrainedModel
 
 import tiny
+from specdiff import SpeculativeLM
+from specdiff.targets.causal import CausalTarget
 from specdiff.training import networks, recipe, run
-from specdiff.training.corpus import Corpus
+from specdiff.training.corpus import Corpus, CorpusWriter
+from specdiff.training.generate import Settings, generate
+from specdiff.training.prompts import Opening, Prompt
+from specdiff.training.tally import Tally
 from specdiff.training.teacher import PrecomputedTeacher, precompute
 
 SIZES = ["blocks=1", "draft_vocab=24", "context_window=12", "rows=2", "canvas_tokens=8"]
@@ -184,3 +189,33 @@ def test_word_frequencies_where_the_head_is(device: SecondDevice) -> None:
     shift = networks.unigram_shift(head.to(DEVICE), counts)
     assert shift.device == DEVICE
     assert torch.equal(shift.cpu(), networks.unigram_shift(head, counts))
+
+
+class Prompts:
+    """Three prompts; the target continues them by itself before it answers."""
+
+    longest = 8
+
+    def __init__(self) -> None:
+        self.opening = Opening(3)
+        self.about: dict[str, Any] = {"kind": "test"}
+
+    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
+        return (Prompt(key, tuple(range(key + 1))) for key in range(3) if key not in known)
+
+
+def test_a_corpus_is_written_there(device: SecondDevice, tmp_path: Path, model: PreTrainedModel) -> None:
+    """The rows of the host, opening and answer drawn at several temperatures."""
+    texts = {}
+    for place in (HOST, DEVICE):
+        lm = SpeculativeLM(CausalTarget(tiny.copy_of(model).to(place), "tiny"), "ngram", None, max_len=32)
+        assert lm.target.info.device == place
+        folder = tmp_path / place.type
+        with CorpusWriter(folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB) as writer:
+            tally = Tally(writer, [])
+            for _ in generate(lm, Prompts(), tally, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2):
+                pass
+            tally.close()
+        rows = [Corpus(folder)[i] for i in range(3)]
+        texts[place] = {row.key: row.tokens.tolist() for row in rows}
+    assert texts[HOST] == texts[DEVICE]
