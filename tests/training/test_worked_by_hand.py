@@ -102,6 +102,9 @@ def weights_of(q: list[float], r: Recipe) -> list[float]:
         return [math.exp(-k / r.weight_scale) for k in range(len(q))]
     if r.weights == "streak":
         return [math.prod(q[:k]) for k in range(len(q))]
+    if r.weights == "d_pace":
+        reached = [math.prod(0.5 + 0.5 * v for v in q[: k + 1]) for k in range(len(q))]
+        return [math.fsum(reached[k:]) for k in range(len(q))]
     return [1.0] * len(q)
 
 
@@ -169,6 +172,7 @@ def alone(task: SEDDTask, x: list[int], t: float) -> list[list[float]]:
         ["divergence=forward", "weights=streak", "auxiliary=0"],
         ["divergence=hybrid", "truth_share=0.2", "weights=exponential", "weight_scale=2"],
         ["divergence=forward", "truth_share=0.8", "weights=uniform"],
+        ["objective=denoise", "weights=d_pace"],
     ],
     ids=" ".join,
 )
@@ -364,6 +368,35 @@ def test_the_target_itself(corpus: Corpus, model: PreTrainedModel) -> None:
     assert loss.item() == pytest.approx(mean(losses), rel=NEAR)
 
 
+# ---- batches ----
+
+
+def test_draft_lengths_are_drawn_from_the_list(corpus: Corpus, model: PreTrainedModel) -> None:
+    """Each entry as often, and as many canvases as fit the tokens."""
+    r = recipe.load("sedd", [*CANVASES, "objective=denoise", "draft_lens=[2,4,4,7]", "canvas_tokens=9"])
+    task = sedd_task(r, corpus, model)
+    counts = {2: 0, 4: 0, 7: 0}
+    for seed in range(400):
+        batch = task.prepare([0], torch.Generator().manual_seed(seed))
+        draft_len = int(batch["draft_len"])
+        counts[draft_len] += 1
+        assert batch["anchors"].shape == (1, 9 // draft_len)
+    assert all(abs(counts[n] - wanted) < 50 for n, wanted in {2: 100, 4: 200, 7: 100}.items())
+
+
+def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedModel) -> None:
+    """With its canvas it has at most `length` tokens, however long a context the recipe allows."""
+    changes = [*WINDOWS, "objective=denoise", "context_window=100", "length=7"]
+    task = sedd_task(recipe.load("sedd", changes), corpus, model)
+    widths = set()
+    for seed in range(30):
+        batch = task.prepare([0], torch.Generator().manual_seed(seed))
+        widths.add(int(batch["real"].sum()))
+        anchor = int(batch["start"][0]) + batch["drafted"][0].tolist().index(0) - 1
+        assert int(batch["start"][0]) == max(0, anchor + 1 - 4)
+    assert max(widths) == 7
+
+
 # ---- where a network begins ----
 
 
@@ -440,3 +473,37 @@ def test_a_target_that_changes_its_logits_cannot_teach() -> None:
     config = CohereConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=4, logit_scale=0.1)
     with pytest.raises(UnsupportedModelError, match="transforms its logits"):
         OnlineTeacher(CohereForCausalLM(config))
+
+
+@pytest.mark.parametrize("texts", [[[8, 9, 8, 9], [9, 8]], [[3], [8]]], ids=["words outside", "single tokens"])
+@pytest.mark.parametrize("kind", ["canvases", "windows", "scores", "autoregressive", "target"])
+def test_a_batch_that_teaches_nothing(kind: str, texts: list[list[int]], model: PreTrainedModel, tmp_path: Path) -> None:
+    """Where no token counts, the loss and its gradients are numbers still."""
+    rows = [*texts, *([[0, 1, 2, 3, 4, 5, 6, 7]] * 3)]
+    with CorpusWriter(tmp_path, {"target": "tiny", "source": "test"}, vocab_size=VOCAB) as writer:
+        for key, tokens in enumerate(rows):
+            writer.add(Row(torch.tensor(tokens), 1, 0.0, key))
+    corpus = Corpus(tmp_path)
+    task: Any
+    if kind == "target":
+        task = TargetTask(recipe.load("target"), corpus, tiny.copy_of(model), None)
+    elif kind == "autoregressive":
+        r = recipe.load("autoregressive", ["blocks=1", f"draft_vocab={WORDS}", "objective=denoise", "init=null"])
+        network = networks.autoregressive(r, corpus, range(2, 5), model)
+        task = AutoregressiveTask(r, corpus, network, None, None, {})
+    else:
+        changes = {
+            "canvases": [*CANVASES, "objective=denoise"],
+            "windows": [*WINDOWS, "objective=denoise"],
+            "scores": [*WINDOWS, *SCORES, "length=7"],
+        }
+        r = recipe.load("sedd", changes[kind])
+        network = networks.sedd(r, corpus, range(2, 5), model)
+        task = SEDDTask(r, corpus, network, None, None, {})
+    loss, records = task(task.prepare(range(2), torch.Generator().manual_seed(0)), 0.0)
+    assert loss.isfinite()
+    assert all(value.isfinite() for value in records.values())
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
+    if kind != "scores" and (kind != "target" or len(texts[0]) == 1):
+        assert loss == 0
