@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,13 @@ from second_device import DEVICE, HOST, SecondDevice
 from transformers import PreTrainedModel
 
 import tiny
+from specdiff import SpeculativeLM
+from specdiff.targets.causal import CausalTarget
 from specdiff.training import networks, recipe, run
-from specdiff.training.corpus import Corpus
+from specdiff.training.corpus import Corpus, CorpusWriter
+from specdiff.training.generate import Settings, generate
+from specdiff.training.prompts import Opening, Prompt
+from specdiff.training.tally import Tally
 from specdiff.training.teacher import PrecomputedTeacher, precompute
 
 SIZES = ["blocks=1", "draft_vocab=24", "context_window=12", "rows=2", "canvas_tokens=8"]
@@ -46,8 +51,12 @@ def taught(corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.Temp
     """The corpus with the target's states beside it."""
     folder = tmp_path_factory.mktemp("taught") / "corpus"
     shutil.copytree(corpus.folder, folder)
-    list(precompute(model, Corpus(folder)))
+    store_states(model, folder)
     return folder
+
+
+def store_states(model: PreTrainedModel, folder: Path) -> None:
+    list(precompute(model, Corpus(folder)))
 
 
 def test_the_device_itself(device: SecondDevice) -> None:
@@ -136,30 +145,30 @@ def test_in_half_precision(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     corpus: Corpus,
+    taught: Path,
 ) -> None:
     """As on a GPU: a target in bfloat16 and a network under autocast; about the losses of float32."""
-    model = tiny.model("llama").to(torch.bfloat16)
-    model.save_pretrained(tmp_path / "target")
-    folder = tmp_path / "corpus"
-    shutil.copytree(corpus.folder, folder)
-    if stored:
-        list(precompute(model, Corpus(folder)))
+    tiny.model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "target")
     r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
-    plan = run.prepare(r, model=str(tmp_path / "target"), data=folder, out=tmp_path / "host", device="cpu")
-    wanted = records(plan, r.steps)
+
+    def losses(out: str) -> list[float]:
+        plan = run.prepare(r, model=str(tmp_path / "target"), data=corpus.folder, out=tmp_path / out, device="cpu")
+        if stored:
+            plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
+        return [record["loss"] for record in records(plan, r.steps)]
+
+    host = losses("host")
     monkeypatch.setattr(run, "accelerator_for", lambda recipe, device: There(cpu=True, mixed_precision="bf16"))
     monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # it keeps the first precision of a process
     with SecondDevice():
-        plan = run.prepare(r, model=str(tmp_path / "target"), data=folder, out=tmp_path / "there")
-        measured = records(plan, r.steps)
-    assert [m["loss"] for m in measured] == pytest.approx([w["loss"] for w in wanted], rel=0.05, abs=0.05)
+        assert losses("there") == pytest.approx(host, rel=0.05, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["sedd", "autoregressive"])
-def test_states_from_the_disk(kind: str, device: SecondDevice, tmp_path: Path, target_folder: Path, taught: Path) -> None:
+def test_states_from_the_disk(kind: str, device: SecondDevice, tmp_path: Path, target_folder: Path, corpus: Corpus, taught: Path) -> None:
     r = recipe.load(kind, [*SMALL, *BOOKS, "init=null"])
-    plan = run.prepare(r, model=str(target_folder), data=taught, out=tmp_path)
-    assert isinstance(plan.trainer.task.teacher, PrecomputedTeacher)
+    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path)
+    plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
     assert plan.trainer.one_step()["loss"] > 0
     assert plan.trainer.held_out()["held_out_loss"] > 0
 
@@ -168,8 +177,7 @@ def test_states_are_computed_where_the_target_is(device: SecondDevice, tmp_path:
     """The very states that the host computes, read back by a drafter's task."""
     folder = tmp_path / "corpus"
     shutil.copytree(corpus.folder, folder)
-    model = tiny.model("llama").to(DEVICE)
-    list(precompute(model, Corpus(folder)))
+    store_states(tiny.model("llama").to(DEVICE), folder)
     wanted, read = Corpus(taught).features(3), Corpus(folder).features(3)
     assert wanted is not None and read is not None
     for ours, host in zip(read, wanted, strict=True):
@@ -181,3 +189,33 @@ def test_word_frequencies_where_the_head_is(device: SecondDevice) -> None:
     shift = networks.unigram_shift(head.to(DEVICE), counts)
     assert shift.device == DEVICE
     assert torch.equal(shift.cpu(), networks.unigram_shift(head, counts))
+
+
+class Prompts:
+    """Three prompts; the target continues them by itself before it answers."""
+
+    longest = 8
+
+    def __init__(self) -> None:
+        self.opening = Opening(3)
+        self.about: dict[str, Any] = {"kind": "test"}
+
+    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
+        return (Prompt(key, tuple(range(key + 1))) for key in range(3) if key not in known)
+
+
+def test_a_corpus_is_written_there(device: SecondDevice, tmp_path: Path, model: PreTrainedModel) -> None:
+    """The rows of the host, opening and answer drawn at several temperatures."""
+    texts = {}
+    for place in (HOST, DEVICE):
+        lm = SpeculativeLM(CausalTarget(tiny.copy_of(model).to(place), "tiny"), "ngram", None, max_len=32)
+        assert lm.target.info.device == place
+        folder = tmp_path / place.type
+        with CorpusWriter(folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB) as writer:
+            tally = Tally(writer, [])
+            for _ in generate(lm, Prompts(), tally, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2):
+                pass
+            tally.close()
+        rows = [Corpus(folder)[i] for i in range(3)]
+        texts[place] = {row.key: row.tokens.tolist() for row in rows}
+    assert texts[HOST] == texts[DEVICE]

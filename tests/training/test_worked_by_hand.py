@@ -5,13 +5,16 @@ computed here token by token.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import tiny
+from specdiff.errors import UnsupportedModelError
+from specdiff.nn.ddit import SEDD
 from specdiff.training import networks, recipe
 from specdiff.training.autoregressive import AutoregressiveTask
 from specdiff.training.corpus import Corpus, CorpusWriter, Row
@@ -29,6 +32,16 @@ SMALL = ["blocks=1", f"draft_vocab={WORDS}", "heads=4", "dropout=0"]
 CANVASES = [*SMALL, "context_window=3", "draft_lens=[3]", "canvas_tokens=18", "revealed=0.4"]
 WINDOWS = [*SMALL, "attention=bidirectional", "time_conditioning=true", "context_window=4", "draft_lens=[3]"]
 SCORES = ["objective=score_entropy", "draft_vocab=null"]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +102,9 @@ def weights_of(q: list[float], r: Recipe) -> list[float]:
         return [math.exp(-k / r.weight_scale) for k in range(len(q))]
     if r.weights == "streak":
         return [math.prod(q[:k]) for k in range(len(q))]
+    if r.weights == "d_pace":
+        reached = [math.prod(0.5 + 0.5 * v for v in q[: k + 1]) for k in range(len(q))]
+        return [math.fsum(reached[k:]) for k in range(len(q))]
     return [1.0] * len(q)
 
 
@@ -156,6 +172,7 @@ def alone(task: SEDDTask, x: list[int], t: float) -> list[list[float]]:
         ["divergence=forward", "weights=streak", "auxiliary=0"],
         ["divergence=hybrid", "truth_share=0.2", "weights=exponential", "weight_scale=2"],
         ["divergence=forward", "truth_share=0.8", "weights=uniform"],
+        ["objective=denoise", "weights=d_pace"],
     ],
     ids=" ".join,
 )
@@ -349,3 +366,144 @@ def test_the_target_itself(corpus: Corpus, model: PreTrainedModel) -> None:
         loss, _ = task(task.prepare(range(3), torch.Generator()), 0.0)
     losses = [-math.log(law_after(model, row[:i])[row[i]]) for row in ROWS for i in range(1, len(row))]
     assert loss.item() == pytest.approx(mean(losses), rel=NEAR)
+
+
+# ---- batches ----
+
+
+def test_draft_lengths_are_drawn_from_the_list(corpus: Corpus, model: PreTrainedModel) -> None:
+    """Each entry as often, and as many canvases as fit the tokens."""
+    r = recipe.load("sedd", [*CANVASES, "objective=denoise", "draft_lens=[2,4,4,7]", "canvas_tokens=9"])
+    task = sedd_task(r, corpus, model)
+    counts = {2: 0, 4: 0, 7: 0}
+    for seed in range(400):
+        batch = task.prepare([0], torch.Generator().manual_seed(seed))
+        draft_len = int(batch["draft_len"])
+        counts[draft_len] += 1
+        assert batch["anchors"].shape == (1, 9 // draft_len)
+    assert all(abs(counts[n] - wanted) < 50 for n, wanted in {2: 100, 4: 200, 7: 100}.items())
+
+
+def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedModel) -> None:
+    """With its canvas it has at most `length` tokens, however long a context the recipe allows."""
+    changes = [*WINDOWS, "objective=denoise", "context_window=100", "length=7"]
+    task = sedd_task(recipe.load("sedd", changes), corpus, model)
+    widths = set()
+    for seed in range(30):
+        batch = task.prepare([0], torch.Generator().manual_seed(seed))
+        widths.add(int(batch["real"].sum()))
+        anchor = int(batch["start"][0]) + batch["drafted"][0].tolist().index(0) - 1
+        assert int(batch["start"][0]) == max(0, anchor + 1 - 4)
+    assert max(widths) == 7
+
+
+# ---- where a network begins ----
+
+
+@pytest.mark.parametrize(("blocks", "layers", "wanted"), [(1, 2, [0]), (2, 30, [0, 29]), (4, 10, [0, 3, 6, 9]), (3, 3, [0, 1, 2])])
+def test_layers_are_spread(blocks: int, layers: int, wanted: list[int]) -> None:
+    assert networks._spread(blocks, layers) == wanted
+
+
+def test_a_small_model_begins_with_the_target_s_first_and_last_layer(corpus: Corpus) -> None:
+    config = LlamaConfig(**SIZES, num_hidden_layers=4, num_key_value_heads=2)
+    target = LlamaForCausalLM(config)
+    r = recipe.load("autoregressive", ["blocks=2", "draft_vocab=null"])
+    own = networks.autoregressive(r, corpus, range(3), target).net.state_dict()
+    source = target.state_dict()
+    assert sum(name.startswith("model.layers.") for name in own) == 2 * 9
+    for name, tensor in own.items():
+        origin = name.replace("layers.1.", "layers.3.")
+        assert torch.equal(tensor, source[origin])
+
+
+def test_a_block_begins_with_the_target_s_attention(corpus: Corpus) -> None:
+    """The same states in, the same out: query heads find their group's keys, and positions turn alike."""
+    torch.manual_seed(0)
+    target = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=3, num_key_value_heads=2)).eval()
+    r = recipe.load("sedd", ["blocks=2", f"draft_vocab={WORDS}", "heads=4", "init=target"])
+    network = networks.sedd(r, corpus, range(3), target)
+    L = 7
+    states = torch.randn(1, L, 32)
+    positions = torch.arange(L)[None]
+    causal = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
+    angle = positions[..., None] * torch.tensor([10_000.0 ** (-2 * i / 8) for i in range(4)])
+    turns = target.model.rotary_emb(states, positions)
+    for block, layer in zip(network.blocks, (target.model.layers[0], target.model.layers[2]), strict=True):
+        with torch.no_grad():
+            ours = block.attn_out(block.attend(states, angle, causal, None))
+            wanted, _ = layer.self_attn(states, turns, None)
+        assert (ours - wanted).abs().max() < 1e-5
+        assert torch.equal(block.norm1.weight, layer.input_layernorm.weight)
+        assert torch.equal(block.norm2.weight, layer.post_attention_layernorm.weight)
+        assert torch.equal(block.mlp[0].weight[:64], layer.mlp.up_proj.weight)
+        assert torch.equal(block.mlp[2].weight[:, :64], layer.mlp.down_proj.weight)
+
+
+def test_a_new_network_is_open(corpus: Corpus, model: PreTrainedModel) -> None:
+    """Gates at 1, the target's final norm at a tenth, a MASK embedding of the table's size, and all of it carries gradients."""
+    network = networks.sedd(recipe.load("sedd", CANVASES), corpus, range(3), model)
+    norm = model.get_parameter("model.norm.weight")
+    assert torch.allclose(network.output_layer.norm_final.weight, 0.1 * norm)
+    for block in network.blocks:
+        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation.bias.chunk(6)
+        assert gate1.eq(1).all()
+        assert gate2.eq(1).all()
+        assert not any(part.any() for part in (shift1, scale1, shift2, scale2))
+    table = model.get_input_embeddings().weight
+    spread = network.vocab_embed.mask_embedding.square().mean().sqrt()
+    assert 0.5 < spread / table.std() < 1.5
+
+
+def test_an_earlier_network_goes_on_with_this_run_s_own_settings(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) -> None:
+    """Its weights, but not its dropout, and the output that the new objective makes of it; what is exported drafts without."""
+    first = sedd_task(recipe.load("sedd", [*WINDOWS, *SCORES, "length=7", "dropout=0.3"]), corpus, model)
+    first.export(tmp_path, first.network.state_dict())
+    assert SEDD.from_pretrained(tmp_path).config.dropout == 0
+    changes = [*WINDOWS, "objective=denoise", "draft_vocab=null", "length=7", "dropout=0.4", f"init={tmp_path}", "save_dtype=float32"]
+    r = recipe.load("sedd", changes)
+    second = networks.sedd(r, corpus, range(3), model)
+    assert (first.network.config.output, second.config.output) == ("score", "denoiser")
+    assert {block.dropout for block in second.blocks} == {0.4}
+    for name, tensor in first.network.state_dict().items():
+        assert torch.allclose(second.state_dict()[name], tensor, rtol=1e-2)
+
+
+def test_a_target_that_changes_its_logits_cannot_teach() -> None:
+    config = CohereConfig(**SIZES, num_hidden_layers=1, num_key_value_heads=4, logit_scale=0.1)
+    with pytest.raises(UnsupportedModelError, match="transforms its logits"):
+        OnlineTeacher(CohereForCausalLM(config))
+
+
+@pytest.mark.parametrize("texts", [[[8, 9, 8, 9], [9, 8]], [[3], [8]]], ids=["words outside", "single tokens"])
+@pytest.mark.parametrize("kind", ["canvases", "windows", "scores", "autoregressive", "target"])
+def test_a_batch_that_teaches_nothing(kind: str, texts: list[list[int]], model: PreTrainedModel, tmp_path: Path) -> None:
+    """Where no token counts, the loss and its gradients are numbers still."""
+    rows = [*texts, *([[0, 1, 2, 3, 4, 5, 6, 7]] * 3)]
+    with CorpusWriter(tmp_path, {"target": "tiny", "source": "test"}, vocab_size=VOCAB) as writer:
+        for key, tokens in enumerate(rows):
+            writer.add(Row(torch.tensor(tokens), 1, 0.0, key))
+    corpus = Corpus(tmp_path)
+    task: Any
+    if kind == "target":
+        task = TargetTask(recipe.load("target"), corpus, tiny.copy_of(model), None)
+    elif kind == "autoregressive":
+        r = recipe.load("autoregressive", ["blocks=1", f"draft_vocab={WORDS}", "objective=denoise", "init=null"])
+        network = networks.autoregressive(r, corpus, range(2, 5), model)
+        task = AutoregressiveTask(r, corpus, network, None, None, {})
+    else:
+        changes = {
+            "canvases": [*CANVASES, "objective=denoise"],
+            "windows": [*WINDOWS, "objective=denoise"],
+            "scores": [*WINDOWS, *SCORES, "length=7"],
+        }
+        r = recipe.load("sedd", changes[kind])
+        network = networks.sedd(r, corpus, range(2, 5), model)
+        task = SEDDTask(r, corpus, network, None, None, {})
+    loss, records = task(task.prepare(range(2), torch.Generator().manual_seed(0)), 0.0)
+    assert loss.isfinite()
+    assert all(value.isfinite() for value in records.values())
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in task.parameters())
+    if kind != "scores" and (kind != "target" or len(texts[0]) == 1):
+        assert loss == 0

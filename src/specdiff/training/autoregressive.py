@@ -13,7 +13,7 @@ from torch import Tensor
 from specdiff.nn.causal import SmallCausalLM
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe
-from specdiff.training.task import DrafterTask, TensorDict
+from specdiff.training.task import DrafterTask, TensorDict, mean
 from specdiff.training.teacher import Teacher
 
 
@@ -43,7 +43,7 @@ class AutoregressiveTask(DrafterTask):
         row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(at)[counted]
         judged = self.judge(logits, batch, row, at[counted] + 1)
         answer = (at >= batch["prompts"][:, None] - 1)[counted]
-        return judged.loss.mean(), {"q1": judged.q[answer].mean()}
+        return mean(judged.loss), {"q1": mean(judged.q[answer])}
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         written = SmallCausalLM(self.network.config)

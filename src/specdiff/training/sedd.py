@@ -18,7 +18,7 @@ from specdiff.nn.ddit import SEDD
 from specdiff.training import canvases, objectives
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe
-from specdiff.training.task import DrafterTask, TensorDict, weighted_mean
+from specdiff.training.task import DrafterTask, TensorDict, mean, weighted_mean
 from specdiff.training.teacher import Teacher
 
 
@@ -96,7 +96,7 @@ class SEDDTask(DrafterTask):
         weight = objectives.WEIGHTS[self.recipe.weights](q, self.recipe.weight_scale)
         loss = weighted_mean(judged.loss, weight[counted])
         fresh = laid.hidden[..., 0] & laid.inside[..., -1]
-        told = {"q1": q[..., 0][fresh].mean(), "expected_tau": 1 + objectives.expected_accepted(q)[fresh].mean()}
+        told = {"q1": mean(q[..., 0][fresh]), "expected_tau": 1 + mean(objectives.expected_accepted(q)[fresh])}
         auxiliary = self.recipe.auxiliary * (1 - progress)
         if auxiliary > 0:
             loss = loss + auxiliary * self._next_token(states[:, :L], batch)
@@ -108,7 +108,7 @@ class SEDDTask(DrafterTask):
         following = torch.full_like(ids, -1)
         following[:, :-1] = self.columns[ids[:, 1:]]
         known = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None] - 1) & (following >= 0)
-        return objectives.denoise(self.network.logits(states[known]), following[known]).mean()
+        return mean(objectives.denoise(self.network.logits(states[known]), following[known]))
 
     # whole corrupted rows
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from specdiff.training import objectives
 from specdiff.training.corpus import Corpus
 from specdiff.training.recipe import Recipe
-from specdiff.training.task import Task, TensorDict
+from specdiff.training.task import Task, TensorDict, mean
 
 
 class TargetTask(Task):
@@ -29,8 +29,8 @@ class TargetTask(Task):
     def forward(self, batch: TensorDict, progress: float) -> tuple[Tensor, TensorDict]:
         ids, lengths = batch["ids"], batch["lengths"]
         counted = torch.arange(ids.shape[1] - 1, device=ids.device) < lengths[:, None] - 1
-        logits = self.network(ids[:, :-1], use_cache=False).logits[counted].float()
-        return objectives.denoise(logits, ids[:, 1:][counted]).mean(), {}
+        logits = self.network(ids, use_cache=False).logits[:, :-1][counted].float()
+        return mean(objectives.denoise(logits, ids[:, 1:][counted])), {}
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         dtype = getattr(torch, self.recipe.save_dtype)

@@ -115,6 +115,11 @@ def most_frequent(corpus: Corpus, rows: Sequence[int], vocab_size: int, size: in
     return corpus.counts(rows, vocab_size).topk(size).indices.sort().values
 
 
+def mean(values: Float[Tensor, "n"]) -> Float[Tensor, ""]:
+    """sum(v) / n; 0 where nothing counts (rows of one token, or no word of the draft vocabulary)."""
+    return values.sum() / max(1, values.numel())
+
+
 def weighted_mean(loss: Float[Tensor, "*N"], weight: Float[Tensor, "*N"]) -> Float[Tensor, ""]:
     """sum(w l) / sum(w); 0 where nothing counts."""
     return (loss * weight).sum() / weight.sum().clamp(min=1e-9)
