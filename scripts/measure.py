@@ -30,6 +30,7 @@ from specdiff.nn.config import SEDDConfig
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import linear
 from specdiff.training.corpus import Corpus
+from specdiff.training.recipe import Recipe
 from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import verifier
 
@@ -181,9 +182,10 @@ def draft_cost(a: argparse.Namespace) -> None:
 
 
 def held_out(folder: str, count: int) -> list[list[int]]:
-    """Prompts of the last texts of a corpus, up to where the answer begins."""
+    """Prompts of texts that recipes hold out, up to where the answer begins."""
     corpus = Corpus(folder)
-    return [row.tokens[: row.prompt_length].tolist() for row in (corpus[i] for i in range(len(corpus) - count, len(corpus)))]
+    rows = corpus.split(Recipe.model_fields["held_out"].default)[1][:count]
+    return [row.tokens[: row.prompt_length].tolist() for row in (corpus[i] for i in rows)]
 
 
 def data(a: argparse.Namespace) -> None:

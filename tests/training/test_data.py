@@ -158,6 +158,17 @@ def test_each_row_is_a_function_of_its_key(lm: SpeculativeLM, tmp_path: Path) ->
     assert any(not torch.equal(a[k].tokens, d[k].tokens) for k in a.keys() & d.keys())
 
 
+def test_a_corpus_is_the_shortest_run_of_keys_that_reaches_the_goal(lm: SpeculativeLM, tmp_path: Path) -> None:
+    """Rows that end in one round with it, but later in order, are not part of it."""
+    lengths = [3 + 5 * i for i in range(18)]  # so that later rows are longer than the mean of those before them
+    records = [Record("", {"prompt": [3] * (length - 1)}) for length in lengths]
+    source = RecordSource(lm, lambda: records, {}, longest=100)
+    fixed = Settings(max_tokens=1, temperatures=(1.0,), shares=(1.0,))  # all that were begun end at once
+    for goal, rows in ((10, 2), (100, 7), (200, 9)):
+        assert write(lm, source, tmp_path / "c", tokens=goal, rows=64, settings=fixed)["tokens"] == sum(lengths[:rows])
+        assert list(texts(tmp_path / "c")) == list(range(rows))
+
+
 def test_temperatures_come_in_their_shares_and_keep_their_law(lm: SpeculativeLM, tmp_path: Path) -> None:
     found = [SETTINGS.temperature(key) for key in range(4000)]
     for temperature, share in zip(SETTINGS.temperatures, SETTINGS.shares, strict=True):

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,6 +79,21 @@ def test_a_run_is_resumed_with_its_own_corpus_and_target_only(tmp_path: Path, ta
     shutil.copytree(corpus.folder, tmp_path / "moved")
     trained(target_folder, tmp_path / "moved", out)  # where it lies is no part of what it is
     assert checkpoint.complete(out / CHECKPOINTS)[-1].name == "00000006"
+
+
+def test_a_corpus_of_another_target_is_pointed_out(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+    identity = generate.identity(str(target_folder))
+    changed = variant(tmp_path / "changed", target_folder)
+    for name, known in (("new", identity), ("old", {k: identity[k] for k in ("target", "target_sha256")})):
+        with CorpusWriter(tmp_path / name, {**known, "temperatures": [0.0]}, vocab_size=tiny.VOCAB) as writer:
+            for i in range(len(corpus)):
+                writer.add(corpus[i])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            prepared(target_folder, tmp_path / name, tmp_path / f"{name}-own")
+    digests = rf"{identity['target_weights']}\), not by .*{generate.weights_digest(changed)}"
+    with pytest.warns(UserWarning, match=digests):
+        prepared(changed, tmp_path / "new", tmp_path / "other")
 
 
 def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:

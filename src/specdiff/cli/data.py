@@ -73,8 +73,8 @@ def data(
     heat = _numbers("--temperatures", temperatures)
     spread = _numbers("--shares", shares or ("0.4,0.2,0.4" if temperatures == "1.0,0.7,0" else ",".join([repr(1 / len(heat))] * len(heat))))
     settings = generate.Settings(seed, max_tokens, heat, spread)
-    notes = Console(stderr=True, highlight=False, quiet=quiet)
-    with _status(notes, f"loading {model}"):
+    notes = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
+    with status(notes, f"loading {model}"):
         lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
     begin = time.perf_counter()
     summary: dict[str, Any] = {}
@@ -96,10 +96,10 @@ def data(
         if features and not dry_run:
             summary |= _features(lm, out, notes)
     except KeyboardInterrupt:
-        notes.print(f"stopped; what was finished is in {out}. To resume, repeat the command.", soft_wrap=True, markup=False)
+        notes.print(f"stopped; what was finished is in {out}. To resume, repeat the command.", soft_wrap=True)
         raise typer.Exit(130) from None
     summary = {"out": str(out), "target": model, "seconds": round(time.perf_counter() - begin, 2)} | summary
-    notes.print(_summary(summary), soft_wrap=True, markup=False)
+    notes.print(_summary(summary), soft_wrap=True)
     if as_json:
         print(json.dumps(summary))
 
@@ -114,7 +114,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 def _plan(lm: "SpeculativeLM", source: "Source", settings: "Settings", rows: str, notes: "Console") -> dict[str, float]:
     from specdiff.training.generate import trial
 
-    with _status(notes, "measuring how many rows at a time are fastest" if rows == "auto" else "measuring"):
+    with status(notes, "measuring how many rows at a time are fastest" if rows == "auto" else "measuring"):
         best, rate = trial(lm, source, settings, None if rows == "auto" else int(rows))
     return {"rows_at_a_time": best, "trial_tokens_per_second": round(rate, 1)}
 
@@ -247,13 +247,15 @@ def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any
 
 
 @contextmanager
-def _status(notes: "Console", text: str) -> Iterator[None]:
+def status(notes: "Console", text: str) -> Iterator[None]:
     """A spinner; a line where nobody watches."""
+    from rich.text import Text
+
     if notes.is_terminal:
-        with notes.status(text):
+        with notes.status(Text(text)):
             yield
     else:
-        notes.print(text, soft_wrap=True, markup=False)
+        notes.print(text, soft_wrap=True)
         yield
 
 
@@ -275,7 +277,7 @@ def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "C
         TimeRemainingColumn(),
     )
     if not notes.is_terminal:
-        notes.print(f"{title}: {done()} of {total or 'all'} tokens", soft_wrap=True, markup=False)
+        notes.print(f"{title}: {done()} of {total or 'all'} tokens", soft_wrap=True)
     with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True, speed_estimate_period=300) as bar:
         task = bar.add_task(title, total=total or None, completed=done(), note="")
         for tokens in work:
@@ -285,7 +287,7 @@ def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "C
             bar.update(task, completed=min(total or done(), done()), note=text)
             if not notes.is_terminal and now >= due:
                 due = now + REPORT_SECONDS
-                notes.print(f"{title}: {done()} of {total or 'all'} tokens, {text}", soft_wrap=True, markup=False)
+                notes.print(f"{title}: {done()} of {total or 'all'} tokens, {text}", soft_wrap=True)
     return count
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdiff.cli.data import status
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
 
@@ -55,11 +56,11 @@ def train(
     memory.keep_freed()
     if threads is not None:
         torch.set_num_threads(threads)
-    notes = Console(stderr=True, highlight=False, quiet=quiet)
+    notes = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
     command = shlex.join(["specdiff", *sys.argv[1:]])
     with tempfile.TemporaryDirectory() as nowhere:
         place = Path(nowhere) / "drafter" if dry_run else out
-        with notes.status(f"loading {model}"):
+        with status(notes, f"loading {model}"):
             plan = run.prepare(chosen, model=model, data=data, out=place, device=device, command=command, licence=licence, log_to=log_to)
         if dry_run:
             told = run.forecast(plan)

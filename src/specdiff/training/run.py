@@ -3,7 +3,8 @@
 import importlib
 import resource
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,9 @@ def prepare(
     model_folder = generate.model_files(model)
     if out.exists() and out.resolve() == model_folder.resolve():
         raise UsageError(f"--out {out} is the target's own folder, whose weights would be replaced; choose another --out")
-    sources = {"corpus": corpus.digest, "target": generate.weights_digest(model_folder)}
+    identity = generate.identity(model)
+    _compare(corpus, identity)
+    sources = {"corpus": corpus.digest, "target": identity["target_weights"]}
     tokenizer = tokenizer_of(folder)
     task = _task(recipe, corpus, training, target, tokenizer, catalog.same_target(model), sources["target"])
     evaluate = None
@@ -97,6 +100,18 @@ def prepare(
         track=_tracker(log_to, out, recipe) if accelerator.is_main_process else None,
     )
     return Plan(trainer, target, corpus)
+
+
+def _compare(corpus: Corpus, identity: Mapping[str, str]) -> None:
+    """Warn of a corpus that another target wrote: possible, but rarely meant. Texts stored verbatim are nobody's."""
+    about = corpus.manifest["about"]
+    name = "target_weights" if "target_weights" in about else "target_sha256"
+    if "temperatures" in about and about.get(name) != identity[name]:
+        warnings.warn(
+            f"{corpus.folder} was written by {about.get('target')} ({name} {about.get(name)}), not by {identity['target']} "
+            f"({identity[name]}); a drafter learns most from its own target's text",
+            stacklevel=3,
+        )
 
 
 def accelerator_for(recipe: Recipe, device: str) -> Accelerator:

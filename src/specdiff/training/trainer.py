@@ -44,7 +44,7 @@ class Trainer:
 
     `sources` are the digests of what it learns from. `evaluate(folder)` measures the exported drafter, `describe()` writes its
     card, `track(values, step)` logs to a tracker. Building it locks the folder until the run ends, and resumes from the last
-    complete checkpoint. Raises UsageError if that was begun with another recipe or the folder holds something else,
+    complete checkpoint. Raises UsageError if that was begun with another recipe,
     CorpusError if it was begun with other sources, StorageError if another process trains there.
     """
 
@@ -75,7 +75,6 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
         self.model, self.optimizer = self.accelerator.prepare(self.task, optimizer)
         self.state = State(self.model, self.optimizer.optimizer, recipe.ema)
-        check_folder(self.out)
         self._acquire()
         try:
             self._resume()
