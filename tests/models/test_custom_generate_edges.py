@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
     TextIteratorStreamer,
 )
 
@@ -203,6 +204,21 @@ def test_without_drafts_a_memory_is_kept(net: PreTrainedModel, memory: str, end:
         assert torch.equal(ours(net, **given, **options(), drafter="none"), theirs(net, **given, **options()))
 
 
+def test_a_memory_that_shows_last_is_refused_at_the_end(net: PreTrainedModel) -> None:
+    """It is seen by no check between: the first rounds came before it, and the next is not due."""
+    calls = list[int]()
+
+    def late(input_ids: Tensor, scores: Tensor) -> Tensor:
+        calls.append(1)
+        return scores + 20 * (torch.arange(tiny.VOCAB) == 7) if len(calls) > 80 else scores
+
+    stats = specdiff.Stats()
+    with pytest.raises(UsageError, match=r"^late answers differently"):
+        options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "stats": stats}
+        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
+    assert stats.rounds == 15
+
+
 class Harmless(LogitsProcessor):
     """Counts its calls and prepares a table at the first, but answers by its arguments alone."""
 
@@ -353,6 +369,15 @@ def test_next_to_no_temperature_is_greedy(net: PreTrainedModel, cold: dict[str, 
     options: dict[str, Any] = {**padded(3), "max_new_tokens": NEW, "repetition_penalty": 1.2}
     want = theirs(net, **options, do_sample=False)
     assert torch.equal(ours(net, **options, do_sample=True, **cold, drafter=made), want)
+
+
+def test_a_cold_temperature_hides_no_processor_behind_it(net: PreTrainedModel) -> None:
+    def even(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(torch.arange(tiny.VOCAB) % 2 == 1, -torch.inf)
+
+    processors = [TemperatureLogitsWarper(1e-40), even]
+    answer = ours(net, input_ids=torch.tensor([PROMPT]), max_new_tokens=12, do_sample=True, logits_processor=processors)
+    assert not (answer[0, len(PROMPT) :] % 2).any()
 
 
 # the draft length
