@@ -114,18 +114,22 @@ def test_a_constraint_is_not_asked_behind_an_end(net: PreTrainedModel, verifier:
 
 
 def test_drafted_ends_beside_other_rows(net: PreTrainedModel) -> None:
-    """A row with a drafted end is shown as one that has ended, where the others go on: padded."""
+    """A row with a drafted end is shown as one that has ended, where the others go on: padded.
+
+    So is one whose only valid token is an end, where the draft holds another.
+    """
     prompts, shown = padded(3), list[list[int]]()
     width = prompts["input_ids"].shape[1]
 
     def listening(batch: int, ids: Tensor) -> list[int]:
         shown.append(ids[width:].tolist())
-        return list(range(tiny.VOCAB))
+        closes = batch == 0 and len(shown[-1]) == 6
+        return [EOS] if closes else list(range(tiny.VOCAB))
 
     options: dict[str, Any] = {**prompts, **PLAIN, "eos_token_id": EOS, "prefix_allowed_tokens_fn": listening}
     want = theirs(net, **options)
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(3)]
-    for drafter in (Fixed([3, EOS, 5, 5, 5]), tiny.Hinted(texts, tiny.VOCAB, 6)):
+    for drafter in (Fixed([3, EOS, 5, 5, 5]), Fixed([3] * 5), tiny.Hinted(texts, tiny.VOCAB, 99)):
         assert torch.equal(ours(net, **options, drafter=drafter, draft_len=5), want)
     behind = [answer[answer.index(EOS) + 1 :] for answer in shown if EOS in answer]
     assert behind
@@ -251,7 +255,7 @@ def test_a_function_is_a_processor_too(net: PreTrainedModel) -> None:
 
 
 def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
-    """argmax reads them so, and the scores reported are the processors' own."""
+    """argmax reads them so, and so does sampling here. The scores reported are the processors' own."""
 
     def insisting(input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, input_ids.shape[1] % tiny.VOCAB] = torch.inf
@@ -262,6 +266,19 @@ def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
     want, answer = theirs(net, **options), ours(net, **options, draft_len=4)
     assert torch.equal(answer.sequences, want.sequences)
     assert all(torch.equal(a.isposinf(), b.isposinf()) for a, b in zip(answer.scores, want.scores, strict=True))
+    assert torch.equal(ours(net, **{**options, "do_sample": True}, draft_len=4).sequences, want.sequences)
+
+
+def test_a_dead_end_that_only_a_draft_enters(net: PreTrainedModel) -> None:
+    """A token that the target does not say leads to where nothing is allowed: nobody goes there."""
+
+    def dead_end(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill((input_ids[:, -1:] == 5) & (input_ids.shape[1] > len(PROMPT)), -torch.inf)
+
+    options: dict[str, Any] = {"input_ids": torch.tensor([PROMPT]), **PLAIN, "logits_processor": [dead_end]}
+    want = theirs(net, **options)
+    assert 5 not in want[0, len(PROMPT) :]
+    assert torch.equal(ours(net, **options, drafter=Fixed([5] * 5), draft_len=5), want)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
