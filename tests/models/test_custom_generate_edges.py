@@ -221,6 +221,21 @@ def test_a_memory_that_shows_last_is_refused_at_the_end(net: PreTrainedModel) ->
         options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "stats": stats}
         ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
     assert stats.rounds == 15
+    calls.clear()
+    stats = specdiff.Stats()
+    with pytest.raises(UsageError, match=r"^late answers differently"):
+        options = {"max_new_tokens": 100, "do_sample": False, "stats": stats}
+        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
+    assert stats.rounds < 30  # in a long answer, soon
+
+
+@pytest.mark.parametrize("start", range(80, 110, 7))
+def test_a_counter_is_watched_in_every_round(net: PreTrainedModel, start: int) -> None:
+    """Three calls of another answer, in rounds that would not be checked of others."""
+    options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "draft_len": 5}
+    counter = Counter(after=start, until=start + 3)
+    with pytest.raises(UsageError, match=r"^Counter answers differently"):
+        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[counter], drafter=Fixed([1] * 5))
 
 
 class Harmless(LogitsProcessor):
@@ -241,6 +256,18 @@ def test_a_harmless_count_is_taken(net: PreTrainedModel) -> None:
     options: dict[str, Any] = {**padded(4), **PLAIN, "eos_token_id": EOS}
     want = theirs(net, **options, logits_processor=[Harmless()])
     assert torch.equal(ours(net, **options, logits_processor=[Harmless()], draft_len=4), want)
+
+
+def test_processors_that_work_in_place_are_told_apart(net: PreTrainedModel) -> None:
+    def raised(token: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def raising(input_ids: Tensor, scores: Tensor) -> Tensor:
+            scores[:, (input_ids.shape[1] + token) % tiny.VOCAB] += 6
+            return scores
+
+        return raising
+
+    options: dict[str, Any] = {**padded(3), **PLAIN, "logits_processor": [raised(3), raised(9), raised(20)]}
+    assert torch.equal(ours(net, **options, draft_len=4), theirs(net, **options))
 
 
 def test_a_function_is_a_processor_too(net: PreTrainedModel) -> None:
