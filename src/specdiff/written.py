@@ -50,8 +50,8 @@ class Ending:
             self.place += 1
             seen = torch.cat([self.prompt, self.rows(last.batch, self.place)], dim=1)
             stops = self.rest(seen, None).tolist()
-            for row, n in enumerate(written):
-                if stops[row] and self.at[row] is None and self.place <= n:
+            for row, stop in enumerate(stops):
+                if stop and self.at[row] is None:
                     self.at[row] = self.place
             self._bound(written)
         self._bound(written)

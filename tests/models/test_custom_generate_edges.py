@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
+    TemperatureLogitsWarper,
     TextIteratorStreamer,
 )
 
@@ -113,18 +114,22 @@ def test_a_constraint_is_not_asked_behind_an_end(net: PreTrainedModel, verifier:
 
 
 def test_drafted_ends_beside_other_rows(net: PreTrainedModel) -> None:
-    """A row with a drafted end is shown as one that has ended, where the others go on: padded."""
+    """A row with a drafted end is shown as one that has ended, where the others go on: padded.
+
+    So is one whose only valid token is an end, where the draft holds another.
+    """
     prompts, shown = padded(3), list[list[int]]()
     width = prompts["input_ids"].shape[1]
 
     def listening(batch: int, ids: Tensor) -> list[int]:
         shown.append(ids[width:].tolist())
-        return list(range(tiny.VOCAB))
+        closes = batch == 0 and len(shown[-1]) == 6
+        return [EOS] if closes else list(range(tiny.VOCAB))
 
     options: dict[str, Any] = {**prompts, **PLAIN, "eos_token_id": EOS, "prefix_allowed_tokens_fn": listening}
     want = theirs(net, **options)
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(3)]
-    for drafter in (Fixed([3, EOS, 5, 5, 5]), tiny.Hinted(texts, tiny.VOCAB, 6)):
+    for drafter in (Fixed([3, EOS, 5, 5, 5]), Fixed([3] * 5), tiny.Hinted(texts, tiny.VOCAB, 99)):
         assert torch.equal(ours(net, **options, drafter=drafter, draft_len=5), want)
     behind = [answer[answer.index(EOS) + 1 :] for answer in shown if EOS in answer]
     assert behind
@@ -203,6 +208,36 @@ def test_without_drafts_a_memory_is_kept(net: PreTrainedModel, memory: str, end:
         assert torch.equal(ours(net, **given, **options(), drafter="none"), theirs(net, **given, **options()))
 
 
+def test_a_memory_that_shows_last_is_refused_at_the_end(net: PreTrainedModel) -> None:
+    """It is seen by no check between: the first rounds came before it, and the next is not due."""
+    calls = list[int]()
+
+    def late(input_ids: Tensor, scores: Tensor) -> Tensor:
+        calls.append(1)
+        return scores + 20 * (torch.arange(tiny.VOCAB) == 7) if len(calls) > 80 else scores
+
+    stats = specdiff.Stats()
+    with pytest.raises(UsageError, match=r"^late answers differently"):
+        options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "stats": stats}
+        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
+    assert stats.rounds == 15
+    calls.clear()
+    stats = specdiff.Stats()
+    with pytest.raises(UsageError, match=r"^late answers differently"):
+        options = {"max_new_tokens": 100, "do_sample": False, "stats": stats}
+        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
+    assert stats.rounds < 30  # in a long answer, soon
+
+
+@pytest.mark.parametrize("start", range(80, 110, 7))
+def test_a_counter_is_watched_in_every_round(net: PreTrainedModel, start: int) -> None:
+    """Three calls of another answer, in rounds that would not be checked of others."""
+    options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "draft_len": 5}
+    counter = Counter(after=start, until=start + 3)
+    with pytest.raises(UsageError, match=r"^Counter answers differently"):
+        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[counter], drafter=Fixed([1] * 5))
+
+
 class Harmless(LogitsProcessor):
     """Counts its calls and prepares a table at the first, but answers by its arguments alone."""
 
@@ -223,6 +258,18 @@ def test_a_harmless_count_is_taken(net: PreTrainedModel) -> None:
     assert torch.equal(ours(net, **options, logits_processor=[Harmless()], draft_len=4), want)
 
 
+def test_processors_that_work_in_place_are_told_apart(net: PreTrainedModel) -> None:
+    def raised(token: int) -> Callable[[Tensor, Tensor], Tensor]:
+        def raising(input_ids: Tensor, scores: Tensor) -> Tensor:
+            scores[:, (input_ids.shape[1] + token) % tiny.VOCAB] += 6
+            return scores
+
+        return raising
+
+    options: dict[str, Any] = {**padded(3), **PLAIN, "logits_processor": [raised(3), raised(9), raised(20)]}
+    assert torch.equal(ours(net, **options, draft_len=4), theirs(net, **options))
+
+
 def test_a_function_is_a_processor_too(net: PreTrainedModel) -> None:
     calls = list[int]()
 
@@ -235,7 +282,7 @@ def test_a_function_is_a_processor_too(net: PreTrainedModel) -> None:
 
 
 def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
-    """argmax reads them so, and the scores reported are the processors' own."""
+    """argmax reads them so, and so does sampling here. The scores reported are the processors' own."""
 
     def insisting(input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, input_ids.shape[1] % tiny.VOCAB] = torch.inf
@@ -246,6 +293,19 @@ def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
     want, answer = theirs(net, **options), ours(net, **options, draft_len=4)
     assert torch.equal(answer.sequences, want.sequences)
     assert all(torch.equal(a.isposinf(), b.isposinf()) for a, b in zip(answer.scores, want.scores, strict=True))
+    assert torch.equal(ours(net, **{**options, "do_sample": True}, draft_len=4).sequences, want.sequences)
+
+
+def test_a_dead_end_that_only_a_draft_enters(net: PreTrainedModel) -> None:
+    """A token that the target does not say leads to where nothing is allowed: nobody goes there."""
+
+    def dead_end(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill((input_ids[:, -1:] == 5) & (input_ids.shape[1] > len(PROMPT)), -torch.inf)
+
+    options: dict[str, Any] = {"input_ids": torch.tensor([PROMPT]), **PLAIN, "logits_processor": [dead_end]}
+    want = theirs(net, **options)
+    assert 5 not in want[0, len(PROMPT) :]
+    assert torch.equal(ours(net, **options, drafter=Fixed([5] * 5), draft_len=5), want)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -353,6 +413,15 @@ def test_next_to_no_temperature_is_greedy(net: PreTrainedModel, cold: dict[str, 
     options: dict[str, Any] = {**padded(3), "max_new_tokens": NEW, "repetition_penalty": 1.2}
     want = theirs(net, **options, do_sample=False)
     assert torch.equal(ours(net, **options, do_sample=True, **cold, drafter=made), want)
+
+
+def test_a_cold_temperature_hides_no_processor_behind_it(net: PreTrainedModel) -> None:
+    def even(input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(torch.arange(tiny.VOCAB) % 2 == 1, -torch.inf)
+
+    processors = [TemperatureLogitsWarper(1e-40), even]
+    answer = ours(net, input_ids=torch.tensor([PROMPT]), max_new_tokens=12, do_sample=True, logits_processor=processors)
+    assert not (answer[0, len(PROMPT) :] % 2).any()
 
 
 # the draft length

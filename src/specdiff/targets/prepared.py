@@ -140,24 +140,25 @@ class PreparedTarget(Target[PreparedCache]):
         last = first + torch.minimum(reach, batch.params.limit - batch.length - 1)  # no row goes on beyond its limit
         last = torch.where(batch.done, first - 1, last)
         spans = torch.stack([first, last], dim=1).tolist()
-        early: Position | None = None
-        due = cache.repeats is not None and cache.repeats.due()
-        for width in sorted({w for begin, end in spans for w in range(begin, end + 1)}):
+        positions: list[Position] = []  # those to ask about again
+        widths = sorted({w for begin, end in spans for w in range(begin, end + 1)})
+        due = 0 if cache.repeats is None else cache.repeats.due(len(widths))
+        for width in widths:
             if not any(begin <= width <= end for begin, end in spans):
                 continue  # behind what was forbidden in every row
             here, at = (first <= width) & (width <= last), (width - first).clamp(0, K)
             given = logits[row, at]
-            if due and early is None and cache.repeats is not None:
-                early = cache.repeats.ask(seen[:, :width], given)
-                new = early.scores
+            if cache.repeats is not None and len(positions) < due:
+                positions.append(cache.repeats.ask(seen[:, :width], given))
+                new = positions[-1].scores
             else:
                 new = self.processors(seen[:, :width], given)
             scores[row, at] = torch.where(here[:, None], new, scores[row, at])
             if self.own and width < seen.shape[1]:
                 forbidden = self._forbid(seen, width, here & (width < last), new, batch.params.stop_ids)
                 spans = [(begin, width if no else end) for (begin, end), no in zip(spans, forbidden, strict=True)]
-        if early is not None and cache.repeats is not None:
-            cache.repeats.check(early)
+        if cache.repeats is not None and positions:
+            cache.repeats.check(positions)
         return scores
 
     def _forbid(

@@ -43,7 +43,7 @@ class Repeats:
 
     `begin` asks about the first positions out of order, `check` about one of a later round, and
     `finish` about an early one once more, when a slow memory has had time to fill. A processor that
-    counts its calls is harmless as long as its answers agree; it is checked in every round.
+    counts its calls is harmless as long as its answers agree: each of them is checked.
     """
 
     def __init__(self, processors: LogitsProcessorList) -> None:
@@ -89,14 +89,17 @@ class Repeats:
         self._repeat(positions[0])
         self.counting = self._numbers() != before
 
-    def due(self) -> bool:
-        """Whether this round is to be checked."""
+    def due(self, positions: int) -> int:
+        """About how many of this round's positions to ask again."""
         self.rounds += 1
-        return self.counting or self.rounds <= DENSE or self.rounds % SPARSE == 0
+        if self.counting:
+            return positions
+        return int(self.rounds <= DENSE or self.rounds % SPARSE == 0)
 
-    def check(self, position: Position) -> None:
-        """Ask again about a position of this round, after those behind it, and about an early one."""
-        self._repeat(position)
+    def check(self, positions: Sequence[Position]) -> None:
+        """Ask again about the first positions of a round, after all of them, and about an early one."""
+        for position in positions:
+            self._repeat(position)
         self.finish()
 
     def finish(self) -> None:
