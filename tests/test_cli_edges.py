@@ -255,6 +255,18 @@ def test_an_answer_onto_a_full_disk(answer: Here, monkeypatch: pytest.MonkeyPatc
     assert err == "specdiff: error: cannot write to standard output: No space left on device\n"
 
 
+def test_a_full_disk_hides_no_other_error(answer: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        sys.stdout.write("half a line")
+        raise Odd("out of ink")
+
+    monkeypatch.setattr(SpeculativeLM, "stream", fail)
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", full)
+        code, _, err = answer("the rain", "-q")
+    assert code == 1 and err.startswith("specdiff: error: Odd: out of ink; ")
+
+
 # markup
 
 

@@ -2,4 +2,5 @@
 
 from specdiff.cli import main
 
-main()
+if __name__ == "__main__":  # not in a process that multiprocessing spawns
+    main()

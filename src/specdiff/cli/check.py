@@ -45,12 +45,15 @@ def check(
         raise UsageError("--model is the target a drafter is checked with; to check a target itself give --target")
     quiet_libraries()
     found: list[Finding] = []
-    for finding in _findings(drafter, model, verifier, target, quick):
-        found.append(finding)
-        if not as_json and not sys.stderr.isatty():
-            continue
-        if not as_json:
-            print(f"\r{len(found)} checks done", end="", file=sys.stderr, flush=True)
+    progress = not as_json and sys.stderr.isatty()
+    try:
+        for finding in _findings(drafter, model, verifier, target, quick):
+            found.append(finding)
+            if progress:
+                print(f"\r{len(found)} checks done", end="", file=sys.stderr, flush=True)
+    finally:
+        if progress and found:
+            print(file=sys.stderr)
     passed = all(f.passed for f in found)
     if as_json:
         terminal.print_json({"passed": passed, "findings": [f.as_dict() for f in found]})

@@ -58,7 +58,7 @@ def output_error(error: Exception) -> StorageError | None:
             print(flush=True)  # an unbuffered stream has forgotten what it could not write, so try it again
     except OSError as refusal:
         drop_output()
-        return StorageError(f"cannot write to standard output: {refusal.strerror}")
+        return StorageError(f"cannot write to standard output: {refusal.strerror}") if may_be_output else None
     return None
 
 
