@@ -324,6 +324,8 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
             decay = min(0.9, (1 + step) / (10 + step))
             average[name] = decay * average[name] + (1 - decay) * value
             torch.testing.assert_close(trainer.state.average[name], average[name], rtol=1e-4, atol=1e-5)
+            exported = trainer.state.network()[name.removeprefix("network.")]
+            torch.testing.assert_close(exported, average[name], rtol=1e-4, atol=1e-5)
         assert record["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
         assert record["norm"] == pytest.approx(norm, rel=1e-4)
         assert (record["step"], record["lr"], record["tokens"]) == (step, rates[step - 1], tokens)
