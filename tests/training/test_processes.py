@@ -1,8 +1,6 @@
 """Training as a process: killed and repeated, over two processes, sharded. Everything runs through the command line."""
 
 import os
-import random
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,46 +33,60 @@ def equal_files(a: Path, b: Path) -> bool:
 
 
 KILLED = """
-import os, signal, sys
+import os, random, signal, sys
 from specdiff import cli, files
+from specdiff.training import recipe, run  # imported once: every run is forked from here
 
-lines, delay = int(sys.argv.pop(1)), float(sys.argv.pop(1))
-append_line = files.append_line
+def begin(lines, delay):
+    # the command in a process that ends itself once it has logged so many lines, at once or a moment later
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    append_line = files.append_line
 
-def counted(path, line):
-    global lines
-    append_line(path, line)
-    lines -= path.name == "log.jsonl"
-    if lines == 0 and delay:
-        signal.setitimer(signal.ITIMER_REAL, delay)
-    elif lines == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def counted(path, line):
+        nonlocal lines
+        append_line(path, line)
+        lines -= path.name == "log.jsonl"
+        if lines == 0 and delay:
+            signal.setitimer(signal.ITIMER_REAL, delay)  # whose signal ends the process as SIGKILL does
+        elif lines == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-files.append_line = counted
-signal.signal(signal.SIGALRM, signal.SIG_DFL)  # whose default ends the process at once, as SIGKILL does
-sys.argv = sys.argv[1:]
-cli.main()
+    files.append_line = counted
+    try:
+        cli.main()
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    os._exit(70)
+
+steps, kills = int(sys.argv[1]), int(sys.argv[2])
+sys.argv = sys.argv[3:]
+chance = random.Random(kills)
+done = code = 0
+while code in (0, -signal.SIGKILL, -signal.SIGALRM):
+    lines = chance.randrange(1, max(2, steps // (kills + 1))) if done < kills else -1
+    code = begin(lines, chance.choice([0.0, chance.uniform(1e-4, 0.02)]))
+    if code == 0:
+        break
+    done += 1
+print(done)
+sys.exit(code)
 """
 
 
-def kill_until_done(arguments: list[str], steps: int, kills: int, chance: random.Random) -> int:
-    """Start the run again and again; each ends itself at a random moment after a little progress. The number of kills."""
-    done = 0
-    while True:
-        lines = chance.randrange(1, max(2, steps // (kills + 1))) if done < kills else -1
-        delay = chance.choice([0.0, chance.uniform(1e-4, 0.02)])
-        script = [sys.executable, "-c", KILLED, str(lines), str(delay), *arguments]
-        process = subprocess.run(script, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if process.returncode not in (-signal.SIGKILL, -signal.SIGALRM):
-            assert process.returncode == 0, process.stderr[-3000:]
-            return done
-        done += 1
+def kill_until_done(arguments: list[str], steps: int, kills: int) -> int:
+    """Start the run again and again, each time killed at a random moment after a little progress; the number of kills."""
+    script = [sys.executable, "-c", KILLED, str(steps), str(kills), *arguments]
+    process = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return int(process.stdout)
 
 
 def survives(target: Path, corpus: Corpus, tmp_path: Path, steps: int, kills: int) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(command(target, corpus, whole, f"steps={steps}"))
-    done = kill_until_done(command(target, corpus, parts, f"steps={steps}"), steps, kills, random.Random(kills))
+    done = kill_until_done(command(target, corpus, parts, f"steps={steps}"), steps, kills)
     assert (whole / LOG).read_text() == (parts / LOG).read_text()  # every loss, to the last digit
     for name in ("model.safetensors", LAST.format(steps)):
         assert equal_files(whole / name, parts / name)
