@@ -61,15 +61,6 @@ def model_names() -> list[str]:
     return [*PACKAGED_MODELS, *HUB_MODELS]
 
 
-def check_tokenizer(tokenizer: Any, info: TargetInfo, folder: Path | str) -> None:
-    """Raise ConfigError if a tokenizer (None: there is none) writes ids that the target has no words for."""
-    if tokenizer is not None and len(tokenizer) > info.vocab_size:
-        raise ConfigError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {info.vocab_size}; "
-            "use the tokenizer that the model was trained with"
-        )
-
-
 def same_target(spec: str) -> list[str]:
     """Every name under which a target's drafters should be found: its packaged and hub forms are one model."""
     forms = [*PACKAGED_MODELS, *(n for name, hub in HUB_MODELS.items() for n in (name, hub))]

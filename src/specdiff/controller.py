@@ -5,6 +5,7 @@ and is probed again after ever longer pauses.
 """
 
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 from specdiff.drafters.base import Drafter
@@ -72,9 +73,9 @@ def draft_length(given: int | str | None, drafter: Drafter[Any], *, steady: bool
     """K, or a Controller, for what a caller gave: a number, "auto", or None: "auto" too, but the drafter's own K where the text must
     not depend on clocks (`steady`). 0 for a drafter that never drafts. Raises UsageError for anything else.
     """
-    if given not in (None, "auto") and not isinstance(given, int):
+    if given not in (None, "auto") and (isinstance(given, bool) or not isinstance(given, Integral)):
         raise UsageError(f"draft_len must be a whole number of at least 1 or 'auto', not {given!r}")
-    if isinstance(given, int) and given < 1:
+    if isinstance(given, Integral) and int(given) < 1:
         raise UsageError(f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'")
     if drafter.draft_len == 0:
         return 0

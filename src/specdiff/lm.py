@@ -171,10 +171,7 @@ class SpeculativeLM:
                 raise UsageError(f"{unread[0]} needs a chat template, which raw text and token ids do not pass")
             if system is not None and isinstance(prompt, str):
                 raise UsageError("a system prompt needs a chat template; put it into the prompt itself")
-            if isinstance(prompt, str):
-                ids = self._known(self._raw(prompt), "the tokenizer")
-            else:
-                ids = self._known(token_ids("a prompt", prompt), "the prompt")
+            ids = self.raw_ids(prompt) if isinstance(prompt, str) else self._known(token_ids("a prompt", prompt), "the prompt")
         if not ids:
             raise UsageError("the prompt holds no tokens; give at least one")
         if len(ids) >= self.max_len:
@@ -195,16 +192,19 @@ class SpeculativeLM:
                 stacklevel=3,
             )
 
-    def _raw(self, text: str) -> list[int]:
-        """Plain text as the tokenizer reads it, but for a second beginning of text."""
+    def raw_ids(self, text: str) -> list[int]:
+        """Plain text as the tokenizer reads it, of any length, but for a second beginning of text.
+
+        Raises UsageError without a tokenizer, and for tokens that the target does not have.
+        """
         tokenizer = self._tokenizer()
-        ids = [int(i) for i in tokenizer(valid(text))["input_ids"]]
+        ids = [int(i) for i in tokenizer(valid(text), verbose=False)["input_ids"]]
         begin = tokenizer.bos_token_id
         if begin is not None and ids[:2] == [begin, begin] and text.startswith(tokenizer.bos_token):
             name = tokenizer.bos_token
             warnings.warn(f"the prompt begins with {name!r}, which the tokenizer adds itself: it is taken once", stacklevel=3)
-            return ids[1:]
-        return ids
+            ids = ids[1:]
+        return self._known(ids, "the tokenizer")
 
     def _known(self, ids: list[int], source: str) -> list[int]:
         size = self.target.info.vocab_size

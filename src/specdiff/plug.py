@@ -12,7 +12,6 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -116,23 +115,27 @@ def custom_generate(
     made = _drafter(target, drafter, drafter_options)
     processors, sampled = _sampling(logits_processor, bool(generation_config.do_sample))
     prepared = PreparedTarget(target, processors, input_ids, ending.pad, drafted=made.draft_len > 0)
-    number = int(draft_len) if isinstance(draft_len, Integral) else draft_len
-    length = draft_length(number, made, steady=sampled and not verifier.startswith("match"))
+    length = draft_length(draft_len, made, steady=sampled and not verifier.startswith("match"))
     batch = _batch(prompts, ending, sampled, input_ids.device)
     hinted = AskedDrafter(made, _hint(generation_config, batch, sampled))
     slots = reach + max(made.draft_len, length if isinstance(length, int) else 0) + 1
     streamer = _streamer(text_streamer, input_ids)
     run = decode.start(prepared, hinted, batch, verifier=verifier_named(verifier), slots=slots)
-    decode.admit(run, torch.arange(len(prompts), device=input_ids.device))
+    rows = torch.arange(len(prompts), device=input_ids.device)
     detailed = bool(generation_config.return_dict_in_generate)
     scores = detailed and bool(generation_config.output_scores)
     logits = detailed and bool(generation_config.output_logits)
     written = Written(ending, streamer, stats, scores=scores, logits=logits)
     last: Round | None = None
-    while not bool(run.batch.done.all()):
-        last = decode.step(run, length if isinstance(length, int) else length(last), ending if ending.rest else None)
-        prepared.check(run.cache, last)
-        written.add(last, run.cache)
+    try:
+        decode.admit(run, rows)
+        while not bool(run.batch.done.all()):
+            last = decode.step(run, length if isinstance(length, int) else length(last), ending if ending.rest else None)
+            prepared.check(run.cache, last)  # first: a processor's fault is not the target's
+            decode.raise_if_failed(last)
+            written.add(last, run.cache)
+    finally:
+        decode.release(run, rows)
     prepared.finish(run.cache)
     return written.output(run.batch) if detailed else written.finish(run.batch)
 

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
 import specdiff
 import tiny
-from specdiff import catalog, weights
+from specdiff import weights
 from specdiff.errors import ConfigError, StorageError, UnknownNameError, WeightsError
 from specdiff.nn.causal import SmallCausalLM
 
@@ -107,20 +106,6 @@ def test_heads_of_a_network_that_is_built(tmp_path: Path) -> None:
         tiny.sedd_config(n_heads=7)
     with pytest.raises(ConfigError, match="hidden_size 24 over n_heads 8 gives heads of odd size 3"):
         tiny.sedd_config(hidden_size=24, n_heads=8)
-
-
-def test_a_tokenizer_larger_than_the_model(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    def of(size: int) -> Any:
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")))
-
-    info = tiny.target("llama").info
-    catalog.check_tokenizer(None, info, tmp_path)
-    catalog.check_tokenizer(of(tiny.VOCAB), info, tmp_path)
-    with pytest.raises(ConfigError, match=f"the tokenizer has {tiny.VOCAB + 1} tokens, but the model's vocabulary only {tiny.VOCAB}"):
-        catalog.check_tokenizer(of(tiny.VOCAB + 1), info, tmp_path)
 
 
 # paths

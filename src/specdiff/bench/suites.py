@@ -107,10 +107,10 @@ def _ids(text: Text, lm: SpeculativeLM, prefix: int) -> list[int]:
         if lm.tokenizer is None:
             raise UsageError(f'prompt {text.id} is text, and this model has no tokenizer; give token ids: {{"prompt": [1, 2, 3]}}')
         if text.document:
-            return [int(i) for i in lm.tokenizer(text.body, verbose=False)["input_ids"]][:prefix]
+            return lm.raw_ids(text.body)[:prefix]
         if getattr(lm.tokenizer, "chat_template", None):
             return lm.render([{"role": "user", "content": text.body}])
-        return [int(i) for i in lm.tokenizer(text.body, verbose=False)["input_ids"]]
+        return lm.raw_ids(text.body)
     if all(isinstance(m, Mapping) for m in text.body):
         return lm.render(text.body)
     return lm.encode(text.body[:prefix] if text.document else text.body)

@@ -110,7 +110,8 @@ def generate(
             report["compare"] = None
             with notes.status("decoding plainly, and both once more"):
                 report["compare"] = _compare(lm, text, options, answer, seconds)
-            notes.print(_verdict(report["compare"], temperature, verifier), style="dim", soft_wrap=True)
+            heat = lm.defaults.get("temperature", 1.0) if temperature is None else temperature
+            notes.print(_verdict(report["compare"], heat, verifier), style="dim", soft_wrap=True)
     finally:  # whatever ends the comparison, the answer is there
         if as_json:
             terminal.print_json(report)
@@ -177,10 +178,10 @@ def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "G
     }
 
 
-def _verdict(c: dict[str, Any], temperature: float | None, verifier: str) -> str:
+def _verdict(c: dict[str, Any], temperature: float, verifier: str) -> str:
     if c["same_tokens"]:
         same = "the same tokens"
-    elif temperature != 0 and not verifier.startswith("match"):
+    elif temperature > 0 and not verifier.startswith("match"):
         same = f"other tokens from position {c['first_difference']} on, of the same law (--verifier match --seed N gives the same tokens)"
     else:
         same = f"OTHER TOKENS from position {c['first_difference']} on (near-ties in a low-precision dtype can do this)"

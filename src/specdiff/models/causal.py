@@ -22,7 +22,7 @@ from specdiff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
 from specdiff.models.sight import refuse, sight_of
-from specdiff.weights import complete
+from specdiff.weights import check_heads, complete
 
 AttentionInterface.register(masks.ATTENTION, masks.grouped_attention)
 AttentionMaskInterface.register(masks.ATTENTION, sdpa_mask)  # the user's own padded batches still need their mask
@@ -192,6 +192,7 @@ def load_model(
             raise ConfigError(f"{path / 'config.json'} describes no model that can be built: {_first_line(error)}") from error
         raise UnknownNameError(f"cannot load the model {str(folder)!r}: {_first_line(error)}") from error
     refuse(config)
+    check_heads(config, str(path / "config.json"))
     if getattr(config, "auto_map", None):
         raise UnsupportedModelError(f"{folder}: config.json asks for its own code (auto_map), which is never run")
     try:

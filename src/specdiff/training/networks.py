@@ -97,9 +97,13 @@ def autoregressive(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: 
     if recipe.hidden_size and recipe.hidden_size != config.hidden_size:
         if recipe.borrow_embeddings:
             raise UsageError(f"hidden_size {recipe.hidden_size} with borrowed embeddings of width {config.hidden_size}; leave it null")
-        config.hidden_size, config.intermediate_size = recipe.hidden_size, 4 * recipe.hidden_size
-        config.num_attention_heads = config.num_key_value_heads = recipe.heads or max(1, recipe.hidden_size // 64)
-        config.head_dim = recipe.hidden_size // config.num_attention_heads
+        heads = recipe.heads or max(1, recipe.hidden_size // 64)
+        if recipe.hidden_size % heads:
+            raise UsageError(f"hidden_size {recipe.hidden_size} is not a multiple of heads {heads}")
+        config.hidden_size = recipe.hidden_size
+        config.intermediate_size = 4 * recipe.hidden_size
+        config.num_attention_heads = config.num_key_value_heads = heads
+        config.head_dim = recipe.hidden_size // heads
     vocab = most_frequent(corpus, rows, text.vocab_size, recipe.draft_vocab) if recipe.borrow_embeddings else None
     config.borrow_embeddings, config.draft_vocab_size = recipe.borrow_embeddings, None if vocab is None else len(vocab)
     network = SmallCausalLM(config)

@@ -186,7 +186,7 @@ class RecordSource:
             return field, ()
         if field == "prompt" and getattr(self.lm.tokenizer, "chat_template", None):
             return field, self._rendered([{"role": "user", "content": body}], record.place, whole=False)
-        return field, tuple(int(i) for i in self.lm.tokenizer(body, verbose=False)["input_ids"])
+        return field, tuple(self.lm.raw_ids(body))
 
     def _ids(self, ids: list[Any], place: str) -> tuple[int, ...]:
         size = self.lm.target.info.vocab_size
