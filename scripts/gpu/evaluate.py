@@ -18,7 +18,7 @@ import torch
 
 from specdiff import catalog, engine
 from specdiff.drafters.base import Drafter, NoDrafter
-from specdiff.errors import UnknownNameError
+from specdiff.errors import TargetError, UnknownNameError
 from specdiff.lm import SpeculativeLM, tokenizer_of
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import evaluation
@@ -35,9 +35,11 @@ def speed(target: CausalTarget, drafter: Drafter[Any], prompts: Sequence[Sequenc
         for name, way in ways.items():
             request = engine.Request(prompt, params, i)
             begin = time.perf_counter()
-            made = sum(
-                len(p.tokens) for p in engine.run(target, way, [request], verifier=verifier("token"), draft_len=way.draft_len, rows=1)
-            )
+            made = 0
+            for p in engine.run(target, way, [request], verifier=verifier("token"), draft_len=way.draft_len, rows=1):
+                if p.error is not None:
+                    raise TargetError(p.error)
+                made += len(p.tokens)
             if i:
                 seconds[name] += time.perf_counter() - begin
                 tokens[name] += made

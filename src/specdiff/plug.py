@@ -83,7 +83,8 @@ def custom_generate(
     that answers differently is refused (drafter="none" asks about every position once, in order, and takes it). Criteria get
     None for scores. Where do_sample is on, all randomness comes from torch's default generator: `transformers.set_seed` fixes it.
 
-    The model is tested once, at its first use: whether scoring drafts gives its own logits. It keeps computing the same by itself.
+    The model is tested at its first use, and again once its config, attention or weights have changed: whether scoring drafts
+    gives its own logits. It keeps computing the same by itself.
 
     Args:
         drafter: a spec as in `specdiff.load` ("auto": the bundled one for this model, "ngram": from the text itself), or a Drafter.

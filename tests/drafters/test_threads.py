@@ -10,19 +10,23 @@ import pytest
 import tiny
 from specdiff import engine
 from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.engine import Request
+from specdiff.nn.causal import SmallCausalLM
 from specdiff.targets.table import TableTarget
 from specdiff.types import SamplingParams
 from specdiff.verify import VERIFIERS
 
 THREADS, CALLS = 8, 3
 TARGET = TableTarget.random(5, seed=3)
+BASE = tiny.model("llama", vocab=5, positions=64)
 DRAFTERS: dict[str, Drafter[Any]] = {
     "ngram": NGramDrafter(TARGET.info, longest=2),
     "sedd": tiny.drafter(TARGET.info, n_blocks=1),
     "sedd cached": tiny.drafter(TARGET.info, steps=2, n_blocks=1, attention="causal-context", time_conditioning=False),
+    "autoregressive": AutoregressiveDrafter(SmallCausalLM(BASE.config, BASE), TARGET.info),
     "sedd any": AnyOrderDrafter(tiny.drafter(TARGET.info, n_blocks=1).denoiser, steps=2),  # type: ignore[attr-defined]
 }
 

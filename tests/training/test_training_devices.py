@@ -56,7 +56,7 @@ def taught(corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.Temp
 
 
 def store_states(model: PreTrainedModel, folder: Path) -> None:
-    list(precompute(model, Corpus(folder)))
+    list(precompute(model, Corpus(folder), "digest"))
 
 
 def test_the_device_itself(device: SecondDevice) -> None:

@@ -67,8 +67,10 @@ def round_seconds(
                 batch = Batch.of([prompt], [SamplingParams(max_tokens=room)], [seed], slots=slots, device=info.device)
                 run = decode.start(*watched, batch, slots=slots)
                 decode.admit(run, torch.arange(1, device=info.device))
-                decode.step(run, k)
-            seconds = decode.step(run, k).seconds
+                decode.raise_if_failed(decode.step(run, k))
+            last = decode.step(run, k)
+            decode.raise_if_failed(last)
+            seconds = last.seconds
             if i >= 2:
                 found[k]["draft"].append(seconds["draft"])
                 found[k]["score"].append(seconds["score"])

@@ -107,18 +107,15 @@ class PreparedTarget(Target[PreparedCache]):
         """Raises UsageError where the processors left no distribution at a position that a round decided."""
         if not self.processors:
             return
-        place = torch.arange(cache.scores.shape[1], device=cache.scores.device)
-        empty = ~(cache.scores.amax(-1) > -torch.inf)  # all -inf, or NaN
-        empty &= place < last.emitted[:, None]
-        if not bool(empty.any()):
-            return
-        sound = cache.logits.amax(-1).isfinite()  # else the model is at fault, not they
-        for row, step in (empty & sound).nonzero().tolist():
-            written = int(last.batch.length[row] - last.batch.prompt_length[row] - last.emitted[row])
-            raise UsageError(
-                f"the logits processors allow no token at all, or return NaN, in row {row} for token {written + step} of the "
-                f"answer; leave one token possible everywhere, or pass remove_invalid_values=True"
-            )
+        for row in (last.failed >= 0).nonzero()[:, 0].tolist():
+            position = int(last.failed[row])
+            place = position - int(last.batch.length[row])
+            if bool(cache.logits[row, place].amax().isfinite()):  # else the model is at fault, not they
+                token = position - int(last.batch.prompt_length[row])
+                raise UsageError(
+                    f"the logits processors allow no token at all, or return NaN, in row {row} for token {token} of the "
+                    f"answer; leave one token possible everywhere, or pass remove_invalid_values=True"
+                )
 
     def finish(self, cache: PreparedCache) -> None:
         """The run is over. Raises UsageError where a processor turns out to have a memory after all."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from specdiff import catalog, engine
 from specdiff.drafters.base import Drafter
+from specdiff.errors import TargetError
 from specdiff.noise import row_seed
 from specdiff.stats import Stats
 from specdiff.targets.base import Target
@@ -49,6 +50,8 @@ def acceptance(
     total = Stats()
     length = draft_len or drafter.draft_len
     for p in engine.run(target, drafter, requests, verifier=verifier("token"), draft_len=length, rows=len(requests)):
+        if p.error is not None:
+            raise TargetError(p.error)
         total.add(p.drafted, p.accepted, len(p.tokens), p.seconds)
     return {"tau": round(total.tau, 4), "alpha": round(total.alpha, 4), "per_position": [round(v, 4) for v in total.per_position]}
 

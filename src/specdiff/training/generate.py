@@ -36,6 +36,7 @@ BARREN = 1000  # texts dropped in a row before it is clear that no new ones come
 ROWS = (8, 32, 64, 128, 256, 512)
 TRIAL_SECONDS = 20.0  # no further number of rows is tried after these
 UNENDED, UNASKED = "question-unended", "question-empty"
+TARGET_FAILED = "target-failed"  # its logits were NaN or infinite
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,8 @@ class _Feed:
     def settle(self, turn: Turn, generated: int) -> None:
         """Take in what the turn finished, in the order of keys."""
         self.unsettled += generated
+        for place, error in turn.errors().items():
+            self._close(self.running.pop(place).prompt.key, _Outcome(None, refused=TARGET_FAILED, detail=error))
         for place, ids, prompt_length in turn.finished():
             job = self.running.pop(place)
             if job.opening is not None:
