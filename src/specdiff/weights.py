@@ -48,7 +48,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json as a dict. Raises ConfigError if it is absent or not a JSON object."""
     path = folder / CONFIG
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{folder} holds no {CONFIG}; a drafter folder needs {CONFIG} and {TENSORS}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from specdiff.training import checkpoint, generate, recipe, run
 from specdiff.training.corpus import Corpus, CorpusWriter
 from specdiff.training.run import Plan
 from specdiff.training.teacher import precompute
+from specdiff.weights import fingerprint
 
 SMALL = ["heads=4", "draft_vocab=40", "context_window=16", "rows=4", "canvas_tokens=16", "warmup=5"]
 BOOKS = ["log_every=1", "save_every=2", "eval_every=1000", "eval_prompts=2", "eval_tokens=8", "steps=6"]
@@ -73,7 +74,7 @@ def test_a_run_is_resumed_with_its_own_corpus_and_target_only(tmp_path: Path, ta
     with pytest.raises(CorpusError, match=rf"begun with another corpus: SHA-256 {corpus.digest}, not {other.digest}"):
         prepared(target_folder, other.folder, out)
     changed = variant(tmp_path / "changed", target_folder)
-    digests = [generate.weights_digest(folder) for folder in (target_folder, changed)]
+    digests = [fingerprint(folder) for folder in (target_folder, changed)]
     with pytest.raises(CorpusError, match=rf"begun with another target: SHA-256 {digests[0]}, not {digests[1]}"):
         prepared(changed, corpus.folder, out)
     shutil.copytree(corpus.folder, tmp_path / "moved")
@@ -91,7 +92,7 @@ def test_a_corpus_of_another_target_is_pointed_out(tmp_path: Path, target_folder
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             prepared(target_folder, tmp_path / name, tmp_path / f"{name}-own")
-    digests = rf"{identity['target_weights']}\), not by .*{generate.weights_digest(changed)}"
+    digests = rf"{identity['target_weights']}\), not by .*{fingerprint(changed)}"
     with pytest.warns(UserWarning, match=digests):
         prepared(changed, tmp_path / "new", tmp_path / "other")
 
@@ -101,17 +102,17 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, target_folder: P
     (tmp_path / "training" / "sources.json").unlink()
     trained(target_folder, corpus.folder, tmp_path)
     sources = json.loads((tmp_path / "training" / "sources.json").read_text())
-    assert sources == {"corpus": corpus.digest, "target": generate.weights_digest(target_folder)}
+    assert sources == {"corpus": corpus.digest, "target": fingerprint(target_folder)}
 
 
 def test_features_are_of_this_target_and_these_tokens(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
     data = tmp_path / "corpus"
     shutil.copytree(corpus.folder, data)
-    model, digest = tiny.model("llama"), generate.weights_digest(target_folder)
+    model, digest = tiny.model("llama"), fingerprint(target_folder)
     list(precompute(model, Corpus(data), digest))
     prepared(target_folder, data, tmp_path / "a").trainer.one_step()
     changed = variant(tmp_path / "changed", target_folder)
-    another = generate.weights_digest(changed)
+    another = fingerprint(changed)
     told = rf"features-00000.safetensors holds final states with target_weights = {digest}, not {another}.*specdiff data --features"
     with pytest.raises(CorpusError, match=told):
         prepared(changed, data, tmp_path / "b")

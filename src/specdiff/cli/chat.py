@@ -65,7 +65,7 @@ def chat(
     import specdiff
 
     notes = terminal.notes()
-    with terminal.loading(notes, model):
+    with terminal.status(notes, f"loading {model}"):
         lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=chosen, **places)
         lm.render([{"role": "user", "content": "?"}])  # a model that cannot converse is told before anything is typed
     conversation = specdiff.Conversation(lm, system)

@@ -1,15 +1,14 @@
 """`specdiff data`: the target writes the corpus its drafters learn from."""
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from specdiff.cli import terminal
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import CorpusError, StorageError, UsageError
 
@@ -62,8 +61,6 @@ def data(
     if rows != "auto" and not (rows.isdecimal() and int(rows)):
         raise UsageError(f"--rows must be a whole number of at least 1 or 'auto', not {rows!r}")
     quiet_libraries()
-    from rich.console import Console
-
     import specdiff
     from specdiff.training import generate, memory, prompts
     from specdiff.training.corpus import check_folder
@@ -73,8 +70,8 @@ def data(
     heat = _numbers("--temperatures", temperatures)
     spread = _numbers("--shares", shares or ("0.4,0.2,0.4" if temperatures == "1.0,0.7,0" else ",".join([repr(1 / len(heat))] * len(heat))))
     settings = generate.Settings(seed, max_tokens, heat, spread)
-    notes = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
-    with status(notes, f"loading {model}"):
+    notes = terminal.notes(quiet=quiet)
+    with terminal.status(notes, f"loading {model}", log=True):
         lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
     begin = time.perf_counter()
     summary: dict[str, Any] = {}
@@ -101,7 +98,7 @@ def data(
     summary = {"out": str(out), "target": model, "seconds": round(time.perf_counter() - begin, 2)} | summary
     notes.print(_summary(summary), soft_wrap=True)
     if as_json:
-        print(json.dumps(summary))
+        terminal.print_json(summary)
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
@@ -114,7 +111,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 def _plan(lm: "SpeculativeLM", source: "Source", settings: "Settings", rows: str, notes: "Console") -> dict[str, float]:
     from specdiff.training.generate import trial
 
-    with status(notes, "measuring how many rows at a time are fastest" if rows == "auto" else "measuring"):
+    with terminal.status(notes, "measuring how many rows at a time are fastest" if rows == "auto" else "measuring", log=True):
         best, rate = trial(lm, source, settings, None if rows == "auto" else int(rows))
     return {"rows_at_a_time": best, "trial_tokens_per_second": round(rate, 1)}
 
@@ -223,13 +220,14 @@ def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any
     from specdiff.training import generate
     from specdiff.training.corpus import Corpus
     from specdiff.training.teacher import precompute
+    from specdiff.weights import fingerprint
 
     corpus = Corpus(out)
     writer, model = corpus.manifest["about"].get("target"), lm.target.info.name
     if corpus.manifest["vocab_size"] != lm.target.info.vocab_size:
         raise CorpusError(f"{out} was written by {writer}, of another vocabulary than {model}; give --model {writer}")
     corpus.verify()
-    identity = generate.weights_digest(generate.model_files(model))
+    identity = fingerprint(generate.model_files(model))
     at = 0
 
     def steps() -> Iterator[int]:
@@ -244,19 +242,6 @@ def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any
     except StorageError as error:
         raise StorageError(f"{error}; finished shards are kept: make room, then repeat the command to resume") from error
     return {"feature_tokens": corpus.tokens}
-
-
-@contextmanager
-def status(notes: "Console", text: str) -> Iterator[None]:
-    """A spinner; a line where nobody watches."""
-    from rich.text import Text
-
-    if notes.is_terminal:
-        with notes.status(Text(text)):
-            yield
-    else:
-        notes.print(text, soft_wrap=True)
-        yield
 
 
 def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "Console", title: str, note: Callable[[], str]) -> int:

@@ -82,7 +82,7 @@ def generate(
     import specdiff
 
     notes = terminal.notes(quiet=quiet)
-    with terminal.loading(notes, model):
+    with terminal.status(notes, f"loading {model}"):
         lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=given(chosen), **places)
         lm.encode(text, raw=raw, system=system)  # a bad prompt is told before anything is generated
     out = None if as_json else terminal.page()

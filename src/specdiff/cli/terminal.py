@@ -4,6 +4,8 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from specdiff import strict
@@ -11,7 +13,6 @@ from specdiff.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.status import Status
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 
@@ -91,8 +92,12 @@ def _console(*, stderr: bool, quiet: bool, width: int | None) -> "Console":
     return Console(stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
 
 
-def loading(console: "Console", model: str) -> "Status":
-    """A spinner that names the model; a plain string would be read as markup."""
+@contextmanager
+def status(console: "Console", text: str, *, log: bool = False) -> Iterator[None]:
+    """A spinner beside `text`, which is no markup. `log`: a line of it where stderr is no terminal, else nothing there."""
     from rich.text import Text
 
-    return console.status(Text(f"loading {model}"))
+    if log and not console.is_terminal:
+        console.print(text, soft_wrap=True)
+    with console.status(Text(text)):
+        yield

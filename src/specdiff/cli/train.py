@@ -1,6 +1,5 @@
 """`specdiff train`: a corpus becomes a drafter folder that `--drafter FOLDER` runs."""
 
-import json
 import shlex
 import sys
 import tempfile
@@ -9,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli.data import status
+from specdiff.cli import terminal
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
+from specdiff.unicode import valid
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,7 +47,6 @@ def train(
         raise UsageError(f"--threads must be at least 1, not {threads}")
     quiet_libraries()
     import torch
-    from rich.console import Console
 
     from specdiff.training import memory
 
@@ -56,11 +55,11 @@ def train(
     memory.keep_freed()
     if threads is not None:
         torch.set_num_threads(threads)
-    notes = Console(stderr=True, highlight=False, markup=False, quiet=quiet)
-    command = shlex.join(["specdiff", *sys.argv[1:]])
+    notes = terminal.notes(quiet=quiet)
+    command = valid(shlex.join(["specdiff", *sys.argv[1:]]))
     with tempfile.TemporaryDirectory() as nowhere:
         place = Path(nowhere) / "drafter" if dry_run else out
-        with status(notes, f"loading {model}"):
+        with terminal.status(notes, f"loading {model}", log=True):
             plan = run.prepare(chosen, model=model, data=data, out=place, device=device, command=command, licence=licence, log_to=log_to)
         if dry_run:
             told = run.forecast(plan)
@@ -68,7 +67,7 @@ def train(
         else:
             told = _run(plan, out, max_minutes, notes)
     if as_json and plan.trainer.accelerator.is_main_process:
-        print(json.dumps(told))
+        terminal.print_json(told)
 
 
 def _training() -> Any:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdiff import catalog, engine, files
+from specdiff import catalog, engine
 from specdiff.controller import Controller
 from specdiff.engine import Request, Turn
 from specdiff.errors import CorpusError, UsageError
@@ -30,6 +30,7 @@ from specdiff.training.prompts import Opening, Prompt, Source
 from specdiff.training.tally import Tally
 from specdiff.types import SamplingParams
 from specdiff.verify import match
+from specdiff.weights import fingerprint
 
 FLUSH_SECONDS = 60.0
 BARREN = 1000  # texts dropped in a row before it is clear that no new ones come
@@ -79,7 +80,7 @@ def about(lm: SpeculativeLM, source: Source, settings: Settings) -> dict[str, An
 def identity(spec: str) -> dict[str, str]:
     """A target by name and by content. `target_sha256` is how manifests of earlier versions know it."""
     folder = model_files(spec)
-    return {"target": spec, "target_sha256": fingerprint(folder), "target_weights": weights_digest(folder)}
+    return {"target": spec, "target_sha256": first_megabytes(folder), "target_weights": fingerprint(folder)}
 
 
 def model_files(spec: str) -> Path:
@@ -92,15 +93,7 @@ def model_files(spec: str) -> Path:
     return Path(str(cached_file(str(folder), "config.json"))).parent
 
 
-def weights_digest(folder: Path) -> str:
-    """SHA-256 over config.json and the whole content of each weight file."""
-    digest = hashlib.sha256()
-    for file in (folder / "config.json", *sorted(folder.glob("*.safetensors"))):
-        digest.update(f"{file.name} {files.digest(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def fingerprint(folder: Path) -> str:
+def first_megabytes(folder: Path) -> str:
     """SHA-256 over config.json, and the name, size and first megabyte of each weight file: what older manifests hold."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
