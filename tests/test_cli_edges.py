@@ -356,14 +356,13 @@ def test_what_is_not_set_is_not_passed_on(here: Here, folder: Path, monkeypatch:
 
     load, of = lm.load, options.Options.of
 
-    def watched_load(*arguments: Any, **given: Any) -> SpeculativeLM:
-        loads.append(given.copy())
-        given.pop("generation_config", None)
-        return load(*arguments, **given)
+    def watched_load(*arguments: Any, **keywords: Any) -> SpeculativeLM:
+        loads.append(keywords)
+        return load(*arguments, **keywords)
 
-    def watched_of(values: Any) -> options.Options:
+    def watched_of(values: Any, defaults: Any = None) -> options.Options:
         requests.append(dict(values))
-        return of(values)
+        return of(values, defaults)
 
     monkeypatch.setattr("specdiff.load", watched_load)
     monkeypatch.setattr(options.Options, "of", watched_of)

@@ -370,10 +370,9 @@ def _unpadded(ids: list[Any], mask: list[Any]) -> list[Any]:
     return [token for token, kept in zip(ids, mask, strict=True) if kept]
 
 
-def _text_path(name: str, value: Any) -> str:
+def _demand_name_or_path(name: str, value: Any) -> None:
     if not isinstance(value, (str, os.PathLike)):
         raise UsageError(f"{name} must be a name or a path, not {brief(value)}")
-    return os.fspath(value)
 
 
 def load(
@@ -406,8 +405,10 @@ def load(
 
     Raises UnknownNameError, ConfigError, WeightsError, UnsupportedModelError or DrafterError, each naming value and fix.
     """
-    model = _text_path("model", model)
-    drafter = drafter if isinstance(drafter, Drafter) else _text_path("drafter", drafter)
+    _demand_name_or_path("model", model)
+    if not isinstance(drafter, (str, Drafter)):
+        _demand_name_or_path("drafter", drafter)
+        drafter = os.fspath(Path(drafter).expanduser().absolute())  # a path is never a built-in name
     if generation_config not in ("auto", "none"):
         raise UsageError(f"unknown generation_config {generation_config!r}; known are auto and none")
     if dtype not in DTYPES:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,10 @@ UNUSED = re.compile(
 )
 
 T = TypeVar("T")
+
+# transformers swaps methods of its base class (tie_weights) while it builds or loads a model, and puts back what it saw:
+# two threads at once leave every later model without tied weights
+BUILDING = threading.RLock()
 
 
 def locate(source: str | Path) -> Path:

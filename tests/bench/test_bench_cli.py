@@ -15,6 +15,7 @@ import pytest
 
 from specdiff import cli
 from specdiff.bench import paper, runner
+from specdiff.records import Record
 
 Here = Callable[..., tuple[int, str, str]]
 TINY = ("--temperatures", "0", "--max-tokens", "6", "--batch", "1", "--gammas", "2,3", "--steps", "1", "--quick")
@@ -127,7 +128,7 @@ def test_the_paper_suite_in_small(here: Here, tmp_path: Path) -> None:
 
 def test_the_paper_suite_says_what_is_missing(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper, "TARGETS", {"gpt2-xl": str(tmp_path / "nowhere")})
-    monkeypatch.setattr("specdiff.bench.suites.read_dataset", lambda name: iter([{"article": "a", "text": "a"}]))
+    monkeypatch.setattr("specdiff.bench.suites.read_dataset", lambda name: iter([Record("row 0", {"article": "a", "text": "a"})]))
     code, out, err = here("--suite", "paper", "--out", str(tmp_path / "out"))
     assert code == 1 and "hf download" in err and "openai-community/gpt2" in err and "abisee/cnn_dailymail" in err
     assert "Table 2" in out and "7.59" in out

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import specdiff
 from specdiff.errors import SpecdiffError, StorageError, UnsupportedModelError, UsageError, WeightsError
 from specdiff.models import gguf
+from specdiff.models.causal import load_model
 
 IDS = torch.randint(3, ggufs.VOCAB, (1, 60), generator=torch.Generator().manual_seed(1))
 
@@ -313,6 +315,19 @@ def test_two_loads_at_once(tmp_path: Path, cache: Path) -> None:
     for thread in threads:
         thread.join()
     assert folders == entries(cache) * 4
+
+
+def test_models_are_built_one_at_a_time(tmp_path: Path, cache: Path) -> None:
+    """transformers swaps a method of its base class while it builds a model, which two threads at once would leave swapped."""
+    method = PreTrainedModel.tie_weights
+    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("gemma2"))
+    folder = gguf.converted(path)
+    device = torch.device("cpu")
+    with ThreadPoolExecutor(8) as pool:
+        models = list(pool.map(lambda _: load_model(folder, torch.float32, device), range(16)))
+    assert PreTrainedModel.tie_weights is method
+    for model in models:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

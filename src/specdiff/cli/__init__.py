@@ -32,11 +32,15 @@ OPTION = re.compile(r"--?[a-z][a-z0-9-]*(=.*)?", re.DOTALL)
 
 
 class Verb(TyperCommand):
+    """A command whose --help no environment variable sets off."""
+
     def get_help_option(self, ctx: Any) -> Any:
         return _not_from_environment(super().get_help_option(ctx))
 
 
 class Verbs(TyperGroup):
+    """A group of them."""
+
     def get_help_option(self, ctx: Any) -> Any:
         return _not_from_environment(super().get_help_option(ctx))
 

@@ -184,7 +184,7 @@ class Session:
         """Raises what an answer with these settings would."""
         from specdiff.options import Options
 
-        asked = Options.of(_asked(settings))
+        asked = Options.of(_asked(settings), self.conversation.lm.defaults)
         asked.judge()
         self.conversation.lm.drafting(asked)
 

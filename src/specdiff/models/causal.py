@@ -22,7 +22,7 @@ from specdiff.errors import ConfigError, UnknownNameError, UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
 from specdiff.models.sight import refuse, sight_of
-from specdiff.weights import check_heads, complete
+from specdiff.weights import BUILDING, check_heads, complete
 
 AttentionInterface.register(masks.ATTENTION, masks.grouped_attention)
 AttentionMaskInterface.register(masks.ATTENTION, sdpa_mask)  # the user's own padded batches still need their mask
@@ -196,16 +196,17 @@ def load_model(
     if getattr(config, "auto_map", None):
         raise UnsupportedModelError(f"{folder}: config.json asks for its own code (auto_map), which is never run")
     try:
-        made: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **chosen,
-        )
+        with BUILDING:
+            made: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **chosen,
+            )
     except (OSError, ValueError, RuntimeError, ArithmeticError, ImportError) as error:
         raise WeightsError(f"cannot load the weights of {str(folder)!r}: {_first_line(error)}") from error
     except Exception as error:

@@ -20,7 +20,7 @@ from filelock import FileLock
 
 from specdiff import files
 from specdiff.errors import MissingExtraError, SpecdiffError, StorageError, UnknownNameError, WeightsError
-from specdiff.weights import complete
+from specdiff.weights import BUILDING, complete
 
 MARKER = "complete"  # written last: the sizes of all other files, which a whole entry still has
 VERSION = 2  # of what `_convert` writes
@@ -150,17 +150,18 @@ def _model(path: Path, source: Path) -> Any:
     try:
         header = Header.read(path, source)
         config: Any = header.adapted(AutoConfig.from_pretrained(source.parent, gguf_file=source.name))
-        with torch.device("meta"):
-            empty = auto.from_config(config)
-        header.check_tensors({name: tensor.numel() for name, tensor in empty.state_dict().items()})
-        model, report = auto.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            config=config,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with BUILDING:
+            with torch.device("meta"):
+                empty = auto.from_config(config)
+            header.check_tensors({name: tensor.numel() for name, tensor in empty.state_dict().items()})
+            model, report = auto.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except SpecdiffError:
         raise
     except Exception as error:  # the readers raise whatever the bytes of a damaged file lead to

@@ -162,7 +162,8 @@ def _built(config: PretrainedConfig) -> Any:
     """A network with random weights. Raises ConfigError for sizes that do not fit together."""
     weights.check_heads(config, f"{weights.CONFIG} of a {config.model_type} drafter")
     auto: Any = AutoModelForCausalLM
-    return auto.from_config(config, dtype=torch.float32)
+    with weights.BUILDING:
+        return auto.from_config(config, dtype=torch.float32)
 
 
 def _config(path: Path) -> PretrainedConfig:
@@ -184,15 +185,16 @@ def _plain(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
         weights.read_tensors(path)  # raises, naming what lies there instead
     auto: Any = AutoModelForCausalLM
     try:
-        net, report = auto.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with weights.BUILDING:
+            net, report = auto.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, ArithmeticError, SafetensorError) as error:
         raise WeightsError(f"the safetensors of {path} cannot be read (truncated or damaged?): {' '.join(str(error).split())}") from error
     weights.complete(path, report)
