@@ -317,12 +317,11 @@ def test_two_loads_at_once(tmp_path: Path, cache: Path) -> None:
     assert folders == entries(cache) * 4
 
 
-def test_models_are_built_one_at_a_time(tmp_path: Path, cache: Path) -> None:
+def test_models_are_built_one_at_a_time(tmp_path: Path) -> None:
     """transformers swaps a method of its base class while it builds a model, which two threads at once would leave swapped."""
     method = PreTrainedModel.tie_weights
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("gemma2"))
-    folder = gguf.converted(path)
-    device = torch.device("cpu")
+    folder, device = tmp_path / "model", torch.device("cpu")
+    ggufs.model("gemma2").save_pretrained(folder)
     with ThreadPoolExecutor(8) as pool:
         models = list(pool.map(lambda _: load_model(folder, torch.float32, device), range(16)))
     assert PreTrainedModel.tie_weights is method
