@@ -9,11 +9,16 @@ import pdoc
 
 import specdiff
 
-ROOMS = sorted({module.name for module in pkgutil.iter_modules(specdiff.__path__)} - {"__main__", *specdiff.__all__})
+ROOMS = sorted(
+    {module.name for module in pkgutil.iter_modules(specdiff.__path__)}
+    - {"__main__", *specdiff.__all__}
+)
 
 
 def main(folder: Path, rooms: Iterable[str] = ()) -> None:
-    for name in specdiff.__all__:  # public names load where they are first used; pdoc looks for loaded ones
+    for name in (
+        specdiff.__all__
+    ):  # public names load where they are first used; pdoc looks for loaded ones
         setattr(specdiff, name, getattr(specdiff, name))
     pdoc.render.configure(docformat="google", footer_text=f"specdiff {specdiff.__version__}")
     pdoc.pdoc("specdiff", *(f"specdiff.{room}" for room in rooms or ROOMS), output_directory=folder)

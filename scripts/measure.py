@@ -23,20 +23,23 @@ import torch
 
 import specdiff
 from specdiff import decode, stats
+from specdiff.data.corpus import Corpus
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.sedd import SEDDDenoiser, SEDDState
 from specdiff.models.cache import RaggedCache
-from specdiff.nn.config import SEDDConfig
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import linear
-from specdiff.training.corpus import Corpus
+from specdiff.nn.sedd_config import SEDDConfig
 from specdiff.training.recipe import Recipe
 from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import verifier
 
 
 def alternate(
-    candidates: dict[str, Callable[[], Any]], times: int, warm: int = 2, clock: Callable[[], float] = time.perf_counter
+    candidates: dict[str, Callable[[], Any]],
+    times: int,
+    warm: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate, taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -61,7 +64,11 @@ def forward(a: argparse.Namespace) -> None:
     model, ragged = lm.target.model, lm.target.ragged
     context = torch.randint(lm.target.info.vocab_size, (1, a.context))
     dynamic = DynamicCache(config=model.config)
-    stock = type(model).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=model.dtype).eval()  # transformers' own attention
+    stock = (
+        type(model)
+        .from_pretrained(specdiff.catalog.model_folder(a.model), dtype=model.dtype)
+        .eval()
+    )  # transformers' own attention
     stock(context, past_key_values=dynamic)
     cache = RaggedCache(1, a.context + 64)
     ragged.forward(cache, context, torch.arange(a.context)[None], last=1)
@@ -74,9 +81,15 @@ def forward(a: argparse.Namespace) -> None:
             stock(ids, past_key_values=dynamic)
             dynamic.crop(-n)
 
-        result = alternate({"dynamic": plain, "ragged": lambda ids=ids, at=at: ragged.forward(cache, ids, at)}, a.times)
+        result = alternate(
+            {"dynamic": plain, "ragged": lambda ids=ids, at=at: ragged.forward(cache, ids, at)},
+            a.times,
+        )
         ratio = statistics.median(result["ragged"]) / statistics.median(result["dynamic"])
-        print(f"{n:4} {spread(result['dynamic']):>28} {spread(result['ragged']):>28}  {ratio:.3f}", flush=True)
+        print(
+            f"{n:4} {spread(result['dynamic']):>28} {spread(result['ragged']):>28}  {ratio:.3f}",
+            flush=True,
+        )
 
 
 @torch.inference_mode()
@@ -93,7 +106,10 @@ def few_rows(a: argparse.Namespace) -> None:
         for name, (count, out, wide) in shapes.items():
             weights, x = [torch.randn(out, wide) for _ in range(count)], torch.randn(1, rows, wide)
             candidates = {"stock": torch.nn.functional.linear, "ours": linear}
-            calls = {k: (lambda f=f, w=weights, x=x: [f(x, each) for each in w]) for k, f in candidates.items()}
+            calls = {
+                k: (lambda f=f, w=weights, x=x: [f(x, each) for each in w])
+                for k, f in candidates.items()
+            }
             ms = {k: 1e3 * statistics.median(v) for k, v in alternate(calls, a.times).items()}
             told.append(f"{name}: {ms['stock']:.1f} -> {ms['ours']:.1f} ms")
         print(f"{rows:3} rows  " + "   ".join(told), flush=True)
@@ -124,14 +140,24 @@ def host(a: argparse.Namespace) -> None:
     for name in ("token", "block", "match"):
         for options in ({"temperature": 0}, {"temperature": 1}, {"temperature": 1, "top_p": 0.9}):
             prompt = lm.encode("Explain how rain forms, step by step.")
-            batch = Batch.of([prompt], [SamplingParams(max_tokens=a.tokens, **options)], [1], slots=len(prompt) + a.tokens + 64)
+            batch = Batch.of(
+                [prompt],
+                [SamplingParams(max_tokens=a.tokens, **options)],
+                [1],
+                slots=len(prompt) + a.tokens + 64,
+            )
             shares = []
-            for last in decode.decode(lm.target, lm.drafter, batch, verifier=verifier(name), draft_len=a.draft_len):
+            for last in decode.decode(
+                lm.target, lm.drafter, batch, verifier=verifier(name), draft_len=a.draft_len
+            ):
                 total = sum(last.seconds.values())
                 shares.append((total - meter.seconds, total))
                 meter.seconds = 0.0
             shares = shares[2:]
-            outside, total = statistics.median(s[0] for s in shares), statistics.median(s[1] for s in shares)
+            outside, total = (
+                statistics.median(s[0] for s in shares),
+                statistics.median(s[1] for s in shares),
+            )
             share = 100 * outside / total
             print(
                 f"{name:6} {options!s:36} host {1e3 * outside:5.2f} ms of {1e3 * total:6.1f} ms a round = {share:.1f} %",
@@ -153,10 +179,18 @@ def draft_cost(a: argparse.Namespace) -> None:
         at = torch.arange(a.context, a.context + n)[None]
         return lambda: lm.target.ragged.forward(plain, torch.zeros_like(at), at)
 
-    target = {n: statistics.median(s) for n, s in alternate({n: score(n) for n in (1, *(g + 1 for g in gammas))}, a.times).items()}
+    target = {
+        n: statistics.median(s)
+        for n, s in alternate({n: score(n) for n in (1, *(g + 1 for g in gammas))}, a.times).items()
+    }
     print("target, ms: " + ", ".join(f"n={n} {1e3 * s:.1f}" for n, s in target.items()))
     print(f"{'context':>16} {'blocks':>6} {'gamma':>6} {'draft':>26}  break-even tau")
-    for attention, window in (("causal-context", 128), ("bidirectional", 32), ("bidirectional", 64), ("bidirectional", 128)):
+    for attention, window in (
+        ("causal-context", 128),
+        ("bidirectional", 32),
+        ("bidirectional", 64),
+        ("bidirectional", 128),
+    ):
         for blocks in (2, 3, 4):
             config = SEDDConfig(
                 tokens=info.vocab_size, hidden_size=info.hidden_size, n_blocks=blocks, n_heads=info.hidden_size // 64, cond_dim=128,
@@ -169,7 +203,9 @@ def draft_cost(a: argparse.Namespace) -> None:
             context = Context(batch, None, torch.zeros(1, dtype=torch.long), None)
             state = denoiser.open(1, a.context + 64)
 
-            def propose(gamma: int, d: SEDDDenoiser = denoiser, s: SEDDState = state, c: Context = context) -> None:
+            def propose(
+                gamma: int, d: SEDDDenoiser = denoiser, s: SEDDState = state, c: Context = context
+            ) -> None:
                 s.read.clamp_(max=a.context - 2)
                 canvas = torch.full((1, gamma), d.mask_id)
                 d.denoise(c, s, canvas, torch.zeros_like(canvas, dtype=torch.bool))
@@ -178,7 +214,9 @@ def draft_cost(a: argparse.Namespace) -> None:
             for gamma, seconds in result.items():
                 tau = (statistics.median(seconds) + target[gamma + 1]) / target[1]
                 name = "cached 128" if attention == "causal-context" else f"window {window}"
-                print(f"{name:>16} {blocks:6} {gamma:6} {spread(seconds):>26}  {tau:.2f}", flush=True)
+                print(
+                    f"{name:>16} {blocks:6} {gamma:6} {spread(seconds):>26}  {tau:.2f}", flush=True
+                )
 
 
 def held_out(folder: str, count: int) -> list[list[int]]:
@@ -191,29 +229,49 @@ def held_out(folder: str, count: int) -> list[list[int]]:
 def data(a: argparse.Namespace) -> None:
     """Equal prompts, equal batch, temperature 1, end of text ignored. CPU seconds of this process too: the machine may be shared."""
     from specdiff import engine
-    from specdiff.training import memory
+    from specdiff.data import memory
 
     memory.keep_freed()  # as 'specdiff data' does; both sides profit
     lm = specdiff.load(a.model, "none", dtype=a.dtype)
-    stock = type(lm.target.model).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=lm.target.model.dtype).eval()
+    stock = (
+        type(lm.target.model)
+        .from_pretrained(specdiff.catalog.model_folder(a.model), dtype=lm.target.model.dtype)
+        .eval()
+    )
     stock.generation_config.eos_token_id = None
     for rows in a.rows:
         lengths = [16 + (7 * i) % 32 for i in range(rows)]
         prompts = [torch.randint(3, lm.target.info.vocab_size, (n,)).tolist() for n in lengths]
-        ids = torch.tensor([[0] * (max(lengths) - n) + p for n, p in zip(lengths, prompts, strict=True)])
+        ids = torch.tensor(
+            [[0] * (max(lengths) - n) + p for n, p in zip(lengths, prompts, strict=True)]
+        )
         mask = torch.tensor([[0] * (max(lengths) - n) + [1] * n for n in lengths])
-        asked = [engine.Request(p, SamplingParams(max_tokens=a.tokens), i) for i, p in enumerate(prompts)]
+        asked = [
+            engine.Request(p, SamplingParams(max_tokens=a.tokens), i) for i, p in enumerate(prompts)
+        ]
 
         def theirs(ids: torch.Tensor = ids, mask: torch.Tensor = mask) -> None:
-            out = stock.generate(ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=a.tokens, pad_token_id=0)
+            out = stock.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=a.tokens,
+                pad_token_id=0,
+            )
             assert out.shape[1] == ids.shape[1] + a.tokens
 
         def ours(asked: list[engine.Request] = asked, rows: int = rows) -> None:
-            turns = engine.serve(lm.target, lm.drafter, asked, verifier=verifier("match"), draft_len=0, rows=rows)
+            turns = engine.serve(
+                lm.target, lm.drafter, asked, verifier=verifier("match"), draft_len=0, rows=rows
+            )
             assert sum(len(turn.finished()) for turn in turns) == rows
 
         for clock in (time.perf_counter, time.process_time):
-            s = {k: statistics.median(v) for k, v in alternate({"hf": theirs, "ours": ours}, a.times, 1, clock).items()}
+            s = {
+                k: statistics.median(v)
+                for k, v in alternate({"hf": theirs, "ours": ours}, a.times, 1, clock).items()
+            }
             rate = {k: rows * a.tokens / v for k, v in s.items()}
             print(
                 f"{rows:4} rows, {clock.__name__:12}: transformers {rate['hf']:.1f} tok/s, ours {rate['ours']:.1f} tok/s, "
@@ -234,7 +292,9 @@ def plug(a: argparse.Namespace) -> None:
     """Greedy tokens/s as ratios to an untouched model's own generate, prompts one by one and in one left-padded batch."""
     lm = specdiff.load(a.model, "none", dtype=a.dtype)
     net, pad = lm.target.model, lm.tokenizer.pad_token_id
-    stock = type(net).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=net.dtype).eval()
+    stock = (
+        type(net).from_pretrained(specdiff.catalog.model_folder(a.model), dtype=net.dtype).eval()
+    )
     net.generation_config.eos_token_id = stock.generation_config.eos_token_id = None
     asked = [lm.encode(p) for p in PROMPTS]
     ways: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -243,27 +303,49 @@ def plug(a: argparse.Namespace) -> None:
         "plain, our attention": (net, {}),
         "auto": (net, {"custom_generate": specdiff.custom_generate, "drafter": "auto"}),
         "ngram": (net, {"custom_generate": specdiff.custom_generate, "drafter": "ngram"}),
-        "ngram, 4": (net, {"custom_generate": specdiff.custom_generate, "drafter": "ngram", "draft_len": 4}),
+        "ngram, 4": (
+            net,
+            {"custom_generate": specdiff.custom_generate, "drafter": "ngram", "draft_len": 4},
+        ),
     }
     for batches in ([[p] for p in asked], [asked]):
         told = {name: stats.Stats() for name in ways}
 
-        def run(name: str, batches: list[list[list[int]]] = batches, told: dict[str, stats.Stats] = told) -> None:
+        def run(
+            name: str, batches: list[list[list[int]]] = batches, told: dict[str, stats.Stats] = told
+        ) -> None:
             model, options = ways[name]
             for batch in batches:
                 width = max(map(len, batch))
                 ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch])
                 mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
-                given = {**options, "stats": told[name]} if "custom_generate" in options else options
-                out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=a.tokens, pad_token_id=pad, **given)
+                given = (
+                    {**options, "stats": told[name]} if "custom_generate" in options else options
+                )
+                out = model.generate(
+                    ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    max_new_tokens=a.tokens,
+                    pad_token_id=pad,
+                    **given,
+                )
                 assert out.shape[1] == width + a.tokens
 
-        calls = {name: (lambda name=name: run(name)) for name in ways if len(batches[0]) == 1 or name != "prompt lookup"}
+        calls = {
+            name: (lambda name=name: run(name))
+            for name in ways
+            if len(batches[0]) == 1 or name != "prompt lookup"
+        }
         seconds = alternate(calls, a.times, 1)
         for name, taken in seconds.items():
             ratios = [s / t for s, t in zip(seconds["transformers"], taken, strict=True)]
             rate = len(asked) * a.tokens / statistics.median(taken)
-            told_of = f", tau {told[name].tau:.2f}, alpha {told[name].alpha:.2f}" if told[name].rounds else ""
+            told_of = (
+                f", tau {told[name].tau:.2f}, alpha {told[name].alpha:.2f}"
+                if told[name].rounds
+                else ""
+            )
             print(
                 f"batch {len(batches[0])}, {name:20}: {rate:6.1f} tok/s, ratio {statistics.median(ratios):.2f} "
                 f"({min(ratios):.2f}-{max(ratios):.2f}){told_of}",
@@ -281,7 +363,9 @@ def reuse(a: argparse.Namespace) -> None:
     taken: dict[str, list[tuple[float, float]]] = {"read again": [], "reused": []}
     for _ in range(a.times):
         prompt = lm.render([*talk.messages, {"role": "user", "content": "And then?"}])
-        for name, pieces in zip(taken, (lm.stream(prompt, **asked), talk.say("And then?")), strict=True):
+        for name, pieces in zip(
+            taken, (lm.stream(prompt, **asked), talk.say("And then?")), strict=True
+        ):
             begin = time.perf_counter()
             next(pieces)
             first = time.perf_counter() - begin
@@ -290,10 +374,12 @@ def reuse(a: argparse.Namespace) -> None:
     for i, what in enumerate(("first piece", f"{a.tokens} tokens")):
         fresh, held = ([t[i] for t in taken[name]] for name in taken)
         ratios = [f / h for f, h in zip(fresh, held, strict=True)]
-        print(f"{len(prompt)} prompt tokens, {what}: {spread(fresh)} read again, {spread(held)} reused, {statistics.median(ratios):.2f}x")
+        print(
+            f"{len(prompt)} prompt tokens, {what}: {spread(fresh)} read again, {spread(held)} reused, {statistics.median(ratios):.2f}x"
+        )
 
 
-class Tally:
+class Ledger:
     """One way of decoding over all prompts: Stats, the same up to the first repeated 8-gram, and seconds of every round."""
 
     def __init__(self) -> None:
@@ -302,7 +388,11 @@ class Tally:
     def run(self, rounds: Iterable[Round]) -> None:
         tokens: list[int] = []
         for r in rounds:
-            n, accepted, drafted = int(r.emitted), int(r.verification.accepted), r.draft.tokens.shape[1]
+            n, accepted, drafted = (
+                int(r.emitted),
+                int(r.verification.accepted),
+                r.draft.tokens.shape[1],
+            )
             self.rounds.append(sum(r.seconds.values()))
             self.all.add(drafted, accepted, n, r.seconds)
             tokens += r.verification.tokens[0, :n].tolist()
@@ -315,28 +405,53 @@ def acceptance(a: argparse.Namespace) -> None:
     """tau, and the tau at which this drafter would break even: median seconds of its rounds over those of plain rounds."""
     lm = specdiff.load(a.model, a.drafter, dtype=a.dtype)
     for temperature in (0.0, 1.0):
-        tallies = {name: Tally() for name in ("plain", "token", "block", "match")}
+        tallies = {name: Ledger() for name in ("plain", "token", "block", "match")}
         for i, prompt in enumerate(held_out(a.data, a.prompts)):
-            params = SamplingParams(max_tokens=a.tokens, temperature=temperature, stop_token_ids=lm.end_ids)
+            params = SamplingParams(
+                max_tokens=a.tokens, temperature=temperature, stop_token_ids=lm.end_ids
+            )
             for name, tally in tallies.items():
                 batch = Batch.of([prompt], [params], [i], slots=len(prompt) + a.tokens + 64)
                 if name == "plain":
                     tally.run(decode.decode(lm.target, NoDrafter(), batch))
                 else:
-                    tally.run(decode.decode(lm.target, lm.drafter, batch, verifier=verifier(name), draft_len=a.draft_len))
+                    tally.run(
+                        decode.decode(
+                            lm.target,
+                            lm.drafter,
+                            batch,
+                            verifier=verifier(name),
+                            draft_len=a.draft_len,
+                        )
+                    )
         plain = tallies.pop("plain")
         for name, tally in tallies.items():
             even = statistics.median(tally.rounds) / statistics.median(plain.rounds)
             rate = tally.all.tokens / sum(tally.rounds) / (plain.all.tokens / sum(plain.rounds))
-            row = {"temperature": temperature, "verifier": name, "draft_len": a.draft_len, "tokens": tally.all.tokens}
-            row |= {"tau": tally.all.tau, "tau_before_loop": tally.fresh.tau, "break_even_tau": even, "speed_vs_plain": rate}
+            row = {
+                "temperature": temperature,
+                "verifier": name,
+                "draft_len": a.draft_len,
+                "tokens": tally.all.tokens,
+            }
+            row |= {
+                "tau": tally.all.tau,
+                "tau_before_loop": tally.fresh.tau,
+                "break_even_tau": even,
+                "speed_vs_plain": rate,
+            }
             row |= {"alpha": tally.all.alpha, "per_position": tally.all.per_position}
             print(json.dumps(row, default=float), flush=True)
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("forward", "linear", "host", "draft-cost", "data", "plug", "reuse", "acceptance"))
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument(
+        "what",
+        choices=("forward", "linear", "host", "draft-cost", "data", "plug", "reuse", "acceptance"),
+    )
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--drafter", default="sedd")
     p.add_argument("--dtype", default="auto")

@@ -35,7 +35,11 @@ class Block:
         return self.language == "python" or bool(self.note)
 
     def lines(self) -> list[str]:
-        return [line for line in self.text.replace("\\\n", " ").splitlines() if shlex.split(line, comments=True)]
+        return [
+            line
+            for line in self.text.replace("\\\n", " ").splitlines()
+            if shlex.split(line, comments=True)
+        ]
 
     def commands(self) -> list[list[str]]:
         return [shlex.split(line, comments=True) for line in self.lines()]
@@ -43,7 +47,12 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text()
-    found = [Block(*parts) for parts in re.findall(r"^```(\w+) ?(.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)]
+    found = [
+        Block(*parts)
+        for parts in re.findall(
+            r"^```(\w+) ?(.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE
+        )
+    ]
     assert len(found) == text.count("```") // 2, f"{page.name}: a block without a language"
     return found
 
@@ -75,7 +84,13 @@ def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def understood(found: Iterable[Block]) -> int:
     """Skipped commands of ours are read by the parser of the command line itself: verb, options and their types. How many there were."""
     verbs: Any = typer.main.get_command(cli.app)
-    ours = [words for block in found if block.note == "skip" for words in block.commands() if "specdiff" in words]
+    ours = [
+        words
+        for block in found
+        if block.note == "skip"
+        for words in block.commands()
+        if "specdiff" in words
+    ]
     for words in ours:
         verb, *arguments = words[words.index("specdiff") + 1 :]
         if verb not in verbs.commands:

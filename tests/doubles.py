@@ -15,7 +15,7 @@ from torch import Tensor
 from specdiff import verify
 from specdiff.diffusion.process import Absorbing, Process
 from specdiff.diffusion.schedule import Schedule
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.noise import Noise, Purpose
@@ -33,12 +33,21 @@ class ToyDenoiser:
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, vocab_size: int, seed: int = 0, sharpness: float = 1.5, draft_len: int = 3) -> None:
+    def __init__(
+        self, vocab_size: int, seed: int = 0, sharpness: float = 1.5, draft_len: int = 3
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.mask_id, self.draft_len = vocab_size, draft_len
-        shape = {"position": 16, "anchor": vocab_size, "left": vocab_size + 1, "right": vocab_size + 1}
+        shape = {
+            "position": 16,
+            "anchor": vocab_size,
+            "left": vocab_size + 1,
+            "right": vocab_size + 1,
+        }
         self.tables = {
-            name: sharpness * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator) for name, rows in shape.items()
+            name: sharpness
+            * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator)
+            for name, rows in shape.items()
         }
 
     def open(self, rows: int, slots: int) -> None:
@@ -50,14 +59,27 @@ class ToyDenoiser:
     def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
         return None
 
-    def denoise(self, context: Context, state: None, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]) -> Float[Tensor, "B K V"]:
+    def denoise(
+        self,
+        context: Context,
+        state: None,
+        canvas: Int[Tensor, "B K"],
+        revealed: Bool[Tensor, "B K"],
+    ) -> Float[Tensor, "B K V"]:
         left = self._nearest(canvas, revealed)
         right = self._nearest(canvas.flip(1), revealed.flip(1)).flip(1)
         table = self.tables
         anchor = table["anchor"][context.batch.anchor][:, None]
-        return table["position"][: canvas.shape[1]] + anchor + table["left"][left] + table["right"][right]
+        return (
+            table["position"][: canvas.shape[1]]
+            + anchor
+            + table["left"][left]
+            + table["right"][right]
+        )
 
-    def _nearest(self, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]) -> Int[Tensor, "B K"]:
+    def _nearest(
+        self, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
+    ) -> Int[Tensor, "B K"]:
         """The last revealed token up to each position, MASK where there is none."""
         at = torch.where(revealed, torch.arange(canvas.shape[1]), -1).cummax(1).values
         return torch.where(at < 0, self.mask_id, canvas.gather(1, at.clamp(min=0)))
@@ -70,7 +92,9 @@ class ToyScorer(ToyDenoiser):
     tokens hang more on their neighbours, less on position and anchor.
     """
 
-    def __init__(self, process: Process, schedule: Schedule, seed: int = 0, coupling: float = 1.0) -> None:
+    def __init__(
+        self, process: Process, schedule: Schedule, seed: int = 0, coupling: float = 1.0
+    ) -> None:
         super().__init__(process.tokens, seed)
         for name, table in self.tables.items():
             table.mul_(coupling if name in ("left", "right") else coupling**-2)
@@ -79,11 +103,17 @@ class ToyScorer(ToyDenoiser):
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
         return context.batch.length.double().reciprocal().clamp(max=0.8)
 
-    def log_score(self, context: Context, state: None, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B K V"]:
+    def log_score(
+        self, context: Context, state: None, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B K V"]:
         revealed, mask = canvas < self.mask_id, self.mask_id
-        left = self._nearest(torch.nn.functional.pad(canvas, (1, 0), value=mask)[:, :-1], torch.nn.functional.pad(revealed, (1, 0))[:, :-1])
+        left = self._nearest(
+            torch.nn.functional.pad(canvas, (1, 0), value=mask)[:, :-1],
+            torch.nn.functional.pad(revealed, (1, 0))[:, :-1],
+        )
         right = self._nearest(
-            torch.nn.functional.pad(canvas, (0, 1), value=mask)[:, 1:].flip(1), torch.nn.functional.pad(revealed, (0, 1))[:, 1:].flip(1)
+            torch.nn.functional.pad(canvas, (0, 1), value=mask)[:, 1:].flip(1),
+            torch.nn.functional.pad(revealed, (0, 1))[:, 1:].flip(1),
         ).flip(1)
         table = self.tables
         logits = (
@@ -93,7 +123,9 @@ class ToyScorer(ToyDenoiser):
             + table["right"][right]
         )
         if isinstance(self.process, Absorbing):
-            logits = torch.nn.functional.pad(logits.log_softmax(-1) - torch.expm1(sigma)[:, None, None].log(), (0, 1))
+            logits = torch.nn.functional.pad(
+                logits.log_softmax(-1) - torch.expm1(sigma)[:, None, None].log(), (0, 1)
+            )
         return (logits - logits.gather(-1, canvas[..., None])).scatter(-1, canvas[..., None], 0.0)
 
 
@@ -139,7 +171,9 @@ class AnyOrder(Stateless):
         probs = torch.zeros(*uniform.shape, self.denoiser.mask_id, dtype=torch.float64)
         for k in reversed(range(draft_len)):
             revealed = (torch.arange(draft_len) > k).expand_as(canvas)
-            q = probabilities(self.denoiser.denoise(context, None, canvas, revealed), context.batch.params)[:, k]
+            q = probabilities(
+                self.denoiser.denoise(context, None, canvas, revealed), context.batch.params
+            )[:, k]
             canvas[:, k], probs[:, k] = draw(q, uniform[:, k]), q
         return Draft(canvas, probs)
 
@@ -294,7 +328,12 @@ def early_bonus(plan: PlanFunction) -> PlanFunction:
 
     def tampered(draft: Draft, p: Float[Tensor, "B N V"]) -> Tampered:
         real, K = plan(draft, p), draft.tokens.shape[1]
-        return Tampered(real.thresholds, lambda rows: torch.where((rows == K)[:, None], p[:, max(K - 1, 0)], real.residual(rows)))
+        return Tampered(
+            real.thresholds,
+            lambda rows: torch.where(
+                (rows == K)[:, None], p[:, max(K - 1, 0)], real.residual(rows)
+            ),
+        )
 
     return tampered
 
@@ -305,7 +344,11 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
     def verifier(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
         planned, K = plan(draft, p), draft.tokens.shape[1]
         passed = noise.uniform(Purpose.RATIO, K) < planned.thresholds
-        n = (passed * torch.arange(1, K + 1)).amax(1) if longest else passed.long().cumprod(1).sum(1)
+        n = (
+            (passed * torch.arange(1, K + 1)).amax(1)
+            if longest
+            else passed.long().cumprod(1).sum(1)
+        )
         following = draw(planned.residual(n), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
         index = torch.arange(K + 1).expand(len(n), -1)
         tokens = torch.where(index < n[:, None], torch.nn.functional.pad(draft.tokens, (0, 1)), 0)
@@ -320,20 +363,36 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
 class Sick(Target[Any]):
     """`inner`, whose logits are `spoiled` from absolute position `first` on, in the rows of one seed."""
 
-    def __init__(self, inner: Target[Any], spoil: Callable[[Tensor], Tensor], first: int, seed: int = 0) -> None:
-        self.inner, self.spoil, self.first, self.seed, self.info = inner, spoil, first, seed, inner.info
+    def __init__(
+        self, inner: Target[Any], spoil: Callable[[Tensor], Tensor], first: int, seed: int = 0
+    ) -> None:
+        self.inner, self.spoil, self.first, self.seed, self.info = (
+            inner,
+            spoil,
+            first,
+            seed,
+            inner.info,
+        )
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
         return self.inner.open(rows, slots, taps)
 
-    def admit(self, cache: Any, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]) -> Tensor | None:
+    def admit(
+        self,
+        cache: Any,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
+    ) -> Tensor | None:
         return self.inner.admit(cache, rows, prompts, kept)
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)
         position = batch.length[:, None] + torch.arange(output.logits.shape[1])
         hit = (position >= self.first) & (batch.seed == self.seed)[:, None]
-        return replace(output, logits=torch.where(hit[..., None], self.spoil(output.logits), output.logits))
+        return replace(
+            output, logits=torch.where(hit[..., None], self.spoil(output.logits), output.logits)
+        )
 
     def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
         self.inner.keep(cache, batch, verification)
@@ -367,14 +426,37 @@ class StaleTarget(Target[StaleCache]):
     sums: "before last" is the sum of all tokens before, so that every slot tells, however far back.
     """
 
-    def __init__(self, table: Float[Tensor, "V V V"], *, keeps: bool = False, shift: int = 0, beyond: int = 0, sums: bool = False) -> None:
-        self.table, self.keeps, self.shift, self.beyond, self.sums = table, keeps, shift, beyond, sums
+    def __init__(
+        self,
+        table: Float[Tensor, "V V V"],
+        *,
+        keeps: bool = False,
+        shift: int = 0,
+        beyond: int = 0,
+        sums: bool = False,
+    ) -> None:
+        self.table, self.keeps, self.shift, self.beyond, self.sums = (
+            table,
+            keeps,
+            shift,
+            beyond,
+            sums,
+        )
         self.info = TableTarget(table).info
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> StaleCache:
-        return StaleCache(torch.zeros(rows, slots + self.shift, dtype=torch.long), torch.zeros(rows, slots + self.shift, dtype=torch.bool))
+        return StaleCache(
+            torch.zeros(rows, slots + self.shift, dtype=torch.long),
+            torch.zeros(rows, slots + self.shift, dtype=torch.bool),
+        )
 
-    def admit(self, cache: StaleCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]) -> None:
+    def admit(
+        self,
+        cache: StaleCache,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
+    ) -> None:
         for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
             k += self.beyond if k else 0
             cache.ids[row, k : len(prompt) - 1] = prompt[k:-1]
@@ -409,7 +491,13 @@ class Grid(Noise):
     @classmethod
     def holding(cls, rows: int, gumbels: Tensor | None = None, **uniforms: Tensor) -> "Grid":
         zero = torch.zeros(rows, dtype=torch.long)
-        return cls(zero, zero, zero, {Purpose[name.upper()]: value for name, value in uniforms.items()}, gumbels)
+        return cls(
+            zero,
+            zero,
+            zero,
+            {Purpose[name.upper()]: value for name, value in uniforms.items()},
+            gumbels,
+        )
 
     def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
         return self.uniforms[purpose][:, :n]

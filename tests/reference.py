@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from specdiff.types import SamplingParams
 
 
-def adjusted(logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams) -> list[float]:
+def adjusted(
+    logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams
+) -> list[float]:
     """One row's logits under allowed ids, bias and penalties, where `answer` is all that stands behind the prompt."""
     bias, counts = dict(params.logit_bias), Counter(answer)
     result = []
@@ -17,14 +19,20 @@ def adjusted(logits: Sequence[float], prompt: Sequence[int], answer: Sequence[in
             continue
         logit += bias.get(token, 0.0)
         if token in prompt or token in answer:
-            logit = logit / params.repetition_penalty if logit > 0 else logit * params.repetition_penalty
+            logit = (
+                logit / params.repetition_penalty
+                if logit > 0
+                else logit * params.repetition_penalty
+            )
         logit -= params.frequency_penalty * counts[token]
         logit -= params.presence_penalty if counts[token] else 0.0
         result.append(logit)
     return result
 
 
-def law(logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams) -> list[float]:
+def law(
+    logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams
+) -> list[float]:
     """One row's law under all that `params` asks."""
     told = adjusted(logits, prompt, answer, params)
     if params.temperature == 0:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import specdiff
 import tiny
-from specdiff import SpeculativeLM, catalog, templates
+from specdiff import SpeculativeLM, catalog
 from specdiff.drafters.base import NoDrafter
 from specdiff.errors import (
     ConfigError,
@@ -29,6 +29,7 @@ from specdiff.errors import (
 )
 from specdiff.nn.ddit import SEDD
 from specdiff.targets.causal import CausalTarget
+from specdiff.text import chat_template
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,10 @@ def test_the_sound_ones_load(sound: dict[str, Path]) -> None:
 # names
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "~/no such folder", "no-such-model", "someone/no-such-model"])
+@pytest.mark.parametrize(
+    "name",
+    ["./nowhere", "/nowhere/at/all", "~/no such folder", "no-such-model", "someone/no-such-model"],
+)
 def test_unknown_model(name: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         specdiff.load(name, device="cpu")
@@ -122,7 +126,10 @@ def test_unknown_model(name: str) -> None:
     assert "smollm2-135m" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nope", "./nowhere", "/nowhere/drafter", "someone/no-such-drafter", "./nowhere.py", "sedd2"])
+@pytest.mark.parametrize(
+    "name",
+    ["nope", "./nowhere", "/nowhere/drafter", "someone/no-such-drafter", "./nowhere.py", "sedd2"],
+)
 def test_unknown_drafter(target: CausalTarget, name: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         catalog.drafter(name, target.info)
@@ -131,12 +138,16 @@ def test_unknown_drafter(target: CausalTarget, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["nope", "./nowhere"])
 def test_an_unknown_drafter_lists_the_known(target: CausalTarget, name: str) -> None:
-    with pytest.raises(UnknownNameError, match=r"auto, none, .*folder or hub id, module:Class, \./file\.py:Class"):
+    with pytest.raises(
+        UnknownNameError, match=r"auto, none, .*folder or hub id, module:Class, \./file\.py:Class"
+    ):
         catalog.drafter(name, target.info)
 
 
 def test_unknown_device_and_dtype(sound: dict[str, Path]) -> None:
-    with pytest.raises(UsageError, match="dtype 'float8'; known are auto, float32, bfloat16, float16"):
+    with pytest.raises(
+        UsageError, match="dtype 'float8'; known are auto, float32, bfloat16, float16"
+    ):
         specdiff.load(str(sound["model"]), dtype="float8")
     with pytest.raises(UsageError, match="device 'toaster'"):
         specdiff.load(str(sound["model"]), device="toaster")
@@ -154,9 +165,15 @@ def test_max_len_out_of_range(sound: dict[str, Path], value: int) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"draft_len": 0}, "draft_len must be at least 1, not 0; for plain decoding use the drafter 'none'"),
+        (
+            {"draft_len": 0},
+            "draft_len must be at least 1, not 0; for plain decoding use the drafter 'none'",
+        ),
         ({"draft_len": -1}, "draft_len must be at least 1, not -1"),
-        ({"draft_len": "long"}, "draft_len must be a whole number of at least 1 or 'auto', not 'long'"),
+        (
+            {"draft_len": "long"},
+            "draft_len must be a whole number of at least 1 or 'auto', not 'long'",
+        ),
         ({"temperature": -0.5}, "temperature must be a finite number >= 0.*not -0.5"),
         ({"temperature": math.nan}, "temperature must be a finite number >= 0.*not nan"),
         ({"temperature": math.inf}, "temperature must be a finite number >= 0.*not inf"),
@@ -169,17 +186,38 @@ def test_max_len_out_of_range(sound: dict[str, Path], value: int) -> None:
         ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
         ({"max_tokens": -8}, "max_tokens must be at least 1, not -8"),
         ({"stop_token_ids": (4, -2)}, r"stop_token_ids must be token ids >= 0, not \(4, -2\)"),
-        ({"temprature": 1.0}, "unknown option 'temprature'; sampling options are max_tokens, temperature"),
-        ({"repetition_penalty": 0.0}, r"repetition_penalty must be a finite number > 0 \(1 is off\), not 0.0"),
+        (
+            {"temprature": 1.0},
+            "unknown option 'temprature'; sampling options are max_tokens, temperature",
+        ),
+        (
+            {"repetition_penalty": 0.0},
+            r"repetition_penalty must be a finite number > 0 \(1 is off\), not 0.0",
+        ),
         ({"repetition_penalty": math.nan}, "repetition_penalty.*not nan"),
         ({"presence_penalty": 2.1}, r"presence_penalty must be in \[-2, 2\] \(0 is off\), not 2.1"),
         ({"frequency_penalty": -3}, r"frequency_penalty must be in \[-2, 2\] \(0 is off\), not -3"),
-        ({"logit_bias": {3: 101.0}}, r"logit_bias must map token ids >= 0 to numbers in \[-100, 100\], not 3 to 101.0"),
+        (
+            {"logit_bias": {3: 101.0}},
+            r"logit_bias must map token ids >= 0 to numbers in \[-100, 100\], not 3 to 101.0",
+        ),
         ({"logit_bias": {-3: 1.0}}, "logit_bias must map.*not -3 to 1.0"),
-        ({"logit_bias": dict.fromkeys(range(301), 1.0)}, "logit_bias may hold at most 300 entries, not 301"),
-        ({"logit_bias": {10**6: 1.0}}, "logit_bias names token id 1000000, which is outside the target's vocabulary of"),
-        ({"allowed_token_ids": ()}, r"allowed_token_ids must be one token id >= 0 at least, not \(\)"),
-        ({"allowed_token_ids": (1, 10**6)}, "allowed_token_ids names token id 1000000, which is outside"),
+        (
+            {"logit_bias": dict.fromkeys(range(301), 1.0)},
+            "logit_bias may hold at most 300 entries, not 301",
+        ),
+        (
+            {"logit_bias": {10**6: 1.0}},
+            "logit_bias names token id 1000000, which is outside the target's vocabulary of",
+        ),
+        (
+            {"allowed_token_ids": ()},
+            r"allowed_token_ids must be one token id >= 0 at least, not \(\)",
+        ),
+        (
+            {"allowed_token_ids": (1, 10**6)},
+            "allowed_token_ids names token id 1000000, which is outside",
+        ),
         ({"logprobs": 21}, r"logprobs must be in \[0, 20\], or None \(off\), not 21"),
         ({"stop": [""]}, "stop must hold strings of at least one character, not ''"),
         ({"stop": ["a"] * 17}, "stop may hold at most 16 strings, not 17"),
@@ -196,7 +234,14 @@ def test_an_option_out_of_range(lm: SpeculativeLM, options: dict[str, Any], told
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": "hot"}, {"max_tokens": "all"}, {"draft_len": 2.5}, {"seed": "lucky"}, {"seed": 0.5}, {"rows": "few"}],
+    [
+        {"temperature": "hot"},
+        {"max_tokens": "all"},
+        {"draft_len": 2.5},
+        {"seed": "lucky"},
+        {"seed": 0.5},
+        {"rows": "few"},
+    ],
     ids=lambda o: "-".join(f"{k}={v}" for k, v in o.items()),
 )
 def test_an_option_of_the_wrong_type(lm: SpeculativeLM, options: dict[str, Any]) -> None:
@@ -208,7 +253,11 @@ def test_an_option_of_the_wrong_type(lm: SpeculativeLM, options: dict[str, Any])
 def test_a_fixed_draft_len_of_the_loop_itself(target: CausalTarget) -> None:
     for bad in (0, -1):
         with pytest.raises(UsageError, match=f"draft_len must be at least 1, not {bad}"):
-            next(specdiff.decode.decode(target, tiny.drafter(target.info), tiny.batch_of([[1]]), draft_len=bad))
+            next(
+                specdiff.decode.decode(
+                    target, tiny.drafter(target.info), tiny.batch_of([[1]]), draft_len=bad
+                )
+            )
 
 
 def test_a_prompt_longer_than_max_len(lm: SpeculativeLM) -> None:
@@ -217,7 +266,10 @@ def test_a_prompt_longer_than_max_len(lm: SpeculativeLM) -> None:
 
 
 def test_a_token_id_out_of_range(lm: SpeculativeLM) -> None:
-    with pytest.raises(UsageError, match=f"token id {tiny.VOCAB} is outside the target's vocabulary of {tiny.VOCAB}"):
+    with pytest.raises(
+        UsageError,
+        match=f"token id {tiny.VOCAB} is outside the target's vocabulary of {tiny.VOCAB}",
+    ):
         lm.generate([1, tiny.VOCAB])
 
 
@@ -230,9 +282,16 @@ def loaded(folder: Path, target: CausalTarget, **options: Any) -> Any:
 
 def test_a_drafter_of_another_vocabulary(target: CausalTarget, tmp_path: Path) -> None:
     for size in (tiny.VOCAB - 1, tiny.VOCAB + 1, 50257):
-        config = tiny.sedd_config(size) if size < 1000 else tiny.sedd_config(size, hidden_size=8, n_heads=2, n_blocks=1)
+        config = (
+            tiny.sedd_config(size)
+            if size < 1000
+            else tiny.sedd_config(size, hidden_size=8, n_heads=2, n_blocks=1)
+        )
         SEDD(config).save_pretrained(tmp_path / "other")
-        with pytest.raises(DrafterError, match=rf"{size} tokens.*has {tiny.VOCAB}; use a drafter trained for this target"):
+        with pytest.raises(
+            DrafterError,
+            match=rf"{size} tokens.*has {tiny.VOCAB}; use a drafter trained for this target",
+        ):
             loaded(tmp_path / "other", target)
 
 
@@ -247,7 +306,16 @@ def test_truncated_safetensors(folder: Any, target: CausalTarget, left: int) -> 
         assert str(made) in str(caught.value)
 
 
-@pytest.mark.parametrize("header", [b"{}", b"[]", b"not json", b"\xff\xfe", b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'])
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{}",
+        b"[]",
+        b"not json",
+        b"\xff\xfe",
+        b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}',
+    ],
+)
 def test_safetensors_with_a_false_header(folder: Any, target: CausalTarget, header: bytes) -> None:
     made = folder("drafter")
     (made / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
@@ -266,7 +334,10 @@ def test_a_tensor_of_the_wrong_shape(folder: Any, target: CausalTarget) -> None:
     made, name = folder("drafter"), "blocks.1.attn_out.weight"
     tensors = load_file(made / "model.safetensors")
     save_file(tensors | {name: torch.zeros(3, 5)}, made / "model.safetensors")
-    with pytest.raises(WeightsError, match=rf"model\.safetensors: {name} has shape \[3, 5\], but config\.json asks for \[32, 32\]"):
+    with pytest.raises(
+        WeightsError,
+        match=rf"model\.safetensors: {name} has shape \[3, 5\], but config\.json asks for \[32, 32\]",
+    ):
         loaded(made, target)
 
 
@@ -281,7 +352,10 @@ def test_tensors_missing_and_unknown(folder: Any, target: CausalTarget) -> None:
     with pytest.raises(WeightsError, match=r"has unknown surprise"):
         loaded(made, target)
     edit(made, lambda c: c["model"].update(n_blocks=3))
-    with pytest.raises(WeightsError, match=r"lacks blocks\.2\..* and \d+ more and has unknown surprise; does its config\.json"):
+    with pytest.raises(
+        WeightsError,
+        match=r"lacks blocks\.2\..* and \d+ more and has unknown surprise; does its config\.json",
+    ):
         loaded(made, target)
 
 
@@ -316,7 +390,9 @@ def test_a_missing_config_key(folder: Any, target: CausalTarget, key: str) -> No
         ("context_window", 0), ("time_conditioning", "no"), ("draft_len", "8"), ("draft_len", 0),
     ],
 )  # fmt: skip
-def test_a_config_key_with_a_bad_value(folder: Any, target: CausalTarget, key: str, value: Any) -> None:
+def test_a_config_key_with_a_bad_value(
+    folder: Any, target: CausalTarget, key: str, value: Any
+) -> None:
     made = folder("drafter")
     *path, last = key.split(".")
 
@@ -332,11 +408,15 @@ def test_a_config_key_with_a_bad_value(folder: Any, target: CausalTarget, key: s
     assert str(made) in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "not json", "\x00", "[1, 2]", "null", '"tokens"', "1e999"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "not json", "\x00", "[1, 2]", "null", '"tokens"', "1e999"]
+)
 def test_a_config_that_is_no_json_object(folder: Any, target: CausalTarget, text: str) -> None:
     made = folder("drafter")
     (made / "config.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.json (is not valid JSON|must hold a JSON object)"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json (is not valid JSON|must hold a JSON object)"
+    ):
         loaded(made, target)
 
 
@@ -348,7 +428,10 @@ def test_a_config_in_no_encoding(folder: Any, target: CausalTarget) -> None:
 
 
 def test_folders_that_hold_nothing(tmp_path: Path, target: CausalTarget, folder: Any) -> None:
-    with pytest.raises(ConfigError, match=r"holds no config\.json; a drafter folder needs config\.json and model\.safetensors"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds no config\.json; a drafter folder needs config\.json and model\.safetensors",
+    ):
         loaded(tmp_path, target)
     with pytest.raises(ConfigError, match=r"holds no config\.json; a target folder needs"):
         specdiff.load(str(tmp_path), device="cpu")
@@ -363,7 +446,10 @@ def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
     made = folder("model")
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    with pytest.raises(ConfigError, match=r"no drafter format with model_type 'nonsense'.*sedd, mdlm and transformers' causal LMs"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no drafter format with model_type 'nonsense'.*sedd, mdlm and transformers' causal LMs",
+    ):
         loaded(made, target)
 
 
@@ -385,11 +471,16 @@ def test_draft_vocab_ids_out_of_range(target: CausalTarget, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["drafter", "model"])
-def test_a_pickle_is_refused_and_never_opened(folder: Any, target: CausalTarget, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_is_refused_and_never_opened(
+    folder: Any, target: CausalTarget, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = folder(kind)
     mark = trap(made)
     refuses_to_open(monkeypatch, ".bin")
-    with pytest.raises(WeightsError, match=r"pytorch_model\.bin.* is a pickle, which can run code.*(Convert|convert)"):
+    with pytest.raises(
+        WeightsError,
+        match=r"pytorch_model\.bin.* is a pickle, which can run code.*(Convert|convert)",
+    ):
         loaded(made, target) if kind == "drafter" else specdiff.load(str(made), device="cpu")
     assert not mark.exists()
 
@@ -404,7 +495,9 @@ def test_a_pickle_in_safetensors_clothing(folder: Any, target: CausalTarget, kin
     assert not mark.exists()
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(folder: Any, target: CausalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickle_beside_safetensors_is_left_alone(
+    folder: Any, target: CausalTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for kind in ("drafter", "model"):
         made = folder(kind)
         mark = made.parent / "executed"
@@ -419,10 +512,14 @@ def test_auto_map_is_refused(folder: Any, model_type: str) -> None:
     """config.json may not bring its own code, of a known family or not."""
     made = folder("model")
     mark = made.parent / "executed"
-    (made / "modeling.py").write_text(f"import os; os.mkdir({str(mark)!r})\nclass Config: ...\nclass Model: ...\n")
+    (made / "modeling.py").write_text(
+        f"import os; os.mkdir({str(mark)!r})\nclass Config: ...\nclass Model: ...\n"
+    )
     auto = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     edit(made, lambda c: c.update(auto_map=auto, model_type=model_type))
-    with pytest.raises((UnsupportedModelError, ConfigError), match=r"auto_map|own code|custom code|brand_new") as caught:
+    with pytest.raises(
+        (UnsupportedModelError, ConfigError), match=r"auto_map|own code|custom code|brand_new"
+    ) as caught:
         specdiff.load(str(made), device="cpu")
     assert str(made) in str(caught.value)
     assert not mark.exists()
@@ -433,9 +530,13 @@ def test_a_tokenizer_may_not_bring_code(folder: Any) -> None:
     mark = made.parent / "executed"
     (made / "tokenization.py").write_text(f"import os; os.mkdir({str(mark)!r})\nclass Tok: ...\n")
     (made / "tokenizer_config.json").write_text(
-        json.dumps({"auto_map": {"AutoTokenizer": ["tokenization.Tok", None]}, "tokenizer_class": "Tok"})
+        json.dumps(
+            {"auto_map": {"AutoTokenizer": ["tokenization.Tok", None]}, "tokenizer_class": "Tok"}
+        )
     )
-    with pytest.raises(ConfigError, match=r"the tokenizer \(tokenizer_config.json\) cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"the tokenizer \(tokenizer_config.json\) cannot be read"
+    ):
         specdiff.load(str(made), device="cpu")
     assert not mark.exists()
 
@@ -443,7 +544,10 @@ def test_a_tokenizer_may_not_bring_code(folder: Any) -> None:
 # a target's folder
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"hidden_size": 4}', '{"model_type": "no_such_family"}', '{"model_type": 7}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", '{"hidden_size": 4}', '{"model_type": "no_such_family"}', '{"model_type": 7}'],
+)
 def test_a_targets_config_that_says_nothing(folder: Any, text: str) -> None:
     made = folder("model")
     (made / "config.json").write_text(text)
@@ -461,12 +565,17 @@ def test_a_targets_config_with_a_bad_value(folder: Any, key: str, value: Any) ->
     assert str(made / "config.json") in str(caught.value)
 
 
-@pytest.mark.parametrize(("how", "told"), [("missing", r"lack {}"), ("misshapen", r"hold {} in shape \[3, 5\], not \[64, 32\]")])
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [("missing", r"lack {}"), ("misshapen", r"hold {} in shape \[3, 5\], not \[64, 32\]")],
+)
 def test_a_target_with_a_bad_tensor(folder: Any, how: str, told: str) -> None:
     """transformers itself fills a missing one with random numbers, and warns."""
     made, name = folder("model"), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(made / "model.safetensors")
-    changed = {k: v for k, v in tensors.items() if k != name} | ({} if how == "missing" else {name: torch.zeros(3, 5)})
+    changed = {k: v for k, v in tensors.items() if k != name} | (
+        {} if how == "missing" else {name: torch.zeros(3, 5)}
+    )
     save_file(changed, made / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=told.replace("{}", name.replace(".", r"\."))):
         specdiff.load(str(made), device="cpu")
@@ -475,7 +584,11 @@ def test_a_target_with_a_bad_tensor(folder: Any, how: str, told: str) -> None:
 def test_a_target_that_says_nan(folder: Any) -> None:
     made = folder("model")
     tensors = load_file(made / "model.safetensors")
-    save_file({k: v * math.nan for k, v in tensors.items()}, made / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v * math.nan for k, v in tensors.items()},
+        made / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UnsupportedModelError, match="self-test"):
         specdiff.load(str(made), device="cpu")
 
@@ -511,25 +624,53 @@ def mine(tmp_path: Path) -> Path:
 
 def test_a_good_file(mine: Path, target: CausalTarget) -> None:
     assert catalog.drafter(f"{mine}:Mine", target.info).flavour == "plain"
-    assert catalog.drafter(f'{mine}:Mine:{{"flavour": "sweet: and sour"}}', target.info).flavour == "sweet: and sour"
-    assert catalog.drafter(f'{mine}:Mine:{{"flavour": "a"}}', target.info, {"flavour": "b"}).flavour == "b"
+    assert (
+        catalog.drafter(f'{mine}:Mine:{{"flavour": "sweet: and sour"}}', target.info).flavour
+        == "sweet: and sour"
+    )
+    assert (
+        catalog.drafter(f'{mine}:Mine:{{"flavour": "a"}}', target.info, {"flavour": "b"}).flavour
+        == "b"
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "error", "told"),
     [
-        ('Mine:{"flavour": "bitter"}', DrafterError, r"mine\.py:Mine raised RuntimeError while being built: too bitter"),
-        ('Mine:{"flavour": "odd"}', DrafterError, r"mine\.py:Mine raised TypeError while being built"),
+        (
+            'Mine:{"flavour": "bitter"}',
+            DrafterError,
+            r"mine\.py:Mine raised RuntimeError while being built: too bitter",
+        ),
+        (
+            'Mine:{"flavour": "odd"}',
+            DrafterError,
+            r"mine\.py:Mine raised TypeError while being built",
+        ),
         ('Mine:{"flavor": 1}', UsageError, r"mine\.py:Mine does not take these options.*flavor"),
-        ("Mine:{not json", UsageError, r"options of drafter .*mine\.py:Mine are not valid JSON.*\{not json"),
-        ("Mine:[1]", UsageError, r"options of drafter .*mine\.py:Mine must be a JSON object, not \[1\]"),
-        ("Other", DrafterError, r"mine\.py:Other gave a Other, not a specdiff Drafter; subclass specdiff\.Drafter"),
+        (
+            "Mine:{not json",
+            UsageError,
+            r"options of drafter .*mine\.py:Mine are not valid JSON.*\{not json",
+        ),
+        (
+            "Mine:[1]",
+            UsageError,
+            r"options of drafter .*mine\.py:Mine must be a JSON object, not \[1\]",
+        ),
+        (
+            "Other",
+            DrafterError,
+            r"mine\.py:Other gave a Other, not a specdiff Drafter; subclass specdiff\.Drafter",
+        ),
         ("value", DrafterError, r"mine\.py:value"),
         ("Abstract", SpecdiffError, r"mine\.py:Abstract"),
         ("Missing", UnknownNameError, r"mine\.py defines no 'Missing'"),
     ],
 )
-def test_a_bad_drafter_in_a_file(mine: Path, target: CausalTarget, spec: str, error: type[Exception], told: str) -> None:
+def test_a_bad_drafter_in_a_file(
+    mine: Path, target: CausalTarget, spec: str, error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         catalog.drafter(f"{mine}:{spec}", target.info)
 
@@ -539,10 +680,15 @@ def test_a_bad_drafter_in_a_file(mine: Path, target: CausalTarget, spec: str, er
     [
         ("1 / 0", "raised ZeroDivisionError while being imported: division by zero"),
         ("def broken(:", "raised SyntaxError while being imported"),
-        ("import no_such_module_anywhere", "raised ModuleNotFoundError while being imported.*no_such_module_anywhere"),
+        (
+            "import no_such_module_anywhere",
+            "raised ModuleNotFoundError while being imported.*no_such_module_anywhere",
+        ),
     ],
 )
-def test_a_file_that_raises_on_import(tmp_path: Path, target: CausalTarget, text: str, told: str) -> None:
+def test_a_file_that_raises_on_import(
+    tmp_path: Path, target: CausalTarget, text: str, told: str
+) -> None:
     (tmp_path / "bad.py").write_text(text)
     with pytest.raises(DrafterError, match=rf"bad\.py {told}"):
         catalog.drafter(f"{tmp_path / 'bad.py'}:Mine", target.info)
@@ -551,7 +697,9 @@ def test_a_file_that_raises_on_import(tmp_path: Path, target: CausalTarget, text
 def test_a_file_or_module_that_is_not_there(tmp_path: Path, target: CausalTarget) -> None:
     with pytest.raises(UnknownNameError, match=r"no drafter file '.*gone\.py'"):
         catalog.drafter(f"{tmp_path / 'gone.py'}:Mine", target.info)
-    with pytest.raises(UnknownNameError, match=r"no module 'gone_module'.*installed, or did you mean a \./file\.py"):
+    with pytest.raises(
+        UnknownNameError, match=r"no module 'gone_module'.*installed, or did you mean a \./file\.py"
+    ):
         catalog.drafter("gone_module:Mine", target.info)
     with pytest.raises(UnknownNameError, match=r"json defines no 'Mine'"):
         catalog.drafter("json:Mine", target.info)
@@ -578,7 +726,9 @@ def test_options_for_a_ready_made_drafter(sound: dict[str, Path]) -> None:
         ({"stepz": 2}, "stepz"),
     ],
 )
-def test_options_of_a_trained_drafter(sound: dict[str, Path], target: CausalTarget, options: dict[str, Any], told: str) -> None:
+def test_options_of_a_trained_drafter(
+    sound: dict[str, Path], target: CausalTarget, options: dict[str, Any], told: str
+) -> None:
     with pytest.raises(UsageError, match=told):
         loaded(sound["drafter"], target, **options)
 
@@ -599,10 +749,24 @@ GGUFS = {
     "endless metadata": b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60),
     "endless tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0),
     "endless key": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string(b"abc", 2**62),
-    "endless string": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string(b"general.architecture") + struct.pack("<I", 8) + string(b"x", 2**63),
-    "endless array": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string(b"a.b") + struct.pack("<IIQ", 9, 4, 2**61),
-    "unknown type": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string(b"a.b") + struct.pack("<II", 77, 0),
-    "unknown family": b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string(b"general.architecture") + struct.pack("<I", 8) + string(b"nope"),
+    "endless string": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + string(b"general.architecture")
+    + struct.pack("<I", 8)
+    + string(b"x", 2**63),
+    "endless array": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + string(b"a.b")
+    + struct.pack("<IIQ", 9, 4, 2**61),
+    "unknown type": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + string(b"a.b")
+    + struct.pack("<II", 77, 0),
+    "unknown family": b"GGUF"
+    + struct.pack("<IQQ", 3, 0, 1)
+    + string(b"general.architecture")
+    + struct.pack("<I", 8)
+    + string(b"nope"),
 }
 
 
@@ -611,9 +775,13 @@ GGUFS = {
 def test_a_damaged_gguf(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(GGUFS[kind])
-    with pytest.raises(WeightsError, match=r"model\.gguf cannot be read as GGUF \(truncated or damaged\?\)"):
+    with pytest.raises(
+        WeightsError, match=r"model\.gguf cannot be read as GGUF \(truncated or damaged\?\)"
+    ):
         specdiff.load(str(file), device="cpu")
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]  # no half conversion is kept
+    assert not [
+        p for p in (tmp_path / "cache").rglob("*") if p.is_file()
+    ]  # no half conversion is kept
 
 
 @pytest.mark.real
@@ -625,7 +793,9 @@ def test_a_truncated_gguf(tmp_path: Path, share: float) -> None:
     size = int(whole.stat().st_size * share)
     with whole.open("rb") as source:
         (tmp_path / "cut.gguf").write_bytes(source.read(size))
-    with pytest.raises(WeightsError, match=r"cut\.gguf cannot be read as GGUF \(truncated or damaged\?\)"):
+    with pytest.raises(
+        WeightsError, match=r"cut\.gguf cannot be read as GGUF \(truncated or damaged\?\)"
+    ):
         specdiff.load(str(tmp_path / "cut.gguf"), device="cpu")
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
 
@@ -644,7 +814,12 @@ def chatting(target: CausalTarget, template: str) -> SpeculativeLM:
 
     raw = Tokenizer(models.WordLevel({"hi": 0, "there": 1, "?": 2}, unk_token="?"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    return SpeculativeLM(target, "none", PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?", chat_template=template), 64)
+    return SpeculativeLM(
+        target,
+        "none",
+        PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="?", chat_template=template),
+        64,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -686,8 +861,10 @@ def chatty(target: CausalTarget) -> SpeculativeLM:
         "type",
     ],
 )
-def test_an_evil_or_broken_chat_template(chatty: SpeculativeLM, template: str, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 1)
+def test_an_evil_or_broken_chat_template(
+    chatty: SpeculativeLM, template: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     mark = tmp_path / "executed"
     chatty.tokenizer.chat_template = template.replace("MARK", str(mark))
     with pytest.raises(SpecdiffError, match="chat template"):
@@ -695,14 +872,22 @@ def test_an_evil_or_broken_chat_template(chatty: SpeculativeLM, template: str, t
     assert not mark.exists()
 
 
-def test_after_a_template_was_stopped_the_next_conversation_is_rendered(target: CausalTarget, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(templates, "SECONDS", 1)
-    monkeypatch.setattr(templates, "WAITING", 100)  # on the clock: computing is what is short here, and a machine may be busy
+def test_after_a_template_was_stopped_the_next_conversation_is_rendered(
+    target: CausalTarget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
+    monkeypatch.setattr(
+        chat_template, "WAITING", 100
+    )  # on the clock: computing is what is short here, and a machine may be busy
     bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"  # constants are computed while compiling
     made = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
     hi = {"role": "user", "content": "hi"}
-    assert made.render([hi]) == made.tokenizer.apply_chat_template([hi], tokenize=True, return_dict=False)
-    with pytest.raises(UsageError, match=r"chat template refuses these messages \(it did not end within 1 seconds"):
+    assert made.render([hi]) == made.tokenizer.apply_chat_template(
+        [hi], tokenize=True, return_dict=False
+    )
+    with pytest.raises(
+        UsageError, match=r"chat template refuses these messages \(it did not end within 1 seconds"
+    ):
         made.render([hi, hi])
     assert len(made.render([hi])) == 2
 

@@ -15,15 +15,15 @@ import pytest
 
 import tiny
 from specdiff import Conversation, SpeculativeLM, cli
-from specdiff.cli.session import COMMANDS, SETTINGS, stopping
+from specdiff.cli.chat_repl import COMMANDS, SETTINGS, stopping
 from specdiff.targets.causal import CausalTarget
-from test_lm import VOCAB, tokenizer  # noqa: F401 (a fixture)
+from test_lm import VOCAB, tokenizer  # noqa: F401
 
 POSITIONS = 6000
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:  # noqa: F811
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny.model("llama", vocab=VOCAB, positions=POSITIONS).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -31,17 +31,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:  #
 
 
 @pytest.fixture(scope="module")
-def lm(folder: Path, tokenizer: Any) -> SpeculativeLM:  # noqa: F811
-    return SpeculativeLM(CausalTarget(tiny.model("llama", vocab=VOCAB, positions=POSITIONS)), "none", tokenizer, max_len=200)
+def lm(folder: Path, tokenizer: Any) -> SpeculativeLM:
+    return SpeculativeLM(
+        CausalTarget(tiny.model("llama", vocab=VOCAB, positions=POSITIONS)),
+        "none",
+        tokenizer,
+        max_len=200,
+    )
 
 
 @pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Chat in this process, the lines as standard input: (exit code, stdout, stderr)."""
 
     def run(lines: str | bytes, *arguments: str) -> tuple[int, str, str]:
         text = lines if isinstance(lines, bytes) else lines.encode()
-        base = ["--model", str(folder), "--drafter", "none", "--temperature", "0", "--max-tokens", "7", "--max-model-len", "200"]
+        base = [
+            "--model",
+            str(folder),
+            "--drafter",
+            "none",
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "7",
+            "--max-model-len",
+            "200",
+        ]
         monkeypatch.setattr(sys, "argv", ["specdiff", "chat", *base, *arguments])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
         with pytest.raises(SystemExit) as end:
@@ -55,20 +73,53 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
 def process(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     """The command by itself, with the SIGINT handler a terminal gives it: a background shell hands the signal down ignored."""
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from specdiff.cli import main; main()"
-    command = [sys.executable, "-W", "ignore", "-c", code, "chat", "--model", str(folder), "--drafter", "none", *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        code,
+        "chat",
+        "--model",
+        str(folder),
+        "--drafter",
+        "none",
+        *arguments,
+    ]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
 
 
 def test_each_line_is_a_turn(folder: Path, lm: SpeculativeLM) -> None:
     """Piped: answers and nothing else on stdout, footers on stderr, no prompts, no colours even with --show-accepted."""
-    options = ["--temperature", "0", "--max-tokens", "7", "--max-model-len", "200", "--show-accepted", "--system", "be brief"]
-    out, err = (text.decode() for text in process(folder, *options).communicate(b"the rain\n\n   \nin spain\n", timeout=200))
+    options = [
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "7",
+        "--max-model-len",
+        "200",
+        "--show-accepted",
+        "--system",
+        "be brief",
+    ]
+    out, err = (
+        text.decode()
+        for text in process(folder, *options).communicate(
+            b"the rain\n\n   \nin spain\n", timeout=200
+        )
+    )
     conversation = Conversation(lm, "be brief", temperature=0, max_tokens=7)
     answers = ["".join(p.text for p in conversation.say(text)) for text in ("the rain", "in spain")]
     assert out == "".join(f"{answer}\n" for answer in answers)
     told = err.splitlines()
     assert len(told) == 2 and all("tok/s" in line and "tau" in line for line in told), err
-    assert "; 0 of " in told[0] and f"; {conversation.reading.reused} of " in told[1] and conversation.reading.reused > 0
+    assert (
+        "; 0 of " in told[0]
+        and f"; {conversation.reading.reused} of " in told[1]
+        and conversation.reading.reused > 0
+    )
 
 
 def test_quiet_says_nothing_on_stderr(here: Callable[..., tuple[int, str, str]]) -> None:
@@ -76,7 +127,9 @@ def test_quiet_says_nothing_on_stderr(here: Callable[..., tuple[int, str, str]])
     assert code == 0 and out.strip() and err == ""
 
 
-def test_settings_are_listed_changed_and_checked(here: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_settings_are_listed_changed_and_checked(
+    here: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     bad = {
         "!set temperature hot": "temperature is 0.0; !set takes a number or default for it, not 'hot'",
         "!set temperature -1": "temperature must be a finite number >= 0 (0 is greedy), not -1.0",
@@ -89,8 +142,22 @@ def test_settings_are_listed_changed_and_checked(here: Callable[..., tuple[int, 
         "!set show_accepted maybe": "on or off for it, not 'maybe'",
         "!set steps 2": "'none' takes no options, but got steps",
     }
-    good = "seed 4", "seed default", "top_p 0.5", "draft_len auto", "show_accepted on", "max_tokens 3", "verifier block"
-    lines = [*bad, *(f"!set {setting}" for setting in good), "!set", "the rain", f"!save {tmp_path}/a.json"]
+    good = (
+        "seed 4",
+        "seed default",
+        "top_p 0.5",
+        "draft_len auto",
+        "show_accepted on",
+        "max_tokens 3",
+        "verifier block",
+    )
+    lines = [
+        *bad,
+        *(f"!set {setting}" for setting in good),
+        "!set",
+        "the rain",
+        f"!save {tmp_path}/a.json",
+    ]
     code, out, err = here("\n".join(lines), "-q")
     assert code == 0
     said = err.splitlines()
@@ -98,14 +165,30 @@ def test_settings_are_listed_changed_and_checked(here: Callable[..., tuple[int, 
         assert line.startswith("specdiff: error: ") and told in line, line
     listed = dict(line.split(maxsplit=1) for line in said[len(bad) : -1])
     assert listed.keys() == SETTINGS.keys()
-    changed = {"top_p": "0.5", "seed": "default", "draft_len": "auto", "show_accepted": "on", "max_tokens": "3", "verifier": "block"}
+    changed = {
+        "top_p": "0.5",
+        "seed": "default",
+        "draft_len": "auto",
+        "show_accepted": "on",
+        "max_tokens": "3",
+        "verifier": "block",
+    }
     assert listed == listed | changed
     saved = json.loads((tmp_path / "a.json").read_text())
-    assert saved["stats"]["tokens"] == 3 and saved["settings"]["top_p"] == 0.5 and saved["settings"]["seed"] is None
-    assert saved["messages"] == [{"role": "user", "content": "the rain"}, {"role": "assistant", "content": out[:-1]}]
+    assert (
+        saved["stats"]["tokens"] == 3
+        and saved["settings"]["top_p"] == 0.5
+        and saved["settings"]["seed"] is None
+    )
+    assert saved["messages"] == [
+        {"role": "user", "content": "the rain"},
+        {"role": "assistant", "content": out[:-1]},
+    ]
 
 
-def test_commands(here: Callable[..., tuple[int, str, str]], lm: SpeculativeLM, tmp_path: Path) -> None:
+def test_commands(
+    here: Callable[..., tuple[int, str, str]], lm: SpeculativeLM, tmp_path: Path
+) -> None:
     kept = tmp_path / "kept.json"
     kept.write_text("mine")
     lines = f"!help\nthe rain\n!status\n!clear\n!status\n!hope\n!save {kept}\n!save\n!save {tmp_path}/no/where.json\n!exit\nin spain\n"
@@ -116,10 +199,16 @@ def test_commands(here: Callable[..., tuple[int, str, str]], lm: SpeculativeLM, 
         assert command in err
     first, second = [line for line in err.splitlines() if "200 tokens are taken" in line]
     assert int(first.split()[0]) > 7 and second.startswith("0 of 200")
-    assert "1 answers, 2 messages" in err and "1 answers, 0 messages" in err and "7 tokens in" in err
+    assert (
+        "1 answers, 2 messages" in err and "1 answers, 0 messages" in err and "7 tokens in" in err
+    )
     assert "unknown command '!hope'; known are !help, !set, !status, !clear, !save, !exit" in err
-    assert f"{kept} is there already, and nothing is overwritten" in err and kept.read_text() == "mine"
-    assert "!save needs the name of a file" in err and "cannot write" in err and "No such file" in err
+    assert (
+        f"{kept} is there already, and nothing is overwritten" in err and kept.read_text() == "mine"
+    )
+    assert (
+        "!save needs the name of a file" in err and "cannot write" in err and "No such file" in err
+    )
 
 
 def test_a_turn_that_fails_costs_a_line(here: Callable[..., tuple[int, str, str]]) -> None:
@@ -129,7 +218,9 @@ def test_a_turn_that_fails_costs_a_line(here: Callable[..., tuple[int, str, str]
     assert "which leaves none to answer within max_len 200: clear it" in line
 
 
-def test_bytes_that_are_no_text_and_lines_of_windows(here: Callable[..., tuple[int, str, str]]) -> None:
+def test_bytes_that_are_no_text_and_lines_of_windows(
+    here: Callable[..., tuple[int, str, str]],
+) -> None:
     code, out, err = here(b"the \xff rain\r\n\r\nlast without an end", "-q")
     assert code == 0 and err == "" and out.endswith("\n") and out.count("\n") >= 2
 
@@ -171,7 +262,10 @@ def terminal() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals are the main thread's")
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(),
+    reason="signals are the main thread's",
+)
 @pytest.mark.usefixtures("terminal")
 def test_a_second_interrupt_of_one_answer_raises(lm: SpeculativeLM) -> None:
     conversation = Conversation(lm, temperature=0, max_tokens=100)

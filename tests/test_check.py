@@ -36,10 +36,10 @@ from law.samples import causal_drafter
 from specdiff import SpeculativeLM, catalog, cli, verify
 from specdiff.check import Finding, Subject, check_drafter, check_target, check_verifier
 from specdiff.check.contract import Scores
+from specdiff.check.doubles import TableDrafter
 from specdiff.check.drafters import contract, of_the_target, requests
 from specdiff.check.recording import run
-from specdiff.check.toys import TableDrafter
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
@@ -77,7 +77,9 @@ LAWFUL: dict[str, Build] = {
     "one-shot": lambda info: DenoisingDrafter(toy(info)),
     "left-to-right": lambda info: DenoisingDrafter(toy(info), steps=2, draft_temperature=0.7),
     "sedd": lambda info: tiny.drafter(info, length=40, **SMALL),
-    "sedd left-to-right": lambda info: tiny.drafter(info, steps=2, attention="causal-context", time_conditioning=False, **SMALL),
+    "sedd left-to-right": lambda info: tiny.drafter(
+        info, steps=2, attention="causal-context", time_conditioning=False, **SMALL
+    ),
     "autoregressive": lambda info: causal_drafter(info, seed=6),
 }
 SMALL: dict[str, Any] = {"n_blocks": 1, "hidden_size": 8, "n_heads": 2, "cond_dim": 4}
@@ -95,7 +97,9 @@ def test_a_drafter_of_one_target_is_checked_against_that() -> None:
     build = lambda info: tiny.drafter(info, **tiny.CACHED)  # noqa: E731
     found = list(check_drafter(Subject(build, target), {"token": verify.token}, quick=True))
     assert not failed(found)
-    assert "contract: law" in {f.name for f in found} and not [f for f in found if f.name.startswith("law under")]
+    assert "contract: law" in {f.name for f in found} and not [
+        f for f in found if f.name.startswith("law under")
+    ]
 
 
 # ---- drafts over vocabularies too large to enumerate ----
@@ -107,13 +111,17 @@ MANY: dict[str, Build] = {
     "sedd left-to-right": lambda info: tiny.drafter(info, steps=2, **tiny.CACHED),
     "sedd windowed": lambda info: tiny.drafter(info, steps=2, n_blocks=1, length=40),
     "sedd any": lambda info: AnyOrderDrafter(tiny.drafter(info, **tiny.CACHED).denoiser, steps=2),
-    "sedd of the uniform process": lambda info: AnyOrderDrafter(uniform(info), steps=2, sampler="euler"),
+    "sedd of the uniform process": lambda info: AnyOrderDrafter(
+        uniform(info), steps=2, sampler="euler"
+    ),
     "autoregressive": lambda info: causal_drafter(info, seed=6),
 }
 
 
 def uniform(info: TargetInfo) -> SEDDDenoiser:
-    return SEDDDenoiser(tiny.sedd(tiny.sedd_config(info.vocab_size, process="uniform", n_blocks=1)), info)
+    return SEDDDenoiser(
+        tiny.sedd(tiny.sedd_config(info.vocab_size, process="uniform", n_blocks=1)), info
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,10 +133,14 @@ def llama() -> CausalTarget:
 def test_what_a_built_in_drafter_says_of_its_draws_is_true(llama: CausalTarget, name: str) -> None:
     found = list(contract(MANY[name](llama.info), llama, 500))
     assert not failed(found)
-    assert len(found) == (1 if name in ("none", "ngram") or "any" in name or "uniform" in name else 5)
+    assert len(found) == (
+        1 if name in ("none", "ngram") or "any" in name or "uniform" in name else 5
+    )
 
 
-@pytest.mark.parametrize("name", ["one position late", "untempered", "any order", "one uniform", "another seed"])
+@pytest.mark.parametrize(
+    "name", ["one position late", "untempered", "any order", "one uniform", "another seed"]
+)
 def test_what_is_not_true_shows_over_many_tokens_too(llama: CausalTarget, name: str) -> None:
     build, check, why = PLANTED[name]
     assert why in failed(contract(build(llama.info), llama, 1000)).get(check, "")
@@ -142,10 +154,18 @@ def test_what_a_bundled_drafter_says_of_its_draws_is_true(lm: SpeculativeLM, nam
 
 
 @pytest.mark.real
-def test_what_is_not_true_shows_in_the_few_texts_affordable_there(monkeypatch: pytest.MonkeyPatch, lm: SpeculativeLM) -> None:
+def test_what_is_not_true_shows_in_the_few_texts_affordable_there(
+    monkeypatch: pytest.MonkeyPatch, lm: SpeculativeLM
+) -> None:
     made = catalog.drafter("autoregressive", lm.target.info)
     propose = made.propose
-    monkeypatch.setattr(made, "propose", lambda context, state, noise, k: late(None, context, noise, propose(context, state, noise, k)))
+    monkeypatch.setattr(
+        made,
+        "propose",
+        lambda context, state, noise, k: late(
+            None, context, noise, propose(context, state, noise, k)
+        ),
+    )
     assert "contract: law" in failed(contract(made, lm.target, 200))
 
 
@@ -155,7 +175,9 @@ def test_what_goes_wrong_late_in_a_draft_shows_in_the_texts_too(name: str) -> No
     target, broken = TableTarget.random(3, seed=4), through(three_uniforms)
     found = of_the_target("law", target, broken(target.info), VERIFIERS[name], 20_000)
     assert not found.passed and "draft_len 8" in found.message
-    assert of_the_target("law", target, broken(target.info), VERIFIERS[name], 20_000, longest=3).passed
+    assert of_the_target(
+        "law", target, broken(target.info), VERIFIERS[name], 20_000, longest=3
+    ).passed
 
 
 @pytest.mark.parametrize("name", VERIFIERS)
@@ -177,7 +199,9 @@ class Bug(Stateless):
 
     draft_len = 3
 
-    def __init__(self, info: TargetInfo, spoil: Callable[["Bug", Context, Noise, Draft], Draft]) -> None:
+    def __init__(
+        self, info: TargetInfo, spoil: Callable[["Bug", Context, Noise, Draft], Draft]
+    ) -> None:
         self.inner, self.spoil = DenoisingDrafter(toy(info), steps=3), spoil
 
     def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
@@ -195,14 +219,18 @@ def late(bug: Bug | None, context: Context, noise: Noise, draft: Draft) -> Draft
 
 def another_seed(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
     other = replace(noise, seed=noise.seed + 1)
-    return replace(draft, tokens=bug.inner.propose(context, None, other, draft.tokens.shape[1]).tokens)
+    return replace(
+        draft, tokens=bug.inner.propose(context, None, other, draft.tokens.shape[1]).tokens
+    )
 
 
 def filtered(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
     """Drawn from the two likeliest, which then are not renormalised."""
     q = law(draft)
     q = torch.where(q >= q.topk(2, dim=-1).values[..., 1:], q, 0)
-    tokens = torch.where(q.gather(-1, draft.tokens[..., None])[..., 0] > 0, draft.tokens, q.argmax(-1))
+    tokens = torch.where(
+        q.gather(-1, draft.tokens[..., None])[..., 0] > 0, draft.tokens, q.argmax(-1)
+    )
     return Draft(tokens, q)
 
 
@@ -210,7 +238,9 @@ def leaking(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
     """Each row drafts for the text of the row before it in the batch."""
     batch = context.batch
     ids = batch.ids.scatter(1, batch.length[:, None] - 1, batch.anchor.roll(1)[:, None])
-    return bug.inner.propose(replace(context, batch=replace(batch, ids=ids)), None, noise, draft.tokens.shape[1])
+    return bug.inner.propose(
+        replace(context, batch=replace(batch, ids=ids)), None, noise, draft.tokens.shape[1]
+    )
 
 
 def unseeded(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
@@ -220,7 +250,10 @@ def unseeded(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
 
 def ones_everywhere(bug: Bug, context: Context, noise: Noise, draft: Draft) -> Draft:
     """A point mass on the first token, said to be on another."""
-    return Draft(torch.zeros_like(draft.tokens), torch.nn.functional.one_hot(torch.ones_like(draft.tokens), law(draft).shape[-1]).double())
+    return Draft(
+        torch.zeros_like(draft.tokens),
+        torch.nn.functional.one_hot(torch.ones_like(draft.tokens), law(draft).shape[-1]).double(),
+    )
 
 
 class Lingering(Drafter[dict[str, Any]]):
@@ -231,11 +264,16 @@ class Lingering(Drafter[dict[str, Any]]):
 
     def __init__(self, info: TargetInfo, *, admits: bool) -> None:
         generator = torch.Generator().manual_seed(3)
-        self.table = 1.5 * torch.randn(info.vocab_size, info.vocab_size, dtype=torch.float64, generator=generator)
+        self.table = 1.5 * torch.randn(
+            info.vocab_size, info.vocab_size, dtype=torch.float64, generator=generator
+        )
         self.admits = admits
 
     def open(self, rows: int, slots: int) -> dict[str, Any]:
-        return {"last": torch.zeros(rows, dtype=torch.long), "asked": torch.zeros(rows, dtype=torch.long)}
+        return {
+            "last": torch.zeros(rows, dtype=torch.long),
+            "asked": torch.zeros(rows, dtype=torch.long),
+        }
 
     def admit(self, state: dict[str, Any], context: Context, rows: torch.Tensor) -> None:
         if self.admits:
@@ -244,8 +282,12 @@ class Lingering(Drafter[dict[str, Any]]):
     def release(self, state: dict[str, Any], rows: torch.Tensor) -> None:
         return None
 
-    def propose(self, context: Context, state: dict[str, Any], noise: Noise, draft_len: int) -> Draft:
-        q = probabilities(self.table[state["last"]][:, None].expand(-1, draft_len, -1), context.batch.params)
+    def propose(
+        self, context: Context, state: dict[str, Any], noise: Noise, draft_len: int
+    ) -> Draft:
+        q = probabilities(
+            self.table[state["last"]][:, None].expand(-1, draft_len, -1), context.batch.params
+        )
         tokens = draw(q, noise.uniform(Purpose.DRAFT, draft_len))
         state["last"] = tokens[:, -1]
         return Draft(tokens, q)
@@ -260,26 +302,70 @@ def through(change: Callable[[Noise], Noise]) -> Build:
 
 
 PLANTED: dict[str, tuple[Build, str, str]] = {
-    "any order": (example("unlawful.py:AnyOrder"), "contract: earlier laws", "any other order than left to right"),
+    "any order": (
+        example("unlawful.py:AnyOrder"),
+        "contract: earlier laws",
+        "any other order than left to right",
+    ),
     "one position late": (bug(late), "contract: law", "one position late"),
-    "untempered": (lambda info: Misreported(toy(info), draft_temperature=0.7), "contract: law", "before a temperature"),
-    "one uniform": (through(one_uniform), "contract: ancestors", "one uniform used for several positions"),
-    "three uniforms": (through(three_uniforms), "contract: ancestors", "one uniform used for several positions"),
+    "untempered": (
+        lambda info: Misreported(toy(info), draft_temperature=0.7),
+        "contract: law",
+        "before a temperature",
+    ),
+    "one uniform": (
+        through(one_uniform),
+        "contract: ancestors",
+        "one uniform used for several positions",
+    ),
+    "three uniforms": (
+        through(three_uniforms),
+        "contract: ancestors",
+        "one uniform used for several positions",
+    ),
     "not renormalised": (bug(filtered), "probabilities", "not summing to 1"),
     "leak between rows": (bug(leaking), "batches", "other rows of its batch"),
     "another seed": (bug(another_seed), "contract: law", "another draw"),
-    "stale after rejection": (lambda info: Lingering(info, admits=True), "rejection", "rejected tokens"),
-    "stale after release": (lambda info: Lingering(info, admits=False), "admission", "forget what the rows held before"),
+    "stale after rejection": (
+        lambda info: Lingering(info, admits=True),
+        "rejection",
+        "rejected tokens",
+    ),
+    "stale after release": (
+        lambda info: Lingering(info, admits=False),
+        "admission",
+        "forget what the rows held before",
+    ),
     "nan": (bug(lambda b, c, n, d: replace(d, probs=law(d) * torch.nan)), "probabilities", "NaN"),
-    "ids beyond": (bug(lambda b, c, n, d: replace(d, tokens=d.tokens + 5)), "tokens", "outside the target's vocabulary"),
-    "shape": (bug(lambda b, c, n, d: replace(d, probs=law(d)[:, :1])), "drafts", "probabilities of shape"),
-    "size": (bug(lambda b, c, n, d: replace(d, size=torch.full((len(d.tokens),), -1))), "size", "below 0"),
+    "ids beyond": (
+        bug(lambda b, c, n, d: replace(d, tokens=d.tokens + 5)),
+        "tokens",
+        "outside the target's vocabulary",
+    ),
+    "shape": (
+        bug(lambda b, c, n, d: replace(d, probs=law(d)[:, :1])),
+        "drafts",
+        "probabilities of shape",
+    ),
+    "size": (
+        bug(lambda b, c, n, d: replace(d, size=torch.full((len(d.tokens),), -1))),
+        "size",
+        "below 0",
+    ),
     "impossible": (bug(ones_everywhere), "possible", "have probability 0"),
     "raises": (bug(lambda b, c, n, d: 1 // 0), "drafts", "raised ZeroDivisionError"),  # type: ignore[arg-type, return-value]
     "python's random": (bug(unseeded), "deterministic", "draw from `noise` only"),
-    "draws of the round before": (through(every_round_alike), "contract: past rounds", "fresh draw"),
+    "draws of the round before": (
+        through(every_round_alike),
+        "contract: past rounds",
+        "fresh draw",
+    ),
     "the verifier's uniforms": (through(one_stream), "contract: verifier", "Purpose.DRAFT"),
-    "drops what it finds unlikely": (lambda i: DropsUnlikely(DenoisingDrafter(toy(i)), floor=0.3), "contract: law", "do not follow"),
+    "drops what it finds unlikely": (
+        lambda i: DropsUnlikely(DenoisingDrafter(toy(i)), floor=0.3),
+        "contract: law",
+        "do not follow",
+    ),
 }
 
 
@@ -293,11 +379,15 @@ def test_a_planted_bug_fails_the_right_check(name: str) -> None:
 @pytest.mark.parametrize("plan", ["token", "block"])
 @pytest.mark.parametrize("wrong", [swapped, no_residual, early_bonus])
 def test_a_wrong_verifier_fails(wrong: Callable[..., Any], plan: str) -> None:
-    found = failed(check_verifier(verifier_of(wrong(verify.PLANS[plan]), longest=plan == "block"), quick=True))
+    found = failed(
+        check_verifier(verifier_of(wrong(verify.PLANS[plan]), longest=plan == "block"), quick=True)
+    )
     assert found.keys() & {"law with probabilities", "law with point masses", "well formed"}
 
 
-@pytest.mark.parametrize("fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"])
+@pytest.mark.parametrize(
+    "fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"]
+)
 def test_a_target_with_stale_slots_fails(fault: dict[str, Any]) -> None:
     found = failed(check_target(StaleTarget(TableTarget.random(5).table, **fault)))
     assert "entries of rejected drafts" in found["history"]
@@ -314,7 +404,9 @@ class Rewriting(CausalTarget):
     """BUG: rows that are done are drafted for one slot too early, into what they shall keep."""
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
-        return super().score(cache, replace(batch, length=(batch.length - 2 * batch.done.long()).clamp(min=1)), draft)
+        return super().score(
+            cache, replace(batch, length=(batch.length - 2 * batch.done.long()).clamp(min=1)), draft
+        )
 
 
 def test_a_target_that_writes_into_rows_that_are_done_fails() -> None:
@@ -348,18 +440,25 @@ class Overhearing(TableTarget):
 
 
 @pytest.mark.parametrize("kind", [Stretching, Overhearing])
-def test_a_target_that_depends_on_length_or_on_another_stream_fails(kind: type[TableTarget]) -> None:
+def test_a_target_that_depends_on_length_or_on_another_stream_fails(
+    kind: type[TableTarget],
+) -> None:
     found = failed(check_target(kind(TableTarget.random(7).table), quick=True))
     assert found.keys() == {"lengths"} and "how long the neighbors" in found["lengths"]
 
 
 def test_a_model_that_was_let_through_at_load_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """RoPE that changes its frequencies for all rows of a forward once one of them is long."""
-    monkeypatch.setattr("specdiff.models.causal.refuse", lambda config: None)
+    monkeypatch.setattr("specdiff.models.ragged.refuse", lambda config: None)
     monkeypatch.setattr("specdiff.targets.causal.self_test", lambda model: 0.0)
     sizes = tiny.model("llama").config.to_dict()
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 12.0]}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 24, **factors}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 24,
+        **factors,
+    }
     torch.manual_seed(0)
     net = LlamaForCausalLM(LlamaConfig(**{**sizes, "rope_parameters": rope}))
     for parameter in net.parameters():
@@ -376,7 +475,11 @@ def test_lawful_scores_have_the_promised_tails() -> None:
         scores = Scores(5, generator=torch.Generator().manual_seed(seed))
         asked = [replace(r, seed=r.seed + seed) for r in requests(target, 60)]
         run(target, drafter, asked, scores.look, draft_len=3, rows=60, verifier=verify.token)
-        ratios += [f.statistic / f.threshold for f in scores.findings() if f.statistic is not None and f.threshold is not None]
+        ratios += [
+            f.statistic / f.threshold
+            for f in scores.findings()
+            if f.statistic is not None and f.threshold is not None
+        ]
     assert 0.4 < max(ratios) < 0.9
 
 
@@ -384,7 +487,9 @@ def test_lawful_scores_have_the_promised_tails() -> None:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["specdiff", "check", *arguments])
         with pytest.raises(SystemExit) as end:
@@ -412,10 +517,15 @@ def test_the_command(here: Callable[..., tuple[int, str, str]]) -> None:
         ((), "nothing to check"),
         (("nope",), "unknown drafter 'nope'"),
         (("none", "--verifier", "hope"), "unknown verifier 'hope'"),
-        (("--verifier", "token", "--model", "table"), "--model is the target a drafter is checked with"),
+        (
+            ("--verifier", "token", "--model", "table"),
+            "--model is the target a drafter is checked with",
+        ),
         (("--verifier", "json:nothing"), "json defines no 'nothing'"),
     ],
 )
-def test_usage(here: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...], told: str) -> None:
+def test_usage(
+    here: Callable[..., tuple[int, str, str]], arguments: tuple[str, ...], told: str
+) -> None:
     code, _, err = here(*arguments)
     assert code == 2 and told in err

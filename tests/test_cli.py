@@ -15,12 +15,21 @@ PROMPT = "Write a haiku about rain."
 
 
 def specdiff(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", "-c", "from specdiff.cli import main; main()", *arguments]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        "from specdiff.cli import main; main()",
+        *arguments,
+    ]
     return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Run `main` in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -65,7 +74,9 @@ def test_a_usage_error_is_one_line_and_exit_code_2(
     assert told in err
 
 
-def test_a_failure_is_exit_code_1(here: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_a_failure_is_exit_code_1(
+    here: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"not opened")
     code, _, err = here("hi", "--model", str(tmp_path))
@@ -74,10 +85,26 @@ def test_a_failure_is_exit_code_1(here: Callable[..., tuple[int, str, str]], tmp
 
 @pytest.mark.real
 def test_generate_streams_text_to_stdout_and_the_footer_to_stderr() -> None:
-    done = specdiff("-", "--max-tokens", "12", "--temperature", "0", "--drafter", "sedd", "--draft-len", "3", "--compare", stdin=PROMPT)
+    done = specdiff(
+        "-",
+        "--max-tokens",
+        "12",
+        "--temperature",
+        "0",
+        "--drafter",
+        "sedd",
+        "--draft-len",
+        "3",
+        "--compare",
+        stdin=PROMPT,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "\x1b" not in done.stdout and "tok/s" not in done.stdout
-    assert "tau" in done.stderr and "the same tokens" in done.stderr and "speculative / plain" in done.stderr
+    assert (
+        "tau" in done.stderr
+        and "the same tokens" in done.stderr
+        and "speculative / plain" in done.stderr
+    )
     assert "break-even tau" in done.stderr
 
 
@@ -87,8 +114,25 @@ def test_json_is_one_object_and_environment_variables_are_read(
 ) -> None:
     monkeypatch.setenv("SPECDIFF_GENERATE_MAX_TOKENS", "9")
     answer = json.loads(here(PROMPT, "--json", "--seed", "5", "--verifier", "match")[1])
-    assert len(answer["token_ids"]) <= 9 and answer["stats"]["drafted"] > 0 and answer["drafter"] == "auto"
-    plain = json.loads(here(PROMPT, "--json", "--seed", "5", "--verifier", "match", "--drafter", "none", "--max-tokens", "9")[1])
+    assert (
+        len(answer["token_ids"]) <= 9
+        and answer["stats"]["drafted"] > 0
+        and answer["drafter"] == "auto"
+    )
+    plain = json.loads(
+        here(
+            PROMPT,
+            "--json",
+            "--seed",
+            "5",
+            "--verifier",
+            "match",
+            "--drafter",
+            "none",
+            "--max-tokens",
+            "9",
+        )[1]
+    )
     assert plain["token_ids"] == answer["token_ids"] and plain["text"] == answer["text"]
 
 
@@ -111,7 +155,16 @@ def test_a_drafter_that_breaks_is_told_of_in_a_line_in_the_footer_and_in_json(
     (tmp_path / "mine.py").write_text(BROKEN)
     with warnings.catch_warnings():
         warnings.simplefilter("default", RuntimeWarning)
-        code, out, err = here(PROMPT, "--json", "--drafter", f"{tmp_path}/mine.py:Mine", "--max-tokens", "3", "--seed", "1")
+        code, out, err = here(
+            PROMPT,
+            "--json",
+            "--drafter",
+            f"{tmp_path}/mine.py:Mine",
+            "--max-tokens",
+            "3",
+            "--seed",
+            "1",
+        )
     warning, footer = err.strip().splitlines()
     assert code == 0 and json.loads(out)["stats"]["faults"] == 1
     assert warning.startswith("specdiff: warning: the drafter Mine raised RuntimeError: out of ink")

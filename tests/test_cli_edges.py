@@ -14,15 +14,15 @@ import pytest
 import tiny
 from specdiff import Conversation, SpeculativeLM, cli
 from specdiff.errors import TargetError
-from specdiff.lm import Piece
-from test_lm import VOCAB, tokenizer  # noqa: F401 (a fixture)
+from specdiff.text.lm import Chunk
+from test_lm import VOCAB, tokenizer  # noqa: F401
 
 Here = Callable[..., tuple[int, str, str]]
 VERBS = ("generate", "chat", "sample", "check", "data", "train", "bench", "env")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:  # noqa: F811
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     path = tmp_path_factory.mktemp("model")
     tiny.model("llama", vocab=VOCAB, positions=400).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -69,7 +69,9 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
 
 @pytest.mark.parametrize("value", ["1", "0.1.0", "maybe"])
 @pytest.mark.parametrize("name", ["VERSION", "HELP", "GENERATE_HELP"])
-def test_version_and_help_take_no_environment_variable(here: Here, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_version_and_help_take_no_environment_variable(
+    here: Here, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(f"SPECDIFF_{name}", value)
     code, out, err = here("generate", "  ")
     assert code == 2 and out == "" and "the prompt is empty" in err
@@ -89,8 +91,14 @@ class Odd(Exception):  # noqa: N818
 
 
 ERRORS = [
-    (PermissionError(13, "Permission denied", "/a/[/b]"), "PermissionError: [Errno 13] Permission denied: '/a/[/b]'"),
-    (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "UnicodeDecodeError: 'utf-8' codec"),
+    (
+        PermissionError(13, "Permission denied", "/a/[/b]"),
+        "PermissionError: [Errno 13] Permission denied: '/a/[/b]'",
+    ),
+    (
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        "UnicodeDecodeError: 'utf-8' codec",
+    ),
     (EOFError("Compressed file ended early"), "EOFError: Compressed file ended early"),
     (EOFError(), "EOFError; run again"),
     (MemoryError(), "MemoryError; run again"),
@@ -101,7 +109,9 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "line"), ERRORS, ids=lambda v: type(v).__name__)
-def test_an_unexpected_error_is_one_line(here: Here, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str) -> None:
+def test_an_unexpected_error_is_one_line(
+    here: Here, monkeypatch: pytest.MonkeyPatch, error: Exception, line: str
+) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
@@ -113,8 +123,12 @@ def test_an_unexpected_error_is_one_line(here: Here, monkeypatch: pytest.MonkeyP
     assert err.count("\n") == 1 and len(err) < 700
 
 
-@pytest.mark.parametrize("arguments", [("--debug", "hi"), ("hi", "--debug"), ("generate", "--debug", "hi")])
-def test_debug_shows_the_traceback(here: Here, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [("--debug", "hi"), ("hi", "--debug"), ("generate", "--debug", "hi")]
+)
+def test_debug_shows_the_traceback(
+    here: Here, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
         raise Odd("out of ink")
 
@@ -124,12 +138,16 @@ def test_debug_shows_the_traceback(here: Here, monkeypatch: pytest.MonkeyPatch, 
     assert err.splitlines()[-1] == "specdiff: error: Odd: out of ink"
 
 
-def test_debug_by_the_environment_and_behind_two_dashes(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_by_the_environment_and_behind_two_dashes(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, _, err = here("--no-such", "--", "--debug")
     assert code == 2 and "Traceback" not in err
     monkeypatch.setenv("SPECDIFF_DEBUG", "1")
     code, _, err = here("hi", "--model", "./nowhere")
-    assert code == 2 and "Traceback" in err and "no model folder './nowhere'" in err.splitlines()[-1]
+    assert (
+        code == 2 and "Traceback" in err and "no model folder './nowhere'" in err.splitlines()[-1]
+    )
     monkeypatch.setenv("SPECDIFF_DEBUG", "0")
     assert "Traceback" not in here("hi", "--model", "./nowhere")[2]
 
@@ -142,10 +160,12 @@ def test_an_interrupt_is_a_new_line_and_130(here: Here, monkeypatch: pytest.Monk
     assert here("hi") == (130, "", "\n")
 
 
-def test_half_an_answer_ends_before_the_error_line(answer: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_an_answer_ends_before_the_error_line(
+    answer: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = SpeculativeLM.stream
 
-    def cut(self: SpeculativeLM, *arguments: Any, **options: Any) -> Iterator[Piece]:
+    def cut(self: SpeculativeLM, *arguments: Any, **options: Any) -> Iterator[Chunk]:
         for index, piece in enumerate(whole(self, *arguments, **options)):
             if index == 1:
                 raise TargetError("the logits of row 0 are not finite")
@@ -160,11 +180,15 @@ def test_half_an_answer_ends_before_the_error_line(answer: Here, monkeypatch: py
 # prompts that begin with a dash
 
 
-@pytest.mark.parametrize("prompt", ["-5 + 3", "- what is a list?", "--hello world", "-5", "-hallo", "--help me"])
+@pytest.mark.parametrize(
+    "prompt", ["-5 + 3", "- what is a list?", "--hello world", "-5", "-hallo", "--help me"]
+)
 def test_a_prompt_that_begins_with_a_dash(here: Here, prompt: str) -> None:
     code, out, err = here(prompt)
     assert code == 2 and out == ""
-    assert err.endswith("A prompt that begins with '-' goes after '--', or into 'specdiff generate -' as a pipe.\n")
+    assert err.endswith(
+        "A prompt that begins with '-' goes after '--', or into 'specdiff generate -' as a pipe.\n"
+    )
 
 
 def test_a_mistyped_option_gets_no_such_hint(here: Here) -> None:
@@ -232,22 +256,30 @@ def test_full_and_closed_streams() -> None:
     assert full.stdout == b"1\n1\n"
     line = b"specdiff: error: cannot write to standard output: No space left on device\n"
     assert full.stderr == 2 * line
-    closed = shell("$SPECDIFF --version >&-; echo $?; $SPECDIFF --version 2>&-; echo $?; $SPECDIFF hi --draft-len x 2>&-; echo $?")
+    closed = shell(
+        "$SPECDIFF --version >&-; echo $?; $SPECDIFF --version 2>&-; echo $?; $SPECDIFF hi --draft-len x 2>&-; echo $?"
+    )
     out = closed.stdout.decode().split()
     assert out[0] == "1" and out[2:] == ["0", "2"]
-    assert closed.stderr == b"specdiff: error: cannot write to standard output: Bad file descriptor\n"
+    assert (
+        closed.stderr == b"specdiff: error: cannot write to standard output: Bad file descriptor\n"
+    )
     for verb in ("generate -", "chat --model ./nowhere"):
         done = shell(f"$SPECDIFF {verb} <&-; echo $?")
         assert done.stdout == b"2\n" and done.stderr.count(b"\n") == 1, done.stderr
 
 
 def test_a_reader_that_leaves_is_silent() -> None:
-    done = shell("set -o pipefail; $SPECDIFF generate --help | true; $SPECDIFF generate --help | head -1")
+    done = shell(
+        "set -o pipefail; $SPECDIFF generate --help | true; $SPECDIFF generate --help | head -1"
+    )
     assert done.stderr == b""
 
 
 @pytest.mark.parametrize("arguments", [(), ("--json",)])
-def test_an_answer_onto_a_full_disk(answer: Here, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
+def test_an_answer_onto_a_full_disk(
+    answer: Here, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
     with open("/dev/full", "w") as full:  # noqa: PTH123
         monkeypatch.setattr(sys, "stdout", full)
         code, _, err = answer("the rain", "-q", *arguments)
@@ -276,7 +308,9 @@ def test_markup_in_a_name_is_text(here: Here, tmp_path: Path) -> None:
         assert code == 2 and "no model folder './[/x] :smile:'" in err, err
 
 
-def test_markup_in_the_name_of_a_folder(here: Here, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_markup_in_the_name_of_a_folder(
+    here: Here, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "[").mkdir()
     (tmp_path / "[/x]").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
@@ -293,7 +327,7 @@ def test_markup_in_the_name_of_a_folder(here: Here, folder: Path, tmp_path: Path
 def test_minus_infinity_is_null(answer: Here, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = SpeculativeLM.stream
 
-    def never(self: SpeculativeLM, *arguments: Any, **options: Any) -> Iterator[Piece]:
+    def never(self: SpeculativeLM, *arguments: Any, **options: Any) -> Iterator[Chunk]:
         for piece in whole(self, *arguments, **options):
             piece.generation.logprobs[0] = -float("inf")
             piece.generation.top_logprobs[0] = [(3, -float("inf"))]
@@ -308,8 +342,12 @@ def test_minus_infinity_is_null(answer: Here, monkeypatch: pytest.MonkeyPatch) -
 # an answer that is there is never lost
 
 
-@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (TargetError("not finite"), 1)])
-def test_what_ends_the_comparison_keeps_the_answer(answer: Here, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (TargetError("not finite"), 1)]
+)
+def test_what_ends_the_comparison_keeps_the_answer(
+    answer: Here, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
     def end(*arguments: Any, **options: Any) -> None:
         raise error
 
@@ -320,10 +358,12 @@ def test_what_ends_the_comparison_keeps_the_answer(answer: Here, monkeypatch: py
     assert "tok/s" in err and "Traceback" not in err
 
 
-def test_no_error_ends_a_conversation(here: Here, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_error_ends_a_conversation(
+    here: Here, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = Conversation.say
 
-    def say(self: Conversation, text: str, **options: Any) -> Iterator[Piece]:
+    def say(self: Conversation, text: str, **options: Any) -> Iterator[Chunk]:
         for piece in whole(self, text, **options):
             yield piece
             if text == "break":
@@ -349,10 +389,12 @@ def test_no_error_ends_a_conversation(here: Here, folder: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("verb", ["generate", "chat"])
-def test_what_is_not_set_is_not_passed_on(here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+def test_what_is_not_set_is_not_passed_on(
+    here: Here, folder: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     requests: list[dict[str, Any]] = []
     loads: list[dict[str, Any]] = []
-    from specdiff import lm, options
+    from specdiff.text import lm, options
 
     load, of = lm.load, options.Options.of
 
@@ -369,10 +411,29 @@ def test_what_is_not_set_is_not_passed_on(here: Here, folder: Path, monkeypatch:
     model = ("--model", str(folder), "--drafter", "none", "--max-tokens", "3")
     prompt = ("the rain",) if verb == "generate" else ()
     sampling = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
-    assert here(verb, *prompt, *model, stdin=b"the rain\n!set top_p 0.5\n!set top_p default\nin spain\n")[0] == 0
-    assert requests and not any(sampling & request.keys() for request in (requests[0], requests[-1]))
+    assert (
+        here(
+            verb, *prompt, *model, stdin=b"the rain\n!set top_p 0.5\n!set top_p default\nin spain\n"
+        )[0]
+        == 0
+    )
+    assert requests and not any(
+        sampling & request.keys() for request in (requests[0], requests[-1])
+    )
     assert "generation_config" not in loads[-1]
-    assert here(verb, *prompt, *model, "--top-k", "3", "--generation-config", "none", stdin=b"the rain\n")[0] == 0
+    assert (
+        here(
+            verb,
+            *prompt,
+            *model,
+            "--top-k",
+            "3",
+            "--generation-config",
+            "none",
+            stdin=b"the rain\n",
+        )[0]
+        == 0
+    )
     assert requests[-1]["top_k"] == 3 and loads[-1]["generation_config"] == "none"
 
 

@@ -25,11 +25,19 @@ def round_of(draft_len: int, emitted: int, seconds: float, rows: int = 1) -> Rou
     verification = Verification((count - 1).clamp(min=0), tokens, path)
     shares = {"draft": seconds / 4, "score": 3 * seconds / 4}
     return Round(
-        Draft(tokens[:, :draft_len]), verification, count, batch, shares, torch.zeros(rows, dtype=torch.bool), torch.full((rows,), -1)
+        Draft(tokens[:, :draft_len]),
+        verification,
+        count,
+        batch,
+        shares,
+        torch.zeros(rows, dtype=torch.bool),
+        torch.full((rows,), -1),
     )
 
 
-def driven(controller: Controller, rounds: int, emits: Callable[[int], int], cost: float = 2.0) -> list[int]:
+def driven(
+    controller: Controller, rounds: int, emits: Callable[[int], int], cost: float = 2.0
+) -> list[int]:
     """The draft lengths it chose. A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens."""
     last, chosen = None, []
     for i in range(rounds):
@@ -58,7 +66,9 @@ def test_it_stays_on_above_break_even() -> None:
 
 def test_it_turns_off_below_break_even() -> None:
     chosen = driven(Controller(DRAFT), 40, lambda i: 1)
-    assert chosen[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (PLAIN_PROBES + FIRST_PAUSE)
+    assert chosen[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (
+        PLAIN_PROBES + FIRST_PAUSE
+    )
 
 
 def test_it_probes_again_after_ever_longer_pauses() -> None:
@@ -159,7 +169,9 @@ def test_stages_on_a_device_take_what_the_device_takes() -> None:
     assert device.host < 0.015 and device.waits == 0  # nothing has waited yet
     assert dict(clock.seconds) == pytest.approx({"draft": 0.011, "score": 0.031})
     waits = device.waits
-    assert sum(clock.seconds.values()) == pytest.approx(0.042) and device.waits == waits  # read once
+    assert (
+        sum(clock.seconds.values()) == pytest.approx(0.042) and device.waits == waits
+    )  # read once
 
 
 def test_a_cheap_drafter_stays_on_where_scoring_returns_at_once() -> None:

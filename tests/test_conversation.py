@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import tiny
-from specdiff import Conversation, SpeculativeLM, engine, prefixes
-from specdiff.conversation import Reading
+from specdiff import Conversation, SpeculativeLM, engine, prefix_cache
 from specdiff.errors import UsageError
 from specdiff.targets.causal import CausalTarget
-from test_lm import END, VOCAB, scripted, tokenizer  # noqa: F401 (a fixture)
+from specdiff.text.conversation import Reading
+from test_lm import END, VOCAB, scripted, tokenizer  # noqa: F401
 
 SAID = ("the rain", "in spain", "falls mainly", "on the plain")
 
@@ -22,14 +22,18 @@ def target() -> CausalTarget:
 
 
 @pytest.fixture(scope="module", params=["plain", "drafted"])
-def lm(request: pytest.FixtureRequest, target: CausalTarget, tokenizer: Any) -> SpeculativeLM:  # noqa: F811
+def lm(request: pytest.FixtureRequest, target: CausalTarget, tokenizer: Any) -> SpeculativeLM:
     drafter = "none" if request.param == "plain" else tiny.drafter(target.info, **tiny.CACHED)
     return SpeculativeLM(target, drafter, tokenizer, max_len=500)
 
 
 def answered(conversation: Conversation, text: str, **options: Any) -> tuple[str, list[int]]:
     pieces = list(conversation.say(text, **options))
-    assert "".join(p.text for p in pieces) == pieces[-1].generation.text == conversation.messages[-1]["content"]
+    assert (
+        "".join(p.text for p in pieces)
+        == pieces[-1].generation.text
+        == conversation.messages[-1]["content"]
+    )
     return pieces[-1].generation.text, pieces[-1].generation.token_ids
 
 
@@ -37,15 +41,24 @@ def roles(conversation: Conversation) -> list[str]:
     return [m["role"] for m in conversation.messages]
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "verifier": "match", "top_p": 0.9}])
-def test_each_answer_is_that_of_its_messages_alone(lm: SpeculativeLM, options: dict[str, Any]) -> None:
-    conversation, held, read, reused = Conversation(lm, "be brief", max_tokens=25, **options), [], 0, 0
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0}, {"seed": 3}, {"seed": 3, "verifier": "match", "top_p": 0.9}]
+)
+def test_each_answer_is_that_of_its_messages_alone(
+    lm: SpeculativeLM, options: dict[str, Any]
+) -> None:
+    conversation, held, read, reused = (
+        Conversation(lm, "be brief", max_tokens=25, **options),
+        [],
+        0,
+        0,
+    )
     for text in SAID:
         messages = [*conversation.messages, {"role": "user", "content": text}]
         prompt, alone = lm.render(messages), lm.chat(messages, max_tokens=25, **options)
         assert answered(conversation, text) == (alone.text, alone.token_ids)
         assert conversation.messages == [*messages, {"role": "assistant", "content": alone.text}]
-        found = min(prefixes.shared(held[:-1], prompt), len(prompt) - 1)
+        found = min(prefix_cache.shared(held[:-1], prompt), len(prompt) - 1)
         read, reused, held = read + len(prompt) - found, reused + found, [*prompt, *alone.token_ids]
         assert (conversation.reading.read, conversation.reading.reused) == (read, reused)
         assert conversation.size == len(held)
@@ -56,19 +69,27 @@ def test_a_position_too_many_would_show(lm: SpeculativeLM, monkeypatch: pytest.M
     """Planted: what a row holds is thought one longer than it is."""
 
     def seats(held: Any, prompts: Any) -> list[tuple[int, int]]:
-        return [(row, min(kept + 1, len(p) - 1)) for (row, kept), p in zip(prefixes.seats(held, prompts), prompts, strict=True)]
+        return [
+            (row, min(kept + 1, len(p) - 1))
+            for (row, kept), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
+        ]
 
     monkeypatch.setattr(engine, "seats", seats)
     conversation, same = Conversation(lm, max_tokens=25, temperature=0), []
     for text in SAID:
         messages = [*conversation.messages, {"role": "user", "content": text}]
-        same.append(answered(conversation, text)[0] == lm.chat(messages, max_tokens=25, temperature=0).text)
+        same.append(
+            answered(conversation, text)[0] == lm.chat(messages, max_tokens=25, temperature=0).text
+        )
     assert not all(same)
 
 
-def test_an_answer_that_is_tokenised_as_it_was_written_is_read_once(tokenizer: Any) -> None:  # noqa: F811
+def test_an_answer_that_is_tokenised_as_it_was_written_is_read_once(tokenizer: Any) -> None:
     """All but the answer's last token, which no round ever scored; and an answer that the tokenizer splits otherwise is told of."""
-    for answer, parted in ((tokenizer("falls mainly on the plain,")["input_ids"], 0), (list(tokenizer("spain").input_ids[:1]) * 2, None)):
+    for answer, parted in (
+        (tokenizer("falls mainly on the plain,")["input_ids"], 0),
+        (list(tokenizer("spain").input_ids[:1]) * 2, None),
+    ):
         made = scripted(tokenizer, lmprompt(tokenizer, "the rain"), [*answer, END])
         conversation = Conversation(made, temperature=0, draft_len=3)
         answered(conversation, "the rain")
@@ -76,14 +97,14 @@ def test_an_answer_that_is_tokenised_as_it_was_written_is_read_once(tokenizer: A
         list(conversation.say("in spain", max_tokens=2))
         told = [*lmprompt(tokenizer, "the rain"), *answer, END]
         prompt = made.render(conversation.messages[:3])
-        assert conversation.reading.reused == prefixes.shared(told[:-1], prompt)
+        assert conversation.reading.reused == prefix_cache.shared(told[:-1], prompt)
         assert conversation.reading.read == first + len(prompt) - conversation.reading.reused
         assert conversation.reading.parted == (conversation.reading.reused < len(told) - 1)
         if parted is not None:
             assert conversation.reading.parted == parted
 
 
-def lmprompt(tokenizer: Any, text: str) -> list[int]:  # noqa: F811
+def lmprompt(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(f"[user] {text}\n[assistant] ", add_special_tokens=False)["input_ids"])
 
 
@@ -95,7 +116,10 @@ def test_stopped_from_another_thread_it_keeps_what_is_written(lm: SpeculativeLM)
             thread = threading.Thread(target=conversation.stop)
             thread.start()
             thread.join()
-    assert piece.generation.finish_reason == "interrupted" and 10 <= len(piece.generation.token_ids) <= 30
+    assert (
+        piece.generation.finish_reason == "interrupted"
+        and 10 <= len(piece.generation.token_ids) <= 30
+    )
     assert conversation.messages[-1] == {"role": "assistant", "content": shown} and shown
     goes_on(lm, conversation)
     assert conversation.reading.reused > 0
@@ -104,7 +128,10 @@ def test_stopped_from_another_thread_it_keeps_what_is_written(lm: SpeculativeLM)
 def goes_on(lm: SpeculativeLM, conversation: Conversation) -> None:
     """The next answer is that of the messages alone."""
     messages = [*conversation.messages, {"role": "user", "content": "in spain"}]
-    assert answered(conversation, "in spain", max_tokens=9)[0] == lm.chat(messages, temperature=0, max_tokens=9).text
+    assert (
+        answered(conversation, "in spain", max_tokens=9)[0]
+        == lm.chat(messages, temperature=0, max_tokens=9).text
+    )
     assert roles(conversation) == ["user", "assistant"] * (len(messages) // 2 + 1)
 
 
@@ -119,15 +146,21 @@ def test_left_by_its_reader_it_keeps_what_was_read(lm: SpeculativeLM) -> None:
     goes_on(lm, conversation)
 
 
-def test_an_empty_answer_leaves_the_messages_well_formed(tokenizer: Any) -> None:  # noqa: F811
-    for answer, stops in (([END], False), ([VOCAB - 1] * 50, True)):  # ends at once; says only what is no text, and is stopped
+def test_an_empty_answer_leaves_the_messages_well_formed(tokenizer: Any) -> None:
+    for answer, stops in (
+        ([END], False),
+        ([VOCAB - 1] * 50, True),
+    ):  # ends at once; says only what is no text, and is stopped
         made = scripted(tokenizer, lmprompt(tokenizer, "the rain"), answer)
         conversation = Conversation(made, temperature=0, draft_len=3)
         said = conversation.say("the rain")
         if stops:
             said = stopping(conversation, said)
         assert [p.text for p in said] == [""]
-        assert conversation.messages == [{"role": "user", "content": "the rain"}, {"role": "assistant", "content": ""}]
+        assert conversation.messages == [
+            {"role": "user", "content": "the rain"},
+            {"role": "assistant", "content": ""},
+        ]
         list(conversation.say("in spain", max_tokens=3))
         assert roles(conversation) == ["user", "assistant"] * 2
 
@@ -144,11 +177,18 @@ def stopping(conversation: Conversation, said: Any) -> Any:
     return said
 
 
-def test_a_conversation_that_no_longer_fits_says_so_and_is_not_lost(target: CausalTarget, tokenizer: Any) -> None:  # noqa: F811
-    conversation = Conversation(SpeculativeLM(target, "none", tokenizer, max_len=120), temperature=0, max_tokens=40)
+def test_a_conversation_that_no_longer_fits_says_so_and_is_not_lost(
+    target: CausalTarget, tokenizer: Any
+) -> None:
+    conversation = Conversation(
+        SpeculativeLM(target, "none", tokenizer, max_len=120), temperature=0, max_tokens=40
+    )
     answered(conversation, "the rain")
     before = [dict(m) for m in conversation.messages]
-    with pytest.raises(UsageError, match=r"the conversation has \d+ tokens .* max_len 120: clear it, say less, or raise max_len .* 512"):
+    with pytest.raises(
+        UsageError,
+        match=r"the conversation has \d+ tokens .* max_len 120: clear it, say less, or raise max_len .* 512",
+    ):
         list(conversation.say("in spain " * 30))
     assert conversation.messages == before
     _, tokens = answered(conversation, "in")  # what fits is answered, up to max_len
@@ -156,12 +196,19 @@ def test_a_conversation_that_no_longer_fits_says_so_and_is_not_lost(target: Caus
     with pytest.raises(UsageError, match="clear it"):
         list(conversation.say("on the plain " * 9))
     conversation.clear()
-    assert conversation.messages == [] and answered(conversation, "the rain")[0] == before[1]["content"]
+    assert (
+        conversation.messages == []
+        and answered(conversation, "the rain")[0] == before[1]["content"]
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"temperature": -1}, "temperature must be"), ({"raw": True}, "unknown option 'raw'"), ({"verifier": "hope"}, "unknown verifier")],
+    [
+        ({"temperature": -1}, "temperature must be"),
+        ({"raw": True}, "unknown option 'raw'"),
+        ({"verifier": "hope"}, "unknown verifier"),
+    ],
 )
 def test_a_bad_option_loses_nothing(lm: SpeculativeLM, options: dict[str, Any], told: str) -> None:
     conversation = Conversation(lm, temperature=0, max_tokens=9)
@@ -212,9 +259,14 @@ def test_clearing_keeps_the_system_prompt_and_what_is_held_of_it(lm: Speculative
     conversation = Conversation(lm, "be brief", temperature=0, max_tokens=9)
     first = answered(conversation, "the rain")
     conversation.clear()
-    assert conversation.messages == [{"role": "system", "content": "be brief"}] and conversation.size == 0
+    assert (
+        conversation.messages == [{"role": "system", "content": "be brief"}]
+        and conversation.size == 0
+    )
     assert answered(conversation, "the rain") == first
-    assert conversation.reading == Reading(conversation.reading.read, len(lm.render(conversation.messages[:2])) - 1, 0)
+    assert conversation.reading == Reading(
+        conversation.reading.read, len(lm.render(conversation.messages[:2])) - 1, 0
+    )
 
 
 def test_another_way_of_drafting_reads_anew(lm: SpeculativeLM) -> None:
@@ -222,7 +274,10 @@ def test_another_way_of_drafting_reads_anew(lm: SpeculativeLM) -> None:
     answered(conversation, "the rain")
     messages = [*conversation.messages, {"role": "user", "content": "in spain"}]
     text = answered(conversation, "in spain", verifier="block")[0]
-    assert conversation.reading.reused == 0 and text == lm.chat(messages, temperature=0, max_tokens=9).text
+    assert (
+        conversation.reading.reused == 0
+        and text == lm.chat(messages, temperature=0, max_tokens=9).text
+    )
 
 
 def test_a_bad_option_of_all_answers_is_told_at_once(lm: SpeculativeLM) -> None:

@@ -35,7 +35,9 @@ class Witness(Drafter[dict[str, torch.Tensor]]):
     def release(self, state: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
         return None
 
-    def propose(self, context: Context, state: dict[str, torch.Tensor], noise: Noise, draft_len: int) -> Draft:
+    def propose(
+        self, context: Context, state: dict[str, torch.Tensor], noise: Noise, draft_len: int
+    ) -> Draft:
         assert context.features is not None
         for row, seen in enumerate(state["seen"].tolist()):
             entered = context.batch.ids[row, seen : context.batch.length[row] - 1]
@@ -55,9 +57,15 @@ def batch(rows: int = 4, max_tokens: int = 30, **options: object) -> Batch:
 
 
 @pytest.mark.parametrize("pattern", [(3,), (3, 0), (0, 0, 2, 3, 0)])
-def test_features_are_what_entered_the_cache_also_across_rounds_without_drafting(pattern: tuple[int, ...]) -> None:
+def test_features_are_what_entered_the_cache_also_across_rounds_without_drafting(
+    pattern: tuple[int, ...],
+) -> None:
     turn = iter(range(10**6))
-    rounds = list(decode.decode(TARGET, Witness(), batch(), draft_len=lambda _: pattern[next(turn) % len(pattern)]))
+    rounds = list(
+        decode.decode(
+            TARGET, Witness(), batch(), draft_len=lambda _: pattern[next(turn) % len(pattern)]
+        )
+    )
     assert rounds[-1].batch.done.all()
 
 
@@ -87,7 +95,9 @@ def test_rounds_append_what_was_verified_and_change_nothing_else(name: str) -> N
         for row, n in enumerate(r.emitted.tolist()):
             length = int(before.length[row])
             assert torch.equal(r.batch.ids[row, :length], before.ids[row, :length])
-            assert torch.equal(r.batch.ids[row, length : length + n], r.verification.tokens[row, :n])
+            assert torch.equal(
+                r.batch.ids[row, length : length + n], r.verification.tokens[row, :n]
+            )
             assert bool(before.done[row]) == (n == 0)
         assert torch.equal(r.batch.round, before.round + (r.emitted > 0))
         assert set(r.seconds) == {"draft", "score", "verify", "commit"}
@@ -96,7 +106,9 @@ def test_rounds_append_what_was_verified_and_change_nothing_else(name: str) -> N
 
 
 def test_a_stop_id_inside_a_draft_ends_the_row_exactly_there() -> None:
-    final = list(decode.decode(TARGET, Witness(), batch(64, 200, stop_token_ids=(2, 4)), draft_len=3))[-1].batch
+    final = list(
+        decode.decode(TARGET, Witness(), batch(64, 200, stop_token_ids=(2, 4)), draft_len=3)
+    )[-1].batch
     for row in range(64):
         tail = final.ids[row, final.prompt_length[row] : final.length[row]].tolist()
         assert tail[-1] in (2, 4) and not {2, 4} & set(tail[:-1])
@@ -126,7 +138,9 @@ def test_commit_never_writes_beyond_the_limit() -> None:
     assert (after.ids[0, 3:] == wide.ids[0, 3:]).all()
 
 
-def rounds_until_the_error(target: Any, drafter: Drafter[Any], rows: Batch, verifier: str) -> tuple[list[Round], str]:
+def rounds_until_the_error(
+    target: Any, drafter: Drafter[Any], rows: Batch, verifier: str
+) -> tuple[list[Round], str]:
     """The rounds that were yielded, and the message that came after them."""
     rounds = []
     with pytest.raises(TargetError) as caught:
@@ -138,10 +152,14 @@ def rounds_until_the_error(target: Any, drafter: Drafter[Any], rows: Batch, veri
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("sickness", SICKNESS)
-def test_a_row_whose_logits_are_not_finite_ends_there_and_the_others_go_on(sickness: str, verifier: str, temperature: float) -> None:
+def test_a_row_whose_logits_are_not_finite_ends_there_and_the_others_go_on(
+    sickness: str, verifier: str, temperature: float
+) -> None:
     rows = batch(4, temperature=temperature, top_k=3, top_p=0.9, logprobs=1)
     healthy = tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)
-    rounds, message = rounds_until_the_error(Sick(TARGET, SICKNESS[sickness], 12, seed=2), Witness(), rows, verifier)
+    rounds, message = rounds_until_the_error(
+        Sick(TARGET, SICKNESS[sickness], 12, seed=2), Witness(), rows, verifier
+    )
     assert message.startswith("row 2: the target's logits at position 12 are not finite")
     texts = tiny.rows_of(rounds[-1].batch)
     assert texts[2] == healthy[2][: len(texts[2])] and len(texts[2]) <= 12
@@ -157,11 +175,19 @@ def test_a_row_whose_logits_are_not_finite_ends_there_and_the_others_go_on(sickn
 def test_a_position_that_no_row_arrives_at_may_have_any_logits(verifier: str) -> None:
     """Behind the limit, and behind a stop id that the draft holds: no token comes from there."""
     rows = batch(4, max_tokens=7, stop_token_ids=(2,))
-    ends = [len(text) for text in tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)]
+    ends = [
+        len(text)
+        for text in tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)
+    ]
     for row, end in enumerate(ends):
         healthy = tiny.decoded(TARGET, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)
         sick = Sick(TARGET, SICKNESS["all nan"], end, seed=row)
-        assert tiny.decoded(sick, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)[row][:end] == healthy[row]
+        assert (
+            tiny.decoded(sick, Witness(), rows, verifier=VERIFIERS[verifier], draft_len=3)[row][
+                :end
+            ]
+            == healthy[row]
+        )
 
 
 def test_single_entries_of_minus_infinity_are_a_distribution() -> None:
@@ -183,7 +209,9 @@ def test_a_model_that_breaks_after_ten_passes() -> None:
         return output
 
     hook = net.register_forward_hook(spoil)
-    run = decode.start(target, tiny.Hinted([[0] * 99], tiny.VOCAB), tiny.batch_of([[1, 2, 3]], 60, temperature=0))
+    run = decode.start(
+        target, tiny.Hinted([[0] * 99], tiny.VOCAB), tiny.batch_of([[1, 2, 3]], 60, temperature=0)
+    )
     decode.admit(run, torch.arange(1))
     with pytest.raises(TargetError, match="row 0: the target's logits at position") as caught:
         while not bool(run.batch.done.all()):

@@ -54,10 +54,19 @@ def test_generation_needs_no_float64(poor: Any, verifier: str) -> None:
     target = tiny.target("llama")
     lm = SpeculativeLM(target, tiny.drafter(target.info, steps=2), None, 64)
     with poor():
-        for sampling in ({"temperature": 0.0}, {}, {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01}):
-            made = lm.generate([[1, 2, 3], [4]], max_tokens=10, verifier=verifier, seed=1, draft_len=4, **sampling)
+        for sampling in (
+            {"temperature": 0.0},
+            {},
+            {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01},
+        ):
+            made = lm.generate(
+                [[1, 2, 3], [4]], max_tokens=10, verifier=verifier, seed=1, draft_len=4, **sampling
+            )
             assert [len(g.token_ids) for g in made] == [10, 10]
-        assert len(lm.generate([5, 6], max_tokens=24, draft_len="auto", verifier=verifier).token_ids) == 24
+        assert (
+            len(lm.generate([5, 6], max_tokens=24, draft_len="auto", verifier=verifier).token_ids)
+            == 24
+        )
 
 
 def test_the_controller_needs_no_float64(poor: Any) -> None:
@@ -65,7 +74,11 @@ def test_the_controller_needs_no_float64(poor: Any) -> None:
 
     target = tiny.target("gpt2")
     with poor():
-        rounds = list(decode.decode(target, tiny.drafter(target.info), tiny.batch_of([[1]], 20), draft_len=Controller(4)))
+        rounds = list(
+            decode.decode(
+                target, tiny.drafter(target.info), tiny.batch_of([[1]], 20), draft_len=Controller(4)
+            )
+        )
     assert rounds
 
 
@@ -77,7 +90,9 @@ def test_draws_of_24_bits(poor: Any) -> None:
     assert uniform.dtype == torch.float32
     assert uniform.min() >= 0
     assert uniform.max() < 1
-    torch.testing.assert_close(uniform.double(), noise.uniform(Purpose.DRAFT, 64), rtol=0, atol=2.0**-24)
+    torch.testing.assert_close(
+        uniform.double(), noise.uniform(Purpose.DRAFT, 64), rtol=0, atol=2.0**-24
+    )
     share = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
     assert share[0] == share[3] == 0
     assert abs(float(share[1]) - 0.25) < 0.015  # six standard deviations of 32768 draws

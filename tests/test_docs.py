@@ -18,7 +18,13 @@ SMALLER = {
     r"bench --quick": "bench --quick --only sedd --temperatures 0 --prompts 1 --max-tokens 2 --gammas 2",
     r"(check \./mine\.py:Mine)$": r"\1 --quick",
 }
-RUN = ["getting-started", "how-it-works", "exactness", "write-a-drafter", "benchmark"]  # train-a-drafter: test_tutorial.py
+RUN = [
+    "getting-started",
+    "how-it-works",
+    "exactness",
+    "write-a-drafter",
+    "benchmark",
+]  # train-a-drafter: test_tutorial.py
 PAGES = sorted(GUIDE.glob("*.md"))
 
 
@@ -31,7 +37,9 @@ def shrunk(block: Block) -> Block:
 
 @pytest.mark.real
 @pytest.mark.parametrize("page", RUN)
-def test_every_block_runs_in_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs_in_order(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     for block in blocks(GUIDE / f"{page}.md"):
         if block.note != "skip":
@@ -61,23 +69,43 @@ def test_the_index_lists_every_page() -> None:
 
 
 def test_the_shown_drafters_are_the_example_files() -> None:
-    shown = {block.note: block.text for block in blocks(GUIDE / "write-a-drafter.md") if block.language == "python"}
-    assert shown == {name: (GUIDE / "examples" / name).read_text() for name in ("mine.py", "unlawful.py")}
+    shown = {
+        block.note: block.text
+        for block in blocks(GUIDE / "write-a-drafter.md")
+        if block.language == "python"
+    }
+    assert shown == {
+        name: (GUIDE / "examples" / name).read_text() for name in ("mine.py", "unlawful.py")
+    }
 
 
 def test_the_reference_is_written_from_the_docstrings(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "error", str(ROOT / "scripts" / "docs.py"), str(tmp_path), "verify"]
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(ROOT / "scripts" / "docs.py"),
+        str(tmp_path),
+        "verify",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     page = (tmp_path / "specdiff.html").read_text()
     for name in specdiff.__all__:
         assert f'id="{name}"' in page or (tmp_path / "specdiff" / f"{name}.html").exists(), name
-    assert "Block verification (Sun et al., ICLR 2025)" in (tmp_path / "specdiff" / "verify.html").read_text()
+    assert (
+        "Block verification (Sun et al., ICLR 2025)"
+        in (tmp_path / "specdiff" / "verify.html").read_text()
+    )
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "src").rglob("*.py")), ids=lambda file: "/".join(file.parts[-2:]))
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "src").rglob("*.py")), ids=lambda file: "/".join(file.parts[-2:])
+)
 def test_public_functions_and_classes_say_what_they_do(file: Path) -> None:
     module = ast.parse(file.read_text())
     assert ast.get_docstring(module), "the file does not say what it is"
     for node in module.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node) or (isinstance(node, ast.FunctionDef) and len(node.body) <= 8), f"{node.name} has no docstring"
+            assert ast.get_docstring(node) or (
+                isinstance(node, ast.FunctionDef) and len(node.body) <= 8
+            ), f"{node.name} has no docstring"

@@ -11,9 +11,9 @@ from torch import Tensor
 import tiny
 from doubles import SICKNESS, Sick, StaleTarget
 from specdiff import decode, engine
-from specdiff.check.toys import TableDrafter
+from specdiff.check.doubles import TableDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
-from specdiff.engine import Progress, Request
+from specdiff.engine import Request, RequestOutput
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, row_seed
 from specdiff.targets.base import Target
@@ -41,7 +41,9 @@ class Watched(Target[Any]):
         self.rows += rows
         return self.inner.open(rows, slots, taps)
 
-    def admit(self, cache: Any, rows: Tensor, prompts: Sequence[Tensor], kept: Tensor) -> Tensor | None:
+    def admit(
+        self, cache: Any, rows: Tensor, prompts: Sequence[Tensor], kept: Tensor
+    ) -> Tensor | None:
         joining = rows.tolist()
         assert len(joining) == len(set(joining)) == len(prompts)
         assert not self.taken & set(joining), "a row was given away while taken"
@@ -71,12 +73,16 @@ def requests(count: int, vocab: int, stops: bool = True) -> list[Request]:
     for i in range(count):
         prompt = torch.randint(vocab, (1 + i % 7,), generator=generator).tolist()
         stop = (i % vocab, 3) if stops and i % 3 == 0 else ()
-        params = SamplingParams(1 + (i * 5) % 9, (0.0, 0.8, 1.0)[i % 3], top_k=(0, 4)[i % 2], stop_token_ids=stop)
+        params = SamplingParams(
+            1 + (i * 5) % 9, (0.0, 0.8, 1.0)[i % 3], top_k=(0, 4)[i % 2], stop_token_ids=stop
+        )
         made.append(Request(prompt, params, row_seed(1, i)))
     return made
 
 
-def collected(progress: Iterator[Progress]) -> tuple[dict[int, list[int]], dict[int, str], list[int]]:
+def collected(
+    progress: Iterator[RequestOutput],
+) -> tuple[dict[int, list[int]], dict[int, str], list[int]]:
     """Tokens and ends by request, and the requests in the order in which they were first heard of."""
     tokens: dict[int, list[int]] = {}
     ends: dict[int, str] = {}
@@ -89,8 +95,22 @@ def collected(progress: Iterator[Progress]) -> tuple[dict[int, list[int]], dict[
     return tokens, ends, list(tokens)
 
 
-def served(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: str = "token", **options: Any) -> Any:
-    return collected(engine.run(target, drafter, asked, verifier=VERIFIERS[verifier], **{"draft_len": 3, "rows": ROWS} | options))
+def served(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    asked: Sequence[Request],
+    verifier: str = "token",
+    **options: Any,
+) -> Any:
+    return collected(
+        engine.run(
+            target,
+            drafter,
+            asked,
+            verifier=VERIFIERS[verifier],
+            **{"draft_len": 3, "rows": ROWS} | options,
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +128,9 @@ def drafter(target: Target[Any]) -> Drafter[Any]:
     return tiny.drafter(target.info, **tiny.CACHED)
 
 
-def test_many_requests_through_few_rows(target: Target[Any], drafter: Drafter[Any], asked: list[Request]) -> None:
+def test_many_requests_through_few_rows(
+    target: Target[Any], drafter: Drafter[Any], asked: list[Request]
+) -> None:
     watched = Watched(target)
     tokens, ends, order = served(watched, drafter, asked)
     assert watched.admitted == [list(r.prompt) for r in asked]  # in order of arrival
@@ -153,7 +175,9 @@ def test_the_order_of_arrival_changes_nothing() -> None:
     assert [forth[0][i] for i in range(40)] == [back[0][39 - i] for i in range(40)]
 
 
-def test_fewer_requests_than_rows_open_fewer(target: Target[Any], drafter: Drafter[Any], asked: list[Request]) -> None:
+def test_fewer_requests_than_rows_open_fewer(
+    target: Target[Any], drafter: Drafter[Any], asked: list[Request]
+) -> None:
     watched = Watched(target)
     served(watched, drafter, asked[:3])
     assert watched.rows == 3
@@ -168,8 +192,13 @@ def test_no_requests_open_nothing(target: Target[Any], drafter: Drafter[Any]) ->
 def test_a_free_row_is_refilled_at_once() -> None:
     """A long answer holds one row; the short ones pass by on the other."""
     table = TableTarget.random(5, seed=3)
-    asked = [Request([1], SamplingParams(max_tokens=60), 0), *[Request([2], SamplingParams(max_tokens=2), i) for i in range(9)]]
-    progress = list(engine.run(table, NoDrafter(), asked, verifier=VERIFIERS["token"], draft_len=0, rows=2))
+    asked = [
+        Request([1], SamplingParams(max_tokens=60), 0),
+        *[Request([2], SamplingParams(max_tokens=2), i) for i in range(9)],
+    ]
+    progress = list(
+        engine.run(table, NoDrafter(), asked, verifier=VERIFIERS["token"], draft_len=0, rows=2)
+    )
     ends = [p.request for p in progress if p.finished]
     assert ends == [*range(1, 10), 0]
     assert len(progress) == 60 + 9 * 2
@@ -178,7 +207,10 @@ def test_a_free_row_is_refilled_at_once() -> None:
 def test_a_row_may_draft_anything_while_others_are_done() -> None:
     """The last long request runs on with idle rows beside it: they are not heard of again."""
     table = TableTarget.random(5, seed=3)
-    asked = [Request([1], SamplingParams(max_tokens=1), 0), Request([1, 2], SamplingParams(max_tokens=30), 1)]
+    asked = [
+        Request([1], SamplingParams(max_tokens=1), 0),
+        Request([1, 2], SamplingParams(max_tokens=30), 1),
+    ]
     drafter = tiny.drafter(table.info, n_blocks=1)
     tokens, ends, _ = served(table, drafter, asked, rows=2)
     assert [len(tokens[0]), len(tokens[1])] == [1, 30]
@@ -196,7 +228,10 @@ def test_the_draft_length_may_change_between_rounds() -> None:
         heard.append(last)
         return (0, 3, 8, 1)[len(heard) % 4]
 
-    assert served(table, drafter, asked, "match", draft_len=rule)[:2] == served(table, NoDrafter(), asked, "match", draft_len=0)[:2]
+    assert (
+        served(table, drafter, asked, "match", draft_len=rule)[:2]
+        == served(table, NoDrafter(), asked, "match", draft_len=0)[:2]
+    )
     assert heard[0] is None
     assert all(isinstance(r, Round) for r in heard[1:])
 
@@ -210,13 +245,20 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("sickness", SICKNESS)
-def test_a_request_whose_logits_are_not_finite_fails_alone(sickness: str, verifier: str, temperature: float) -> None:
+def test_a_request_whose_logits_are_not_finite_fails_alone(
+    sickness: str, verifier: str, temperature: float
+) -> None:
     """Many requests through two rows, prompts of several lengths: all but the sick one read as they do without it."""
     table, drafter = TableTarget.random(5, seed=3), TableDrafter(5)
-    asked = [Request([i % 5] * (1 + i), SamplingParams(max_tokens=8, temperature=temperature), 10 + i) for i in range(7)]
+    asked = [
+        Request([i % 5] * (1 + i), SamplingParams(max_tokens=8, temperature=temperature), 10 + i)
+        for i in range(7)
+    ]
     sick = Sick(table, SICKNESS[sickness], 6, seed=12)
     tokens, ends, _ = served(table, drafter, asked, verifier, rows=2)
-    progress = list(engine.run(sick, drafter, asked, verifier=VERIFIERS[verifier], draft_len=3, rows=2))
+    progress = list(
+        engine.run(sick, drafter, asked, verifier=VERIFIERS[verifier], draft_len=3, rows=2)
+    )
     after, afterwards, _ = collected(iter(progress))
     assert {i: after[i] for i in after if i != 2} == {i: tokens[i] for i in tokens if i != 2}
     assert afterwards == ends | {2: "error"}
@@ -230,7 +272,9 @@ def test_a_failed_request_is_not_handed_over_as_a_text() -> None:
     sick = Sick(TableTarget.random(5, seed=3), SICKNESS["all nan"], 4, seed=11)
     asked = [Request([1, 2], SamplingParams(max_tokens=6), 10 + i) for i in range(3)]
     texts, errors = {}, {}
-    for turn in engine.serve(sick, TableDrafter(5), asked, verifier=VERIFIERS["token"], draft_len=3, rows=3):
+    for turn in engine.serve(
+        sick, TableDrafter(5), asked, verifier=VERIFIERS["token"], draft_len=3, rows=3
+    ):
         texts |= {request: ids.tolist() for request, ids, _ in turn.finished()}
         errors |= turn.errors()
     assert sorted(texts) == [0, 2] and list(errors) == [1]
@@ -269,7 +313,9 @@ class Entered(Drafter[Any]):
             assert int(context.feature_size[row]) == len(entered)
             assert torch.equal(context.features[row, : len(entered)].argmax(-1), entered)
             if batch.round[row]:
-                assert context.previous is not None and int(context.previous.batch.length[row]) == int(batch.length[row])
+                assert context.previous is not None and int(
+                    context.previous.batch.length[row]
+                ) == int(batch.length[row])
         state.copy_(torch.where(batch.done, state, batch.length - 1))
         return self.inner.propose(context, None, noise, draft_len)
 
@@ -278,13 +324,21 @@ class Entered(Drafter[Any]):
 @pytest.mark.parametrize("waves", [(1, 7), (1, 1, 1, 5), (2, 9), (1, 8, 8)])
 def test_rows_open_as_requests_come(waves: tuple[int, ...], verifier: str) -> None:
     table, asked = TableTarget.random(5, seed=3), requests(sum(waves), 5)
-    asked = [Request(r.prompt, replace(r.params, max_tokens=6 + r.params.max_tokens), r.seed) for r in asked]
+    asked = [
+        Request(r.prompt, replace(r.params, max_tokens=6 + r.params.max_tokens), r.seed)
+        for r in asked
+    ]
     parts, rest = [], list(asked)
     for n in waves:
         parts.append([rest.pop(0) for _ in range(n)])
     watched = Watched(table)
     drafter = Entered(TableDrafter(5))
-    options: dict[str, Any] = {"verifier": VERIFIERS[verifier], "draft_len": 3, "rows": 8, "slots": 40}
+    options: dict[str, Any] = {
+        "verifier": VERIFIERS[verifier],
+        "draft_len": 3,
+        "rows": 8,
+        "slots": 40,
+    }
     texts = {}
     for turn in engine.serve(watched, drafter, arriving(parts), **options):
         texts |= {request: ids[prompt:].tolist() for request, ids, prompt in turn.finished()}
@@ -296,7 +350,16 @@ def test_a_stream_that_begins_with_one_request_is_not_served_one_at_a_time() -> 
     """One, nothing yet, and seven more: all of them run together from then on."""
     table = TableTarget.random(5, seed=3)
     asked = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(8)]
-    turns = list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]]), verifier=VERIFIERS["match"], draft_len=0, slots=7))
+    turns = list(
+        engine.serve(
+            table,
+            NoDrafter(),
+            arriving([asked[:1], asked[1:]]),
+            verifier=VERIFIERS["match"],
+            draft_len=0,
+            slots=7,
+        )
+    )
     assert len(turns) == 1 + 6
 
 
@@ -304,9 +367,15 @@ def test_a_burst_after_the_last_row_ended_opens_rows_too() -> None:
     table = TableTarget.random(5, seed=3)
     asked = [Request([i % 5], SamplingParams(max_tokens=2), i) for i in range(8)]
     options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 0, "slots": 7}
-    assert len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 2), **options))) == 2 + 2
+    assert (
+        len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 2), **options)))
+        == 2 + 2
+    )
     # nothing runs and nothing waits: the stream is over, as it says
-    assert len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 3), **options))) == 2
+    assert (
+        len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 3), **options)))
+        == 2
+    )
 
 
 class Failing(Drafter[None]):
@@ -337,8 +406,17 @@ def test_a_drafter_that_broke_stays_disabled_when_rows_are_opened() -> None:
     table, drafter = TableTarget.random(5, seed=3), Failing()
     asked = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(2)]
     with pytest.warns(RuntimeWarning, match="the drafter Failing raised ValueError") as caught:
-        turns = list(engine.serve(table, drafter, arriving([asked[:1], asked[1:]]), verifier=VERIFIERS["match"], draft_len=3, slots=7))
-    assert len(caught) == 1 and all(turn.round.resting[0] for turn in turns)
+        turns = list(
+            engine.serve(
+                table,
+                drafter,
+                arriving([asked[:1], asked[1:]]),
+                verifier=VERIFIERS["match"],
+                draft_len=3,
+                slots=7,
+            )
+        )
+    assert len(caught) == 1 and all(turn.round.disabled[0] for turn in turns)
 
 
 class Released(Watched):
@@ -406,14 +484,30 @@ def test_decode_releases_its_rows_too(end: str) -> None:
 def test_a_request_past_the_targets_positions_is_refused(drafter: Drafter[Any]) -> None:
     """Its tokens would be scored at positions that are not theirs."""
     target = tiny.target("gpt2", positions=32)
-    fits, long = Request([1] * 20, SamplingParams(max_tokens=12), 0), Request([1] * 20, SamplingParams(max_tokens=13), 0)
+    fits, long = (
+        Request([1] * 20, SamplingParams(max_tokens=12), 0),
+        Request([1] * 20, SamplingParams(max_tokens=13), 0),
+    )
     assert len(served(target, NoDrafter(), [fits], draft_len=0)[0][0]) == 12
-    with pytest.raises(UsageError, match=r"request 1 may reach 20 \+ 13 tokens, but the target has 32 positions"):
+    with pytest.raises(
+        UsageError, match=r"request 1 may reach 20 \+ 13 tokens, but the target has 32 positions"
+    ):
         served(target, NoDrafter(), [fits, long], draft_len=0)
     with pytest.raises(UsageError, match=r"request 0 may reach 20 \+ 13 tokens"):
-        list(engine.serve(target, NoDrafter(), iter([long]), verifier=VERIFIERS["token"], draft_len=0, slots=64))
+        list(
+            engine.serve(
+                target,
+                NoDrafter(),
+                iter([long]),
+                verifier=VERIFIERS["token"],
+                draft_len=0,
+                slots=64,
+            )
+        )
     batch = Batch.of([long.prompt], [long.params], [0])
-    with pytest.raises(UsageError, match="a row may reach 33 tokens, but the target has 32 positions"):
+    with pytest.raises(
+        UsageError, match="a row may reach 33 tokens, but the target has 32 positions"
+    ):
         list(decode.decode(target, NoDrafter(), batch))
     with pytest.raises(UsageError, match="a row may reach 33 tokens"):
         decode.start(target, NoDrafter(), batch, slots=64)
@@ -422,9 +516,17 @@ def test_a_request_past_the_targets_positions_is_refused(drafter: Drafter[Any]) 
 def test_a_row_that_was_opened_late_holds_nothing_that_a_prompt_could_take_over() -> None:
     """Every slot tells in this target's logits, and the prompt that joins begins as a running text does."""
     target = StaleTarget(TableTarget.random(5, seed=3).table, sums=True)
-    first = [Request([1, 2], SamplingParams(max_tokens=20), 0), Request([3, 4, 2, 2, 1], SamplingParams(max_tokens=20), 1)]
+    first = [
+        Request([1, 2], SamplingParams(max_tokens=20), 0),
+        Request([3, 4, 2, 2, 1], SamplingParams(max_tokens=20), 1),
+    ]
     late = Request([3, 4, 2, 2, 1, 0], SamplingParams(max_tokens=9), 2)
-    options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 3, "rows": 8, "slots": 40}
+    options: dict[str, Any] = {
+        "verifier": VERIFIERS["match"],
+        "draft_len": 3,
+        "rows": 8,
+        "slots": 40,
+    }
     texts, reused = {}, []
     for turn in engine.serve(target, TableDrafter(5), arriving([first, [late]]), **options):
         texts |= {request: ids[prompt:].tolist() for request, ids, prompt in turn.finished()}
@@ -460,7 +562,9 @@ class Sized(Drafter[None]):
         return None
 
     def admit(self, state: None, context: Context, rows: Tensor) -> None:
-        assert context.features is not None and context.features.shape[1] >= int(context.feature_size[rows].max())
+        assert context.features is not None and context.features.shape[1] >= int(
+            context.feature_size[rows].max()
+        )
         self.sizes += context.feature_size[rows].tolist()
 
     def release(self, state: None, rows: Tensor) -> None:

@@ -24,7 +24,9 @@ def test_a_write_beyond_the_limit_keeps_the_old_content(tmp_path: Path) -> None:
         "    try: write(Path(sys.argv[1]))\n"
         "    except errors.StorageError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
     assert done.stdout.count("ulimit -f") == 2
     assert path.read_text() == "old\n"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
@@ -36,7 +38,10 @@ def test_tied_tensors_are_written(tmp_path: Path) -> None:
 
     x = torch.arange(3.0)
     files.write_tensors(tmp_path / "t.safetensors", {"a": x, "b": x})
-    assert {name: t.tolist() for name, t in load_file(tmp_path / "t.safetensors").items()} == {"a": [0, 1, 2], "b": [0, 1, 2]}
+    assert {name: t.tolist() for name, t in load_file(tmp_path / "t.safetensors").items()} == {
+        "a": [0, 1, 2],
+        "b": [0, 1, 2],
+    }
 
 
 def test_a_staged_folder_replaces_the_old_one_only_when_it_is_whole(tmp_path: Path) -> None:

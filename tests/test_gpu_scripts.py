@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from specdiff.training.corpus import Corpus
+from specdiff.data.corpus import Corpus
 
 ROOT = Path(__file__).parents[1]
 GPU = ROOT / "scripts" / "gpu"
@@ -21,11 +21,17 @@ SIZES = (0, 1, 999, 1000, 1001, 4321)
 @pytest.mark.parametrize("script", sorted(GPU.glob("*.sh")), ids=lambda p: p.name)
 def test_bash_reads_the_script(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    assert script.name == "common.sh" or (os.access(script, os.X_OK) and "\nset -euo pipefail\n" in script.read_text())
+    assert script.name == "common.sh" or (
+        os.access(script, os.X_OK) and "\nset -euo pipefail\n" in script.read_text()
+    )
 
 
 def pieces(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(GPU / "pieces.py"), *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(GPU / "pieces.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
 
 
 def content(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -46,7 +52,12 @@ def test_a_folder_comes_back_whole(folder: Path, tmp_path: Path) -> None:
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "big").touch()
     (folder / ".lock").touch()
-    assert pieces("split", folder, tmp_path / "pieces", "--bytes", "1KiB", "--without", "checkpoints").returncode == 0
+    assert (
+        pieces(
+            "split", folder, tmp_path / "pieces", "--bytes", "1KiB", "--without", "checkpoints"
+        ).returncode
+        == 0
+    )
     (folder / ".lock").unlink()
     (folder / "checkpoints" / "big").unlink()
     made = sorted((tmp_path / "pieces").glob("*.piece"))
@@ -69,10 +80,14 @@ def test_an_interrupted_split_goes_on(folder: Path, tmp_path: Path) -> None:
     pieces("split", folder, out, "--bytes", "1KiB")
     kept = {p.name for p in out.glob("*.piece") if p.stat().st_mtime_ns == made[p.name]}
     assert made.keys() - kept == {"00002.piece", "00005.piece"}
-    assert pieces("join", out, tmp_path / "back").returncode == 0 and content(tmp_path / "back") == content(folder)
+    assert pieces("join", out, tmp_path / "back").returncode == 0 and content(
+        tmp_path / "back"
+    ) == content(folder)
 
 
-def test_missing_and_damaged_pieces_are_named_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_pieces_are_named_and_nothing_is_written(
+    folder: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "pieces"
     pieces("split", folder, out, "--bytes", "1KiB")
     (out / "00001.piece").unlink()
@@ -83,7 +98,9 @@ def test_missing_and_damaged_pieces_are_named_and_nothing_is_written(folder: Pat
     assert told.returncode == 1 and "missing 00001.piece; damaged: 00004.piece" in told.stderr
     assert not (tmp_path / "back").exists()
     pieces("split", folder, out, "--bytes", "1KiB")
-    assert pieces("join", out, tmp_path / "back").returncode == 0 and content(tmp_path / "back") == content(folder)
+    assert pieces("join", out, tmp_path / "back").returncode == 0 and content(
+        tmp_path / "back"
+    ) == content(folder)
 
 
 def test_a_smaller_folder_leaves_no_old_piece(folder: Path, tmp_path: Path) -> None:
@@ -92,28 +109,44 @@ def test_a_smaller_folder_leaves_no_old_piece(folder: Path, tmp_path: Path) -> N
     (folder / "1" / "4321.bin").unlink()
     pieces("split", folder, out, "--bytes", "1KiB")
     assert len(list(out.glob("*.piece"))) == -(-(sum(SIZES) - 4321) // 1024)
-    assert pieces("join", out, tmp_path / "back").returncode == 0 and content(tmp_path / "back") == content(folder)
+    assert pieces("join", out, tmp_path / "back").returncode == 0 and content(
+        tmp_path / "back"
+    ) == content(folder)
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     """A random Llama and a tokenizer of bytes, as a folder."""
-    vocab = {token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocab = {
+        token: i for i, token in enumerate(["<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     raw = Tokenizer(models.BPE(vocab, []))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tiny.model("llama", vocab=len(vocab)).save_pretrained(tmp_path / "target")
-    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>").save_pretrained(tmp_path / "target")
+    PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>").save_pretrained(
+        tmp_path / "target"
+    )
     return tmp_path / "target"
 
 
 def test_the_chain_runs_and_goes_on(target: Path, tmp_path: Path) -> None:
     gpu, out = tmp_path / "gpu", tmp_path / "out"
     settings = {"TINY": "1", "MINUTES": "0.03", "MODEL": str(target), "ROOT": str(gpu)}
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OUT": str(out)}
+    environment = {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "OUT": str(out),
+    }
     environment |= {f"SPECDIFF_GPU_{name}": value for name, value in settings.items()}
 
     def call(script: str, **changes: str) -> str:
-        done = subprocess.run([str(GPU / script)], cwd=ROOT, env=environment | changes, capture_output=True, text=True)
+        done = subprocess.run(
+            [str(GPU / script)], cwd=ROOT, env=environment | changes, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -133,11 +166,19 @@ def test_the_chain_runs_and_goes_on(target: Path, tmp_path: Path) -> None:
     assert Corpus(tmp_path / "home" / "corpus").tokens == Corpus(gpu / "corpus").tokens
     for name in ("sedd", "autoregressive"):
         weights = "model.safetensors"
-        assert (tmp_path / "home" / name / weights).read_bytes() == (gpu / name / weights).read_bytes()
+        assert (tmp_path / "home" / name / weights).read_bytes() == (
+            gpu / name / weights
+        ).read_bytes()
         assert not list((tmp_path / "home" / name).rglob("checkpoints"))
     results = json.loads((out / "results.json").read_text())["drafters"]
     assert results.keys() == {"sedd", "autoregressive"}
     for measured in results.values():
         for temperature in ("0", "1"):
-            assert measured[temperature]["tau"] >= 1 and len(measured[temperature]["per_position"]) == measured["draft_len"]
-            assert measured[temperature]["plain_tokens_per_second"] > 0 and measured[temperature]["tokens_per_second"] > 0
+            assert (
+                measured[temperature]["tau"] >= 1
+                and len(measured[temperature]["per_position"]) == measured["draft_len"]
+            )
+            assert (
+                measured[temperature]["plain_tokens_per_second"] > 0
+                and measured[temperature]["tokens_per_second"] > 0
+            )

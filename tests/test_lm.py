@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from specdiff import SpeculativeLM, decode
 from specdiff.errors import DrafterError, UsageError
-from specdiff.lm import Piece
 from specdiff.noise import row_seed
 from specdiff.targets.base import Target
 from specdiff.targets.causal import CausalTarget
+from specdiff.text.lm import Chunk
 from specdiff.types import Batch, Draft, SamplingParams, TargetInfo, TargetOutput, Verification
 
 CORPUS = "the rain in spain 🦊 falls mainly on the plain, naïve 日本 👩‍👩‍👧 "
@@ -31,9 +31,13 @@ def tokenizer() -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=280, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=280, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
+    )
     raw.train_from_iterator([CORPUS] * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", chat_template=TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|end|>", chat_template=TEMPLATE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,9 @@ def target() -> CausalTarget:
 
 @pytest.fixture(scope="module")
 def lm(target: CausalTarget, tokenizer: Any) -> SpeculativeLM:
-    return SpeculativeLM(target, tiny.drafter(target.info, steps=2, **tiny.CACHED), tokenizer, max_len=128)
+    return SpeculativeLM(
+        target, tiny.drafter(target.info, steps=2, **tiny.CACHED), tokenizer, max_len=128
+    )
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,9 @@ class Script(Target[None]):
         return None
 
     def score(self, cache: None, batch: Batch, draft: Draft) -> TargetOutput:
-        at = (batch.length[:, None] + torch.arange(draft.tokens.shape[1] + 1)).clamp(max=len(self.text) - 1)
+        at = (batch.length[:, None] + torch.arange(draft.tokens.shape[1] + 1)).clamp(
+            max=len(self.text) - 1
+        )
         return TargetOutput(100.0 * torch.nn.functional.one_hot(self.text[at], VOCAB))
 
     def keep(self, cache: None, batch: Batch, verification: Verification) -> None:
@@ -75,7 +83,9 @@ class Script(Target[None]):
         return None
 
 
-def scripted(tokenizer: Any, prompt: list[int], answer: Sequence[int], flaw: int = 1000, max_len: int = 512) -> SpeculativeLM:
+def scripted(
+    tokenizer: Any, prompt: list[int], answer: Sequence[int], flaw: int = 1000, max_len: int = 512
+) -> SpeculativeLM:
     """An LM that answers `answer`, with a drafter that knows it but for every `flaw`-th position."""
     text = [*prompt, *answer]
     return SpeculativeLM(Script(text), tiny.Hinted([text] * 8, VOCAB, flaw), tokenizer, max_len)
@@ -103,7 +113,10 @@ def test_token_ids_need_no_tokenizer(target: CausalTarget) -> None:
     out = bare.generate([1, 2, 3], max_tokens=4, seed=0)
     assert len(out.token_ids) == 4
     assert out.text == ""
-    assert [len(o.token_ids) for o in bare.generate([[1, 2, 3], [4]], max_tokens=4, seed=0)] == [4, 4]
+    assert [len(o.token_ids) for o in bare.generate([[1, 2, 3], [4]], max_tokens=4, seed=0)] == [
+        4,
+        4,
+    ]
     assert [p.text for p in bare.stream([1, 2], max_tokens=4, seed=0)][-1] == ""
     with pytest.raises(UsageError, match="no tokenizer; give prompts as lists of token ids"):
         bare.generate("the rain")
@@ -112,7 +125,10 @@ def test_token_ids_need_no_tokenizer(target: CausalTarget) -> None:
 def test_strings_and_their_ids_are_the_same_prompt(lm: SpeculativeLM, tokenizer: Any) -> None:
     options: dict[str, Any] = {"max_tokens": 8, "seed": 5}
     ids = tokenizer("the rain")["input_ids"]
-    assert lm.generate("the rain", raw=True, **options).token_ids == lm.generate(ids, **options).token_ids
+    assert (
+        lm.generate("the rain", raw=True, **options).token_ids
+        == lm.generate(ids, **options).token_ids
+    )
 
 
 # seeds
@@ -123,11 +139,17 @@ def test_same_seed_same_tokens_in_lists_batches_and_streams(lm: SpeculativeLM) -
     options: dict[str, Any] = {"max_tokens": 12, "seed": 7, "draft_len": 4}
     listed = lm.generate(prompts, **options)
     for rows in (1, 2):
-        assert [o.token_ids for o in lm.generate(prompts, rows=rows, **options)] == [o.token_ids for o in listed]
+        assert [o.token_ids for o in lm.generate(prompts, rows=rows, **options)] == [
+            o.token_ids for o in listed
+        ]
     alone = lm.generate(prompts[0], **options)
     assert alone.token_ids == listed[0].token_ids
     last = list(lm.stream(prompts[0], **options))[-1].generation
-    assert (last.token_ids, last.text, last.accepted) == (alone.token_ids, alone.text, alone.accepted)
+    assert (last.token_ids, last.text, last.accepted) == (
+        alone.token_ids,
+        alone.text,
+        alone.accepted,
+    )
 
 
 @pytest.mark.parametrize("verifier", ["token", "block", "match", "match-gumbel"])
@@ -135,34 +157,60 @@ def test_row_i_draws_from_hash_of_seed_and_i(lm: SpeculativeLM, verifier: str) -
     from specdiff.verify import VERIFIERS
 
     prompts = [[5, 9, 2], [8], [1, 1, 4, 3]]
-    listed = lm.generate(prompts, max_tokens=10, seed=7, draft_len=3, verifier=verifier, ignore_eos=True)
+    listed = lm.generate(
+        prompts, max_tokens=10, seed=7, draft_len=3, verifier=verifier, ignore_eos=True
+    )
     for i, prompt in enumerate(prompts):
         batch = Batch.of([prompt], [SamplingParams(max_tokens=10)], [row_seed(7, i)])
-        (row,) = tiny.rows_of(list(decode.decode(lm.target, lm.drafter, batch, draft_len=3, verifier=VERIFIERS[verifier]))[-1].batch)
+        (row,) = tiny.rows_of(
+            list(
+                decode.decode(
+                    lm.target, lm.drafter, batch, draft_len=3, verifier=VERIFIERS[verifier]
+                )
+            )[-1].batch
+        )
         assert row[len(prompt) :] == listed[i].token_ids
 
 
 def test_seeds_and_rows_differ(lm: SpeculativeLM) -> None:
-    texts = {tuple(lm.generate("the", max_tokens=12, seed=s, ignore_eos=True).token_ids) for s in (0, 1, 2, -1, 2**63, 2**64 - 2)}
+    texts = {
+        tuple(lm.generate("the", max_tokens=12, seed=s, ignore_eos=True).token_ids)
+        for s in (0, 1, 2, -1, 2**63, 2**64 - 2)
+    }
     assert len(texts) == 6
     rows = lm.generate(["the"] * 4, max_tokens=12, seed=0, ignore_eos=True)
     assert len({tuple(o.token_ids) for o in rows}) == 4
-    assert lm.generate("the", max_tokens=12, ignore_eos=True).token_ids != lm.generate("the", max_tokens=12, ignore_eos=True).token_ids
+    assert (
+        lm.generate("the", max_tokens=12, ignore_eos=True).token_ids
+        != lm.generate("the", max_tokens=12, ignore_eos=True).token_ids
+    )
 
 
 @pytest.mark.parametrize("verifier", ["match", "match-gumbel"])
-def test_match_gives_the_same_text_with_any_drafter(lm: SpeculativeLM, plain: SpeculativeLM, verifier: str) -> None:
-    options: dict[str, Any] = {"max_tokens": 16, "seed": 11, "verifier": verifier, "ignore_eos": True, "temperature": 0.7, "top_p": 0.9}
+def test_match_gives_the_same_text_with_any_drafter(
+    lm: SpeculativeLM, plain: SpeculativeLM, verifier: str
+) -> None:
+    options: dict[str, Any] = {
+        "max_tokens": 16,
+        "seed": 11,
+        "verifier": verifier,
+        "ignore_eos": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+    }
     want = plain.generate("falls mainly", **options).token_ids
     for draft_len in (1, 3, 8, "auto"):
         assert lm.generate("falls mainly", draft_len=draft_len, **options).token_ids == want
 
 
 def test_interleaved_streams_never_meet(lm: SpeculativeLM) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = [("the rain", {"seed": 1}), ("plain plain plain", {"seed": 2, "verifier": "block"})]
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("the rain", {"seed": 1}),
+        ("plain plain plain", {"seed": 2, "verifier": "block"}),
+    ]
     alone = [lm.generate(p, max_tokens=20, **o).token_ids for p, o in asked]
     streams = [lm.stream(p, max_tokens=20, **o) for p, o in asked]
-    last: list[Piece | None] = [None, None]
+    last: list[Chunk | None] = [None, None]
     open_ = [0, 1]
     while open_:
         for i in [*open_]:
@@ -187,9 +235,13 @@ def test_a_stream_may_be_left(lm: SpeculativeLM) -> None:
 @pytest.mark.parametrize("draft_len", [1, 4, 8])
 @pytest.mark.parametrize("flaw", [3, 1000])
 @pytest.mark.parametrize("where", range(1, 12))
-def test_max_tokens_cuts_inside_a_draft(tokenizer: Any, draft_len: int, flaw: int, where: int) -> None:
+def test_max_tokens_cuts_inside_a_draft(
+    tokenizer: Any, draft_len: int, flaw: int, where: int
+) -> None:
     answer = list(range(30, 60))
-    out = scripted(tokenizer, [7, 8], answer, flaw).generate([7, 8], max_tokens=where, draft_len=draft_len, temperature=0)
+    out = scripted(tokenizer, [7, 8], answer, flaw).generate(
+        [7, 8], max_tokens=where, draft_len=draft_len, temperature=0
+    )
     assert out.token_ids == answer[:where]
     assert len(out.accepted) == where
     assert out.finish_reason == "length"
@@ -198,9 +250,15 @@ def test_max_tokens_cuts_inside_a_draft(tokenizer: Any, draft_len: int, flaw: in
 @pytest.mark.parametrize("draft_len", [1, 4, 8])
 @pytest.mark.parametrize("flaw", [3, 1000])
 @pytest.mark.parametrize("where", range(12))
-def test_a_stop_id_cuts_inside_a_draft(tokenizer: Any, draft_len: int, flaw: int, where: int) -> None:
+def test_a_stop_id_cuts_inside_a_draft(
+    tokenizer: Any, draft_len: int, flaw: int, where: int
+) -> None:
     """Accepted tokens behind the stop are dropped; the first of several stops counts; the stop id itself is kept."""
-    for stop, options in ((END, {}), (99, {"stop_token_ids": (98, 99)}), (98, {"stop_token_ids": [99, 98], "ignore_eos": True})):
+    for stop, options in (
+        (END, {}),
+        (99, {"stop_token_ids": (98, 99)}),
+        (98, {"stop_token_ids": [99, 98], "ignore_eos": True}),
+    ):
         answer = [*range(30, 30 + where), stop, 70, 99, 98, END, 71, 72]
         made = scripted(tokenizer, [7, 8], answer, flaw)
         out = made.generate([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options)
@@ -208,14 +266,18 @@ def test_a_stop_id_cuts_inside_a_draft(tokenizer: Any, draft_len: int, flaw: int
         assert out.finish_reason == "stop"
         assert len(out.accepted) == out.stats.tokens == where + 1
         assert out.stats.accepted == sum(out.accepted)
-        streamed = list(made.stream([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options))
+        streamed = list(
+            made.stream([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options)
+        )
         assert streamed[-1].generation.token_ids == out.token_ids
         assert "".join(p.text for p in streamed) == out.text
         assert "<|end|>" not in out.text
 
 
 def test_a_stop_on_the_last_token_is_a_stop(tokenizer: Any) -> None:
-    out = scripted(tokenizer, [7], [30, 31, END, 32]).generate([7], max_tokens=3, draft_len=8, temperature=0)
+    out = scripted(tokenizer, [7], [30, 31, END, 32]).generate(
+        [7], max_tokens=3, draft_len=8, temperature=0
+    )
     assert (out.token_ids, out.finish_reason) == ([30, 31, END], "stop")
 
 
@@ -228,8 +290,14 @@ def test_ignore_eos_goes_on(tokenizer: Any) -> None:
 def test_rows_of_a_list_end_each_on_their_own(tokenizer: Any) -> None:
     """One target text by position: longer prompts reach the stop sooner."""
     made = scripted(tokenizer, [7], [*range(30, 40), END])
-    outs = made.generate([[7], [7, 30, 31], [7, *range(30, 39)]], max_tokens=6, draft_len=4, temperature=0)
-    assert [o.token_ids for o in outs] == [[30, 31, 32, 33, 34, 35], [32, 33, 34, 35, 36, 37], [39, END]]
+    outs = made.generate(
+        [[7], [7, 30, 31], [7, *range(30, 39)]], max_tokens=6, draft_len=4, temperature=0
+    )
+    assert [o.token_ids for o in outs] == [
+        [30, 31, 32, 33, 34, 35],
+        [32, 33, 34, 35, 36, 37],
+        [39, END],
+    ]
     assert [o.finish_reason for o in outs] == ["length", "length", "stop"]
 
 
@@ -249,14 +317,22 @@ def test_the_models_own_limit_holds(target: CausalTarget, tokenizer: Any) -> Non
 def test_streamed_pieces_join_to_the_text(lm: SpeculativeLM) -> None:
     """Over random bytes, where most of the text is no valid UTF-8 at all."""
     for seed in range(6):
-        options: dict[str, Any] = {"max_tokens": 24, "seed": seed, "temperature": 1.3, "ignore_eos": seed % 2 == 0}
+        options: dict[str, Any] = {
+            "max_tokens": 24,
+            "seed": seed,
+            "temperature": 1.3,
+            "ignore_eos": seed % 2 == 0,
+        }
         want, pieces = lm.generate("the 🦊", **options), list(lm.stream("the 🦊", **options))
         assert "".join(p.text for p in pieces) == want.text == pieces[-1].generation.text
         assert pieces[-1].generation.token_ids == want.token_ids
         assert pieces[-1].generation.finish_reason == want.finish_reason
 
 
-@pytest.mark.parametrize("text", ["🦊🦊🦊", "日本 naïve 日本", "👩‍👩‍👧 falls 👩‍👩‍👧", "naïve\n\n  the plain", "é́", "a🦊b日c"])
+@pytest.mark.parametrize(
+    "text",
+    ["🦊🦊🦊", "日本 naïve 日本", "👩‍👩‍👧 falls 👩‍👩‍👧", "naïve\n\n  the plain", "é́", "a🦊b日c"],
+)
 @pytest.mark.parametrize("draft_len", [1, 5])
 def test_characters_are_never_split(tokenizer: Any, text: str, draft_len: int) -> None:
     answer = tokenizer(text)["input_ids"]
@@ -286,7 +362,9 @@ def test_a_broken_character_at_the_end_is_shown(tokenizer: Any) -> None:
     ids = answer[:-1] if len(answer) > 3 else answer
     made = scripted(tokenizer, [40], answer)
     options: dict[str, Any] = {"max_tokens": len(ids), "temperature": 0, "draft_len": 8}
-    assert "".join(p.text for p in made.stream([40], **options)) == made.generate([40], **options).text
+    assert (
+        "".join(p.text for p in made.stream([40], **options)) == made.generate([40], **options).text
+    )
 
 
 def test_pieces_say_where_they_came_from(tokenizer: Any) -> None:
@@ -303,7 +381,10 @@ def test_pieces_say_where_they_came_from(tokenizer: Any) -> None:
 
 def test_a_string_is_a_users_turn(lm: SpeculativeLM, tokenizer: Any) -> None:
     assert tokenizer.decode(lm.encode("the rain")) == "[user] the rain\n[assistant] "
-    assert tokenizer.decode(lm.encode("the rain", system="in")) == "[system] in\n[user] the rain\n[assistant] "
+    assert (
+        tokenizer.decode(lm.encode("the rain", system="in"))
+        == "[system] in\n[user] the rain\n[assistant] "
+    )
     assert tokenizer.decode(lm.encode("the rain", raw=True)) == "the rain"
     options: dict[str, Any] = {"max_tokens": 8, "seed": 2}
     asked = lm.generate("the rain", **options).token_ids
@@ -333,7 +414,9 @@ def test_without_a_template_a_string_is_text(lm: SpeculativeLM, tokenizer: Any) 
 @pytest.mark.parametrize("length", [20, 21, 300])
 def test_a_prompt_that_is_too_long(lm: SpeculativeLM, tokenizer: Any, length: int) -> None:
     short = SpeculativeLM(lm.target, "none", tokenizer, max_len=20)
-    with pytest.raises(UsageError, match=f"{length} tokens.*max_len 20; shorten it or raise max_len.*256"):
+    with pytest.raises(
+        UsageError, match=f"{length} tokens.*max_len 20; shorten it or raise max_len.*256"
+    ):
         short.generate([5] * length)
     assert len(short.generate([5] * 19, ignore_eos=True, seed=0).token_ids) == 1
 
@@ -346,13 +429,21 @@ def test_a_prompt_without_tokens(lm: SpeculativeLM) -> None:
 
 @pytest.mark.parametrize("bad", [-1, VOCAB, 10**9])
 def test_a_token_id_nobody_has(lm: SpeculativeLM, bad: int) -> None:
-    with pytest.raises(UsageError, match=f"token id {bad} is outside the target's vocabulary of {VOCAB}"):
+    with pytest.raises(
+        UsageError, match=f"token id {bad} is outside the target's vocabulary of {VOCAB}"
+    ):
         lm.generate([1, bad, 2])
 
 
 @pytest.mark.parametrize("draft_len", [1, 4, 9])
 def test_stats_are_consistent(lm: SpeculativeLM, draft_len: int) -> None:
-    for out in lm.generate(["the rain", "in", "spain falls mainly"], max_tokens=23, seed=3, draft_len=draft_len, temperature=0.6):
+    for out in lm.generate(
+        ["the rain", "in", "spain falls mainly"],
+        max_tokens=23,
+        seed=3,
+        draft_len=draft_len,
+        temperature=0.6,
+    ):
         s = out.stats
         assert s.tokens == len(out.token_ids) == len(out.accepted)
         assert s.accepted == sum(out.accepted) == sum(s.kept)
@@ -374,12 +465,18 @@ def test_stats_of_plain_decoding(plain: SpeculativeLM) -> None:
 
 
 def test_a_knowing_drafter_pays(tokenizer: Any) -> None:
-    s = scripted(tokenizer, [7], range(30, 70)).generate([7], max_tokens=40, draft_len=7, temperature=0).stats
+    s = (
+        scripted(tokenizer, [7], range(30, 70))
+        .generate([7], max_tokens=40, draft_len=7, temperature=0)
+        .stats
+    )
     assert (s.rounds, s.tau, s.alpha) == (5, 8.0, 1.0)
     assert s.per_position == [1.0] * 7
 
 
-def test_options_of_a_drafter_given_by_name(target: CausalTarget, tokenizer: Any, tmp_path: Path) -> None:
+def test_options_of_a_drafter_given_by_name(
+    target: CausalTarget, tokenizer: Any, tmp_path: Path
+) -> None:
     tiny.sedd(tiny.sedd_config(VOCAB)).save_pretrained(tmp_path / "drafter", draft_len=5)
     made = SpeculativeLM(target, str(tmp_path / "drafter"), tokenizer, 128)
     assert made.drafter.draft_len == 5
@@ -387,7 +484,10 @@ def test_options_of_a_drafter_given_by_name(target: CausalTarget, tokenizer: Any
     two = made.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2})
     assert one.token_ids == made.generate("the", max_tokens=8, seed=0, drafter_options={}).token_ids
     assert one.stats.drafted == 5 * one.stats.rounds
-    assert two.token_ids == made.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2}).token_ids
+    assert (
+        two.token_ids
+        == made.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2}).token_ids
+    )
     with pytest.raises(UsageError, match="stepz"):
         made.generate("the", drafter_options={"stepz": 2})
 

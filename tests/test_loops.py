@@ -2,7 +2,7 @@
 
 import torch
 
-from specdiff.loops import fresh, repeated
+from specdiff.repetition import fresh, repeated
 
 
 def test_repeated_8_grams() -> None:

@@ -42,7 +42,9 @@ def independent(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 def test_equals_the_reference_on_pythons_integers() -> None:
-    for seed, round_, position in itertools.product([0, 1, -1, 1 << 62, -(1 << 63)], [0, 7, 1 << 40], [1, 1 << 33]):
+    for seed, round_, position in itertools.product(
+        [0, 1, -1, 1 << 62, -(1 << 63)], [0, 7, 1 << 40], [1, 1 << 33]
+    ):
         one = Noise(torch.tensor([seed]), torch.tensor([round_]), torch.tensor([position]))
         for purpose, index in itertools.product(Purpose, [0, 3]):
             expected = [reference(seed, round_, position + k, purpose, index) for k in range(3)]
@@ -52,7 +54,10 @@ def test_equals_the_reference_on_pythons_integers() -> None:
 def test_the_stream_is_frozen() -> None:
     """A seed someone wrote down keeps its text: these numbers change only with a breaking release."""
     found = noise(2, seed=42, round_=3, position=5).uniform(Purpose.DRAFT, 2)
-    assert found.tolist() == [[0.9753138672559424, 0.6141584047191595], [0.32730610440443353, 0.14175048354451258]]
+    assert found.tolist() == [
+        [0.9753138672559424, 0.6141584047191595],
+        [0.32730610440443353, 0.14175048354451258],
+    ]
 
 
 @pytest.mark.parametrize("purpose", Purpose)
@@ -76,7 +81,12 @@ def test_no_draws_at_all() -> None:
 
 
 def test_different_keys_are_independent() -> None:
-    streams = {(p.name, i): noise().uniform(p, 1, i) for p in Purpose for i in range(3) if p is not Purpose.TARGET or i == 0}
+    streams = {
+        (p.name, i): noise().uniform(p, 1, i)
+        for p in Purpose
+        for i in range(3)
+        if p is not Purpose.TARGET or i == 0
+    }
     streams |= {("round", r): noise(round_=r).uniform(Purpose.DRAFT, 1) for r in (1, 2)}
     streams |= {("position", k): noise(position=k).uniform(Purpose.DRAFT, 1) for k in (2, 3)}
     streams |= {("target at", k): noise(position=k).uniform(Purpose.TARGET, 1) for k in (2, 3)}
@@ -97,9 +107,16 @@ def test_neighbouring_rows_and_positions_are_independent() -> None:
 
 def test_round_and_position_do_not_stand_in_for_each_other() -> None:
     for purpose in (Purpose.DRAFT, Purpose.RATIO, Purpose.RESIDUAL):
-        one, two = noise(round_=2, position=5).uniform(purpose, 1), noise(round_=1, position=6).uniform(purpose, 1)
+        one, two = (
+            noise(round_=2, position=5).uniform(purpose, 1),
+            noise(round_=1, position=6).uniform(purpose, 1),
+        )
         assert independent(one, two) > 1e-4 and not bool((one == two).any())
-        assert not bool((noise(seed=1, round_=1).uniform(purpose, 1) == noise(round_=2).uniform(purpose, 1)).any())
+        assert not bool(
+            (
+                noise(seed=1, round_=1).uniform(purpose, 1) == noise(round_=2).uniform(purpose, 1)
+            ).any()
+        )
 
 
 def test_the_independence_test_sees_dependence() -> None:
@@ -143,21 +160,33 @@ def test_shared_noise_is_gumbel_and_independent_across_tokens_and_positions() ->
     for one, two in itertools.combinations(range(6), 2):
         assert independent(u[:, one], u[:, two]) > 1e-4
     assert torch.equal(noise(9, position=2).shared(1, 3), noise(9).shared(2, 3)[:, 1:])
-    assert torch.equal(noise(9).shared(2, 5)[..., :3], noise(9).shared(2, 3))  # keyed by token, not by vocabulary size
+    assert torch.equal(
+        noise(9).shared(2, 5)[..., :3], noise(9).shared(2, 3)
+    )  # keyed by token, not by vocabulary size
 
 
 def test_noise_of_a_batch_starts_at_its_first_undecided_position() -> None:
     batch = Batch.of([[1, 2], [1, 2, 3]], [SamplingParams()] * 2, [5, 6])
     found = Noise.of(replace(batch, round=torch.tensor([4, 0])))
-    assert (found.seed.tolist(), found.round.tolist(), found.position.tolist()) == ([5, 6], [4, 0], [2, 3])
+    assert (found.seed.tolist(), found.round.tolist(), found.position.tolist()) == (
+        [5, 6],
+        [4, 0],
+        [2, 3],
+    )
 
 
 def test_row_seeds() -> None:
-    seeds = [row_seed(root, row) for root in (0, 1, 2, 1 << 63, (1 << 64) - 1) for row in range(1000)]
+    seeds = [
+        row_seed(root, row) for root in (0, 1, 2, 1 << 63, (1 << 64) - 1) for row in range(1000)
+    ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= s <= MASK for s in seeds)
     assert row_seed(0, 0) != 0 and row_seed(7, 0) == row_seed(7 + (1 << 64), 0)
     unit = [s / 2**64 for s in seeds]
     assert stats.kstest(unit, "uniform").pvalue > 1e-3
     assert [row_seed(42, row) for row in (0, 1)] == [8971393980013541938, 2347583489874693020]
-    assert Batch.of([[1]] * 3, [SamplingParams()] * 3, [5, MASK, 1 << 63]).seed.tolist() == [5, -1, -(1 << 63)]
+    assert Batch.of([[1]] * 3, [SamplingParams()] * 3, [5, MASK, 1 << 63]).seed.tolist() == [
+        5,
+        -1,
+        -(1 << 63),
+    ]

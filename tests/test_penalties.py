@@ -13,10 +13,10 @@ from doubles import ToyDenoiser
 from specdiff import decode
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.logits_processors import above, adjusted
+from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise
-from specdiff.penalties import above, adjusted
-from specdiff.sampling import law, probabilities
+from specdiff.sampling import distribution, probabilities
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, SamplingParams
 
@@ -33,9 +33,18 @@ ASKED: list[dict[str, Any]] = [
     {"logit_bias": ((4, 100.0),), "repetition_penalty": 1.5},
     {"allowed_token_ids": (0, 2, 10)},
     {"allowed_token_ids": (5,), "presence_penalty": 1.0},
-    {"allowed_token_ids": (1, 2, 3, 4), "logit_bias": ((2, 1.0), (9, 50.0)), "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    {
+        "allowed_token_ids": (1, 2, 3, 4),
+        "logit_bias": ((2, 1.0), (9, 50.0)),
+        "repetition_penalty": 1.2,
+        "frequency_penalty": 0.3,
+    },
 ]
-PENALTIES: dict[str, Any] = {"repetition_penalty": 1.8, "presence_penalty": 0.6, "frequency_penalty": 0.9}
+PENALTIES: dict[str, Any] = {
+    "repetition_penalty": 1.8,
+    "presence_penalty": 0.6,
+    "frequency_penalty": 0.9,
+}
 PROMPTS = [[1], [2, 2, 5], [7, 0, 7, 7, 3, 9]]
 
 
@@ -63,7 +72,9 @@ def soft(logits: list[float]) -> Tensor:
 def some_draft(rows: int, K: int, seed: int = 1) -> tuple[Draft, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(rows, K + 1, V, generator=generator, dtype=torch.float64)
-    return Draft(torch.randint(4, (rows, K), generator=generator)), logits  # few tokens, so that they repeat
+    return Draft(
+        torch.randint(4, (rows, K), generator=generator)
+    ), logits  # few tokens, so that they repeat
 
 
 @pytest.mark.parametrize("K", [0, 1, 5])
@@ -74,7 +85,9 @@ def test_row_k_counts_the_first_k_draft_tokens(K: int) -> None:
         prompt, answer = told(batch, row)
         for k in range(K + 1):
             own = draft.tokens[row, :k].tolist()
-            expected = reference.adjusted(logits[row, k].tolist(), prompt, [*answer, *own], SamplingParams(**asked))
+            expected = reference.adjusted(
+                logits[row, k].tolist(), prompt, [*answer, *own], SamplingParams(**asked)
+            )
             assert found[row, k].tolist() == pytest.approx(expected, abs=1e-6), (asked, k)
 
 
@@ -86,15 +99,21 @@ def test_a_drafters_rows_count_all_it_has_drawn() -> None:
         for k in range(4):
             text = [*answer, *draft.tokens[row].tolist()]
             assert found[row, k].tolist() == pytest.approx(
-                reference.adjusted(logits[row, k].tolist(), prompt, text, SamplingParams(**asked)), abs=1e-6
+                reference.adjusted(logits[row, k].tolist(), prompt, text, SamplingParams(**asked)),
+                abs=1e-6,
             )
 
 
 def test_a_tree_counts_ancestors() -> None:
     """Two branches: 0 -> 1 -> 3 and 0 -> 2 -> 4; a third root 5."""
     parents = torch.tensor([[-1, 0, 0, 1, 2, -1], [-1, 0, 1, 2, 3, 4]])
-    draft = Draft(torch.randint(4, (2, 6), generator=torch.Generator().manual_seed(2)), parents=parents)
-    lineage = [[[], [0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [5]], [list(range(k)) for k in range(7)]]
+    draft = Draft(
+        torch.randint(4, (2, 6), generator=torch.Generator().manual_seed(2)), parents=parents
+    )
+    lineage = [
+        [[], [0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [5]],
+        [list(range(k)) for k in range(7)],
+    ]
     seen = above(draft)
     assert [[seen[b, n].nonzero()[:, 0].tolist() for n in range(7)] for b in range(2)] == lineage
     assert torch.equal(seen[1], above(replace(draft, parents=None))[0])
@@ -105,7 +124,9 @@ def test_a_tree_counts_ancestors() -> None:
         prompt, answer = told(batch, row)
         for n in range(7):
             text = [*answer, *draft.tokens[row, lineage[row][n]].tolist()]
-            expected = reference.adjusted(logits[row, n].tolist(), prompt, text, SamplingParams(**asked))
+            expected = reference.adjusted(
+                logits[row, n].tolist(), prompt, text, SamplingParams(**asked)
+            )
             assert found[row, n].tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -121,12 +142,21 @@ def test_repetition_is_transformers(penalty: float) -> None:
 
 def test_bias_and_repetition_are_transformers_in_its_order() -> None:
     bias = ((3, 2.5), (0, -4.0), (7, 9.0))
-    batch, (draft, logits) = running([{"logit_bias": bias, "repetition_penalty": 1.4}] * 4), some_draft(4, 2)
+    batch, (draft, logits) = (
+        running([{"logit_bias": bias, "repetition_penalty": 1.4}] * 4),
+        some_draft(4, 2),
+    )
     found = adjusted(logits, batch, draft)
-    processors = [SequenceBiasLogitsProcessor([[[i], v] for i, v in bias]), RepetitionPenaltyLogitsProcessor(1.4)]
+    processors = [
+        SequenceBiasLogitsProcessor([[[i], v] for i, v in bias]),
+        RepetitionPenaltyLogitsProcessor(1.4),
+    ]
     for row in range(4):
         for k in range(3):
-            ids, scores = torch.cat([batch.ids[row, : batch.length[row]], draft.tokens[row, :k]])[None], logits[row, k][None]
+            ids, scores = (
+                torch.cat([batch.ids[row, : batch.length[row]], draft.tokens[row, :k]])[None],
+                logits[row, k][None],
+            )
             for processor in processors:
                 scores = processor(ids, scores)
             assert torch.allclose(found[row, k], scores[0], atol=1e-6)
@@ -136,7 +166,7 @@ def test_unused_options_cost_nothing() -> None:
     batch, (draft, logits) = running([{}, {"temperature": 0.5}]), some_draft(2, 3)
     assert adjusted(logits, batch, draft) is logits
     assert batch.params.active == {"temperature"} and batch.params.logprobs is None
-    assert torch.equal(law(logits, batch, draft), probabilities(logits, batch.params))
+    assert torch.equal(distribution(logits, batch, draft), probabilities(logits, batch.params))
 
 
 def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
@@ -148,25 +178,38 @@ def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
     for row in range(len(ASKED)):
         at = slice(row, row + 1)
         alone = Batch.of([[0]], [SamplingParams(max_tokens=4, **ASKED[row])], [0])
-        alone = replace(alone, ids=batch.ids[at], length=batch.length[at], prompt_length=batch.prompt_length[at])
+        alone = replace(
+            alone, ids=batch.ids[at], length=batch.length[at], prompt_length=batch.prompt_length[at]
+        )
         assert torch.equal(adjusted(logits[at], alone, Draft(draft.tokens[at])), found[at])
 
 
 def test_the_logits_handed_in_stay_as_they_were() -> None:
     batch, (draft, logits) = running(ASKED), some_draft(len(ASKED), 3)
     before = logits.clone()
-    law(logits, batch, draft)
+    distribution(logits, batch, draft)
     assert torch.equal(logits, before)
 
 
 def test_rows_that_join_bring_their_own_lists() -> None:
     wide = {"logit_bias": ((1, 1.0), (2, -1.0), (3, 5.0)), "allowed_token_ids": (1, 2, 3, 4, 5)}
     batch = Batch.of([[1]] * 3, [SamplingParams(max_tokens=5)] * 3, [0] * 3)
-    for row, asked in [(1, wide), (2, {"logprobs": 4}), (0, {"presence_penalty": 1.0}), (2, {"logit_bias": ((0, 3.0),), "logprobs": 2})]:
-        batch = batch.with_rows(torch.tensor([row]), Batch.of([[1]], [SamplingParams(max_tokens=5, **asked)], [0]))
+    for row, asked in [
+        (1, wide),
+        (2, {"logprobs": 4}),
+        (0, {"presence_penalty": 1.0}),
+        (2, {"logit_bias": ((0, 3.0),), "logprobs": 2}),
+    ]:
+        batch = batch.with_rows(
+            torch.tensor([row]), Batch.of([[1]], [SamplingParams(max_tokens=5, **asked)], [0])
+        )
     rows = [{"presence_penalty": 1.0}, wide, {"logit_bias": ((0, 3.0),)}]
     logits = torch.randn(3, 1, V, dtype=torch.float64)
-    found = adjusted(logits, replace(batch, ids=torch.ones_like(batch.ids), length=batch.length + 1), Draft.empty(batch))
+    found = adjusted(
+        logits,
+        replace(batch, ids=torch.ones_like(batch.ids), length=batch.length + 1),
+        Draft.empty(batch),
+    )
     for row, asked in enumerate(rows):
         expected = reference.adjusted(logits[row, 0].tolist(), [1], [1], SamplingParams(**asked))
         assert found[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
@@ -177,13 +220,15 @@ def test_rows_that_join_bring_their_own_lists() -> None:
 def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
     batch, (draft, logits) = running(ASKED), some_draft(len(ASKED), 3)
     found = adjusted(logits.to(dtype), batch, draft)
-    assert found.dtype == torch.float32 and torch.equal(found, adjusted(logits.to(dtype).float(), batch, draft))
+    assert found.dtype == torch.float32 and torch.equal(
+        found, adjusted(logits.to(dtype).float(), batch, draft)
+    )
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-39, 1e39, 1e300])
 def test_absurd_repetition_penalties_stay_finite(penalty: float) -> None:
     batch = running([{"repetition_penalty": penalty, "temperature": 0.01}] * 3)
-    found = law(50 * torch.randn(3, 1, V), batch, Draft.empty(batch))
+    found = distribution(50 * torch.randn(3, 1, V), batch, Draft.empty(batch))
     assert bool(found.isfinite().all()) and found.sum(-1)[:, 0].tolist() == pytest.approx([1.0] * 3)
 
 
@@ -191,7 +236,7 @@ def test_allowed_ids_that_a_drafter_cannot_say() -> None:
     """A draft vocabulary that holds none of them: any law over them is lawful, NaN is not."""
     batch = running([{"allowed_token_ids": (2, 4)}, {"allowed_token_ids": (3,)}, {}])
     logits = torch.zeros(3, 2, V).index_fill(2, torch.tensor([2, 4]), -torch.inf)
-    found = law(logits, batch, batch.ids[:, :0])
+    found = distribution(logits, batch, batch.ids[:, :0])
     assert found[0].tolist() == [[0, 0, 0.5, 0, 0.5, 0, 0, 0, 0, 0, 0]] * 2
     assert found[1].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]] * 2
     assert torch.equal(found[2], torch.softmax(logits[2], -1))
@@ -211,20 +256,38 @@ def test_a_denoising_draft_counts_earlier_groups(steps: int) -> None:
         for k in range(4):
             first = k - k % (4 // steps)
             canvas = torch.where(torch.arange(4) < first, draft.tokens[row], toy.mask_id)[None]
-            one = Context(replace(batch, ids=batch.ids[:1], length=batch.length[:1]), None, torch.zeros(1), None)
+            one = Context(
+                replace(batch, ids=batch.ids[:1], length=batch.length[:1]),
+                None,
+                torch.zeros(1),
+                None,
+            )
             logits = toy.denoise(one, None, canvas, torch.arange(4)[None] < first)[0, k].tolist()
             own = draft.tokens[row, :first].tolist()
-            assert torch.allclose(draft.probs[row, k], soft(reference.adjusted(logits, [1, 2, 3], own, params)), atol=1e-6)
+            assert torch.allclose(
+                draft.probs[row, k],
+                soft(reference.adjusted(logits, [1, 2, 3], own, params)),
+                atol=1e-6,
+            )
 
 
 def test_an_autoregressive_draft_counts_all_before() -> None:
     torch.manual_seed(2)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    network = SmallCausalLM(LlamaConfig(vocab_size=V, bos_token_id=None, eos_token_id=None, **sizes))
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    network = SmallLM(LlamaConfig(vocab_size=V, bos_token_id=None, eos_token_id=None, **sizes))
     for parameter in network.parameters():
         parameter.requires_grad_(False).normal_()
     target = TableTarget.random(V)
-    drafter, params = AutoregressiveDrafter(network.double(), target.info), SamplingParams(max_tokens=8, **PENALTIES)
+    drafter, params = (
+        AutoregressiveDrafter(network.double(), target.info),
+        SamplingParams(max_tokens=8, **PENALTIES),
+    )
     batch = Batch.of([[1, 2, 3]] * 4, [params] * 4, range(4))
     run = decode.start(target, drafter, batch)
     decode.admit(run, torch.arange(4))
@@ -235,4 +298,8 @@ def test_an_autoregressive_draft_counts_all_before() -> None:
             for k in range(4):
                 own = draft.tokens[row, :k].tolist()
                 logits = network.net(torch.tensor([[1, 2, 3, *own]])).logits[0, -1].tolist()
-                assert torch.allclose(draft.probs[row, k], soft(reference.adjusted(logits, [1, 2, 3], own, params)), atol=1e-6)
+                assert torch.allclose(
+                    draft.probs[row, k],
+                    soft(reference.adjusted(logits, [1, 2, 3], own, params)),
+                    atol=1e-6,
+                )

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from specdiff.prefixes import seats, shared
+from specdiff.prefix_cache import seats, shared
 
 
 @pytest.mark.parametrize(
@@ -14,19 +14,35 @@ from specdiff.prefixes import seats, shared
         ([[1, 2, 3]], [[1, 2, 3]], [(0, 2)]),  # the last token is always read
         ([[1, 2, 3]], [[1]], [(0, 0)]),
         ([[], []], [[1], [2]], [(0, 0), (1, 0)]),
-        ([[5, 6, 7], [1], [5, 6]], [[9, 9]], [(1, 0)]),  # nothing in common: the row that holds least
-        ([[5, 6, 7], [5]], [[5, 1], [5, 6, 7, 8]], [(1, 1), (0, 3)]),  # who shares most chooses first
+        (
+            [[5, 6, 7], [1], [5, 6]],
+            [[9, 9]],
+            [(1, 0)],
+        ),  # nothing in common: the row that holds least
+        (
+            [[5, 6, 7], [5]],
+            [[5, 1], [5, 6, 7, 8]],
+            [(1, 1), (0, 3)],
+        ),  # who shares most chooses first
     ],
 )
-def test_small_cases(held: list[list[int]], prompts: list[list[int]], given: list[tuple[int, int]]) -> None:
+def test_small_cases(
+    held: list[list[int]], prompts: list[list[int]], given: list[tuple[int, int]]
+) -> None:
     assert seats(held, prompts) == given
 
 
 def test_against_comparing_everything() -> None:
     chance = random.Random(0)
     for _ in range(300):
-        held = [[chance.randrange(3) for _ in range(chance.randrange(9))] for _ in range(chance.randrange(1, 9))]
-        prompts = [[chance.randrange(3) for _ in range(chance.randrange(1, 9))] for _ in range(chance.randrange(1, len(held) + 1))]
+        held = [
+            [chance.randrange(3) for _ in range(chance.randrange(9))]
+            for _ in range(chance.randrange(1, 9))
+        ]
+        prompts = [
+            [chance.randrange(3) for _ in range(chance.randrange(1, 9))]
+            for _ in range(chance.randrange(1, len(held) + 1))
+        ]
         given = seats(held, prompts)
         assert len({place for place, _ in given}) == len(prompts)
         for (place, kept), prompt in zip(given, prompts, strict=True):

@@ -16,7 +16,9 @@ HEAVY = ("transformers", "rich", "typer", "huggingface_hub", "tokenizers", "gguf
 def imported(code: str) -> set[str]:
     """The top-level packages a fresh interpreter has loaded after `code`."""
     told = "import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
-    out = subprocess.run([sys.executable, "-c", f"{code}; {told}"], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}; {told}"], capture_output=True, text=True, check=True
+    )
     assert not out.stderr
     return set(json.loads(out.stdout))
 
@@ -34,7 +36,18 @@ def test_all_is_complete() -> None:
     namespace: dict[str, object] = {}
     exec("from specdiff import *", namespace)
     assert set(specdiff.__all__) <= set(namespace)
-    promised = {"Drafter", "SamplingParams", "SpeculativeLM", "Target", "Batch", "Context", "Draft", "Round", "decode", "load"}
+    promised = {
+        "Drafter",
+        "SamplingParams",
+        "SpeculativeLM",
+        "Target",
+        "Batch",
+        "Context",
+        "Draft",
+        "Round",
+        "decode",
+        "load",
+    }
     assert promised <= set(specdiff.__all__)
     own = {
         node.name
@@ -70,7 +83,9 @@ def test_the_nouns_and_roles_need_no_transformers() -> None:
     """What a drafter's own file imports, and the errors."""
     names = "Batch, Context, Draft, Drafter, Purpose, Round, SamplingParams, SpecdiffError, Target, TargetInfo"
     assert not imported(f"from specdiff import {names}") & {*HEAVY}
-    assert not imported("import specdiff.decode, specdiff.verify, specdiff.sampling, specdiff.stats") & {*HEAVY}
+    assert not imported(
+        "import specdiff.decode, specdiff.verify, specdiff.sampling, specdiff.stats"
+    ) & {*HEAVY}
     assert "torch" not in imported("import specdiff.errors")
 
 

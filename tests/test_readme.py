@@ -12,7 +12,11 @@ from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, SamplingParams
 from specdiff.verify import VERIFIERS
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), flags=re.DOTALL)
+BLOCKS = re.findall(
+    r"```python\n(.*?)```",
+    (Path(__file__).parent.parent / "README.md").read_text(),
+    flags=re.DOTALL,
+)
 
 
 @pytest.mark.real
@@ -25,7 +29,10 @@ def test_the_python_session_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_session_inside_transformers_runs(capsys: pytest.CaptureFixture[str]) -> None:
     scope: dict[str, Any] = {}
     exec(BLOCKS[1], scope)
-    assert scope["out"].shape == (2, scope["inputs"]["input_ids"].shape[1] + 16) or (scope["out"] == scope["tokenizer"].eos_token_id).any()
+    assert (
+        scope["out"].shape == (2, scope["inputs"]["input_ids"].shape[1] + 16)
+        or (scope["out"] == scope["tokenizer"].eos_token_id).any()
+    )
     assert "The sky is" in capsys.readouterr().out
 
 
@@ -35,7 +42,11 @@ def test_the_example_drafter_is_lossless(name: str) -> None:
     exec(BLOCKS[2], scope)
     target, rows, length = TableTarget.random(3, seed=1), 20_000, 3
     batch = Batch.of([[0, 1]] * rows, [SamplingParams(max_tokens=length)] * rows, range(rows))
-    rounds = list(decode.decode(target, scope["Mine"](target.info), batch, verifier=VERIFIERS[name], draft_len=2))
+    rounds = list(
+        decode.decode(
+            target, scope["Mine"](target.info), batch, verifier=VERIFIERS[name], draft_len=2
+        )
+    )
     tails = rounds[-1].batch.ids[:, 2:]
     code = (tails * torch.tensor([9, 3, 1])).sum(1)
     expected = torch.tensor(list(target.law([0, 1], length).values()), dtype=torch.float64) * rows

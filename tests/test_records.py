@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 
-from specdiff import records
 from specdiff.bench import suites
+from specdiff.data import records
+from specdiff.data.records import (
+    FIELDS,
+    Record,
+    RecordError,
+    prompt_of,
+    read_jsonl,
+    read_text,
+    read_texts,
+)
 from specdiff.errors import UsageError
-from specdiff.records import FIELDS, Record, RecordError, prompt_of, read_jsonl, read_text, read_texts
 from specdiff.training import recipe
 
 LINES = ['{"prompt": "één"}', '{"prompt": "zwei"}']
@@ -38,7 +46,17 @@ def saved(folder: Path, content: bytes, name: str = "p.jsonl") -> Path:
         ("p.jsonl.gz", PLAIN),
         ("p.jsonl.gz", gzip.compress(PLAIN[:19]) + gzip.compress(PLAIN[19:])),
     ],
-    ids=["plain", "no-end", "bom", "crlf", "blank", "gzip", "gzip-unnamed", "named-gzip", "two-members"],
+    ids=[
+        "plain",
+        "no-end",
+        "bom",
+        "crlf",
+        "blank",
+        "gzip",
+        "gzip-unnamed",
+        "named-gzip",
+        "two-members",
+    ],
 )
 def test_files_as_people_save_them(tmp_path: Path, name: str, content: bytes) -> None:
     path = saved(tmp_path, content, name)
@@ -52,18 +70,30 @@ def test_a_record_knows_its_line(tmp_path: Path) -> None:
 
 
 BAD = {
-    "utf-16": (PLAIN.decode().encode("utf-16"), "is UTF-16, not UTF-8; convert it:  iconv -f UTF-16"),
+    "utf-16": (
+        PLAIN.decode().encode("utf-16"),
+        "is UTF-16, not UTF-8; convert it:  iconv -f UTF-16",
+    ),
     "utf-16-be": (codecs.BOM_UTF16_BE + PLAIN.decode().encode("utf-16-be"), "is UTF-16"),
     "utf-16-bare": (PLAIN.decode().encode("utf-16-le"), "line 1 holds zero bytes"),
-    "latin-1": (b'{"prompt": "a"}\n' + "één".encode("latin-1"), "line 2 is not UTF-8 (byte 0xe9); if it is Latin-1"),
+    "latin-1": (
+        b'{"prompt": "a"}\n' + "één".encode("latin-1"),
+        "line 2 is not UTF-8 (byte 0xe9); if it is Latin-1",
+    ),
     "cut": (gzip.compress(PLAIN * 50)[:-20], "the gzip file is cut short or damaged"),
     "cut-at-once": (gzip.compress(PLAIN)[:5], "cut short or damaged at its beginning"),
     "checksum": (gzip.compress(PLAIN)[:-8] + b"\0" * 8, "damaged after line 2"),
     "not-deflate": (b"\x1f\x8b\x08" + bytes(range(100)), "damaged at its beginning"),
     "binary": (b"\x7fELF\x02\x01\x00\x00", "line 1 holds zero bytes: it is a binary file"),
     "picture": (b"\x89PNG\r\n\x1a\n", "line 1 is not UTF-8"),
-    "array": (b'[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n', "line 1 begins a JSON array; write one object a line"),
-    "array-in-a-line": (b'[{"prompt": "a"}]\n', "line 1 begins a JSON array; write one object a line:  jq -c '.[]' p.jsonl"),
+    "array": (
+        b'[\n {"prompt": "a"},\n {"prompt": "b"}\n]\n',
+        "line 1 begins a JSON array; write one object a line",
+    ),
+    "array-in-a-line": (
+        b'[{"prompt": "a"}]\n',
+        "line 1 begins a JSON array; write one object a line:  jq -c '.[]' p.jsonl",
+    ),
     "torn": (PLAIN[:-4], "line 2 is not JSON"),
     "deep": (b"[" * 100_000 + b"\n", "line 1"),
 }
@@ -76,7 +106,11 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, name: str) -> Non
     for read in (lambda: list(read_jsonl(path)), lambda: suites.read(f"jsonl:{path}")):
         with pytest.raises(UsageError) as error:
             read()
-        assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+        assert (
+            message in str(error.value)
+            and str(path) in str(error.value)
+            and "\n" not in str(error.value)
+        )
 
 
 def test_folders_and_absent_files(tmp_path: Path) -> None:
@@ -96,7 +130,10 @@ def test_texts_and_recipes_go_through_the_same_door(tmp_path: Path) -> None:
     ]  # fmt: skip
     yaml = saved(tmp_path, codecs.BOM_UTF8 + b"kind: sedd\r\nsteps: 7\r\n", "r.yaml")
     assert recipe.load(str(yaml)).steps == 7
-    for content, message in (("kind: sédd".encode("latin-1"), "line 1 is not UTF-8"), ("kind: sedd".encode("utf-16"), "is UTF-16")):
+    for content, message in (
+        ("kind: sédd".encode("latin-1"), "line 1 is not UTF-8"),
+        ("kind: sedd".encode("utf-16"), "is UTF-16"),
+    ):
         for read in (recipe.load, lambda p: list(read_texts(Path(p)))):
             with pytest.raises(UsageError, match=message):
                 read(str(saved(tmp_path, content, "r.yaml")))
@@ -110,7 +147,9 @@ def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "Hello, "}, {"text": "world"}, "!"]
     expected = [{"role": "user", "content": "Hello, world!", "name": "me"}]
     assert body({"messages": [{"role": "user", "content": parts, "name": "me"}]}) == expected
-    assert body({"prompt": [{"role": "user", "content": "x"}]}) == [{"role": "user", "content": "x"}]
+    assert body({"prompt": [{"role": "user", "content": "x"}]}) == [
+        {"role": "user", "content": "x"}
+    ]
     assert body({"prompt": parts[:1]}) == "Hello, "
     assert body({"prompt": [3, 4]}) == [3, 4]
     assert body({"text": "a\ud800b"}) == "a\ufffdb"
@@ -122,7 +161,11 @@ def test_text_parts_are_joined() -> None:
     [
         (7, records.NO_OBJECT, "must be an object"),
         (None, records.NO_OBJECT, "not NoneType"),
-        ({"question": "a"}, records.NO_FIELD, "has none of the fields messages, prompt, text, article, but question"),
+        (
+            {"question": "a"},
+            records.NO_FIELD,
+            "has none of the fields messages, prompt, text, article, but question",
+        ),
         ({}, records.NO_FIELD, "but none"),
         ({"prompt": 7}, records.NO_TEXT, "prompt must be text, not int"),
         ({"prompt": True}, records.NO_TEXT, "not bool"),
@@ -131,7 +174,11 @@ def test_text_parts_are_joined() -> None:
         ({"messages": "hello"}, records.NO_TEXT, "messages must be a list"),
         ({"messages": []}, records.NO_TEXT, "messages must be a list"),
         ({"messages": [{"role": "user"}]}, records.NO_TEXT, "message 1: messages must be a list"),
-        ({"messages": [{"role": "user", "content": None}]}, records.NO_TEXT, "message 1: content must be text, not null"),
+        (
+            {"messages": [{"role": "user", "content": None}]},
+            records.NO_TEXT,
+            "message 1: content must be text, not null",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
             records.NO_TEXT,

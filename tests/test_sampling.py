@@ -6,13 +6,23 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from specdiff.sampling import PREFIX, draw, probabilities
 from specdiff.types import Params, SamplingParams
 
 ALMOST_ONE = float(np.nextafter(1, 0))
-WARPERS = {"temperature": TemperatureLogitsWarper, "top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+WARPERS = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
 ASKED = [
     {},
     {"temperature": 0.7},
@@ -44,7 +54,9 @@ def warped(logits: torch.Tensor, asked: dict[str, Any]) -> torch.Tensor:
     return torch.softmax(logits, dim=-1)
 
 
-@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: " ".join(f"{k}={v}" for k, v in asked.items()) or "plain")
+@pytest.mark.parametrize(
+    "asked", ASKED, ids=lambda asked: " ".join(f"{k}={v}" for k, v in asked.items()) or "plain"
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("V", [1, 5, 60, 3000])
 def test_equals_transformers_warpers(V: int, dtype: torch.dtype, asked: dict[str, Any]) -> None:
@@ -52,8 +64,13 @@ def test_equals_transformers_warpers(V: int, dtype: torch.dtype, asked: dict[str
     found, expected = normalised(logits, *[SamplingParams(**asked)] * 30), warped(logits, asked)
     assert found.dtype == dtype
     differ = (found > 0) != (expected > 0)
-    if dtype == torch.float32:  # sums from either end round differently: the last token inside may be the first outside
-        assert int(differ.sum(-1).max()) <= 1 and float(torch.maximum(found, expected)[differ].sum()) < 1e-4
+    if (
+        dtype == torch.float32
+    ):  # sums from either end round differently: the last token inside may be the first outside
+        assert (
+            int(differ.sum(-1).max()) <= 1
+            and float(torch.maximum(found, expected)[differ].sum()) < 1e-4
+        )
     else:
         assert not bool(differ.any())
     assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-6)
@@ -62,7 +79,9 @@ def test_equals_transformers_warpers(V: int, dtype: torch.dtype, asked: dict[str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
-    logits = torch.linspace(-4, 4, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(0))][None].to(dtype)
+    logits = torch.linspace(-4, 4, 60)[
+        torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    ][None].to(dtype)
     for asked in ASKED:
         found = normalised(logits, SamplingParams(**asked))
         assert found.dtype == torch.float32
@@ -70,7 +89,9 @@ def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_one_row_each_in_one_batch() -> None:
-    logits = 3 * torch.randn(len(ASKED), 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = 3 * torch.randn(
+        len(ASKED), 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     found = normalised(logits, *[SamplingParams(**asked) for asked in ASKED])
     for row, asked in enumerate(ASKED):
         alone = normalised(logits[row : row + 1], SamplingParams(**asked))[0]
@@ -81,7 +102,10 @@ def test_one_row_each_in_one_batch() -> None:
 def test_a_row_does_not_feel_its_neighbours_at_all(other: dict[str, Any]) -> None:
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
     rows = [SamplingParams()] * 64
-    assert torch.equal(normalised(logits, *rows), normalised(torch.cat([logits, logits[:1]]), *rows, SamplingParams(**other))[:64])
+    assert torch.equal(
+        normalised(logits, *rows),
+        normalised(torch.cat([logits, logits[:1]]), *rows, SamplingParams(**other))[:64],
+    )
 
 
 def test_positions_of_a_row_share_its_parameters() -> None:
@@ -94,9 +118,15 @@ def test_positions_of_a_row_share_its_parameters() -> None:
 
 def test_greedy_is_one_hot_at_the_first_of_the_best() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 3.0]])
-    found = normalised(logits, SamplingParams(temperature=0, top_k=2, top_p=0.5, min_p=0.5), SamplingParams(temperature=0))
+    found = normalised(
+        logits,
+        SamplingParams(temperature=0, top_k=2, top_p=0.5, min_p=0.5),
+        SamplingParams(temperature=0),
+    )
     assert found.tolist() == [[0, 1, 0], [1, 0, 0]]
-    soft = normalised(logits, SamplingParams(temperature=0), SamplingParams())  # beside a row that is not greedy
+    soft = normalised(
+        logits, SamplingParams(temperature=0), SamplingParams()
+    )  # beside a row that is not greedy
     assert soft[0].tolist() == [0, 1, 0] and float(soft[1].max()) < 0.5
 
 
@@ -130,7 +160,9 @@ def test_top_p_stops_where_the_mass_is_exactly_reached() -> None:
     for top_p, kept in [(0.5, 1), (0.75, 2), (0.76, 4)]:
         found = normalised(logits, SamplingParams(top_p=top_p))
         assert int((found > 0).sum()) == kept
-    assert torch.equal(normalised(logits, SamplingParams(top_p=0.5)) > 0, warped(logits, {"top_p": 0.5}) > 0)
+    assert torch.equal(
+        normalised(logits, SamplingParams(top_p=0.5)) > 0, warped(logits, {"top_p": 0.5}) > 0
+    )
 
 
 def flat_with_a_peak(V: int, at: int) -> torch.Tensor:
@@ -151,8 +183,13 @@ def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
 def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int) -> None:
     """Which of several equals transformers keeps hangs on its sort; here they stay or go together."""
     logits = flat_with_a_peak(V, 2)
-    found, kept = normalised(logits, SamplingParams(top_p=top_p))[0] > 0, warped(logits, {"top_p": top_p})[0] > 0
-    assert found.nonzero()[:, 0].tolist() == smallest_set(torch.softmax(logits, -1)[0].numpy(), top_p)
+    found, kept = (
+        normalised(logits, SamplingParams(top_p=top_p))[0] > 0,
+        warped(logits, {"top_p": top_p})[0] > 0,
+    )
+    assert found.nonzero()[:, 0].tolist() == smallest_set(
+        torch.softmax(logits, -1)[0].numpy(), top_p
+    )
     assert torch.equal(found, logits[0] >= logits[0][kept].min())
 
 
@@ -160,7 +197,9 @@ def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.7, 0.95])
 def test_top_p_is_exact_past_the_prefix(top_p: float, sharpness: float) -> None:
     """Flat laws over 2000 tokens, where the set that is kept is larger than what is looked at first."""
-    logits = sharpness * torch.randn(4, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits = sharpness * torch.randn(
+        4, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     found = normalised(logits, *[SamplingParams(top_p=top_p)] * 4)
     p = torch.softmax(logits, -1).numpy()
     sizes = set()
@@ -173,7 +212,9 @@ def test_top_p_is_exact_past_the_prefix(top_p: float, sharpness: float) -> None:
 
 
 def test_a_flat_row_beside_a_peaked_one() -> None:
-    logits = torch.stack([torch.zeros(2000, dtype=torch.float64), 5 * torch.randn(2000, dtype=torch.float64)])
+    logits = torch.stack(
+        [torch.zeros(2000, dtype=torch.float64), 5 * torch.randn(2000, dtype=torch.float64)]
+    )
     rows = [SamplingParams(top_p=0.7)] * 2
     found = normalised(logits, *rows)
     assert found[0].nonzero()[:, 0].tolist() == list(range(2000))  # equals stay together
@@ -199,7 +240,9 @@ def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-39, 1e-46])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_temperature_without_a_normal_float32_is_greedy(temperature: float, dtype: torch.dtype) -> None:
+def test_a_temperature_without_a_normal_float32_is_greedy(
+    temperature: float, dtype: torch.dtype
+) -> None:
     """Ties and all, and also where subnormal numbers are flushed to zero."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 3, 40, generator=generator, dtype=dtype)
@@ -216,7 +259,9 @@ def test_a_temperature_without_a_normal_float32_is_greedy(temperature: float, dt
 
 @pytest.mark.parametrize("top_p", [1e-6, 1e-46])  # the second is 0 in float32
 def test_a_tiny_top_p_keeps_the_best(top_p: float) -> None:
-    assert normalised(torch.tensor([[0.0, 1.0, 2.0]]), SamplingParams(top_p=top_p)).tolist() == [[0, 0, 1]]
+    assert normalised(torch.tensor([[0.0, 1.0, 2.0]]), SamplingParams(top_p=top_p)).tolist() == [
+        [0, 0, 1]
+    ]
 
 
 # ---- the draw ----
@@ -228,7 +273,10 @@ def test_the_draw_is_the_inverse_of_the_cumulative_sum() -> None:
         weights = torch.rand(200, V, generator=generator, dtype=torch.float64) ** 4
         u = torch.rand(200, generator=generator, dtype=torch.float64)
         cdf = np.cumsum(weights.numpy(), axis=-1)
-        expected = [int(np.searchsorted(row, x * row[-1], side="right")) for row, x in zip(cdf, u.numpy(), strict=True)]
+        expected = [
+            int(np.searchsorted(row, x * row[-1], side="right"))
+            for row, x in zip(cdf, u.numpy(), strict=True)
+        ]
         assert draw(weights, u).tolist() == expected
 
 
@@ -256,10 +304,14 @@ def test_a_total_so_small_that_rounding_lifts_the_uniform_onto_it() -> None:
 
 
 def test_the_ends_of_the_unit_interval_are_the_first_and_the_last_token() -> None:
-    weights = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    weights = torch.tensor(
+        [[0.0, 0.25, 0.0, 0.75, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]]
+    )
     assert draw(weights, torch.zeros(3)).tolist() == [1, 0, 4]
     assert draw(weights, torch.full((3,), ALMOST_ONE, dtype=torch.float64)).tolist() == [3, 0, 4]
-    assert draw(weights[:1], torch.tensor([0.25], dtype=torch.float64)).tolist() == [3]  # u is in [0, 1): 0.25 is the next token's
+    assert draw(weights[:1], torch.tensor([0.25], dtype=torch.float64)).tolist() == [
+        3
+    ]  # u is in [0, 1): 0.25 is the next token's
     assert draw(weights[:1], torch.tensor([np.nextafter(0.25, 0)])).tolist() == [1]
 
 
@@ -268,9 +320,13 @@ def test_the_cumulative_sum_is_float64() -> None:
     weights = torch.rand(1, 100_000, generator=torch.Generator().manual_seed(0))
     u = torch.linspace(0, ALMOST_ONE, 51, dtype=torch.float64)
     cdf = np.cumsum(weights[0].double().numpy())
-    expected = np.searchsorted(cdf, np.minimum(u.numpy() * cdf[-1], np.nextafter(cdf[-1], 0)), side="right")
+    expected = np.searchsorted(
+        cdf, np.minimum(u.numpy() * cdf[-1], np.nextafter(cdf[-1], 0)), side="right"
+    )
     assert draw(weights.expand(51, -1), u).tolist() == expected.tolist()
-    single = torch.searchsorted(weights[0].cumsum(0), (u * weights[0].cumsum(0)[-1]).float(), right=True)
+    single = torch.searchsorted(
+        weights[0].cumsum(0), (u * weights[0].cumsum(0)[-1]).float(), right=True
+    )
     assert single.tolist() != expected.tolist()  # so the line above could fail
 
 
@@ -290,4 +346,7 @@ def test_draws_have_the_law_of_the_weights() -> None:
     u = torch.rand(100_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     counts = torch.bincount(draw(weights.expand(100_000, 5), u), minlength=5)
     assert counts[1] == 0
-    assert stats.chisquare(counts[[0, 2, 3, 4]], (weights[[0, 2, 3, 4]] * 100_000).numpy()).pvalue > 1e-3
+    assert (
+        stats.chisquare(counts[[0, 2, 3, 4]], (weights[[0, 2, 3, 4]] * 100_000).numpy()).pvalue
+        > 1e-3
+    )

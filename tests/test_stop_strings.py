@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import tiny
 from specdiff import SpeculativeLM
-from specdiff.detokenizer import Detokenizer, StopStrings
 from specdiff.errors import UsageError
-from test_lm import END, VOCAB, scripted, tokenizer  # noqa: F401 (a fixture)
+from specdiff.text.detokenizer import Detokenizer, StopStrings
+from test_lm import END, VOCAB, scripted, tokenizer  # noqa: F401
 
 letters = st.text("ab\u00e9🦊", max_size=14)
 few_stops = st.lists(st.text("ab\u00e9🦊", min_size=1, max_size=4), min_size=1, max_size=3)
@@ -52,7 +52,11 @@ def test_half_characters_hide_no_stop(data: bytes, stops: list[str]) -> None:
 
 
 def test_the_first_complete_one_counts_and_of_those_the_longest() -> None:
-    for stops, text, want in [(["b", "abc"], "xabc", "xa"), (["bc", "abc"], "xabc", "x"), (["c", "d"], "abdc", "ab")]:
+    for stops, text, want in [
+        (["b", "abc"], "xabc", "xa"),
+        (["bc", "abc"], "xabc", "x"),
+        (["c", "d"], "abdc", "ab"),
+    ]:
         assert StopStrings(stops).add(text) == want
 
 
@@ -63,15 +67,28 @@ def test_the_first_complete_one_counts_and_of_those_the_longest() -> None:
     draft_len=st.integers(1, 6),
     include=st.booleans(),
 )
-def test_streams_join_to_the_text(tokenizer: Any, text: str, stops: list[str], draft_len: int, include: bool) -> None:  # noqa: F811
+def test_streams_join_to_the_text(
+    tokenizer: Any, text: str, stops: list[str], draft_len: int, include: bool
+) -> None:
     answer = tokenizer(text)["input_ids"]
     made = scripted(tokenizer, [40], [*answer, END], flaw=3)
-    options: dict[str, Any] = {"max_tokens": 90, "temperature": 0, "draft_len": draft_len, "stop": stops, "include_stop": include}
+    options: dict[str, Any] = {
+        "max_tokens": 90,
+        "temperature": 0,
+        "draft_len": draft_len,
+        "stop": stops,
+        "include_stop": include,
+    }
     out, pieces = made.generate([40], **options), list(made.stream([40], **options))
     want, found = cut(text, stops, include)
     assert "".join(p.text for p in pieces) == out.text == want
     last = pieces[-1].generation
-    assert (last.text, last.token_ids, last.accepted, last.finish_reason) == (want, out.token_ids, out.accepted, "stop")
+    assert (last.text, last.token_ids, last.accepted, last.finish_reason) == (
+        want,
+        out.token_ids,
+        out.accepted,
+        "stop",
+    )
     assert len(out.token_ids) == len(out.accepted) == out.stats.tokens
     assert out.stats.accepted == sum(out.accepted)
     if found:  # the tokens end with the one that completed it
@@ -82,16 +99,26 @@ def test_streams_join_to_the_text(tokenizer: Any, text: str, stops: list[str], d
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_rows_stop_each_on_their_own_and_are_free_at_once(tokenizer: Any, rows: int) -> None:  # noqa: F811
+def test_rows_stop_each_on_their_own_and_are_free_at_once(tokenizer: Any, rows: int) -> None:
     answer = tokenizer("the rain in spain falls mainly on the plain")["input_ids"]
     made = scripted(tokenizer, [40], [*answer, END])
-    outs = made.generate([[40], [40, *answer[:6]], [40, *answer[:2]]], max_tokens=60, temperature=0, draft_len=5, stop="mainly", rows=rows)
+    outs = made.generate(
+        [[40], [40, *answer[:6]], [40, *answer[:2]]],
+        max_tokens=60,
+        temperature=0,
+        draft_len=5,
+        stop="mainly",
+        rows=rows,
+    )
     whole = [tokenizer.decode(answer[n:]) for n in (0, 6, 2)]
     assert [o.text for o in outs] == [text.split("mainly")[0] for text in whole]
     assert {o.finish_reason for o in outs} == {"stop"}
     alone = made.generate([40], max_tokens=60, temperature=0, draft_len=5, stop="mainly")
     assert (alone.token_ids, alone.stats.rounds) == (outs[0].token_ids, outs[0].stats.rounds)
-    assert alone.stats.rounds < made.generate([40], max_tokens=60, temperature=0, draft_len=5).stats.rounds
+    assert (
+        alone.stats.rounds
+        < made.generate([40], max_tokens=60, temperature=0, draft_len=5).stats.rounds
+    )
 
 
 def test_without_a_tokenizer_there_is_no_text_to_stop_at() -> None:

@@ -62,24 +62,38 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model.lm_head.weight[END, 0] = 2.0
     model.save_pretrained(tmp_path / "tiny-target")
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special, alphabet = ["<|im_end|>", "<|im_start|>"], pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
-        ["rain"], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        ["rain"],
+        trainers.BpeTrainer(
+            vocab_size=VOCAB, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", chat_template=TEMPLATE)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
     tokenizer.save_pretrained(tmp_path / "tiny-target")
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts" / "a.txt").write_text("\n\n".join(f"Paragraph {i} tells of rain. " * 4 for i in range(20)))
+    (tmp_path / "texts" / "a.txt").write_text(
+        "\n\n".join(f"Paragraph {i} tells of rain. " * 4 for i in range(20))
+    )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_block_runs_in_order(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     text = "".join(b.text for b in EXECUTED)
     missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
     assert not missing, f"no longer in the tutorial: {missing}"
-    assert not (large := re.findall(r"[= ]\d{4,}\b", shrunk(text).replace("--tokens 1500", ""))), f"sizes that nothing shrinks: {large}"
+    assert not (large := re.findall(r"[= ]\d{4,}\b", shrunk(text).replace("--tokens 1500", ""))), (
+        f"sizes that nothing shrinks: {large}"
+    )
     told = ""
     for block in EXECUTED:
         perform(Block(block.language, block.note, shrunk(block.text)), monkeypatch)
@@ -91,10 +105,20 @@ def test_every_block_runs_in_order(workplace: Path, monkeypatch: pytest.MonkeyPa
         "by position [",
     ):  # fmt: skip
         assert wanted in told, f"{wanted!r} is not in:\n{told}"
-    for name in ("config.json", "model.safetensors", "README.md", "training/log.jsonl", "training/curve.jsonl"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "training/log.jsonl",
+        "training/curve.jsonl",
+    ):
         assert (workplace / "my-drafter" / name).is_file()
     with safe_open(workplace / "drafter-mine" / "model.safetensors", "pt") as file:
-        assert {m.group(1) for k in file.keys() if (m := re.search(r"blocks\.(\d+)\.", k))} == {"0", "1", "2"}  # noqa: SIM118
+        assert {m.group(1) for k in file if (m := re.search(r"blocks\.(\d+)\.", k))} == {
+            "0",
+            "1",
+            "2",
+        }
     lm = specdiff.load("tiny-target", drafter="my-tuned")
     assert lm.generate("rain", max_tokens=4, seed=1).stats.tau >= 1
 
@@ -109,7 +133,13 @@ def test_the_table_of_choices_names_keys_and_defaults() -> None:
     assert len(rows) >= 9
     for key, default in rows:
         value = Recipe.model_fields[key].default
-        assert default == ("null" if value is None else str(list(value)) if isinstance(value, tuple) else str(value)), key
+        assert default == (
+            "null"
+            if value is None
+            else str(list(value))
+            if isinstance(value, tuple)
+            else str(value)
+        ), key
 
 
 def test_lines_are_short() -> None:

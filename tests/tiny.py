@@ -43,7 +43,9 @@ def model(family: str, vocab: int = VOCAB, positions: int = 256, seed: int = 0) 
     if family == "gpt2":
         ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
         made: PreTrainedModel = GPT2LMHeadModel(
-            GPT2Config(vocab_size=vocab, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=positions, **ends)
+            GPT2Config(
+                vocab_size=vocab, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=positions, **ends
+            )
         )
     elif family == "llama":
         made = LlamaForCausalLM(LlamaConfig(**grouped))
@@ -54,7 +56,9 @@ def model(family: str, vocab: int = VOCAB, positions: int = 256, seed: int = 0) 
             if parameter.dim() > 1:
                 parameter.mul_(6)
         if family == "gpt2":
-            made.get_submodule("transformer.wpe").weight.mul_(4)  # its tied head would else repeat the last token
+            made.get_submodule("transformer.wpe").weight.mul_(
+                4
+            )  # its tied head would else repeat the last token
     return made.eval()
 
 
@@ -63,7 +67,9 @@ def target(family: str, **sizes: Any) -> CausalTarget:
 
 
 def sedd_config(tokens: int = VOCAB, **changes: Any) -> SEDDConfig:
-    base = SEDDConfig(tokens=tokens, hidden_size=WIDTH, n_blocks=2, n_heads=4, cond_dim=16, length=96, dropout=0.1)
+    base = SEDDConfig(
+        tokens=tokens, hidden_size=WIDTH, n_blocks=2, n_heads=4, cond_dim=16, length=96, dropout=0.1
+    )
     return replace(base, **changes)
 
 
@@ -74,20 +80,42 @@ def sedd(config: SEDDConfig, seed: int = 0) -> SEDD:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            spread = 1.0 if "embed" in name else 0.5 if parameter.dim() == 1 else 1.2 / parameter.shape[-1] ** 0.5
+            spread = (
+                1.0
+                if "embed" in name
+                else 0.5
+                if parameter.dim() == 1
+                else 1.2 / parameter.shape[-1] ** 0.5
+            )
             parameter.copy_(drawn * spread + ("norm" in name))
     if config.draft_vocab_size is not None:
-        network.draft_vocab.copy_(torch.randperm(config.tokens, generator=generator)[: config.draft_vocab_size].sort().values)
+        network.draft_vocab.copy_(
+            torch.randperm(config.tokens, generator=generator)[: config.draft_vocab_size]
+            .sort()
+            .values
+        )
     return network
 
 
-def drafter(info: TargetInfo, *, steps: int = 1, draft_temperature: float = 1.0, window: int | None = None, **changes: Any) -> Drafter[Any]:
+def drafter(
+    info: TargetInfo,
+    *,
+    steps: int = 1,
+    draft_temperature: float = 1.0,
+    window: int | None = None,
+    **changes: Any,
+) -> Drafter[Any]:
     """A random SEDD drafter for a target: windowed with its own embeddings, unless `changes` to its config say otherwise."""
     denoiser = SEDDDenoiser(sedd(sedd_config(info.vocab_size, **changes)), info, window=window)
     return DenoisingDrafter(denoiser, steps=steps, draft_temperature=draft_temperature)
 
 
-CACHED: dict[str, Any] = {"attention": "causal-context", "borrow_embeddings": True, "time_conditioning": False, "draft_vocab_size": 20}
+CACHED: dict[str, Any] = {
+    "attention": "causal-context",
+    "borrow_embeddings": True,
+    "time_conditioning": False,
+    "draft_vocab_size": 20,
+}
 
 
 class Hinted(Drafter[None]):
@@ -106,7 +134,9 @@ class Hinted(Drafter[None]):
         tokens = []
         for row, start in enumerate(context.batch.length.tolist()):
             known = [*self.texts[row][start : start + draft_len], *[0] * draft_len][:draft_len]
-            tokens.append([(t + ((start + k) % self.flaw == 0)) % self.vocab for k, t in enumerate(known)])
+            tokens.append(
+                [(t + ((start + k) % self.flaw == 0)) % self.vocab for k, t in enumerate(known)]
+            )
         return Draft(torch.tensor(tokens, device=context.batch.ids.device))
 
     def release(self, state: None, rows: Tensor) -> None:
@@ -117,7 +147,13 @@ def plain(net: PreTrainedModel, prompt: Sequence[int], new: int, **options: Any)
     """transformers' own greedy decoding, in its own attention: prompt and continuation."""
     ids = torch.tensor([prompt])
     out = net.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **options
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        pad_token_id=0,
+        **options,
     )
     return out[0].tolist()
 
@@ -130,10 +166,18 @@ def copy_of(net: PreTrainedModel) -> PreTrainedModel:
 def prompts(count: int, vocab: int = VOCAB, seed: int = 0) -> list[list[int]]:
     """Prompts of different lengths."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(vocab, (1 + (5 * i + 3) % 11,), generator=generator).tolist() for i in range(count)]
+    return [
+        torch.randint(vocab, (1 + (5 * i + 3) % 11,), generator=generator).tolist()
+        for i in range(count)
+    ]
 
 
-def batch_of(rows: Sequence[Sequence[int]], max_tokens: int = 24, seeds: Sequence[int] | None = None, **sampling: Any) -> Batch:
+def batch_of(
+    rows: Sequence[Sequence[int]],
+    max_tokens: int = 24,
+    seeds: Sequence[int] | None = None,
+    **sampling: Any,
+) -> Batch:
     params = SamplingParams(max_tokens=max_tokens, **sampling)
     return Batch.of(rows, [params] * len(rows), seeds or range(len(rows)))
 

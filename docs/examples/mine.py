@@ -22,5 +22,9 @@ class Mine(Drafter):
         anchor = context.batch.anchor[:, None].expand(-1, draft_len)
         other = (noise.uniform(Purpose.DRAFT, draft_len, index=1) * self.vocab).long()
         tokens = torch.where(noise.uniform(Purpose.DRAFT, draft_len) < self.keep, anchor, other)
-        q = torch.full((*tokens.shape, self.vocab), (1 - self.keep) / self.vocab, device=tokens.device)
-        return Draft(tokens, q.scatter_add(2, anchor[..., None], torch.full_like(q[..., :1], self.keep)))
+        q = torch.full(
+            (*tokens.shape, self.vocab), (1 - self.keep) / self.vocab, device=tokens.device
+        )
+        return Draft(
+            tokens, q.scatter_add(2, anchor[..., None], torch.full_like(q[..., :1], self.keep))
+        )

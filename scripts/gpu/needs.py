@@ -7,7 +7,7 @@ import sys
 MODULES = {
     "torch": "torch", "transformers": "transformers", "safetensors": "safetensors", "typer": "typer", "rich": "rich",
     "jaxtyping": "jaxtyping", "gguf": "gguf", "accelerate": "accelerate", "yaml": "PyYAML", "pydantic": "pydantic",
-    "specdiff.training.run": "specdiff (src/ of this repository)",
+    "specdiff.training.prepare": "specdiff (src/ of this repository)",
 }  # fmt: skip
 
 missing = []
@@ -18,7 +18,9 @@ for module, package in MODULES.items():
         missing.append(f"{package} ({type(error).__name__}: {error})")
 if missing:
     print("missing here:", *missing, sep="\n  ")
-    sys.exit("put its wheel (and those it requires) into runs/gpu/wheels, carry that folder, and repeat scripts/gpu/0-unpack.sh")
+    sys.exit(
+        "put its wheel (and those it requires) into runs/gpu/wheels, carry that folder, and repeat scripts/gpu/0-unpack.sh"
+    )
 
 import torch  # noqa: E402
 

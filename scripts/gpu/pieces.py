@@ -22,10 +22,21 @@ UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 def split(folder: Path, pieces: Path, size: int, without: Sequence[str] = ()) -> None:
     """Write `folder`'s files, hidden ones and those on a path named in `without` left out; the manifest comes last."""
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and _wanted(f.relative_to(folder), without)]
+    files = [
+        f
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and _wanted(f.relative_to(folder), without)
+    ]
     if not files:
         sys.exit(f"pieces: {folder} holds no files")
-    entries = [{"path": f.relative_to(folder).as_posix(), "bytes": (s := f.stat()).st_size, "mtime_ns": s.st_mtime_ns} for f in files]
+    entries = [
+        {
+            "path": f.relative_to(folder).as_posix(),
+            "bytes": (s := f.stat()).st_size,
+            "mtime_ns": s.st_mtime_ns,
+        }
+        for f in files
+    ]
     pieces.mkdir(parents=True, exist_ok=True)
     for outdated in pieces.rglob(MANIFEST):
         outdated.unlink()
@@ -39,7 +50,9 @@ def split(folder: Path, pieces: Path, size: int, without: Sequence[str] = ()) ->
     for outdated in found.values():
         outdated.unlink()
     _write(pieces / MANIFEST, json.dumps({"files": entries, "pieces": named}, indent=1).encode())
-    print(f"{folder}: {len(files)} files in {len(named)} pieces, {sum(f.stat().st_size for f in _found(pieces).values()):,} bytes")
+    print(
+        f"{folder}: {len(files)} files in {len(named)} pieces, {sum(f.stat().st_size for f in _found(pieces).values()):,} bytes"
+    )
 
 
 def join(pieces: Path, folder: Path) -> None:
@@ -49,9 +62,15 @@ def join(pieces: Path, folder: Path) -> None:
         sys.exit(f"pieces: {pieces} lacks {MANIFEST}; bring it, or repeat the split")
     told, found = json.loads(manifest.read_text()), _found(pieces)
     absent = [p["name"] for p in told["pieces"] if p["name"] not in found]
-    damaged = [p["name"] for p in told["pieces"] if p["name"] in found and _read(found[p["name"]], p["sha256"]) is None]
+    damaged = [
+        p["name"]
+        for p in told["pieces"]
+        if p["name"] in found and _read(found[p["name"]], p["sha256"]) is None
+    ]
     if absent or damaged:
-        sys.exit(f"pieces: {pieces} is missing {', '.join(absent) or 'none'}; damaged: {', '.join(damaged) or 'none'}")
+        sys.exit(
+            f"pieces: {pieces} is missing {', '.join(absent) or 'none'}; damaged: {', '.join(damaged) or 'none'}"
+        )
     contents, buffer = (_read(found[p["name"]], p["sha256"]) or b"" for p in told["pieces"]), b""
     for entry in told["files"]:
         place = folder / entry["path"]
@@ -64,7 +83,9 @@ def join(pieces: Path, folder: Path) -> None:
                 buffer = buffer or next(contents)
                 left -= file.write(taken := buffer[:left])
                 buffer = buffer[len(taken) :]
-        os.utime(partial, ns=(entry["mtime_ns"],) * 2)  # what is cached by a file's time stays valid
+        os.utime(
+            partial, ns=(entry["mtime_ns"],) * 2
+        )  # what is cached by a file's time stays valid
         partial.replace(place)
     print(f"{folder}: {len(told['files'])} files")
 
@@ -115,7 +136,9 @@ def _bytes(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     one = verbs.add_parser("split")
     one.add_argument("folder", type=Path)

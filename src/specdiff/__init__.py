@@ -12,21 +12,21 @@ from typing import Any
 _HOME = {
     "Batch": "types",
     "Context": "types",
-    "Conversation": "conversation",
+    "Conversation": "text.conversation",
     "Draft": "types",
     "Drafter": "drafters.base",
-    "Generation": "generation",
+    "Generation": "text.generation",
     "Purpose": "noise",
     "Round": "types",
     "SamplingParams": "types",
     "SpecdiffError": "errors",
-    "SpeculativeLM": "lm",
+    "SpeculativeLM": "text.lm",
     "Stats": "stats",
     "Target": "targets.base",
     "TargetInfo": "types",
-    "custom_generate": "plug",
+    "custom_generate": "hf.custom_generate",
     "decode": None,
-    "load": "lm",
+    "load": "text.lm",
 }
 
 __all__ = sorted(_HOME)
@@ -37,7 +37,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
     home = _HOME[name]
-    return import_module(f"specdiff.{name}") if home is None else getattr(import_module(f"specdiff.{home}"), name)
+    return (
+        import_module(f"specdiff.{name}")
+        if home is None
+        else getattr(import_module(f"specdiff.{home}"), name)
+    )
 
 
 def __dir__() -> list[str]:

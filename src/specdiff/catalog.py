@@ -52,7 +52,9 @@ def model_folder(spec: str | os.PathLike[str]) -> Path | str:
     if path.is_dir():
         return path
     if spec.startswith((".", "/", "~")):
-        raise UnknownNameError(f"no model folder {spec!r}; give a folder, a file.gguf, a hub id, or one of {', '.join(model_names())}")
+        raise UnknownNameError(
+            f"no model folder {spec!r}; give a folder, a file.gguf, a hub id, or one of {', '.join(model_names())}"
+        )
     return spec
 
 
@@ -84,7 +86,7 @@ def target(
 ) -> tuple[Target[Any], Path | str]:
     """The target a spec names, self-tested, and the folder its tokenizer is in. `options`: see `specdiff.load`."""
     folder = model_folder(spec)
-    from specdiff.models.causal import load_model
+    from specdiff.models.ragged import load_model
     from specdiff.targets.causal import attached
 
     try:
@@ -106,19 +108,25 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
         return _trained(found, info, chosen) if found else NoDrafter()
     if spec == "none":
         if chosen:
-            raise UsageError(f"the drafter 'none' takes no options, but got {', '.join(sorted(chosen))}")
+            raise UsageError(
+                f"the drafter 'none' takes no options, but got {', '.join(sorted(chosen))}"
+            )
         return NoDrafter()
     if spec == "ngram":
         return _call(partial(NGramDrafter, info), chosen, spec)
     if spec in TRAINED:
         found = _bundled_for(info).get(spec)
         if found is None:
-            raise UnknownNameError(f"no bundled {spec} drafter was trained for the target {info.name!r}; give a drafter's folder instead")
+            raise UnknownNameError(
+                f"no bundled {spec} drafter was trained for the target {info.name!r}; give a drafter's folder instead"
+            )
         return _trained(found, info, chosen)
     head, _, tail = spec.partition(":")
     if tail and not Path(spec).is_dir():
         return _custom(head, tail, info, chosen)
-    if not Path(spec).expanduser().is_dir() and ("/" not in spec or spec.startswith((".", "/", "~"))):
+    if not Path(spec).expanduser().is_dir() and (
+        "/" not in spec or spec.startswith((".", "/", "~"))
+    ):
         raise UnknownNameError(
             f"unknown drafter {spec!r}; known are {', '.join(DRAFTERS)}, a drafter's folder or hub id, module:Class, ./file.py:Class"
         )
@@ -128,9 +136,17 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
 def trained_folder(spec: str, info: TargetInfo) -> Path | None:
     """The folder of the causal LM an autoregressive drafter spec names (a hub id's is fetched); None for every other drafter."""
     folder = _bundled_for(info).get(spec) if spec in TRAINED else Path(spec).expanduser()
-    if folder is not None and not folder.is_dir() and "/" in spec and ":" not in spec and not spec.startswith((".", "/", "~")):
+    if (
+        folder is not None
+        and not folder.is_dir()
+        and "/" in spec
+        and ":" not in spec
+        and not spec.startswith((".", "/", "~"))
+    ):
         folder = locate(spec)
-    return None if folder is None or not folder.is_dir() or _is_sedd(read_config(folder)) else folder
+    return (
+        None if folder is None or not folder.is_dir() or _is_sedd(read_config(folder)) else folder
+    )
 
 
 def _bundled_for(info: TargetInfo) -> dict[str, Path]:
@@ -147,7 +163,10 @@ def _is_sedd(config: Mapping[str, Any]) -> bool:
     """Our drafters say so; the authors' checkpoints have no model_type, MDLM's are of the same network."""
     from specdiff.nn import mdlm
 
-    return mdlm.recognised(config) or bool(config.get("model_type", "sedd" if "graph" in config and "noise" in config else None) == "sedd")
+    return mdlm.recognised(config) or bool(
+        config.get("model_type", "sedd" if "graph" in config and "noise" in config else None)
+        == "sedd"
+    )
 
 
 def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
@@ -155,7 +174,9 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
     if _is_sedd(config):
         from specdiff.drafters.sedd import sedd
 
-        return _call(partial(sedd, info, folder, partial(_same_ids, folder, info)), options, str(folder))
+        return _call(
+            partial(sedd, info, folder, partial(_same_ids, folder, info)), options, str(folder)
+        )
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -165,7 +186,11 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
         )
     from specdiff.drafters.autoregressive import autoregressive
 
-    return _call(partial(autoregressive, info, folder, partial(_same_ids, folder, info)), options, str(folder))
+    return _call(
+        partial(autoregressive, info, folder, partial(_same_ids, folder, info)),
+        options,
+        str(folder),
+    )
 
 
 def _same_ids(folder: Path, info: TargetInfo, size: int) -> bool:
@@ -175,7 +200,9 @@ def _same_ids(folder: Path, info: TargetInfo, size: int) -> bool:
     """
     shared = min(size, info.vocab_size)
     own, target = _tokens(folder, shared), _tokens(_tokenizer_folder(info.name), shared)
-    return own == target and len(own) > shared / 2  # transformers makes up a tokenizer of one token where files are missing
+    return (
+        own == target and len(own) > shared / 2
+    )  # transformers makes up a tokenizer of one token where files are missing
 
 
 def _tokenizer_folder(name: str) -> Path | str | None:
@@ -196,7 +223,9 @@ def _tokens(folder: Path | str | None, size: int) -> dict[int, str]:
     if folder is None:
         return {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id < size}
@@ -208,7 +237,9 @@ def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> 
     try:
         given = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
-        raise UsageError(f"the options of drafter {head}:{name} are not valid JSON ({error}): {text}") from None
+        raise UsageError(
+            f"the options of drafter {head}:{name} are not valid JSON ({error}): {text}"
+        ) from None
     if not isinstance(given, dict):
         raise UsageError(f"the options of drafter {head}:{name} must be a JSON object, not {text}")
     built = _named(head, name)
@@ -216,7 +247,9 @@ def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> 
         raise DrafterError(f"{head}:{name} is a {type(built).__name__}, not a Drafter class")
     made = _call(partial(built, info), given | options, f"{head}:{name}")
     if not isinstance(made, Drafter):
-        raise DrafterError(f"{head}:{name} gave a {type(made).__name__}, not a specdiff Drafter; subclass specdiff.Drafter")
+        raise DrafterError(
+            f"{head}:{name} gave a {type(made).__name__}, not a specdiff Drafter; subclass specdiff.Drafter"
+        )
     return made
 
 
@@ -227,7 +260,9 @@ def verifier(spec: str) -> Verifier:
         return verifier_named(spec)
     found = _named(head, name)
     if not callable(found):
-        raise UsageError(f"{spec} is a {type(found).__name__}, not a verifier: a function of draft, probabilities and noise")
+        raise UsageError(
+            f"{spec} is a {type(found).__name__}, not a verifier: a function of draft, probabilities and noise"
+        )
     return cast("Verifier", found)
 
 
@@ -239,7 +274,9 @@ def custom_target(spec: str) -> Target[Any]:
         raise UsageError(f"{spec} is a {type(found).__name__}, not a Target class")
     made = found()
     if not isinstance(made, Target):
-        raise UsageError(f"{spec} gave a {type(made).__name__}, not a specdiff Target; subclass specdiff.Target")
+        raise UsageError(
+            f"{spec} gave a {type(made).__name__}, not a specdiff Target; subclass specdiff.Target"
+        )
     return made
 
 
@@ -264,14 +301,18 @@ def _named(head: str, name: str) -> Any:
 def _import_file(path: Path) -> Any:
     if not path.expanduser().is_file():
         raise UnknownNameError(f"no drafter file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(f"specdiff_drafter_{path.stem}", path.expanduser())
+    spec = importlib.util.spec_from_file_location(
+        f"specdiff_drafter_{path.stem}", path.expanduser()
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up by name
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise DrafterError(f"the drafter file {path} raised {type(error).__name__} while being imported: {error}") from error
+        raise DrafterError(
+            f"the drafter file {path} raised {type(error).__name__} while being imported: {error}"
+        ) from error
     return module
 
 
@@ -283,7 +324,9 @@ def _import_module(name: str) -> Any:
             f"no module {error.name!r} (from the drafter {name}:...); is it installed, or did you mean a ./file.py?"
         ) from error
     except Exception as error:
-        raise DrafterError(f"the module {name} raised {type(error).__name__} while being imported: {error}") from error
+        raise DrafterError(
+            f"the module {name} raised {type(error).__name__} while being imported: {error}"
+        ) from error
 
 
 def _call(build: Any, options: Mapping[str, Any], name: str) -> Drafter[Any]:
@@ -293,8 +336,12 @@ def _call(build: Any, options: Mapping[str, Any], name: str) -> Drafter[Any]:
         raise
     except TypeError as error:
         if options and "argument" in str(error):
-            raise UsageError(f"drafter {name} does not take these options ({error}): {json.dumps(dict(options), default=str)}") from error
+            raise UsageError(
+                f"drafter {name} does not take these options ({error}): {json.dumps(dict(options), default=str)}"
+            ) from error
         raise DrafterError(f"drafter {name} raised TypeError while being built: {error}") from error
     except Exception as error:
-        raise DrafterError(f"drafter {name} raised {type(error).__name__} while being built: {error}") from error
+        raise DrafterError(
+            f"drafter {name} raised {type(error).__name__} while being built: {error}"
+        ) from error
     return made

@@ -59,24 +59,32 @@ class Controller:
         seconds, emitted = sum(last.seconds.values()), float(last.emitted[running].float().mean())
         if last.draft.tokens.shape[1]:
             first = self.drafted == 0
-            self.drafting_seconds = seconds if first else MEMORY * self.drafting_seconds + (1 - MEMORY) * seconds
+            self.drafting_seconds = (
+                seconds if first else MEMORY * self.drafting_seconds + (1 - MEMORY) * seconds
+            )
             self.tau = emitted if first else MEMORY * self.tau + (1 - MEMORY) * emitted
             self.drafted += 1
             if self.drafted > PATIENCE and self.tau > self.break_even:
                 self.pause = FIRST_PAUSE
         else:
-            self.plain_seconds = seconds if self.plain == 0 else MEMORY * self.plain_seconds + (1 - MEMORY) * seconds
+            self.plain_seconds = (
+                seconds if self.plain == 0 else MEMORY * self.plain_seconds + (1 - MEMORY) * seconds
+            )
             self.plain += 1
 
 
-def draft_length(given: int | str | None, drafter: Drafter[Any], *, steady: bool) -> int | Controller:
+def draft_length(
+    given: int | str | None, drafter: Drafter[Any], *, steady: bool
+) -> int | Controller:
     """K, or a Controller, for what a caller gave: a number, "auto", or None: "auto" too, but the drafter's own K where the text must
     not depend on clocks (`steady`). 0 for a drafter that never drafts. Raises UsageError for anything else.
     """
     if given not in (None, "auto") and (isinstance(given, bool) or not isinstance(given, Integral)):
         raise UsageError(f"draft_len must be a whole number of at least 1 or 'auto', not {given!r}")
     if isinstance(given, Integral) and int(given) < 1:
-        raise UsageError(f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'")
+        raise UsageError(
+            f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'"
+        )
     if drafter.draft_len == 0:
         return 0
     if given == "auto" or (given is None and not steady):

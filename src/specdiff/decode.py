@@ -14,10 +14,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.guarded import Guarded, GuardedState
+from specdiff.drafters.guarded import GuardedDrafter, GuardedState
 from specdiff.errors import TargetError, UsageError
 from specdiff.noise import Noise
-from specdiff.sampling import law, logprobs
+from specdiff.sampling import distribution, logprobs
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Draft, Round, Verification
 from specdiff.verify import Verifier, token
@@ -27,11 +27,11 @@ DraftLength = Callable[[Round | None], int]
 
 
 @dataclass(slots=True)
-class Run:
+class DecodeState:
     """One running batch: the two roles with the state each handed out, the rows, and what the drafter may see of them."""
 
     target: Target[Any]
-    drafter: Guarded
+    drafter: GuardedDrafter
     verifier: Verifier
     cache: Any
     state: GuardedState
@@ -40,21 +40,29 @@ class Run:
 
 
 @torch.inference_mode()
-def step(run: Run, draft_len: int, stop: Stop | None = None) -> Round:
+def step(run: DecodeState, draft_len: int, stop: Stop | None = None) -> Round:
     """One round of `draft_len` tokens (0: a plain one). Advances `run.batch`; nobody else does.
 
     Raises nothing for a target whose logits are NaN or infinite: `Round.failed` names the rows, and `raise_if_failed` raises.
     """
     clock = stopwatch(run.batch.length.device)
     noise = Noise.of(run.batch)
-    draft = run.drafter.propose(run.context, run.state, noise, draft_len) if draft_len else Draft.empty(run.batch)
+    draft = (
+        run.drafter.propose(run.context, run.state, noise, draft_len)
+        if draft_len
+        else Draft.empty(run.batch)
+    )
     clock.lap("draft")
     output = run.target.score(run.cache, run.batch, draft)
     clock.lap("score")
     finite = finite_rows(output.logits)
-    verification = run.verifier(_cut(draft, finite), law(output.logits, run.batch, draft), noise)
+    verification = run.verifier(
+        _cut(draft, finite), distribution(output.logits, run.batch, draft), noise
+    )
     if run.batch.params.logprobs is not None:
-        verification = replace(verification, logprobs=logprobs(output.logits, verification, run.batch.params.logprobs))
+        verification = replace(
+            verification, logprobs=logprobs(output.logits, verification, run.batch.params.logprobs)
+        )
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
     batch, emitted = commit(run.batch, verification, finite)
@@ -84,7 +92,10 @@ def _cut(draft: Draft, finite: Int[Tensor, "B"]) -> Draft:
     size = draft.tokens.shape[1]
     if size == 0:
         return draft
-    return replace(draft, size=finite.clamp(max=size) if draft.size is None else torch.minimum(draft.size, finite))
+    return replace(
+        draft,
+        size=finite.clamp(max=size) if draft.size is None else torch.minimum(draft.size, finite),
+    )
 
 
 def raise_if_failed(last: Round) -> None:
@@ -102,7 +113,9 @@ def reason(position: int) -> str:
     )
 
 
-def commit(batch: Batch, verification: Verification, finite: Int[Tensor, "B"] | None = None) -> tuple[Batch, Int[Tensor, "B"]]:
+def commit(
+    batch: Batch, verification: Verification, finite: Int[Tensor, "B"] | None = None
+) -> tuple[Batch, Int[Tensor, "B"]]:
     """Append what was verified, cut exactly at the first stop id and at the row's limit; returns the emitted counts too.
 
     finite: how many scored rows have a distribution (None: all). A row that would emit a token of a later one emits nothing, and is done.
@@ -111,7 +124,9 @@ def commit(batch: Batch, verification: Verification, finite: Int[Tensor, "B"] | 
     index = torch.arange(tokens.shape[1], device=tokens.device)
     stops = (tokens[..., None] == batch.params.stop_ids[:, None]).any(-1) & (index < n[:, None])
     first = torch.where(stops, index, tokens.shape[1]).amin(1)
-    emitted = torch.minimum(torch.minimum(n, first + 1), batch.params.limit - batch.length).masked_fill(batch.done, 0)
+    emitted = torch.minimum(
+        torch.minimum(n, first + 1), batch.params.limit - batch.length
+    ).masked_fill(batch.done, 0)
     failed = torch.zeros_like(batch.done) if finite is None else emitted > finite
     emitted = emitted.masked_fill(failed, 0)
     offset = torch.arange(batch.ids.shape[1], device=tokens.device) - batch.length[:, None]
@@ -119,10 +134,19 @@ def commit(batch: Batch, verification: Verification, finite: Int[Tensor, "B"] | 
     ids = torch.where(new, tokens.gather(1, offset.clamp(0, tokens.shape[1] - 1)), batch.ids)
     length = batch.length + emitted
     done = batch.done | failed | (first < emitted) | (length >= batch.params.limit)
-    return replace(batch, ids=ids, length=length, round=batch.round + (emitted > 0), done=done), emitted
+    return replace(
+        batch, ids=ids, length=length, round=batch.round + (emitted > 0), done=done
+    ), emitted
 
 
-def start(target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier: Verifier = token, slots: int | None = None) -> Run:
+def start(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    batch: Batch,
+    *,
+    verifier: Verifier = token,
+    slots: int | None = None,
+) -> DecodeState:
     """Open both roles for the batch's rows. `slots` bounds a row's positions, drafts included (default: limit + draft_len).
 
     The drafter is guarded: one that breaks while decoding makes plain rounds, not errors.
@@ -131,32 +155,49 @@ def start(target: Target[Any], drafter: Drafter[Any], batch: Batch, *, verifier:
     """
     rows, limit = len(batch.length), int(batch.params.limit.max())
     if limit > target.info.max_positions:
-        raise UsageError(f"a row may reach {limit} tokens, but the target has {target.info.max_positions} positions; lower max_tokens")
+        raise UsageError(
+            f"a row may reach {limit} tokens, but the target has {target.info.max_positions} positions; lower max_tokens"
+        )
     room = slots or limit + drafter.draft_len + 1
     context = Context(batch, None, torch.zeros_like(batch.length), None)
-    guarded = Guarded(drafter, target.info.vocab_size)
-    return Run(target, guarded, verifier, target.open(rows, room, drafter.taps), guarded.open(rows, room), batch, context)
+    guarded = GuardedDrafter(drafter, target.info.vocab_size)
+    return DecodeState(
+        target,
+        guarded,
+        verifier,
+        target.open(rows, room, drafter.taps),
+        guarded.open(rows, room),
+        batch,
+        context,
+    )
 
 
 @torch.inference_mode()
-def admit(run: Run, rows: Int[Tensor, "R"], kept: Int[Tensor, "R"] | None = None) -> None:
+def admit(run: DecodeState, rows: Int[Tensor, "R"], kept: Int[Tensor, "R"] | None = None) -> None:
     """Fill both caches for the rows of `run.batch` that hold new prompts.
 
     kept: how many of each prompt's first tokens the target's cache holds in that row, from a request before that began alike (None:
         none; at most len(prompt) - 1). Must be 0 where the drafter has taps, for it needs every feature.
     """
     prompts = [run.batch.ids[r, : run.batch.length[r]] for r in rows]
-    features = run.target.admit(run.cache, rows, prompts, torch.zeros_like(rows) if kept is None else kept)
-    seen, size = run.context.features, run.context.feature_size.index_copy(0, rows, run.batch.length[rows] - 1)
+    features = run.target.admit(
+        run.cache, rows, prompts, torch.zeros_like(rows) if kept is None else kept
+    )
+    seen, size = (
+        run.context.features,
+        run.context.feature_size.index_copy(0, rows, run.batch.length[rows] - 1),
+    )
     if features is not None:
         width = max(features.shape[1], 0 if seen is None else seen.shape[1])
-        seen = _widen(features.new_zeros(len(size), 0, features.shape[2]) if seen is None else seen, width)
+        seen = _widen(
+            features.new_zeros(len(size), 0, features.shape[2]) if seen is None else seen, width
+        )
         seen = seen.index_copy(0, rows, _widen(features, width))
     run.context = replace(run.context, batch=run.batch, features=seen, feature_size=size)
     run.drafter.admit(run.state, run.context, rows)
 
 
-def release(run: Run, rows: Int[Tensor, "R"]) -> None:
+def release(run: DecodeState, rows: Int[Tensor, "R"]) -> None:
     """Give up the rows' places in both caches; rows that had more to say are done all the same."""
     run.batch = replace(run.batch, done=run.batch.done.index_fill(0, rows, True))
     run.target.release(run.cache, rows)
@@ -184,8 +225,14 @@ def decode(
     """
     length = drafter.draft_len if draft_len is None else draft_len
     if isinstance(draft_len, int) and draft_len < 1:
-        raise UsageError(f"draft_len must be at least 1, not {draft_len}; for plain decoding use the drafter 'none'")
-    slots = int(batch.params.limit.max()) + max(drafter.draft_len, length if isinstance(length, int) else 0) + 1
+        raise UsageError(
+            f"draft_len must be at least 1, not {draft_len}; for plain decoding use the drafter 'none'"
+        )
+    slots = (
+        int(batch.params.limit.max())
+        + max(drafter.draft_len, length if isinstance(length, int) else 0)
+        + 1
+    )
     run = start(target, drafter, batch, verifier=verifier, slots=slots)
     rows = torch.arange(len(batch.length), device=batch.length.device)
     last: Round | None = None
@@ -208,10 +255,16 @@ def _seen(context: Context, done: Round, features: Tensor | None, proposed: bool
     if features is None:
         return Context(done.batch, None, size, done)
     old = features[:, :0] if proposed or context.features is None else context.features
-    entered = done.emitted  # the anchor and all but the last of the emitted tokens are in the target's cache now
+    entered = (
+        done.emitted
+    )  # the anchor and all but the last of the emitted tokens are in the target's cache now
     merged = _widen(old, int((size + entered).max()))
     index = torch.arange(merged.shape[1], device=size.device)
-    fresh = (index - size[:, None]).clamp(0, features.shape[1] - 1)[..., None].expand(-1, -1, features.shape[2])
+    fresh = (
+        (index - size[:, None])
+        .clamp(0, features.shape[1] - 1)[..., None]
+        .expand(-1, -1, features.shape[2])
+    )
     merged = torch.where((index >= size[:, None])[..., None], features.gather(1, fresh), merged)
     return Context(done.batch, merged, size + entered, done)
 

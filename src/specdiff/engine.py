@@ -1,6 +1,6 @@
 """Rows join and leave: a stream of requests around `step`, in memory bounded by the number of rows, not of requests.
 
-`serve` is the loop, one `Turn` a round, cheap however many rows there are; `run` tells every row's tokens as they come.
+`serve` is the loop, one `EngineStep` a round, cheap however many rows there are; `run` tells every row's tokens as they come.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ from specdiff import decode
 from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
-from specdiff.prefixes import seats
+from specdiff.prefix_cache import seats
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Logprobs, Round, SamplingParams
 from specdiff.verify import Verifier
@@ -33,10 +33,10 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RequestOutput:
     """What one round gave one request. The first `accepted` of `tokens` came from the draft; `finished` is set on the last.
 
-    finished: "stop" (a stop id), "length" (max_tokens), "error" or None. resting: the drafter broke, and drafts no more for this request.
+    finished: "stop" (a stop id), "length" (max_tokens), "error" or None. disabled: the drafter broke, and drafts no more for this request.
     logprobs: of each token, where asked (else empty), and in top_logprobs (token id, logprob) of the likeliest ones in its place.
     error: why the request ended early, a sentence naming it; its tokens so far are no whole answer.
     """
@@ -46,7 +46,7 @@ class Progress:
     accepted: int
     drafted: int
     finished: str | None
-    resting: bool
+    disabled: bool
     seconds: dict[str, float]
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class EngineStep:
     """One round. `owner[row]` is the place in the stream of the request that ran there (None: idle), `asked[row]` the request,
     `reused[row]` how many of its prompt's tokens the row had read for the request before, and `ended` the rows it was the last
     round of. Read it before asking for the next turn: rows then change hands."""
@@ -71,14 +71,22 @@ class Turn:
         if row not in self.ended:
             self.ended.append(row)
 
-    def progress(self) -> list[Progress]:
-        """One Progress a running row; the round's tensors cross to the host once."""
+    def progress(self) -> list[RequestOutput]:
+        """One RequestOutput a running row; the round's tensors cross to the host once."""
         last, ended = self.round, frozenset(self.ended)
-        emitted, accepted, tokens = last.emitted.tolist(), last.verification.accepted.tolist(), last.verification.tokens.tolist()
-        sizes = [last.draft.tokens.shape[1]] * len(self.owner) if last.draft.size is None else last.draft.size.tolist()
-        resting = last.resting.tolist()
+        emitted, accepted, tokens = (
+            last.emitted.tolist(),
+            last.verification.accepted.tolist(),
+            last.verification.tokens.tolist(),
+        )
+        sizes = (
+            [last.draft.tokens.shape[1]] * len(self.owner)
+            if last.draft.size is None
+            else last.draft.size.tolist()
+        )
+        disabled = last.disabled.tolist()
         errors = self.errors()
-        told = _Told(last.verification.logprobs)
+        told = _LogprobLists(last.verification.logprobs)
         found = []
         for row, (index, request) in enumerate(zip(self.owner, self.asked, strict=True)):
             if index is not None:
@@ -90,15 +98,33 @@ class Turn:
                     finished = "error"
                 kept = min(accepted[row], len(new))
                 logs = told.of(row, len(new), request)
-                found.append(Progress(index, new, kept, sizes[row], finished, resting[row], dict(last.seconds), *logs, error=error))
+                found.append(
+                    RequestOutput(
+                        index,
+                        new,
+                        kept,
+                        sizes[row],
+                        finished,
+                        disabled[row],
+                        dict(last.seconds),
+                        *logs,
+                        error=error,
+                    )
+                )
         return found
 
     def errors(self) -> dict[int, str]:
         """Why each request that failed in this round did: the target's logits were NaN or infinite where it had arrived."""
         if not self.ended:
             return {}  # a row that fails is done, so nothing needs to be read
-        failed = [(self.owner[row], at) for row, at in enumerate(self.round.failed.tolist()) if at >= 0]
-        return {request: f"request {request}: {decode.reason(at)}" for request, at in failed if request is not None}
+        failed = [
+            (self.owner[row], at) for row, at in enumerate(self.round.failed.tolist()) if at >= 0
+        ]
+        return {
+            request: f"request {request}: {decode.reason(at)}"
+            for request, at in failed
+            if request is not None
+        }
 
     def finished(self) -> list[tuple[int, Int[Tensor, "L"], int]]:
         """(request, its tokens with the prompt in front, on the host, and the prompt's length) of every request that ended.
@@ -109,7 +135,11 @@ class Turn:
             return []
         batch, errors = self.round.batch, self.errors()
         rows = torch.tensor(self.ended, device=batch.length.device)
-        ids, lengths, prompts = batch.ids[rows].cpu(), batch.length[rows].tolist(), batch.prompt_length[rows].tolist()
+        ids, lengths, prompts = (
+            batch.ids[rows].cpu(),
+            batch.length[rows].tolist(),
+            batch.prompt_length[rows].tolist(),
+        )
         requests = [r for row in self.ended if (r := self.owner[row]) is not None]
         whole = zip(requests, ids, lengths, prompts, strict=True)
         return [(r, i[:n].clone(), p) for r, i, n, p in whole if r not in errors]
@@ -123,7 +153,7 @@ def run(
     verifier: Verifier,
     draft_len: DraftLength,
     rows: int = 8,
-) -> Iterator[Progress]:
+) -> Iterator[RequestOutput]:
     """Serve every request, at most `rows` at a time, in order of arrival. Raises UsageError as `check` does.
 
     Each row has slots for the longest request; a row that ends takes the next request while the others go on.
@@ -142,8 +172,8 @@ def serve(
     draft_len: DraftLength,
     rows: int = 8,
     slots: int | None = None,
-) -> Iterator[Turn]:
-    """Run the stream's requests, at most `rows` at a time, until it ends; one Turn a round.
+) -> Iterator[EngineStep]:
+    """Run the stream's requests, at most `rows` at a time, until it ends; one EngineStep a round.
 
     A request that joins takes the free row that holds the longest prefix of its prompt, and only the rest is read by the target
     (all of it where the drafter has taps: it needs every feature). Rows are opened as requests come: where more of them run than
@@ -158,8 +188,12 @@ def serve(
     """
     if slots is None:
         if not isinstance(requests, Sequence):
-            raise UsageError("a stream of requests needs slots: the most tokens of prompt and answer together")
-        slots = max((len(r.prompt) + r.params.max_tokens for r in requests if r is not None), default=0)
+            raise UsageError(
+                "a stream of requests needs slots: the most tokens of prompt and answer together"
+            )
+        slots = max(
+            (len(r.prompt) + r.params.max_tokens for r in requests if r is not None), default=0
+        )
     queue = _Queue(iter(requests), slots, target)
     slots += (drafter.draft_len if callable(draft_len) else draft_len) + 1
     joining = queue.take(rows)
@@ -167,7 +201,9 @@ def serve(
         return
     owner: list[int | None] = [place for place, _ in joining]
     asked, reused = [request for _, request in joining], [0] * len(joining)
-    running = decode.start(target, drafter, _batch(joining, slots, target), verifier=verifier, slots=slots)
+    running = decode.start(
+        target, drafter, _batch(joining, slots, target), verifier=verifier, slots=slots
+    )
     last: Round | None = None
     try:
         decode.admit(running, torch.arange(len(owner), device=target.info.device))
@@ -175,7 +211,7 @@ def serve(
             last = decode.step(running, draft_len(last) if callable(draft_len) else draft_len)
             done = last.batch.done.tolist()
             ended = [row for row, o in enumerate(owner) if o is not None and done[row]]
-            yield Turn(last, owner, asked, reused, ended)
+            yield EngineStep(last, owner, asked, reused, ended)
             if ended:
                 decode.release(running, torch.tensor(ended, device=target.info.device))
             for row in ended:
@@ -190,7 +226,9 @@ def serve(
                 asked += [joining[0][1]] * more
                 reused += [0] * more
             free = [row for row, o in enumerate(owner) if o is None]
-            for (row, kept), (place, request) in zip(_join(running, free, joining, slots), joining, strict=True):
+            for (row, kept), (place, request) in zip(
+                _join(running, free, joining, slots), joining, strict=True
+            ):
                 owner[row], asked[row], reused[row] = place, request, kept
     finally:  # also where nobody reads on, or a role raises
         left = [row for row, o in enumerate(owner) if o is not None]
@@ -198,7 +236,7 @@ def serve(
             decode.release(running, torch.tensor(left, device=target.info.device))
 
 
-def _grow(running: decode.Run, live: list[int], rows: int, slots: int) -> None:
+def _grow(running: decode.DecodeState, live: list[int], rows: int, slots: int) -> None:
     """Open `rows` rows in place of fewer: the live ones read their texts anew, the others hold nothing and are done."""
     old, previous, device = running.batch, running.context.previous, running.batch.length.device
     taken = torch.tensor(live, dtype=torch.long, device=device)
@@ -206,7 +244,10 @@ def _grow(running: decode.Run, live: list[int], rows: int, slots: int) -> None:
     idle = torch.ones(rows, dtype=torch.bool, device=device).index_fill(0, taken, False)
     batch: Batch = mapped(old, lambda part: part[source])
     batch = replace(batch, done=idle, length=batch.length.masked_fill(idle, 1))
-    cache, state = running.target.open(rows, slots, running.drafter.taps), running.drafter.open(rows, slots)
+    cache, state = (
+        running.target.open(rows, slots, running.drafter.taps),
+        running.drafter.open(rows, slots),
+    )
     if live:
         decode.release(running, taken)
     earlier, running.cache, running.state, running.batch = running.state, cache, state, batch
@@ -254,29 +295,47 @@ def check(requests: Iterable[Request], target: Target[Any], first: int = 0) -> N
         }
         for option, ids in named.items():
             if ids and max(ids) >= size:
-                raise UsageError(f"{option} names token id {max(ids)}, which is outside the target's vocabulary of {size}")
+                raise UsageError(
+                    f"{option} names token id {max(ids)}, which is outside the target's vocabulary of {size}"
+                )
 
 
-class _Told:
+class _LogprobLists:
     """The round's log probabilities on the host, if any row asked for them."""
 
     def __init__(self, found: Logprobs | None) -> None:
-        self.lists = None if found is None else (found.tokens.tolist(), found.top_ids.tolist(), found.top.tolist())
+        self.lists = (
+            None
+            if found is None
+            else (found.tokens.tolist(), found.top_ids.tolist(), found.top.tolist())
+        )
 
-    def of(self, row: int, length: int, request: Request) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    def of(
+        self, row: int, length: int, request: Request
+    ) -> tuple[list[float], list[list[tuple[int, float]]]]:
         """What this row's request asked to be told of its new tokens."""
         if self.lists is None or request.params.logprobs is None:
             return [], []
         (own, ids, top), most = (x[row][:length] for x in self.lists), request.params.logprobs
-        return own, [list(zip(i[:most], v[:most], strict=True)) for i, v in zip(ids, top, strict=True)]
+        return own, [
+            list(zip(i[:most], v[:most], strict=True)) for i, v in zip(ids, top, strict=True)
+        ]
 
 
 def _batch(chosen: Sequence[tuple[int, Request]], slots: int, target: Target[Any]) -> Batch:
     rows = [request for _, request in chosen]
-    return Batch.of([r.prompt for r in rows], [r.params for r in rows], [r.seed for r in rows], slots=slots, device=target.info.device)
+    return Batch.of(
+        [r.prompt for r in rows],
+        [r.params for r in rows],
+        [r.seed for r in rows],
+        slots=slots,
+        device=target.info.device,
+    )
 
 
-def _join(running: decode.Run, free: list[int], joining: Sequence[tuple[int, Request]], slots: int) -> list[tuple[int, int]]:
+def _join(
+    running: decode.DecodeState, free: list[int], joining: Sequence[tuple[int, Request]], slots: int
+) -> list[tuple[int, int]]:
     """Admit the requests to free rows; (row, how many of its prompt's tokens were held there) of each."""
     if not joining:
         return []
@@ -284,7 +343,10 @@ def _join(running: decode.Run, free: list[int], joining: Sequence[tuple[int, Req
     chosen = [(row, 0) for row in free[: len(joining)]]
     if not running.drafter.taps:
         places = torch.tensor(free, device=device)
-        ids, lengths = running.batch.ids[places, : max(map(len, prompts))].tolist(), running.batch.length[places].tolist()
+        ids, lengths = (
+            running.batch.ids[places, : max(map(len, prompts))].tolist(),
+            running.batch.length[places].tolist(),
+        )
         # all but the last committed token: the anchor of a row's last round was never scored
         held = [tokens[: length - 1] for tokens, length in zip(ids, lengths, strict=True)]
         chosen = [(free[place], kept) for place, kept in seats(held, prompts)]

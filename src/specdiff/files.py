@@ -34,9 +34,13 @@ def write_json(path: Path, value: Any, *, indent: int = 1) -> Path:
     return write_text(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> Path:
     """Write a safetensors file; tied tensors are stored once for each name. Raises StorageError."""
-    separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    separate = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+    }
     return _write(path, lambda partial: save_file(separate, partial, metadata=metadata))
 
 
@@ -93,13 +97,15 @@ def lock(folder: Path) -> BaseFileLock:
         try:
             held.acquire()
         except Timeout:
-            raise StorageError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+            raise StorageError(
+                f"another process is writing to {folder}; wait for it, or choose another folder"
+            ) from None
     return held
 
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """Turn what the operating system says while `path` is written into a StorageError."""
+    """EngineStep what the operating system says while `path` is written into a StorageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -109,7 +115,9 @@ def storing(path: Path) -> Iterator[None]:
 def reason(error: Exception, path: Path) -> str:
     """Why a write failed, for people: which disk is full and how full, or the system's own words."""
     code = getattr(error, "errno", None)
-    number = next((c for c in FULL if f"os error {c}" in str(error)), None) if code is None else code
+    number = (
+        next((c for c in FULL if f"os error {c}" in str(error)), None) if code is None else code
+    )
     if number == errno.EFBIG:
         return "it would exceed the largest file size allowed here (ulimit -f)"
     if number in FULL:

@@ -36,7 +36,9 @@ def _signed(x: int) -> int:
 
 
 def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's >> is arithmetic; this is the logical one
+    return (x >> bits) & (
+        (1 << (64 - bits)) - 1
+    )  # torch's >> is arithmetic; this is the logical one
 
 
 def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
@@ -86,5 +88,7 @@ class Noise:
 
 def _to_unit(x: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     kind = exact(x.device)
-    bits = 53 if kind == torch.float64 else 24  # as many as a number of this kind in [0, 1) can hold
+    bits = (
+        53 if kind == torch.float64 else 24
+    )  # as many as a number of this kind in [0, 1) can hold
     return _shift(x, 64 - bits).to(kind) * 2.0**-bits

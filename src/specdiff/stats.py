@@ -27,8 +27,16 @@ class Stats:
     kept: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def add(self, drafted: int, accepted: int, emitted: int, seconds: Mapping[str, float], *, resting: bool = False) -> None:
-        """One round of one row: `drafted` proposed, `accepted` of them kept, `emitted` tokens committed; `resting` as in Round."""
+    def add(
+        self,
+        drafted: int,
+        accepted: int,
+        emitted: int,
+        seconds: Mapping[str, float],
+        *,
+        disabled: bool = False,
+    ) -> None:
+        """One round of one row: `drafted` proposed, `accepted` of them kept, `emitted` tokens committed; `disabled` as in Round."""
         cut = emitted <= accepted  # at an end: what lies behind was not rejected
         accepted = min(accepted, emitted)
         self.rounds += 1
@@ -36,7 +44,7 @@ class Stats:
         self.tokens += emitted
         self.drafted += drafted
         self.accepted += accepted
-        self.faults = max(self.faults, int(resting))
+        self.faults = max(self.faults, int(disabled))
         self.reached += [0] * (drafted - len(self.reached))
         self.kept += [0] * (drafted - len(self.kept))
         for k in range(min(accepted + (not cut), drafted)):
@@ -67,7 +75,10 @@ class Stats:
     @property
     def per_position(self) -> list[float]:
         """Acceptance of draft position k given that it was reached."""
-        return [kept / reached if reached else 0.0 for kept, reached in zip(self.kept, self.reached, strict=True)]
+        return [
+            kept / reached if reached else 0.0
+            for kept, reached in zip(self.kept, self.reached, strict=True)
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, for --json."""
@@ -90,9 +101,20 @@ def fold(rounds: Iterable[Round]) -> list[Stats]:
     rows: list[Stats] = []
     for r in rounds:
         rows = rows or [Stats() for _ in range(len(r.emitted))]
-        sizes = r.draft.size.tolist() if r.draft.size is not None else [r.draft.tokens.shape[1]] * len(rows)
-        told = zip(rows, sizes, r.verification.accepted.tolist(), r.emitted.tolist(), r.resting.tolist(), strict=True)
-        for row, size, accepted, emitted, resting in told:
+        sizes = (
+            r.draft.size.tolist()
+            if r.draft.size is not None
+            else [r.draft.tokens.shape[1]] * len(rows)
+        )
+        told = zip(
+            rows,
+            sizes,
+            r.verification.accepted.tolist(),
+            r.emitted.tolist(),
+            r.disabled.tolist(),
+            strict=True,
+        )
+        for row, size, accepted, emitted, disabled in told:
             if emitted:
-                row.add(size, accepted, emitted, r.seconds, resting=resting)
+                row.add(size, accepted, emitted, r.seconds, disabled=disabled)
     return rows

@@ -54,21 +54,45 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _ids("stop_token_ids", self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _pairs(self.logit_bias))
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids))
+            object.__setattr__(
+                self, "allowed_token_ids", _ids("allowed_token_ids", self.allowed_token_ids)
+            )
         if self.logprobs is not None:
             object.__setattr__(self, "logprobs", whole("logprobs", self.logprobs))
         _demand(self, "max_tokens", 1 <= self.max_tokens <= LARGEST, "at least 1")
-        _demand(self, "temperature", 0 <= self.temperature < math.inf, "a finite number >= 0 (0 is greedy)")
+        _demand(
+            self,
+            "temperature",
+            0 <= self.temperature < math.inf,
+            "a finite number >= 0 (0 is greedy)",
+        )
         _demand(self, "top_k", 0 <= self.top_k <= LARGEST, ">= 0 (0 is off)")
         _demand(self, "top_p", 0 < self.top_p <= 1, "in (0, 1] (1 is off)")
         _demand(self, "min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)")
-        _demand(self, "repetition_penalty", 0 < self.repetition_penalty < math.inf, "a finite number > 0 (1 is off)")
+        _demand(
+            self,
+            "repetition_penalty",
+            0 < self.repetition_penalty < math.inf,
+            "a finite number > 0 (1 is off)",
+        )
         _demand(self, "presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2] (0 is off)")
-        _demand(self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2] (0 is off)")
+        _demand(
+            self, "frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2] (0 is off)"
+        )
         allowed = self.allowed_token_ids
-        _demand(self, "allowed_token_ids", allowed is None or len(allowed) > 0, "one token id >= 0 at least")
+        _demand(
+            self,
+            "allowed_token_ids",
+            allowed is None or len(allowed) > 0,
+            "one token id >= 0 at least",
+        )
         wanted = self.logprobs
-        _demand(self, "logprobs", wanted is None or 0 <= wanted <= TOP_LOGPROBS, f"in [0, {TOP_LOGPROBS}], or None (off)")
+        _demand(
+            self,
+            "logprobs",
+            wanted is None or 0 <= wanted <= TOP_LOGPROBS,
+            f"in [0, {TOP_LOGPROBS}], or None (off)",
+        )
 
 
 def _ids(name: str, value: Any) -> tuple[int, ...]:
@@ -90,12 +114,20 @@ def _pairs(value: Any) -> tuple[tuple[int, float], ...]:
     pairs: dict[int, float] = {}
     for entry in entries:
         if not isinstance(entry, Sequence) or len(entry) != 2:
-            raise UsageError(f"logit_bias must hold pairs of token id and value, not {brief(entry)}")
+            raise UsageError(
+                f"logit_bias must hold pairs of token id and value, not {brief(entry)}"
+            )
         token, bias = entry
-        key = int(token) if isinstance(token, str) and token.isdecimal() else whole("each token id of logit_bias", token)
+        key = (
+            int(token)
+            if isinstance(token, str) and token.isdecimal()
+            else whole("each token id of logit_bias", token)
+        )
         amount = number(f"the logit_bias of token {key}", bias)
         if not (0 <= key <= LARGEST and -100 <= amount <= 100):
-            raise UsageError(f"logit_bias must map token ids >= 0 to numbers in [-100, 100], not {key!r} to {amount!r}")
+            raise UsageError(
+                f"logit_bias must map token ids >= 0 to numbers in [-100, 100], not {key!r} to {amount!r}"
+            )
         if key in pairs:
             raise UsageError(f"logit_bias names token {key} twice")
         pairs[key] = amount
@@ -131,17 +163,28 @@ class Params:
     logprobs: int | None
 
     @classmethod
-    def stack(cls, rows: Sequence[SamplingParams], limit: Int[Tensor, "B"], device: torch.device | str = "cpu") -> Self:
+    def stack(
+        cls,
+        rows: Sequence[SamplingParams],
+        limit: Int[Tensor, "B"],
+        device: torch.device | str = "cpu",
+    ) -> Self:
         """One row per request; `limit` is the length (prompt included) at which it must end."""
         off = SamplingParams()
-        numbers = {name: torch.tensor([getattr(r, name) for r in rows], dtype=torch.float32) for name in _NUMBERS}
+        numbers = {
+            name: torch.tensor([getattr(r, name) for r in rows], dtype=torch.float32)
+            for name in _NUMBERS
+        }
         # A float32 temperature below the smallest normal number is greedy. The law would be the same but for ties: logits of
         # float32 that differ at all, and are not themselves below 1e-28, differ by more than 104 such temperatures, and exp(-104)
         # is 0. Subnormal divisors are slow, and 0 where a device flushes them.
         cold = numbers["temperature"] < torch.finfo(torch.float32).tiny
         numbers["temperature"] = numbers["temperature"].masked_fill(cold, 0.0)
         used = {"greedy": bool(cold.any())}
-        used |= {name: any(getattr(r, name) != getattr(off, name) for r in rows) for name in (*_NUMBERS, *_OTHERS)}
+        used |= {
+            name: any(getattr(r, name) != getattr(off, name) for r in rows)
+            for name in (*_NUMBERS, *_OTHERS)
+        }
         lists = {
             "stop_ids": _table([r.stop_token_ids for r in rows], PADDING),
             "bias_ids": _table([[token for token, _ in r.logit_bias] for r in rows], PADDING),
@@ -157,7 +200,14 @@ class Params:
         )
 
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _OTHERS = ("top_k", "logit_bias", "allowed_token_ids")
 
 
@@ -165,7 +215,9 @@ def _table(rows: Sequence[Sequence[float]], fill: float) -> Tensor:
     """[B, E], as wide as the longest row."""
     width = max((len(row) for row in rows), default=0)
     full = [[*row, *[fill] * (width - len(row))] for row in rows]
-    return torch.tensor(full, dtype=torch.long if isinstance(fill, int) else torch.float32).view(len(rows), width)
+    return torch.tensor(full, dtype=torch.long if isinstance(fill, int) else torch.float32).view(
+        len(rows), width
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +254,15 @@ class Batch:
         length, zero = length.to(device), torch.zeros(len(prompts), dtype=torch.long, device=device)
         signed = [s - (1 << 64) if s >= 1 << 63 else s for s in (s % (1 << 64) for s in seeds)]
         seed = torch.tensor(signed, dtype=torch.long, device=device)
-        return cls(ids.to(device), length, length.clone(), zero, zero.bool(), seed, Params.stack(params, limit, device))
+        return cls(
+            ids.to(device),
+            length,
+            length.clone(),
+            zero,
+            zero.bool(),
+            seed,
+            Params.stack(params, limit, device),
+        )
 
     @property
     def anchor(self) -> Int[Tensor, "B"]:
@@ -212,10 +272,19 @@ class Batch:
     def with_rows(self, rows: Int[Tensor, "R"], joined: "Batch") -> "Batch":
         """This batch with `joined`'s rows (in order) put at `rows`: how requests join a running batch."""
         width = self.ids.shape[1]
-        ids = torch.nn.functional.pad(joined.ids[:, :width], (0, max(0, width - joined.ids.shape[1])))
+        ids = torch.nn.functional.pad(
+            joined.ids[:, :width], (0, max(0, width - joined.ids.shape[1]))
+        )
         names = [f.name for f in fields(self) if f.name not in ("ids", "params")]
-        changed = {name: getattr(self, name).index_copy(0, rows, getattr(joined, name)) for name in names}
-        return replace(self, ids=self.ids.index_copy(0, rows, ids), params=_join(self.params, rows, joined.params), **changed)
+        changed = {
+            name: getattr(self, name).index_copy(0, rows, getattr(joined, name)) for name in names
+        }
+        return replace(
+            self,
+            ids=self.ids.index_copy(0, rows, ids),
+            params=_join(self.params, rows, joined.params),
+            **changed,
+        )
 
 
 def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
@@ -223,11 +292,18 @@ def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
     for name in (f.name for f in fields(params) if f.name not in ("active", "logprobs")):
         old, new = getattr(params, name), getattr(joined, name)
         if old.dim() == 2:
-            width, fill = max(old.shape[1], new.shape[1]), 0.0 if old.is_floating_point() else PADDING
-            old, new = (torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in (old, new))
+            width, fill = (
+                max(old.shape[1], new.shape[1]),
+                0.0 if old.is_floating_point() else PADDING,
+            )
+            old, new = (
+                torch.nn.functional.pad(x, (0, width - x.shape[1]), value=fill) for x in (old, new)
+            )
         changed[name] = old.index_copy(0, rows, new)
     wanted = [n for n in (params.logprobs, joined.logprobs) if n is not None]
-    return Params(active=params.active | joined.active, logprobs=max(wanted, default=None), **changed)
+    return Params(
+        active=params.active | joined.active, logprobs=max(wanted, default=None), **changed
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +364,7 @@ class Round:
     """One turn of draft, score, verify, commit. `batch` is as it stands afterwards.
 
     `emitted[b]` tokens were committed: accepted + 1, fewer where a stop id or the length limit fell inside, 0 for done rows.
-    `resting` rows draft no more before their next request, because the drafter broke in this one (in this round or before).
+    `disabled` rows draft no more before their next request, because the drafter broke in this one (in this round or before).
     `failed[b]` is the absolute position at which the target's logits are NaN or infinite, so that nothing can be drawn there: the
     row committed nothing in this round and is done. -1 where all is well.
     """
@@ -298,7 +374,7 @@ class Round:
     emitted: Int[Tensor, "B"]
     batch: Batch
     seconds: Mapping[str, float]
-    resting: Bool[Tensor, "B"]
+    disabled: Bool[Tensor, "B"]
     failed: Int[Tensor, "B"]
 
 

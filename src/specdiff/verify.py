@@ -52,7 +52,9 @@ def _counted(draft: Draft) -> Bool[Tensor, "B K"]:
     return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < _sizes(draft)[:, None]
 
 
-def _q_row(draft: Draft, like: Float[Tensor, "B V"], rows: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
+def _q_row(
+    draft: Draft, like: Float[Tensor, "B V"], rows: Int[Tensor, "B"]
+) -> Float[Tensor, "B V"]:
     """q at row `rows[b]`: zero at or behind the draft's size, a point mass where the draft carries no probabilities."""
     K = draft.tokens.shape[1]
     if K == 0:
@@ -77,7 +79,9 @@ def _ratio(draft: Draft, p: Float[Tensor, "B N V"]) -> Float[Tensor, "B K"]:
 
 def token_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     """Speculative sampling (Leviathan et al. 2023; SpecDiff, Algorithm 1): token k passes with min(1, p_k(x_k)/q_k(x_k))."""
-    return Plan(torch.where(_counted(draft), _ratio(draft, p), 0), torch.ones_like(p[..., 0]), draft, p)
+    return Plan(
+        torch.where(_counted(draft), _ratio(draft, p), 0), torch.ones_like(p[..., 0]), draft, p
+    )
 
 
 def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
@@ -88,13 +92,17 @@ def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     ratio, K = _ratio(draft, p), draft.tokens.shape[1]
     w = [torch.ones_like(p[:, 0, 0])]
     for k in range(K):
-        w.append(torch.where(w[-1] > 0, w[-1] * ratio[:, k], 0).clamp(max=1))  # once 0, always 0: not 0 x infinity
+        w.append(
+            torch.where(w[-1] > 0, w[-1] * ratio[:, k], 0).clamp(max=1)
+        )  # once 0, always 0: not 0 x infinity
     weight = torch.stack(w, dim=1)
     total = weight.clone()  # S_k where q_k = 0: w_k itself
     if K > 1 and draft.probs is None:
         total[:, 1:K] = weight[:, 1:K] * (1 - ratio[:, 1:])
     elif K > 1 and draft.probs is not None:
-        total[:, 1:K] = (weight[:, 1:K, None] * p[:, 1:K] - draft.probs[:, 1:].to(p.dtype)).clamp(min=0).sum(-1)
+        total[:, 1:K] = (
+            (weight[:, 1:K, None] * p[:, 1:K] - draft.probs[:, 1:].to(p.dtype)).clamp(min=0).sum(-1)
+        )
     size = _sizes(draft)[:, None]
     total = torch.where(torch.arange(K + 1, device=p.device) < size, total, weight)
     room = total + 1 - weight
@@ -108,7 +116,9 @@ def match_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
 
 
 def _emit(draft: Draft, accepted: Int[Tensor, "B"], following: Int[Tensor, "B"]) -> Verification:
-    index = torch.arange(draft.tokens.shape[1] + 1, device=accepted.device).expand(len(accepted), -1)
+    index = torch.arange(draft.tokens.shape[1] + 1, device=accepted.device).expand(
+        len(accepted), -1
+    )
     n = accepted[:, None]
     tokens = torch.where(index < n, torch.nn.functional.pad(draft.tokens, (0, 1)), 0)
     return Verification(accepted, torch.where(index == n, following[:, None], tokens), index)
@@ -119,7 +129,9 @@ def token(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification
     plan = token_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, draft.tokens.shape[1]) < plan.thresholds
     accepted = passed.long().cumprod(1).sum(1)
-    return _emit(draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0]))
+    return _emit(
+        draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
+    )
 
 
 def block(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
@@ -127,8 +139,14 @@ def block(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification
     K = draft.tokens.shape[1]
     plan = block_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, K) < plan.thresholds
-    accepted = (passed * torch.arange(1, K + 1, device=p.device)).amax(1) if K else plan.draft.tokens.new_zeros(len(p))
-    return _emit(draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0]))
+    accepted = (
+        (passed * torch.arange(1, K + 1, device=p.device)).amax(1)
+        if K
+        else plan.draft.tokens.new_zeros(len(p))
+    )
+    return _emit(
+        draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
+    )
 
 
 def match(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
@@ -150,7 +168,12 @@ def _agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
 
 
 PLANS = {"token": token_plan, "block": block_plan, "match": match_plan, "match-gumbel": match_plan}
-VERIFIERS: dict[str, Verifier] = {"token": token, "block": block, "match": match, "match-gumbel": match_gumbel}
+VERIFIERS: dict[str, Verifier] = {
+    "token": token,
+    "block": block,
+    "match": match,
+    "match-gumbel": match_gumbel,
+}
 
 
 def verifier(name: str) -> Verifier:

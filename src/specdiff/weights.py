@@ -19,7 +19,10 @@ from specdiff.errors import ConfigError, UnknownNameError, WeightsError
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-PROVENANCE = ("_name_or_path", "transformers_version")  # config keys that say who wrote it, not what it computes
+PROVENANCE = (
+    "_name_or_path",
+    "transformers_version",
+)  # config keys that say who wrote it, not what it computes
 # Tensors of a checkpoint that a causal LM can do without: buffers of earlier versions of transformers, which are computed
 # today, and parts of the checkpoint that have no share in the next token of a text.
 UNUSED = re.compile(
@@ -46,7 +49,9 @@ def locate(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UnknownNameError(f"{source!r} is neither a folder here nor a hub id that can be fetched: {reason}") from error
+        raise UnknownNameError(
+            f"{source!r} is neither a folder here nor a hub id that can be fetched: {reason}"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -55,7 +60,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no {CONFIG}; a drafter folder needs {CONFIG} and {TENSORS}") from None
+        raise ConfigError(
+            f"{folder} holds no {CONFIG}; a drafter folder needs {CONFIG} and {TENSORS}"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
@@ -101,7 +108,11 @@ def positive(data: Mapping[str, Any], key: str, where: str) -> int:
 def number(data: Mapping[str, Any], key: str, where: str) -> float:
     """`data[key]`, a finite number >= 0 (JSON writes 20 for 20.0)."""
     value = data[key]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value < float("inf")
+    ):
         raise ConfigError(f"{where}: {key} must be a number >= 0, not {value!r}")
     return float(value)
 
@@ -145,14 +156,23 @@ def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix
     for name in ignore:
         tensors.pop(prefix + name, None)
     wanted = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, surplus = (
+        sorted(wanted.keys() - tensors.keys()),
+        sorted(tensors.keys() - wanted.keys()),
+    )
     if missing or surplus:
-        told = [f"lacks {few(missing)}"] * bool(missing) + [f"has unknown {few(surplus)}"] * bool(surplus)
-        raise WeightsError(f"{path} {' and '.join(told)}; does its {CONFIG} describe another network?")
+        told = [f"lacks {few(missing)}"] * bool(missing) + [f"has unknown {few(surplus)}"] * bool(
+            surplus
+        )
+        raise WeightsError(
+            f"{path} {' and '.join(told)}; does its {CONFIG} describe another network?"
+        )
     for name, tensor in wanted.items():
         found = tensors[name]
         if found.shape != tensor.shape:
-            raise WeightsError(f"{path}: {name} has shape {list(found.shape)}, but {CONFIG} asks for {list(tensor.shape)}")
+            raise WeightsError(
+                f"{path}: {name} has shape {list(found.shape)}, but {CONFIG} asks for {list(tensor.shape)}"
+            )
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)  # so that a tensor the copy misses is loud
         tensor.copy_(found)
@@ -166,10 +186,15 @@ def complete(folder: Path | str, report: Mapping[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     surplus = sorted(name for name in report["unexpected_keys"] if not UNUSED.search(name))
     problems = [f"lack {few(missing)}"] * bool(missing)
-    problems += [f"hold {name} in shape {list(is_)}, not {list(asked)}" for name, is_, asked in sorted(report["mismatched_keys"])[:1]]
+    problems += [
+        f"hold {name} in shape {list(is_)}, not {list(asked)}"
+        for name, is_, asked in sorted(report["mismatched_keys"])[:1]
+    ]
     problems += [f"hold {few(surplus)}, which the model has no place for"] * bool(surplus)
     if problems:
-        raise WeightsError(f"the safetensors of {folder} {' and '.join(problems)}; does its {CONFIG} describe another model?")
+        raise WeightsError(
+            f"the safetensors of {folder} {' and '.join(problems)}; does its {CONFIG} describe another model?"
+        )
 
 
 def check_heads(config: Any, where: str) -> None:
@@ -180,13 +205,20 @@ def check_heads(config: Any, where: str) -> None:
     if not isinstance(width, int) or not isinstance(heads, int) or getattr(text, "head_dim", None):
         return
     if heads < 1 or width % heads:
-        raise ConfigError(f"{where}: the width {width} is not a multiple of the {heads} attention heads")
+        raise ConfigError(
+            f"{where}: the width {width} is not a multiple of the {heads} attention heads"
+        )
 
 
-def save(model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None) -> None:
+def save(
+    model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> None:
     """Write config.json and model.safetensors; each file appears whole or not at all. Raises StorageError."""
     state = model.state_dict().items()
-    tensors = {name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for name, tensor in state}
+    tensors = {
+        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        for name, tensor in state
+    }
     files.write_tensors(folder / TENSORS, tensors, metadata={"format": "pt"})
     files.write_json(folder / CONFIG, config, indent=2)
 

@@ -37,7 +37,9 @@ def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    rows = [{"prompt": ids, "task": "odd" if i % 2 else "even"} for i, ids in enumerate(tiny.prompts(2))]
+    rows = [
+        {"prompt": ids, "task": "odd" if i % 2 else "even"} for i, ids in enumerate(tiny.prompts(2))
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
@@ -55,8 +57,24 @@ def part(target: str, drafters: dict[str, str]) -> Callable[..., Part]:
     """Plain decoding both ways and a SEDD drafter, unless `entries` say otherwise."""
 
     def of(*entries: Entry, **changes: Any) -> Part:
-        chosen = entries or (Entry("hf", "hf"), Entry("ours-vanilla", "ours", "none"), Entry("sedd", "ours", drafters["sedd"]))
-        texts = tuple(Text(f"p{i}", "odd" if i % 2 else "even", ids) for i, ids in enumerate(tiny.prompts(2)))
-        return Part(**{"name": "tiny", "model": target, "suite": "", "entries": chosen, "max_tokens": 8, "texts": texts, **changes})
+        chosen = entries or (
+            Entry("hf", "hf"),
+            Entry("ours-vanilla", "ours", "none"),
+            Entry("sedd", "ours", drafters["sedd"]),
+        )
+        texts = tuple(
+            Text(f"p{i}", "odd" if i % 2 else "even", ids) for i, ids in enumerate(tiny.prompts(2))
+        )
+        return Part(
+            **{
+                "name": "tiny",
+                "model": target,
+                "suite": "",
+                "entries": chosen,
+                "max_tokens": 8,
+                "texts": texts,
+                **changes,
+            }
+        )
 
     return of

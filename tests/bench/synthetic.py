@@ -21,16 +21,27 @@ def spread(middle: float, wide: float = 0.12) -> dict[str, float]:
 
 def ratio(middle: float, wide: float = 0.15) -> dict[str, float]:
     low, high = middle * (1 - wide), middle * (1 + wide)
-    return {"ratio": middle, "min": low, "max": high, "turns": 5, "faster": 5 if low > 1 else 2 if high > 1 else 0}
+    return {
+        "ratio": middle,
+        "min": low,
+        "max": high,
+        "turns": 5,
+        "faster": 5 if low > 1 else 2 if high > 1 else 0,
+    }
 
 
 def seconds(baseline: str, tokens: int, speed: float) -> dict[str, float]:
     total = tokens / speed
     if baseline.startswith("hf"):
         return {"total": total}
-    drafting = {"draft": 0.2, "verify": 0.05} if baseline in DRAFTING else {"draft": 0.0, "verify": 0.01}
+    drafting = (
+        {"draft": 0.2, "verify": 0.05} if baseline in DRAFTING else {"draft": 0.0, "verify": 0.01}
+    )
     share = {"prefill": 0.08, **drafting, "score": 0.5, "commit": 0.02}
-    return {s: total * x for s, x in share.items()} | {"host": total * (1 - sum(share.values())), "total": total}
+    return {s: total * x for s, x in share.items()} | {
+        "host": total * (1 - sum(share.values())),
+        "total": total,
+    }
 
 
 def cell(baseline: str, heat: float = 0.0, stage: str = "main", **changes: Any) -> dict[str, Any]:
@@ -61,7 +72,11 @@ def cell(baseline: str, heat: float = 0.0, stage: str = "main", **changes: Any) 
 
 def main(heat: float) -> list[dict[str, Any]]:
     found = [cell(name, heat) for name in SPEEDS]
-    return [*found, cell("./drafters/a/very/long/path/to/mine", heat, speed=24.6), cell("sedd", heat, draft_len="auto", speed=35.0)]
+    return [
+        *found,
+        cell("./drafters/a/very/long/path/to/mine", heat, speed=24.6),
+        cell("sedd", heat, draft_len="auto", speed=35.0),
+    ]
 
 
 def sweep(heat: float) -> list[dict[str, Any]]:
@@ -80,7 +95,14 @@ def sweep(heat: float) -> list[dict[str, Any]]:
         for k in (2, 4, 8, 16)
         for s in (1, 2, 4)
     ]
-    return [*plain, *sedd, *(cell("autoregressive", heat, "sweep", draft_len=k, speed=27 - 0.8 * k) for k in (2, 4, 8, 16))]
+    return [
+        *plain,
+        *sedd,
+        *(
+            cell("autoregressive", heat, "sweep", draft_len=k, speed=27 - 0.8 * k)
+            for k in (2, 4, 8, 16)
+        ),
+    ]
 
 
 def batch() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -93,7 +115,10 @@ def batch() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         ("ngram", 1.4, 0.8, None),
     ):
         rates = {b: 25 * gain * b**slope for b in sizes}
-        rows = [{"batch": b, "tokens_per_second": rates[b], "vanilla_tokens_per_second": plain[b]} for b in sizes]
+        rows = [
+            {"batch": b, "tokens_per_second": rates[b], "vanilla_tokens_per_second": plain[b]}
+            for b in sizes
+        ]
         told.append({"baseline": name, "temperature": 1.0, "sizes": rows, "break_even": even})
         cells += [cell(name, 1.0, "batch", batch=b, speed=rates[b]) for b in sizes]
     return cells, told
@@ -101,8 +126,17 @@ def batch() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 def costs() -> dict[str, Any]:
     contexts, widths = (128, 256, 512, 1024), (1, 2, 4, 8, 16, 32, 64)
-    drafting = (("sedd", 1, 0.01, 2e-4), ("sedd", 2, 0.01, 2e-4), ("autoregressive", None, 0.002, 0.006), ("ngram", None, 1e-4, 1e-6))
-    target = [{"context": c, "n": n, "seconds": spread(0.035 + 0.0008 * n + c / 1e5, 0.05)} for c in contexts for n in widths]
+    drafting = (
+        ("sedd", 1, 0.01, 2e-4),
+        ("sedd", 2, 0.01, 2e-4),
+        ("autoregressive", None, 0.002, 0.006),
+        ("ngram", None, 1e-4, 1e-6),
+    )
+    target = [
+        {"context": c, "n": n, "seconds": spread(0.035 + 0.0008 * n + c / 1e5, 0.05)}
+        for c in contexts
+        for n in widths
+    ]
     draft = [
         {"baseline": name, "steps": steps, "context": c, "draft_len": k, "seconds": spread(base * (steps or 1) + each * k + c / 4e5, 0.05)}
         for name, steps, base, each in drafting
@@ -114,20 +148,54 @@ def costs() -> dict[str, Any]:
 
 def conditional(name: str) -> dict[str, Any]:
     rows = [
-        {"reached": 300 - 60 * k, "accepted": 200 - 40 * k, "acceptance": 0.8 * 0.9**k + 0.01 * (k % 2), "overlap": 0.8 * 0.9**k}
+        {
+            "reached": 300 - 60 * k,
+            "accepted": 200 - 40 * k,
+            "acceptance": 0.8 * 0.9**k + 0.01 * (k % 2),
+            "overlap": 0.8 * 0.9**k,
+        }
         for k in range(4)
     ]
-    return {"baseline": name, "draft_len": 4, "steps": None, "temperature": 1.0, "verifier": "token", "positions": rows}
+    return {
+        "baseline": name,
+        "draft_len": 4,
+        "steps": None,
+        "temperature": 1.0,
+        "verifier": "token",
+        "positions": rows,
+    }
 
 
 def part(name: str = "embedded", **changes: Any) -> dict[str, Any]:
     cells, batches = batch()
     kinds = {n: n if n.startswith("hf") else "ours" for n in SPEEDS}
-    specs = {"ours-vanilla": "none", "autoregressive": "autoregressive", "sedd": "sedd", "ngram": "ngram"}
-    baselines = [{"name": n, "kind": kinds[n], "spec": specs.get(n), "status": "ok", "why": None} for n in SPEEDS]
-    absent = {"name": "broken", "kind": "ours", "spec": "./broken", "status": "failed", "why": f"no folder {EVIL}"}
-    wrong = cell("block", 0.0, status="failed", why="not the target's own tokens: prompt p1, position 7", exact=0.8)
-    grid = [{"draft_len": k, "steps": 1, "tokens_per_second": 20.0 + k, "why": None} for k in (2, 4, 8)]
+    specs = {
+        "ours-vanilla": "none",
+        "autoregressive": "autoregressive",
+        "sedd": "sedd",
+        "ngram": "ngram",
+    }
+    baselines = [
+        {"name": n, "kind": kinds[n], "spec": specs.get(n), "status": "ok", "why": None}
+        for n in SPEEDS
+    ]
+    absent = {
+        "name": "broken",
+        "kind": "ours",
+        "spec": "./broken",
+        "status": "failed",
+        "why": f"no folder {EVIL}",
+    }
+    wrong = cell(
+        "block",
+        0.0,
+        status="failed",
+        why="not the target's own tokens: prompt p1, position 7",
+        exact=0.8,
+    )
+    grid = [
+        {"draft_len": k, "steps": 1, "tokens_per_second": 20.0 + k, "why": None} for k in (2, 4, 8)
+    ]
     failed = {
         "baseline": "broken",
         "temperature": 1.0,
@@ -137,7 +205,12 @@ def part(name: str = "embedded", **changes: Any) -> dict[str, Any]:
         "baseline": "sedd", "draft_len": 4, "steps": 1, "verifier": "token", "temperature": 0.0, "prompt": "chat-1", "position": 31,
         "tokens": [11, 12], "top2_gap": 0.0004, "near_tie": True, "stage": "main", "batch": 1,
     }  # fmt: skip
-    pieces = [["Rain", False], [" falls <b>softly</b>", True], ["\n\n", False], ["<script>alert('output')</script>", True]]
+    pieces = [
+        ["Rain", False],
+        [" falls <b>softly</b>", True],
+        ["\n\n", False],
+        ["<script>alert('output')</script>", True],
+    ]
     answer = {
         "task": "chat",
         "baseline": "sedd",
@@ -170,7 +243,14 @@ def environment(**changes: Any) -> dict[str, Any]:
 
 def whole(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A complete run of one part, unless told otherwise."""
-    settings = {"suite": "embedded", "model": "smollm2-135m", "drafters": [], "temperatures": [0.0, 1.0], "smoke": False, "draft_len": None}
+    settings = {
+        "suite": "embedded",
+        "model": "smollm2-135m",
+        "drafters": [],
+        "temperatures": [0.0, 1.0],
+        "smoke": False,
+        "draft_len": None,
+    }
     told = {
         "schema": 1, "status": "complete", "suite": "embedded", "command": f"specdiff bench --drafter '{EVIL}'", "settings": settings,
         "environment": environment(), "seconds": 321.0, "parts": list(parts or (part(),)), "paper": None,
@@ -181,9 +261,24 @@ def whole(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
 def empty_part() -> dict[str, Any]:
     """One whose target could not be loaded."""
     nothing: dict[str, Any] = {
-        n: [] for n in ("prompts", "baselines", "tuning", "cells", "conditional", "batches", "divergences", "failures", "outputs")
+        n: []
+        for n in (
+            "prompts",
+            "baselines",
+            "tuning",
+            "cells",
+            "conditional",
+            "batches",
+            "divergences",
+            "failures",
+            "outputs",
+        )
     }
-    return part() | nothing | {"missing": "no weights", "dtype": None, "costs": {"target": [], "draft": []}}
+    return (
+        part()
+        | nothing
+        | {"missing": "no weights", "dtype": None, "costs": {"target": [], "draft": []}}
+    )
 
 
 def paper() -> dict[str, Any]:
@@ -198,5 +293,12 @@ def paper() -> dict[str, Any]:
         "accepted_per_draft": 2.0,
     }
     unknown = dict.fromkeys(("draft_len", "vs_hf", "vs_vanilla", "tau", "accepted_per_draft"))
-    table2 = [row | {"paper": 2.35, "why": None}, row | unknown | {"baseline": "mine", "paper": None, "why": "not measured yet"}]
-    return {"table2": table2, "appendix_a": [row | {"steps": 2, "alpha": 0.4, "paper": None}], "notes": ["the published weights"]}
+    table2 = [
+        row | {"paper": 2.35, "why": None},
+        row | unknown | {"baseline": "mine", "paper": None, "why": "not measured yet"},
+    ]
+    return {
+        "table2": table2,
+        "appendix_a": [row | {"steps": 2, "alpha": 0.4, "paper": None}],
+        "notes": ["the published weights"],
+    }

@@ -8,15 +8,17 @@ import torch
 import tiny
 from specdiff.bench import assistants
 from specdiff.errors import UnsupportedModelError
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 
 
-def small(folder: Path, draft_vocab_size: int | None = 20) -> SmallCausalLM:
+def small(folder: Path, draft_vocab_size: int | None = 20) -> SmallLM:
     """A random drafter that borrows its target's embedding and head, written to `folder`."""
     base = tiny.model("llama", seed=1)
     base.config.update({"borrow_embeddings": True, "draft_vocab_size": draft_vocab_size})
-    made = SmallCausalLM(base.config)
-    made.load_state_dict({f"net.{name}": tensor for name, tensor in base.state_dict().items()}, strict=False)
+    made = SmallLM(base.config)
+    made.load_state_dict(
+        {f"net.{name}": tensor for name, tensor in base.state_dict().items()}, strict=False
+    )
     if draft_vocab_size is not None:
         made.draft_vocab.copy_(torch.arange(3, 3 + draft_vocab_size))
     made.save_pretrained(folder)

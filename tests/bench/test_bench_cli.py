@@ -15,10 +15,22 @@ import pytest
 
 from specdiff import cli
 from specdiff.bench import paper, runner
-from specdiff.records import Record
+from specdiff.data.records import Record
 
 Here = Callable[..., tuple[int, str, str]]
-TINY = ("--temperatures", "0", "--max-tokens", "6", "--batch", "1", "--gammas", "2,3", "--steps", "1", "--quick")
+TINY = (
+    "--temperatures",
+    "0",
+    "--max-tokens",
+    "6",
+    "--batch",
+    "1",
+    "--gammas",
+    "2,3",
+    "--steps",
+    "1",
+    "--quick",
+)
 
 
 @pytest.fixture
@@ -42,38 +54,86 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (("--batch", "0"), "--batch must be whole numbers of at least 1, not 0"),
         (("--temperatures", "-1"), "--temperatures must be finite numbers >= 0, not -1.0"),
         (("--drafter", "hf=ngram"), "the drafter name 'hf' is taken; give another as NAME=ngram"),
-        (("--verifier", "luck"), "--verifier must be one of token, block, match, match-gumbel, not 'luck'"),
-        (("--only", "sed"), "--only 'sed' is no baseline of this suite; known are hf, hf-assisted, hf-prompt-lookup, ours-vanilla"),
+        (
+            ("--verifier", "luck"),
+            "--verifier must be one of token, block, match, match-gumbel, not 'luck'",
+        ),
+        (
+            ("--only", "sed"),
+            "--only 'sed' is no baseline of this suite; known are hf, hf-assisted, hf-prompt-lookup, ours-vanilla",
+        ),
         (("--smoke",), "--smoke is for --suite paper"),
         (("--model", "./nowhere"), "no model folder './nowhere'"),
     ],
 )
-def test_a_usage_error_leaves_nothing_behind(here: Here, tmp_path: Path, arguments: tuple[str, ...], told: str) -> None:
+def test_a_usage_error_leaves_nothing_behind(
+    here: Here, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
     code, out, err = here(*arguments, "--out", str(tmp_path / "out"), "-q")
     assert code == 2 and out == "" and told in err
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_files_summary_and_exit_code(here: Here, tmp_path: Path, target: str, drafters: dict[str, str], prompts: Path) -> None:
+def test_files_summary_and_exit_code(
+    here: Here, tmp_path: Path, target: str, drafters: dict[str, str], prompts: Path
+) -> None:
     folder = tmp_path / "out"
-    chosen = ("--suite", f"jsonl:{prompts}", "--model", target, "--drafter", f"sedd={drafters['sedd']}", "--out", str(folder), *TINY)
+    chosen = (
+        "--suite",
+        f"jsonl:{prompts}",
+        "--model",
+        target,
+        "--drafter",
+        f"sedd={drafters['sedd']}",
+        "--out",
+        str(folder),
+        *TINY,
+    )
     code, out, err = here(*chosen, "--json")
     told, kept = json.loads(out), json.loads((folder / "results.json").read_text())
-    assert code == 0 and told["problems"] == [] and told["status"] == kept["status"] == "complete", err
-    assert {c["baseline"] for c in kept["parts"][0]["cells"]} == {"hf", "hf-prompt-lookup", "ours-vanilla", "sedd", "ngram"}
-    assert len((folder / "results.csv").read_text().splitlines()) == 1 + len(kept["parts"][0]["cells"])
+    assert (
+        code == 0 and told["problems"] == [] and told["status"] == kept["status"] == "complete"
+    ), err
+    assert {c["baseline"] for c in kept["parts"][0]["cells"]} == {
+        "hf",
+        "hf-prompt-lookup",
+        "ours-vanilla",
+        "sedd",
+        "ngram",
+    }
+    assert len((folder / "results.csv").read_text().splitlines()) == 1 + len(
+        kept["parts"][0]["cells"]
+    )
     assert kept["command"].startswith("specdiff bench --suite jsonl:")
     assert here(*chosen)[0] == 2  # not over an old one
     code, out, err = here(*chosen, "--resume")
-    assert code == 0 and "sedd" in out and "exact" in out and "autoregressive: no bundled" in out and "main" not in err
+    assert (
+        code == 0
+        and "sedd" in out
+        and "exact" in out
+        and "autoregressive: no bundled" in out
+        and "main" not in err
+    )
     code, _, err = here(*chosen, "--resume", "--seed", "1")
     assert code == 2 and "was begun with seed = 0, not 1" in err
-    other = ("--suite", f"jsonl:{prompts}", "--model", target, "--drafter", drafters["foreign"], "--out", str(tmp_path / "two"), *TINY)
+    other = (
+        "--suite",
+        f"jsonl:{prompts}",
+        "--model",
+        target,
+        "--drafter",
+        drafters["foreign"],
+        "--out",
+        str(tmp_path / "two"),
+        *TINY,
+    )
     code, out, err = here(*other)
     assert code == 1 and "problem: " in err and "40 tokens" in err and "ours-vanilla" in out
 
 
-def test_ctrl_c_keeps_what_was_measured(here: Here, tmp_path: Path, target: str, prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_what_was_measured(
+    here: Here, tmp_path: Path, target: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = runner.run
 
     def cut(*arguments: Any) -> Iterator[runner.Event]:
@@ -83,7 +143,16 @@ def test_ctrl_c_keeps_what_was_measured(here: Here, tmp_path: Path, target: str,
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run", cut)
-    chosen = ("--suite", f"jsonl:{prompts}", "--model", target, "--only", "ngram", "--out", str(tmp_path / "out"))
+    chosen = (
+        "--suite",
+        f"jsonl:{prompts}",
+        "--model",
+        target,
+        "--only",
+        "ngram",
+        "--out",
+        str(tmp_path / "out"),
+    )
     code, out, err = here(*chosen, *TINY)
     told = json.loads((tmp_path / "out" / "results.json").read_text())
     assert code == 130 and "repeat the command with --resume" in err and "ours-vanilla" in out
@@ -97,7 +166,12 @@ def test_a_killed_run_goes_on(tmp_path: Path, here: Here, target: str, prompts: 
     folder = tmp_path / "out"
     chosen = ["--suite", f"jsonl:{prompts}", "--model", target, "--out", str(folder), *TINY]
     command = [sys.executable, "-W", "ignore", "-m", "specdiff", "bench", *chosen]
-    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    running = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     file = folder / "journal.jsonl"
     while running.poll() is None and not (file.exists() and file.read_text().count("\n") >= 4):
         time.sleep(0.01)
@@ -113,24 +187,50 @@ def test_a_killed_run_goes_on(tmp_path: Path, here: Here, target: str, prompts: 
 
 
 def test_the_paper_suite_in_small(here: Here, tmp_path: Path) -> None:
-    small = ("--prompts", "1", "--max-tokens", "4", "--gammas", "2", "--steps", "1,2", "--batch", "1")
+    small = (
+        "--prompts",
+        "1",
+        "--max-tokens",
+        "4",
+        "--gammas",
+        "2",
+        "--steps",
+        "1,2",
+        "--batch",
+        "1",
+    )
     code, out, err = here("--suite", "paper", "--smoke", "--out", str(tmp_path), *small)
     assert code == 0, err
     told = json.loads((tmp_path / "results.json").read_text())["paper"]
     rows = {(r["dataset"], r["target"], r["baseline"]): r for r in told["table2"]}
-    assert set(rows) == {(d, t, b) for d in paper.DATASETS for t in paper.TARGETS for b in paper.DRAFTERS}
-    assert rows["cnn_dailymail", "gpt-neo-2.7B", "sedd"]["paper"] == 8.73 and rows["lm1b", "gpt2-xl", "sedd"]["draft_len"] == 30
+    assert set(rows) == {
+        (d, t, b) for d in paper.DATASETS for t in paper.TARGETS for b in paper.DRAFTERS
+    }
+    assert (
+        rows["cnn_dailymail", "gpt-neo-2.7B", "sedd"]["paper"] == 8.73
+        and rows["lm1b", "gpt2-xl", "sedd"]["draft_len"] == 30
+    )
     assert all(r["vs_hf"] > 0 and r["draft_len"] in (5, 30, 40, 45) for r in told["table2"])
     assert {r["steps"] for r in told["appendix_a"] if r["baseline"] == "sedd"} == {1, 2}
     assert all(r["paper"] is None for r in told["appendix_a"])
     assert "Table 2" in out and "8.73" in out and "the figures mean nothing" in out
 
 
-def test_the_paper_suite_says_what_is_missing(here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_paper_suite_says_what_is_missing(
+    here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(paper, "TARGETS", {"gpt2-xl": str(tmp_path / "nowhere")})
-    monkeypatch.setattr("specdiff.bench.suites.read_dataset", lambda name: iter([Record("row 0", {"article": "a", "text": "a"})]))
+    monkeypatch.setattr(
+        "specdiff.bench.suites.read_dataset",
+        lambda name: iter([Record("row 0", {"article": "a", "text": "a"})]),
+    )
     code, out, err = here("--suite", "paper", "--out", str(tmp_path / "out"))
-    assert code == 1 and "hf download" in err and "openai-community/gpt2" in err and "abisee/cnn_dailymail" in err
+    assert (
+        code == 1
+        and "hf download" in err
+        and "openai-community/gpt2" in err
+        and "abisee/cnn_dailymail" in err
+    )
     assert "Table 2" in out and "7.59" in out
 
 
@@ -146,11 +246,25 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     here: Here, tmp_path: Path, target: str, prompts: Path, limited: Callable[[int], None]
 ) -> None:
     folder = tmp_path / "out"
-    chosen = ("--suite", f"jsonl:{prompts}", "--model", target, "--only", "ngram", "--out", str(folder), *TINY, "-q")
+    chosen = (
+        "--suite",
+        f"jsonl:{prompts}",
+        "--model",
+        target,
+        "--only",
+        "ngram",
+        "--out",
+        str(folder),
+        *TINY,
+        "-q",
+    )
     limited(4000)
     code, out, err = here(*chosen)
     assert code == 1 and out == "" and err.count("\n") == 1
-    assert err.startswith(f"specdiff: error: cannot write {folder}/journal.jsonl: ") and "ulimit -f" in err
+    assert (
+        err.startswith(f"specdiff: error: cannot write {folder}/journal.jsonl: ")
+        and "ulimit -f" in err
+    )
     lines = (folder / "journal.jsonl").read_text().splitlines()
     assert len(lines) > 1 and all(json.loads(line)["key"] for line in lines)
     limited(resource.RLIM_INFINITY)
@@ -176,20 +290,45 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
         ("{\n{\n", "Expecting property name"),
     ],
 )
-def test_a_damaged_journal(here: Here, tmp_path: Path, target: str, prompts: Path, text: str, reason: str) -> None:
+def test_a_damaged_journal(
+    here: Here, tmp_path: Path, target: str, prompts: Path, text: str, reason: str
+) -> None:
     (tmp_path / "journal.jsonl").write_text(text)
-    code, _, err = here("--suite", f"jsonl:{prompts}", "--model", target, "--out", str(tmp_path), *TINY, "-q", "--resume")
+    code, _, err = here(
+        "--suite",
+        f"jsonl:{prompts}",
+        "--model",
+        target,
+        "--out",
+        str(tmp_path),
+        *TINY,
+        "-q",
+        "--resume",
+    )
     assert code == 2 and f"journal.jsonl is damaged ({reason}" in err and err.count("\n") == 1
 
 
 def test_out_is_a_file(here: Here, tmp_path: Path, target: str, prompts: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    code, out, err = here("--suite", f"jsonl:{prompts}", "--model", target, "--out", str(tmp_path / "out"), *TINY, "-q")
-    assert code == 1 and out == "" and err.count("\n") == 1 and f"cannot write {tmp_path}/out" in err
+    code, out, err = here(
+        "--suite",
+        f"jsonl:{prompts}",
+        "--model",
+        target,
+        "--out",
+        str(tmp_path / "out"),
+        *TINY,
+        "-q",
+    )
+    assert (
+        code == 1 and out == "" and err.count("\n") == 1 and f"cannot write {tmp_path}/out" in err
+    )
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_two_runs_into_one_folder_and_a_name_with_markup(here: Here, tmp_path: Path, target: str, prompts: Path) -> None:
+def test_two_runs_into_one_folder_and_a_name_with_markup(
+    here: Here, tmp_path: Path, target: str, prompts: Path
+) -> None:
     from specdiff import files
 
     held = files.lock(tmp_path / "out")

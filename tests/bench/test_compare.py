@@ -32,24 +32,44 @@ def run(*cells: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_the_second_over_the_first() -> None:
-    before = run(synthetic.cell("sedd", speed=20.0), synthetic.cell("ngram", speed=20.0), synthetic.cell("hf"))
-    after = run(synthetic.cell("sedd", speed=30.0, alpha=0.9, tau=4.8), synthetic.cell("ngram", speed=21.0), synthetic.cell("hf", 1.0))
+    before = run(
+        synthetic.cell("sedd", speed=20.0),
+        synthetic.cell("ngram", speed=20.0),
+        synthetic.cell("hf"),
+    )
+    after = run(
+        synthetic.cell("sedd", speed=30.0, alpha=0.9, tau=4.8),
+        synthetic.cell("ngram", speed=21.0),
+        synthetic.cell("hf", 1.0),
+    )
     found = compare.compare(before, after)
     sedd, ngram = found["cells"]
     speed = sedd["tokens_per_second"]
-    assert (speed["first"], speed["second"], speed["ratio"]) == (20, 30, 1.5) and sedd["alpha"]["ratio"] == 2 and sedd["tau"]["ratio"] == 2
+    assert (
+        (speed["first"], speed["second"], speed["ratio"]) == (20, 30, 1.5)
+        and sedd["alpha"]["ratio"] == 2
+        and sedd["tau"]["ratio"] == 2
+    )
     assert speed["min"] == pytest.approx(26.4 / 22.4) and speed["max"] == pytest.approx(33.6 / 17.6)
-    assert sedd["verdict"] == "faster" and ngram["verdict"] is None, "spreads that overlap say nothing"
-    assert [c["temperature"] for c in found["only_first"]] == [0.0] and [c["temperature"] for c in found["only_second"]] == [1.0]
+    assert sedd["verdict"] == "faster" and ngram["verdict"] is None, (
+        "spreads that overlap say nothing"
+    )
+    assert [c["temperature"] for c in found["only_first"]] == [0.0] and [
+        c["temperature"] for c in found["only_second"]
+    ] == [1.0]
     back = compare.compare(after, before)["cells"][0]
-    assert back["verdict"] == "slower" and back["tokens_per_second"]["ratio"] == pytest.approx(2 / 3)
+    assert back["verdict"] == "slower" and back["tokens_per_second"]["ratio"] == pytest.approx(
+        2 / 3
+    )
     assert sedd["speedup_vs_vanilla"]["ratio"] == pytest.approx(1.5)
 
 
 def test_tau_is_judged_by_its_tasks() -> None:
     def tau(middle: float, *tasks: float) -> dict[str, Any]:
         told = synthetic.cell("sedd", tau=middle)
-        return told | {"tasks": {f"t{i}": told["tasks"]["chat"] | {"tau": t} for i, t in enumerate(tasks)}}
+        return told | {
+            "tasks": {f"t{i}": told["tasks"]["chat"] | {"tau": t} for i, t in enumerate(tasks)}
+        }
 
     def judged(a: dict[str, Any], b: dict[str, Any]) -> str | None:
         verdict: str | None = compare.compare(run(a), run(b))["cells"][0]["tau_verdict"]
@@ -65,25 +85,54 @@ def test_a_baseline_is_itself_whatever_tuning_chose() -> None:
     def told(length: int | str, stage: str) -> dict[str, Any]:
         return synthetic.cell("sedd", stage=stage, draft_len=length, steps=1)
 
-    found = compare.compare(run(told(4, "main"), told("auto", "main"), told(4, "sweep")), run(told(8, "main"), told(8, "sweep")))
+    found = compare.compare(
+        run(told(4, "main"), told("auto", "main"), told(4, "sweep")),
+        run(told(8, "main"), told(8, "sweep")),
+    )
     (row,) = found["cells"]
-    assert (row["stage"], row["draft_len"], row["before"]) == ("main", 8, {"draft_len": 4, "steps": 1})
-    assert [(c["stage"], c["draft_len"]) for c in found["only_first"]] == [("main", "auto"), ("sweep", 4)]
+    assert (row["stage"], row["draft_len"], row["before"]) == (
+        "main",
+        8,
+        {"draft_len": 4, "steps": 1},
+    )
+    assert [(c["stage"], c["draft_len"]) for c in found["only_first"]] == [
+        ("main", "auto"),
+        ("sweep", 4),
+    ]
     assert [(c["stage"], c["draft_len"]) for c in found["only_second"]] == [("sweep", 8)]
 
 
 def test_nulls_and_failures() -> None:
-    broken = synthetic.cell("sedd", status="failed", why="it raised", tokens_per_second=None, tau=None, alpha=None, speedup_vs_vanilla=None)
+    broken = synthetic.cell(
+        "sedd",
+        status="failed",
+        why="it raised",
+        tokens_per_second=None,
+        tau=None,
+        alpha=None,
+        speedup_vs_vanilla=None,
+    )
     row = compare.compare(run(broken), run(synthetic.cell("sedd")))["cells"][0]
-    assert row["tokens_per_second"] is None and row["verdict"] is None and row["failed"] == ["first"] and row["alpha"] is None
+    assert (
+        row["tokens_per_second"] is None
+        and row["verdict"] is None
+        and row["failed"] == ["first"]
+        and row["alpha"] is None
+    )
 
 
 def test_differences_come_first() -> None:
     before = run(synthetic.cell("sedd"))
-    after = run(synthetic.cell("sedd"), environment=synthetic.environment(cores=16, date="later"), status="partial")
+    after = run(
+        synthetic.cell("sedd"),
+        environment=synthetic.environment(cores=16, date="later"),
+        status="partial",
+    )
     after["settings"]["draft_len"] = 4
     after["parts"][0]["dtype"] = "bfloat16"
-    told = {d["what"]: (d["first"], d["second"]) for d in compare.compare(before, after)["differences"]}
+    told = {
+        d["what"]: (d["first"], d["second"]) for d in compare.compare(before, after)["differences"]
+    }
     assert told == {
         "status": ("complete", "partial"), "environment: cores": (2, 16), "settings: draft_len": (None, 4),
         "embedded: dtype": ("float32", "bfloat16"),
@@ -92,12 +141,18 @@ def test_differences_come_first() -> None:
 
 def test_as_a_user_meets_it(here: Here, tmp_path: Path) -> None:
     for name, speed, cores in (("a", 20.0, 2), ("b", 40.0, 16)):
-        told = run(synthetic.cell("sedd", speed=speed), synthetic.cell(f"only-{name}"), environment=synthetic.environment(cores=cores))
+        told = run(
+            synthetic.cell("sedd", speed=speed),
+            synthetic.cell(f"only-{name}"),
+            environment=synthetic.environment(cores=cores),
+        )
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.json").write_text(json.dumps(told))
     first, second = str(tmp_path / "a"), str(tmp_path / "b")
     code, out, _ = here("compare", first, second)
-    assert code == 0 and out.index("environment: cores: 2 → 16") < out.index("20.0") < out.index("faster")
+    assert code == 0 and out.index("environment: cores: 2 → 16") < out.index("20.0") < out.index(
+        "faster"
+    )
     assert "2.00 (1.57-2.55)" in out and "only-a" in out and "only-b" in out
     code, out, _ = here("compare", second, first, "--json")
     assert code == 0 and json.loads(out)["cells"][0]["verdict"] == "slower"

@@ -15,7 +15,16 @@ from specdiff.errors import UsageError
 def test_the_packaged_suite_is_large_varied_and_spread() -> None:
     texts = suites.read("embedded")
     tasks = Counter(text.task for text in texts)
-    assert set(tasks) == {"chat", "summarise", "story", "code", "math", "rewrite", "translate", "extract"}
+    assert set(tasks) == {
+        "chat",
+        "summarise",
+        "story",
+        "code",
+        "math",
+        "rewrite",
+        "translate",
+        "extract",
+    }
     assert min(tasks.values()) >= 8 and len(texts) >= 64
     assert len({text.id for text in texts}) == len(texts)
     words = [frozenset(re.findall(r"\w+", str(text.body).lower())) for text in texts]
@@ -28,7 +37,10 @@ def test_the_packaged_suite_is_large_varied_and_spread() -> None:
 @pytest.mark.parametrize(
     ("suite", "told"),
     [
-        ("embeded", "unknown suite 'embeded'; known are embedded, paper, jsonl:FILE, humaneval:FILE, gsm8k:FILE"),
+        (
+            "embeded",
+            "unknown suite 'embeded'; known are embedded, paper, jsonl:FILE, humaneval:FILE, gsm8k:FILE",
+        ),
         ("jsonl", "unknown suite 'jsonl'"),
         ("jsonl:/nowhere/x.jsonl", "no such file: /nowhere/x.jsonl"),
     ],
@@ -40,7 +52,12 @@ def test_an_unknown_suite_or_a_missing_file_is_told_at_once(suite: str, told: st
 
 def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
     code = tmp_path / "HumanEval.jsonl.gz"
-    record = {"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "", "entry_point": "f"}
+    record = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f():\n",
+        "canonical_solution": "",
+        "entry_point": "f",
+    }
     code.write_bytes(gzip.compress(json.dumps(record).encode() + b"\n"))
     (text,) = suites.read(f"humaneval:{code}")
     assert text.id == "HumanEval/0" and text.body.endswith("\n\ndef f():\n")
@@ -57,7 +74,10 @@ def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
         ('{"prompt": 3}', "line 2: prompt must be text, not int"),
         ("[1]", "line 2 must be an object"),
         ('{"prompt": ""}', "line 2: prompt is empty"),
-        ('{"messages": [{"role": "user", "content": null}]}', "line 2: message 1: content must be text, not null"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            "line 2: message 1: content must be text, not null",
+        ),
     ],
 )
 def test_a_bad_record_is_named(tmp_path: Path, line: str, told: str) -> None:

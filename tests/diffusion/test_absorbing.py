@@ -25,7 +25,12 @@ def rate_matrix() -> torch.Tensor:
 
 
 def random_score(seed: int = 0) -> torch.Tensor:
-    score = torch.rand(1, 4, TOKENS + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    score = (
+        torch.rand(
+            1, 4, TOKENS + 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        + 0.1
+    )
     return score.scatter(-1, X[..., None], 1.0)
 
 
@@ -69,7 +74,9 @@ def test_score_entropy_against_a_slow_version() -> None:
 def test_score_entropy_is_zero_at_the_true_ratio_and_has_no_gradient_there() -> None:
     sigma = torch.tensor([[0.7]], dtype=torch.float64)
     point = torch.full((1, 1, TOKENS + 1), -40.0, dtype=torch.float64)
-    point[0, 0, 2] = -math.log(math.expm1(0.7))  # the score of a known x0: p(x0)/p(MASK) = 1/(e^sigma - 1)
+    point[0, 0, 2] = -math.log(
+        math.expm1(0.7)
+    )  # the score of a known x0: p(x0)/p(MASK) = 1/(e^sigma - 1)
     point.requires_grad_()
     loss = PROCESS.score_entropy(point, sigma, torch.tensor([[MASK]]), torch.tensor([[2]]))
     loss.sum().backward()
@@ -84,8 +91,13 @@ def test_weighted_score_entropy_is_cross_entropy_over_t_up_to_a_constant() -> No
     x, x0 = torch.tensor([[MASK]]), torch.tensor([[1]])
     values = []
     for seed in range(3):
-        p = torch.softmax(torch.randn(TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), -1)
-        log_score = torch.cat([(p / torch.expm1(sigma[0])).log(), torch.zeros(1, dtype=torch.float64)])[None, None]
+        p = torch.softmax(
+            torch.randn(TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
+            -1,
+        )
+        log_score = torch.cat(
+            [(p / torch.expm1(sigma[0])).log(), torch.zeros(1, dtype=torch.float64)]
+        )[None, None]
         loss = schedule.rate(t) * PROCESS.score_entropy(log_score, sigma, x, x0)[0]
         values.append((loss - (-p[1].log() / t)).item())
     assert max(values) - min(values) < 1e-9
@@ -93,18 +105,25 @@ def test_weighted_score_entropy_is_cross_entropy_over_t_up_to_a_constant() -> No
 
 def test_analytic_step_of_a_true_score_is_the_exact_posterior() -> None:
     p = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
-    sigma, earlier = torch.tensor([[1.1]], dtype=torch.float64), torch.tensor([[0.4]], dtype=torch.float64)
+    sigma, earlier = (
+        torch.tensor([[1.1]], dtype=torch.float64),
+        torch.tensor([[0.4]], dtype=torch.float64),
+    )
     score = torch.cat([p / torch.expm1(sigma[0]), torch.ones(1, dtype=torch.float64)])[None, None]
     got = reverse.analytic(PROCESS, score, torch.tensor([[MASK]]), sigma - earlier)
     masked, masked_earlier = -torch.expm1(-sigma[0, 0]), -torch.expm1(-earlier[0, 0])
     assert torch.allclose(got[0, 0, :TOKENS], p * (masked - masked_earlier) / masked, atol=1e-12)
     assert got[0, 0, MASK].item() == pytest.approx((masked_earlier / masked).item())
-    assert torch.allclose(reverse.denoise(PROCESS, score, torch.tensor([[MASK]]), sigma)[0, 0], p, atol=1e-12)
+    assert torch.allclose(
+        reverse.denoise(PROCESS, score, torch.tensor([[MASK]]), sigma)[0, 0], p, atol=1e-12
+    )
 
 
 def test_an_analytic_step_clamps_what_a_learned_score_makes_negative() -> None:
     score = torch.ones(1, 1, TOKENS + 1, dtype=torch.float64)  # P(stay) = 1 - (e^d - 1) sum s < 0
-    got = reverse.analytic(PROCESS, score, torch.tensor([[MASK]]), torch.tensor([[2.0]], dtype=torch.float64))
+    got = reverse.analytic(
+        PROCESS, score, torch.tensor([[MASK]]), torch.tensor([[2.0]], dtype=torch.float64)
+    )
     assert (got >= 0).all() and got[0, 0, MASK] == 0 and got.sum().item() == pytest.approx(1)
 
 
@@ -136,12 +155,19 @@ def test_corruption_masks_the_scheduled_share() -> None:
     u = torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0))
     for t in (0.1, 0.6, 1.0):
         sigma = schedule.total(torch.tensor(t))
-        share = (PROCESS.corrupt(torch.zeros_like(u, dtype=torch.long), sigma.expand_as(u), u) == MASK).float().mean().item()
+        share = (
+            (PROCESS.corrupt(torch.zeros_like(u, dtype=torch.long), sigma.expand_as(u), u) == MASK)
+            .float()
+            .mean()
+            .item()
+        )
         assert share == pytest.approx((1 - schedule.eps) * t, abs=5e-3)
 
 
 @pytest.mark.parametrize("schedule", [Loglinear(), Geometric(1e-3, 5.0)])
-def test_rate_is_the_derivative_and_time_inverts_the_masked_share(schedule: Loglinear | Geometric) -> None:
+def test_rate_is_the_derivative_and_time_inverts_the_masked_share(
+    schedule: Loglinear | Geometric,
+) -> None:
     t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(schedule.total(t).sum(), t)
     assert torch.allclose(slope, schedule.rate(t), rtol=1e-9)

@@ -16,7 +16,9 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 
 TOKENS = 3
-DATA = torch.tensor([[0.30, 0.02, 0.05], [0.03, 0.20, 0.02], [0.01, 0.12, 0.25]], dtype=torch.float64)  # two tokens that hang together
+DATA = torch.tensor(
+    [[0.30, 0.02, 0.05], [0.03, 0.20, 0.02], [0.01, 0.12, 0.25]], dtype=torch.float64
+)  # two tokens that hang together
 FAMILIES: dict[str, tuple[Process, Schedule]] = {
     "absorbing": (Absorbing(TOKENS), Loglinear(1e-5)),
     "absorbing geometric": (Absorbing(TOKENS), Geometric(1e-4, 12.0)),
@@ -37,7 +39,9 @@ def noised(process: Process, sigma: Tensor) -> Tensor:
 def exact_log_score(process: Process) -> reverse.LogScore:
     def log_score(ids: Tensor, sigma: Tensor) -> Tensor:
         p = noised(process, sigma[0].double())
-        row = torch.stack([p[:, ids[:, 1]].T, p[ids[:, 0]]], dim=1)  # each position changed, the other held
+        row = torch.stack(
+            [p[:, ids[:, 1]].T, p[ids[:, 0]]], dim=1
+        )  # each position changed, the other held
         return (row / p[ids[:, 0], ids[:, 1]][:, None, None]).log()
 
     return log_score
@@ -58,7 +62,9 @@ def law(family: str, sampler: str, passes: int) -> Tensor:
         then = times[i + 1][None] if i + 1 < passes else None
         s = score(canvases, schedule.total(now[None])).exp()
         live = noised(process, schedule.total(now)).flatten() > 0
-        s = torch.where(live[:, None, None], s, 1.0)  # canvases that cannot be: two tokens of a pair the data lacks
+        s = torch.where(
+            live[:, None, None], s, 1.0
+        )  # canvases that cannot be: two tokens of a pair the data lacks
         probs = reverse._law(process, schedule, s, canvases, now[None], then, sampler, None)
         step = probs[:, 0, :, None] * probs[:, 1, None, :]
         reached = (reached.flatten()[:, None, None] * step).sum(0)
@@ -69,7 +75,9 @@ def law(family: str, sampler: str, passes: int) -> Tensor:
 @families
 def test_with_the_exact_score_the_samplers_tend_to_the_datas_law(family: str, sampler: str) -> None:
     """The bias of updating positions independently within a step, and Euler's own, shrinks about as 1 / T."""
-    off = [float((law(family, sampler, passes) - DATA).abs().sum()) / 2 for passes in (4, 16, 64, 256)]
+    off = [
+        float((law(family, sampler, passes) - DATA).abs().sum()) / 2 for passes in (4, 16, 64, 256)
+    ]
     assert all(later < 0.6 * earlier for earlier, later in itertools.pairwise(off)), off
     assert off[-1] < 0.02, off
 
@@ -83,10 +91,14 @@ def test_samples_follow_that_law(family: str, sampler: str) -> None:
         generator = torch.Generator().manual_seed(passes)
         x = torch.zeros(rows, 2, dtype=torch.long)
         draws = lambda i, n=rows, g=generator: torch.rand(n, 2, generator=g, dtype=torch.float64)  # noqa: E731
-        out = reverse.sample(exact_log_score(process), process, schedule, x, x == 0, passes, draws, sampler=sampler)
+        out = reverse.sample(
+            exact_log_score(process), process, schedule, x, x == 0, passes, draws, sampler=sampler
+        )
         counts = torch.bincount(out[:, 0] * TOKENS + out[:, 1], minlength=TOKENS**2).double()
         wanted = rows * expected.flatten()
-        assert ((counts - wanted) ** 2 / wanted).sum().item() < 31.8, passes  # 8 degrees of freedom, p = 1e-4
+        assert ((counts - wanted) ** 2 / wanted).sum().item() < 31.8, (
+            passes
+        )  # 8 degrees of freedom, p = 1e-4
 
 
 def test_a_wrong_process_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +113,9 @@ def test_a_wrong_process_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float((law("uniform geometric", "analytic", 16) - DATA).abs().sum()) > 1.5 * right
 
 
-@pytest.mark.parametrize("process", [Uniform(50257), Absorbing(50257)], ids=["uniform", "absorbing"])
+@pytest.mark.parametrize(
+    "process", [Uniform(50257), Absorbing(50257)], ids=["uniform", "absorbing"]
+)
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.1, 5.0, 20.0])
 def test_steps_at_a_real_vocabulary(process: Process, sigma: float) -> None:
     """From float32 log-scores near the truth and anywhere: laws, and those that the definitions give in float64."""
@@ -123,10 +137,21 @@ def test_steps_at_a_real_vocabulary(process: Process, sigma: float) -> None:
             "denoise": reverse.denoise(process, score, x, s),
         }.items():
             assert not got.isnan().any() and (got >= 0).all(), name
-            torch.testing.assert_close(got.sum(-1), torch.ones(1, 2, dtype=torch.float64), rtol=0, atol=1e-9)
-        torch.testing.assert_close(reverse.analytic(process, score, x, s / 4), slow_analytic(process, score, x, sigma / 4))
-    settled = reverse.denoise(process, truth.scatter(-1, x[..., None], 0.0).double().exp(), x, torch.tensor([[sigma]], dtype=torch.float64))
-    assert settled[..., 77].min().item() > 0.98  # a known x0, found again from its own score, up to float32's 1e-7 of each of 50k ratios
+            torch.testing.assert_close(
+                got.sum(-1), torch.ones(1, 2, dtype=torch.float64), rtol=0, atol=1e-9
+            )
+        torch.testing.assert_close(
+            reverse.analytic(process, score, x, s / 4), slow_analytic(process, score, x, sigma / 4)
+        )
+    settled = reverse.denoise(
+        process,
+        truth.scatter(-1, x[..., None], 0.0).double().exp(),
+        x,
+        torch.tensor([[sigma]], dtype=torch.float64),
+    )
+    assert (
+        settled[..., 77].min().item() > 0.98
+    )  # a known x0, found again from its own score, up to float32's 1e-7 of each of 50k ratios
 
 
 def slow_analytic(process: Process, score: Tensor, x: Tensor, d: float) -> Tensor:
@@ -139,7 +164,10 @@ def slow_analytic(process: Process, score: Tensor, x: Tensor, d: float) -> Tenso
             earlier[process.mask_id] += (1 - e) * total
             onto[process.mask_id] += 1 / e
         else:
-            earlier, onto = s * e - math.expm1(d) * total / process.tokens, torch.full_like(s, -math.expm1(-d) / process.tokens)
+            earlier, onto = (
+                s * e - math.expm1(d) * total / process.tokens,
+                torch.full_like(s, -math.expm1(-d) / process.tokens),
+            )
             onto[held] += 1 / e
         law = (earlier * onto).clamp(min=0)
         rows.append(law / law.sum())
@@ -154,8 +182,14 @@ def test_given_tokens_stand_in_every_pass_and_at_the_end(sampler: str) -> None:
         seen.append(ids)
         return torch.zeros(*ids.shape, TOKENS)
 
-    x, free = torch.tensor([[1, 0, 2]]).repeat(50, 1), torch.tensor([[False, True, False]]).repeat(50, 1)
-    draws = lambda i: torch.rand(50, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)  # noqa: E731
+    x, free = (
+        torch.tensor([[1, 0, 2]]).repeat(50, 1),
+        torch.tensor([[False, True, False]]).repeat(50, 1),
+    )
+
+    def draws(i: int) -> Tensor:
+        return torch.rand(50, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+
     out = reverse.sample(log_score, process, Geometric(), x, free, 5, draws, sampler=sampler)
     assert len(seen) == 5
     for ids in [*seen, out]:
@@ -170,8 +204,20 @@ def test_each_row_has_its_own_start() -> None:
         return torch.zeros(*ids.shape, TOKENS + 1)
 
     x = torch.full((2, 1), TOKENS)
-    draws = lambda i: torch.rand(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))  # noqa: E731
-    reverse.sample(log_score, Absorbing(TOKENS), Loglinear(), x, x == TOKENS, 3, draws, start=torch.tensor([1.0, 0.2]))
+
+    def draws(i: int) -> Tensor:
+        return torch.rand(2, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+
+    reverse.sample(
+        log_score,
+        Absorbing(TOKENS),
+        Loglinear(),
+        x,
+        x == TOKENS,
+        3,
+        draws,
+        start=torch.tensor([1.0, 0.2]),
+    )
     for i, share in enumerate((1.0, 0.5, 0.0)):
         for row, start in enumerate((1.0, 0.2)):
             t = torch.tensor(1e-5 + (start - 1e-5) * share, dtype=torch.float64)

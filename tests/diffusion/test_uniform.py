@@ -16,7 +16,9 @@ X0 = torch.tensor([[0, 2, 3, 4]])
 
 def rate_matrix() -> torch.Tensor:
     """Q[i, j]: the rate at which j turns into i (columns sum to zero)."""
-    return torch.full((TOKENS, TOKENS), 1 / TOKENS, dtype=torch.float64) - torch.eye(TOKENS, dtype=torch.float64)
+    return torch.full((TOKENS, TOKENS), 1 / TOKENS, dtype=torch.float64) - torch.eye(
+        TOKENS, dtype=torch.float64
+    )
 
 
 def double(value: float) -> torch.Tensor:
@@ -24,7 +26,10 @@ def double(value: float) -> torch.Tensor:
 
 
 def random_score(seed: int = 0) -> torch.Tensor:
-    score = torch.rand(1, 4, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    score = (
+        torch.rand(1, 4, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        + 0.1
+    )
     return score.scatter(-1, X[..., None], 1.0)
 
 
@@ -36,7 +41,11 @@ def true_ratios(sigma: float, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor
 
 def slow_score_entropy(log_score: list[float], ratios: list[float], x: int) -> float:
     """SEDD, eq. 3, term by term, with the rate 1/V as weight."""
-    terms = (math.exp(s) - r * s + r * (math.log(r) - 1) for y, (s, r) in enumerate(zip(log_score, ratios, strict=True)) if y != x)
+    terms = (
+        math.exp(s) - r * s + r * (math.log(r) - 1)
+        for y, (s, r) in enumerate(zip(log_score, ratios, strict=True))
+        if y != x
+    )
     return math.fsum(terms) / len(log_score)
 
 
@@ -62,21 +71,30 @@ def test_staggered_score_is_the_inverse_exponential_applied(delta: float) -> Non
 def test_an_analytic_step_of_the_true_score_is_the_exact_posterior() -> None:
     """Bayes: p(y earlier | x now) = p(y earlier) p(x now | y) / p(x now), for any law of the data."""
     data = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
-    now, earlier = torch.matrix_exp(1.1 * rate_matrix()) @ data, torch.matrix_exp(0.4 * rate_matrix()) @ data
+    now, earlier = (
+        torch.matrix_exp(1.1 * rate_matrix()) @ data,
+        torch.matrix_exp(0.4 * rate_matrix()) @ data,
+    )
     score = now / now[X][..., None]
     got = PROCESS.staggered_score(score, double(0.7)) * PROCESS.transp_transition(X, double(0.7))
-    assert torch.allclose(got, earlier * torch.matrix_exp(0.7 * rate_matrix())[X] / now[X][..., None], atol=1e-12)
+    assert torch.allclose(
+        got, earlier * torch.matrix_exp(0.7 * rate_matrix())[X] / now[X][..., None], atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("process", [PROCESS, Absorbing(TOKENS - 1)])
-def test_reverse_rate_is_transposed_rate_times_score_with_columns_that_sum_to_zero(process: Process) -> None:
+def test_reverse_rate_is_transposed_rate_times_score_with_columns_that_sum_to_zero(
+    process: Process,
+) -> None:
     score = random_score()
     got, rate = process.reverse_rate(X, score), process.transp_rate(X)
     for i in range(4):
         x = int(X[0, i])
         for y in range(TOKENS):
             off = [float(rate[0, i, z] * score[0, i, z]) for z in range(TOKENS) if z != x]
-            assert got[0, i, y].item() == pytest.approx(-sum(off) if y == x else float(rate[0, i, y] * score[0, i, y]), abs=1e-12)
+            assert got[0, i, y].item() == pytest.approx(
+                -sum(off) if y == x else float(rate[0, i, y] * score[0, i, y]), abs=1e-12
+            )
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.3, 2.0, 20.0])
@@ -93,15 +111,23 @@ def test_score_entropy_is_zero_at_the_true_ratio_and_positive_elsewhere(sigma: f
     truth = true_ratios(sigma, X, X0).log().requires_grad_()
     loss = PROCESS.score_entropy(truth, double(sigma), X, X0)
     loss.sum().backward()
-    assert loss.abs().max() < 1e-11 and truth.grad is not None and truth.grad.abs().max() < 1e-8  # the error of matrix_exp
+    assert (
+        loss.abs().max() < 1e-11 and truth.grad is not None and truth.grad.abs().max() < 1e-8
+    )  # the error of matrix_exp
     for seed in range(5):
-        away = truth.detach() + 0.1 * torch.randn(1, 4, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        assert (PROCESS.score_entropy(away.scatter(-1, X[..., None], 0), double(sigma), X, X0) > 0).all()
+        away = truth.detach() + 0.1 * torch.randn(
+            1, 4, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        assert (
+            PROCESS.score_entropy(away.scatter(-1, X[..., None], 0), double(sigma), X, X0) > 0
+        ).all()
 
 
 def test_gradient_of_score_entropy() -> None:
     log_score = random_score().log().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: PROCESS.score_entropy(s, double(0.7), X, X0), log_score)
+    assert torch.autograd.gradcheck(
+        lambda s: PROCESS.score_entropy(s, double(0.7), X, X0), log_score
+    )
 
 
 @pytest.mark.parametrize("near", [True, False], ids=["near the truth", "anywhere"])
@@ -123,7 +149,9 @@ def test_score_entropy_in_float32_at_a_real_vocabulary(sigma: float, near: bool)
         slow = slow_score_entropy(log_score[0, i].tolist(), ratios[0, i].tolist(), 7)
         assert got[0, i].item() == pytest.approx(slow, rel=1e-4)
     gradient = ((log_score.double().exp() - ratios) / process.tokens).scatter(-1, x[..., None], 0)
-    assert torch.allclose(log_score.grad.double(), gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+    assert torch.allclose(
+        log_score.grad.double(), gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item()
+    )
 
 
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.1, 5.0, 20.0])
@@ -152,12 +180,22 @@ def test_corruption_gives_every_token_of_a_real_vocabulary_the_same_share(sigma:
     threshold = -math.expm1(-torch.tensor(sigma).item())
     tokens = torch.arange(process.tokens, dtype=torch.float64)
     x0 = torch.full((1, process.tokens), 7)
-    for place in (1e-4, 0.5, 1 - 1e-4):  # token j owns [j, j + 1) / V of the threshold, nearly to both ends
-        got = process.corrupt(x0, torch.tensor([[sigma]]), threshold * ((tokens + place) / process.tokens)[None])
+    for place in (
+        1e-4,
+        0.5,
+        1 - 1e-4,
+    ):  # token j owns [j, j + 1) / V of the threshold, nearly to both ends
+        got = process.corrupt(
+            x0, torch.tensor([[sigma]]), threshold * ((tokens + place) / process.tokens)[None]
+        )
         assert (got[0] == tokens.long()).all()
     for V in (2, 3, 5, 32768, 50257, 65535):
-        edges = torch.tensor([[0.0, math.nextafter(threshold, 0), math.nextafter(threshold, 1)]], dtype=torch.float64)
-        assert Uniform(V).corrupt(torch.ones(1, 3, dtype=torch.long), torch.tensor([[sigma]]), edges).tolist() == [[0, V - 1, 1]]
+        edges = torch.tensor(
+            [[0.0, math.nextafter(threshold, 0), math.nextafter(threshold, 1)]], dtype=torch.float64
+        )
+        assert Uniform(V).corrupt(
+            torch.ones(1, 3, dtype=torch.long), torch.tensor([[sigma]]), edges
+        ).tolist() == [[0, V - 1, 1]]
 
 
 def test_corruption_refuses_uniforms_with_too_few_bits() -> None:

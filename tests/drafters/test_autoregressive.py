@@ -14,7 +14,7 @@ from specdiff import catalog, decode
 from specdiff.drafters import autoregressive as module
 from specdiff.drafters.autoregressive import AutoregressiveDrafter, autoregressive
 from specdiff.errors import ConfigError, DrafterError, UnknownNameError, UsageError, WeightsError
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw
 from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
@@ -22,22 +22,45 @@ from specdiff.verify import VERIFIERS
 
 PROMPTS = ([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [7], [2, 7, 1, 8, 2])
 BORROWED = {"borrow_embeddings": True}
-SHAPES: dict[str, dict[str, Any]] = {"full": {}, "borrowed": BORROWED, "draft-vocab": {**BORROWED, "draft_vocab_size": 20}}
+SHAPES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "borrowed": BORROWED,
+    "draft-vocab": {**BORROWED, "draft_vocab_size": 20},
+}
 
 
 def info(**changes: Any) -> TargetInfo:
-    embedding, head = torch.randn(2, tiny.VOCAB, tiny.WIDTH, generator=torch.Generator().manual_seed(9))
-    return replace(TargetInfo("tiny", tiny.VOCAB, tiny.WIDTH, 2, 256, torch.float32, torch.device("cpu"), embedding, head / 4), **changes)
+    embedding, head = torch.randn(
+        2, tiny.VOCAB, tiny.WIDTH, generator=torch.Generator().manual_seed(9)
+    )
+    return replace(
+        TargetInfo(
+            "tiny",
+            tiny.VOCAB,
+            tiny.WIDTH,
+            2,
+            256,
+            torch.float32,
+            torch.device("cpu"),
+            embedding,
+            head / 4,
+        ),
+        **changes,
+    )
 
 
-def network(family: str = "llama", seed: int = 1, positions: int = 256, **ours: Any) -> SmallCausalLM:
+def network(family: str = "llama", seed: int = 1, positions: int = 256, **ours: Any) -> SmallLM:
     """Random, and sharp enough that every token hangs on those before it."""
     base = tiny.model(family, seed=seed, positions=positions)
     base.config.update(ours)
-    made = SmallCausalLM(base.config)
-    made.load_state_dict({f"net.{name}": tensor for name, tensor in base.state_dict().items()}, strict=False)
+    made = SmallLM(base.config)
+    made.load_state_dict(
+        {f"net.{name}": tensor for name, tensor in base.state_dict().items()}, strict=False
+    )
     if made.draft_vocab_size is not None:
-        chosen = torch.randperm(tiny.VOCAB, generator=torch.Generator().manual_seed(2))[: made.draft_vocab_size]
+        chosen = torch.randperm(tiny.VOCAB, generator=torch.Generator().manual_seed(2))[
+            : made.draft_vocab_size
+        ]
         made.draft_vocab.copy_(chosen.sort().values)
     return made
 
@@ -50,7 +73,9 @@ def context(batch: Batch) -> Context:
     return Context(batch, None, torch.zeros_like(batch.length), None)
 
 
-def propose(drafter: AutoregressiveDrafter, batch: Batch, draft_len: int, state: Any = None) -> Draft:
+def propose(
+    drafter: AutoregressiveDrafter, batch: Batch, draft_len: int, state: Any = None
+) -> Draft:
     if state is None:
         state = drafter.open(len(batch.length), batch.ids.shape[1] + draft_len + 1)
         drafter.admit(state, context(batch), torch.arange(len(batch.length)))
@@ -74,7 +99,9 @@ def recomputed(drafter: AutoregressiveDrafter, batch: Batch, draft: Draft) -> Te
         with torch.no_grad():
             states = model.hidden(torch.cat([ids[:n], tokens[:-1]])[None])[0, n - 1 :]
             q = model.logits(states).softmax(-1)
-        columns = model.draft_vocab if model.draft_vocab_size is not None else torch.arange(tiny.VOCAB)
+        columns = (
+            model.draft_vocab if model.draft_vocab_size is not None else torch.arange(tiny.VOCAB)
+        )
         rows.append(torch.zeros(len(tokens), tiny.VOCAB).index_copy(1, columns, q))
     return torch.stack(rows)
 
@@ -83,23 +110,39 @@ def fed(drafter: AutoregressiveDrafter, monkeypatch: pytest.MonkeyPatch) -> list
     """How many tokens a row each pass of the network reads."""
     sizes: list[int] = []
     whole = drafter.ragged.forward
-    monkeypatch.setattr(drafter.ragged, "forward", lambda cache, ids, at, **k: sizes.append(ids.shape[1]) or whole(cache, ids, at, **k))
+    monkeypatch.setattr(
+        drafter.ragged,
+        "forward",
+        lambda cache, ids, at, **k: sizes.append(ids.shape[1]) or whole(cache, ids, at, **k),
+    )
     return sizes
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chunk", [512, 3])
-def test_cached_equals_recomputed(shape: str, family: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_equals_recomputed(
+    shape: str, family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over rounds that accept all, some and nothing, of different draft lengths, in rows of different length."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     ours, batch = drafter(shape, family), tiny.batch_of(PROMPTS, max_tokens=60)
     state = ours.open(3, 80)
     ours.admit(state, context(batch), torch.arange(3))
-    for K, accepted in [(5, (5, 0, 2)), (1, (0, 1, 1)), (6, (1, 6, 5)), (2, (0, 0, 0)), (8, (3, 7, 0)), (3, (2, 3, 1))]:
+    for K, accepted in [
+        (5, (5, 0, 2)),
+        (1, (0, 1, 1)),
+        (6, (1, 6, 5)),
+        (2, (0, 0, 0)),
+        (8, (3, 7, 0)),
+        (3, (2, 3, 1)),
+    ]:
         draft = propose(ours, batch, K, state)
         torch.testing.assert_close(draft.probs, recomputed(ours, batch, draft), rtol=0, atol=2e-5)
-        new = [[*row[:n], (row[min(n, K - 1)] + 1) % tiny.VOCAB] for row, n in zip(draft.tokens.tolist(), accepted, strict=True)]
+        new = [
+            [*row[:n], (row[min(n, K - 1)] + 1) % tiny.VOCAB]
+            for row, n in zip(draft.tokens.tolist(), accepted, strict=True)
+        ]
         batch = committed(batch, new)
 
 
@@ -120,7 +163,9 @@ def test_tokens_behind_a_rejected_one_are_read() -> None:
     ours, batch = drafter(), tiny.batch_of(PROMPTS, max_tokens=60)
     state = ours.open(3, 80)
     draft = propose(ours, batch, 6, state)
-    batch = committed(batch, [[(row[0] + 1) % tiny.VOCAB, *row[1:5]] for row in draft.tokens.tolist()])
+    batch = committed(
+        batch, [[(row[0] + 1) % tiny.VOCAB, *row[1:5]] for row in draft.tokens.tolist()]
+    )
     draft = propose(ours, batch, 3, state)
     torch.testing.assert_close(draft.probs, recomputed(ours, batch, draft), rtol=0, atol=2e-5)
 
@@ -137,7 +182,13 @@ def test_tokens_of_rounds_without_a_draft_are_read() -> None:
 def test_accepted_tokens_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, batch = drafter(), tiny.batch_of(PROMPTS[:1], max_tokens=60)
     sizes, state = fed(ours, monkeypatch), ours.open(1, 80)
-    for accepted, expected in [(2, [12, 1, 1, 1]), (4, [1, 1, 1, 1]), (0, [2, 1, 1, 1]), (3, [1, 1, 1, 1]), (0, [1, 1, 1, 1])]:
+    for accepted, expected in [
+        (2, [12, 1, 1, 1]),
+        (4, [1, 1, 1, 1]),
+        (0, [2, 1, 1, 1]),
+        (3, [1, 1, 1, 1]),
+        (0, [1, 1, 1, 1]),
+    ]:
         sizes.clear()
         row = propose(ours, batch, 4, state).tokens[0].tolist()
         assert sizes == expected
@@ -148,7 +199,10 @@ def test_accepted_tokens_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("draft_temperature", [0.0, 0.6, 1.0])
 def test_q_is_the_law_the_tokens_were_drawn_from(shape: str, draft_temperature: float) -> None:
     """Each token is the inverse CDF of its own row, at its own uniform."""
-    ours, batch = drafter(shape, draft_temperature=draft_temperature), tiny.batch_of(PROMPTS * 20, temperature=0.8)
+    ours, batch = (
+        drafter(shape, draft_temperature=draft_temperature),
+        tiny.batch_of(PROMPTS * 20, temperature=0.8),
+    )
     draft = propose(ours, batch, 5)
     assert draft.probs is not None
     torch.testing.assert_close(draft.probs.sum(-1), torch.ones(60, 5), rtol=0, atol=1e-5)
@@ -209,7 +263,12 @@ def test_two_streams_never_meet() -> None:
     states = [ours.open(1, 64), ours.open(1, 64)]
     for new in ([4, 4], [1]):
         for state, batch in zip(states, batches, strict=True):
-            torch.testing.assert_close(propose(ours, batch, 4, state).probs, propose(ours, batch, 4).probs, rtol=0, atol=2e-5)
+            torch.testing.assert_close(
+                propose(ours, batch, 4, state).probs,
+                propose(ours, batch, 4).probs,
+                rtol=0,
+                atol=2e-5,
+            )
         batches = [committed(batch, [new]) for batch in batches]
 
 
@@ -229,17 +288,26 @@ def test_greedy_text_is_the_targets(family: str, shape: str) -> None:
     texts = [tiny.plain(net, prompt, 16) for prompt in prompts]
     for draft_len, verifier in [(1, "token"), (4, "block"), (9, "match")]:
         batch = tiny.batch_of(prompts, 16, temperature=0.0)
-        assert tiny.decoded(target, ours, batch, draft_len=draft_len, verifier=VERIFIERS[verifier]) == texts
+        assert (
+            tiny.decoded(target, ours, batch, draft_len=draft_len, verifier=VERIFIERS[verifier])
+            == texts
+        )
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 0.9}, {"top_p": 0.8}])
-def test_the_target_as_its_own_drafter_is_always_right(family: str, sampling: dict[str, Any]) -> None:
+def test_the_target_as_its_own_drafter_is_always_right(
+    family: str, sampling: dict[str, Any]
+) -> None:
     """q = p: every token of every round stands, which a law one position late or a stale entry would spoil."""
     target = tiny.target(family)
     itself = tiny.model(family)
-    ours = AutoregressiveDrafter(SmallCausalLM(itself.config, itself), target.info)
-    for last in decode.decode(target, ours, tiny.batch_of(tiny.prompts(4), 25, **sampling), draft_len=4):
-        assert last.verification.accepted[last.emitted > 0].tolist() == [4] * int((last.emitted > 0).sum())
+    ours = AutoregressiveDrafter(SmallLM(itself.config, itself), target.info)
+    for last in decode.decode(
+        target, ours, tiny.batch_of(tiny.prompts(4), 25, **sampling), draft_len=4
+    ):
+        assert last.verification.accepted[last.emitted > 0].tolist() == [4] * int(
+            (last.emitted > 0).sum()
+        )
 
 
 def test_a_context_shorter_than_the_targets() -> None:
@@ -252,7 +320,9 @@ def test_a_context_shorter_than_the_targets() -> None:
         assert tiny.decoded(target, ours, tiny.batch_of(prompts, 20, temperature=0.0)) == texts
         batch = tiny.batch_of(prompts)
         draft = propose(ours, batch, 4)
-        assert torch.equal(draft.tokens, draw(draft.probs, Noise.of(batch).uniform(Purpose.DRAFT, 4)))
+        assert torch.equal(
+            draft.tokens, draw(draft.probs, Noise.of(batch).uniform(Purpose.DRAFT, 4))
+        )
 
 
 def test_a_batch_wider_than_its_rows_can_grow() -> None:
@@ -260,7 +330,9 @@ def test_a_batch_wider_than_its_rows_can_grow() -> None:
     target, prompts = tiny.target("llama"), tiny.prompts(2)
     params = [SamplingParams(max_tokens=12, temperature=0.0)] * 2
     wide = Batch.of(prompts, params, range(2), slots=200)
-    assert tiny.decoded(target, drafter(), wide) == tiny.decoded(target, drafter(), Batch.of(prompts, params, range(2)))
+    assert tiny.decoded(target, drafter(), wide) == tiny.decoded(
+        target, drafter(), Batch.of(prompts, params, range(2))
+    )
 
 
 def test_up_to_the_last_slot() -> None:
@@ -275,15 +347,26 @@ def test_up_to_the_last_slot() -> None:
 def test_what_is_borrowed_is_neither_stored_nor_trained() -> None:
     model = network(**SHAPES["draft-vocab"]).borrow(info().embedding, info().head)
     body = tiny.model("llama").model.layers.state_dict()
-    assert set(model.state_dict()) == {"draft_vocab", "net.model.norm.weight", *(f"net.model.layers.{name}" for name in body)}
-    assert {name for name, _ in model.named_parameters()} == set(model.state_dict()) - {"draft_vocab"}
+    assert set(model.state_dict()) == {
+        "draft_vocab",
+        "net.model.norm.weight",
+        *(f"net.model.layers.{name}" for name in body),
+    }
+    assert {name for name, _ in model.named_parameters()} == set(model.state_dict()) - {
+        "draft_vocab"
+    }
     assert all(parameter.requires_grad for parameter in model.parameters())
     ids = torch.tensor([PROMPTS[0]])
     logits = model.logits(model.hidden(ids))
     assert logits.shape == (1, 12, 20)
     logits.logsumexp(-1).sum().backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-    torch.testing.assert_close(logits, model.hidden(ids) @ info().head[model.draft_vocab].T, rtol=0, atol=1e-4)
+    assert all(
+        parameter.grad is not None and parameter.grad.abs().sum() > 0
+        for parameter in model.parameters()
+    )
+    torch.testing.assert_close(
+        logits, model.hidden(ids) @ info().head[model.draft_vocab].T, rtol=0, atol=1e-4
+    )
 
 
 def test_a_network_that_has_not_borrowed_says_nothing() -> None:
@@ -294,12 +377,16 @@ def test_a_network_that_has_not_borrowed_says_nothing() -> None:
 def test_padding_on_the_right_changes_nothing() -> None:
     model, ids = network(), torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        torch.testing.assert_close(model.hidden(ids)[:, :7], model.hidden(ids[:, :7]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            model.hidden(ids)[:, :7], model.hidden(ids[:, :7]), rtol=0, atol=1e-5
+        )
 
 
 def test_tables_in_another_precision() -> None:
     """A float32 body between bf16 tables: products in float32, or the self-test would see bf16's rounding."""
-    coarse = info(embedding=info().embedding.bfloat16(), head=info().head.bfloat16(), dtype=torch.bfloat16)
+    coarse = info(
+        embedding=info().embedding.bfloat16(), head=info().head.bfloat16(), dtype=torch.bfloat16
+    )
     ours = AutoregressiveDrafter(network(**BORROWED), coarse)
     assert ours.error < 1e-3
     assert ours.model.hidden(torch.tensor([[1, 2]])).dtype == torch.float32
@@ -313,14 +400,17 @@ def test_save_and_load(shape: str, family_: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "drafter" / "config.json").read_text())
     assert (config["draft_len"], config["targets"], config["model_type"]) == (6, ["tiny"], family_)
     assert not [f for f in (tmp_path / "a" / "drafter").iterdir() if f.name.startswith(".")]
-    after = SmallCausalLM.from_pretrained(tmp_path / "a" / "drafter")
+    after = SmallLM.from_pretrained(tmp_path / "a" / "drafter")
     assert set(after.state_dict()) == set(before.state_dict())
     for name, tensor in before.state_dict().items():
         assert torch.equal(after.state_dict()[name], tensor), name
     ours = autoregressive(info(), tmp_path / "a" / "drafter")
     assert ours.draft_len == 6
     batch = tiny.batch_of(PROMPTS)
-    assert torch.equal(propose(ours, batch, 3).tokens, propose(AutoregressiveDrafter(before, info()), batch, 3).tokens)
+    assert torch.equal(
+        propose(ours, batch, 3).tokens,
+        propose(AutoregressiveDrafter(before, info()), batch, 3).tokens,
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -332,7 +422,7 @@ def test_save_and_load_in_bf16(shape: str, tmp_path: Path) -> None:
     assert "draft_len" not in before.config.to_dict()
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
     for dtype in (torch.float32, torch.bfloat16):
-        after = SmallCausalLM.from_pretrained(tmp_path, dtype)
+        after = SmallLM.from_pretrained(tmp_path, dtype)
         assert {p.dtype for p in after.parameters()} == {dtype}
         assert after.net.model.rotary_emb.inv_freq.dtype == torch.float32
         for name, parameter in before.named_parameters():
@@ -347,7 +437,9 @@ def test_a_plain_checkpoint_in_shards(tmp_path: Path) -> None:
     assert ours.draft_len == 4
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
-        torch.testing.assert_close(ours.model.logits(ours.model.hidden(ids)), base(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            ours.model.logits(ours.model.hidden(ids)), base(ids).logits, rtol=0, atol=1e-4
+        )
 
 
 # refusals
@@ -357,8 +449,14 @@ def test_a_plain_checkpoint_in_shards(tmp_path: Path) -> None:
     ("ours", "told"),
     [
         ({"borrow_embeddings": "yes"}, "borrow_embeddings must be of type bool, not 'yes'"),
-        ({"borrow_embeddings": True, "draft_vocab_size": 0}, "draft_vocab_size must be at least 1, not 0"),
-        ({"borrow_embeddings": True, "draft_vocab_size": 49}, "draft_vocab_size 49 is larger than the vocabulary of 48"),
+        (
+            {"borrow_embeddings": True, "draft_vocab_size": 0},
+            "draft_vocab_size must be at least 1, not 0",
+        ),
+        (
+            {"borrow_embeddings": True, "draft_vocab_size": 49},
+            "draft_vocab_size 49 is larger than the vocabulary of 48",
+        ),
         ({"draft_vocab_size": 20}, "draft_vocab_size 20 .* needs borrow_embeddings true"),
     ],
 )
@@ -372,13 +470,35 @@ def test_odd_keys_are_refused(ours: dict[str, Any], told: str) -> None:
     [
         ({"vocab_size": 50}, "full", DrafterError, "48 tokens.*'tiny' has 50"),
         ({"vocab_size": 47}, "borrowed", DrafterError, "48 tokens.*'tiny' has 47"),
-        ({"embedding": None}, "borrowed", DrafterError, "borrows its target's embedding and head, which 'tiny' does not offer"),
-        ({"head": None}, "draft-vocab", DrafterError, "borrows its target's embedding and head, which 'tiny' does not offer"),
-        ({"embedding": torch.zeros(48, 16)}, "borrowed", ConfigError, "embedding of 48 words x 32, but the target's is 48 x 16"),
-        ({"head": torch.zeros(50, 32)}, "borrowed", ConfigError, "head of 48 words x 32, but the target's is 50 x 32"),
+        (
+            {"embedding": None},
+            "borrowed",
+            DrafterError,
+            "borrows its target's embedding and head, which 'tiny' does not offer",
+        ),
+        (
+            {"head": None},
+            "draft-vocab",
+            DrafterError,
+            "borrows its target's embedding and head, which 'tiny' does not offer",
+        ),
+        (
+            {"embedding": torch.zeros(48, 16)},
+            "borrowed",
+            ConfigError,
+            "embedding of 48 words x 32, but the target's is 48 x 16",
+        ),
+        (
+            {"head": torch.zeros(50, 32)},
+            "borrowed",
+            ConfigError,
+            "head of 48 words x 32, but the target's is 50 x 32",
+        ),
     ],
 )
-def test_a_drafter_that_does_not_fit_is_refused(changes: dict[str, Any], shape: str, error: type[Exception], told: str) -> None:
+def test_a_drafter_that_does_not_fit_is_refused(
+    changes: dict[str, Any], shape: str, error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         AutoregressiveDrafter(network(**SHAPES[shape]), info(**changes))
 
@@ -390,7 +510,10 @@ def test_a_draft_temperature_out_of_range_is_refused(temperature: float) -> None
 
 
 def test_a_network_that_fails_the_self_test_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specdiff.models.masks.causal", lambda at, slots, window=None: torch.ones(*at.shape, slots).bool()[:, None])
+    monkeypatch.setattr(
+        "specdiff.models.masks.causal",
+        lambda at, slots, window=None: torch.ones(*at.shape, slots).bool()[:, None],
+    )
     with pytest.raises(DrafterError, match=r"cannot draft from cached keys and values.*self-test"):
         drafter()
 
@@ -419,25 +542,33 @@ def altered(folder: Path, **changes: Any) -> Path:
     [
         ({"draft_len": 0}, ConfigError, r"config\.json: draft_len must be at least 1, not 0"),
         ({"draft_len": "4"}, ConfigError, r"config\.json: draft_len must be of type int, not '4'"),
-        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, ConfigError, "its own code .auto_map., which is never run"),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "evil.Model"}},
+            ConfigError,
+            "its own code .auto_map., which is never run",
+        ),
         ({"model_type": "nonsense"}, ConfigError, r"config\.json.*nonsense"),
         ({"num_attention_heads": 7}, ConfigError, r"config\.json.*multiple"),
         ({"num_hidden_layers": 3}, WeightsError, "lacks net.model.layers.2"),
         ({"intermediate_size": 65}, WeightsError, r"has shape \[64, 32\]|has shape \[32, 64\]"),
     ],
 )
-def test_a_damaged_config_is_refused(folder: Path, changes: dict[str, Any], error: type[Exception], told: str) -> None:
+def test_a_damaged_config_is_refused(
+    folder: Path, changes: dict[str, Any], error: type[Exception], told: str
+) -> None:
     with pytest.raises(error, match=told):
         autoregressive(info(), altered(folder, **changes))
 
 
 @pytest.mark.parametrize("ids", [[-1], [tiny.VOCAB], [3, 3], [5, 2]])
-def test_a_draft_vocabulary_out_of_range_or_order_is_refused(ids: list[int], tmp_path: Path) -> None:
+def test_a_draft_vocabulary_out_of_range_or_order_is_refused(
+    ids: list[int], tmp_path: Path
+) -> None:
     model = network(**BORROWED, draft_vocab_size=len(ids))
     model.draft_vocab.copy_(torch.tensor(ids))
     model.save_pretrained(tmp_path)
     with pytest.raises(WeightsError, match="draft_vocab must hold ascending ids of the 48 words"):
-        SmallCausalLM.from_pretrained(tmp_path)
+        SmallLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("shape", ["full", "draft-vocab"])
@@ -446,21 +577,24 @@ def test_damaged_weights_are_refused(shape: str, tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(WeightsError, match="truncated or damaged"):
-        SmallCausalLM.from_pretrained(tmp_path)
+        SmallLM.from_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(WeightsError, match=r"holds no model\.safetensors"):
-        SmallCausalLM.from_pretrained(tmp_path)
+        SmallLM.from_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
     with pytest.raises(WeightsError, match="is a pickle"):
-        SmallCausalLM.from_pretrained(tmp_path)
+        SmallLM.from_pretrained(tmp_path)
 
 
 def test_a_plain_checkpoint_of_other_sizes_is_refused(tmp_path: Path) -> None:
     network().save_pretrained(tmp_path)
-    cases = [({"num_hidden_layers": 3}, "lack .* more"), ({"num_hidden_layers": 2, "intermediate_size": 65}, r"hold .* in shape .*, not")]
+    cases = [
+        ({"num_hidden_layers": 3}, "lack .* more"),
+        ({"num_hidden_layers": 2, "intermediate_size": 65}, r"hold .* in shape .*, not"),
+    ]
     for changes, told in cases:
         with pytest.raises(WeightsError, match=told):
-            SmallCausalLM.from_pretrained(altered(tmp_path, **changes))
+            SmallLM.from_pretrained(altered(tmp_path, **changes))
 
 
 # names
@@ -473,13 +607,19 @@ def test_the_catalog_knows_folders_of_both_kinds(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"does not take these options.*steps"):
         catalog.drafter(str(folder), info(), {"steps": 2})
     for kind in ("bert-like", ["llama"], None):
-        with pytest.raises(ConfigError, match=r"no drafter format with model_type .*; known are sedd, mdlm and transformers' causal LMs"):
+        with pytest.raises(
+            ConfigError,
+            match=r"no drafter format with model_type .*; known are sedd, mdlm and transformers' causal LMs",
+        ):
             catalog.drafter(str(altered(folder, model_type=kind)), info())
 
 
 def test_bundled_drafters_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(catalog, "BUNDLED", tmp_path)
-    with pytest.raises(UnknownNameError, match="no bundled autoregressive drafter was trained for the target 'tiny'"):
+    with pytest.raises(
+        UnknownNameError,
+        match="no bundled autoregressive drafter was trained for the target 'tiny'",
+    ):
         catalog.drafter("autoregressive", info())
     network().save_pretrained(tmp_path / "a", targets=["tiny"])
     assert isinstance(catalog.drafter("autoregressive", info()), AutoregressiveDrafter)
@@ -497,7 +637,17 @@ def test_sampled_text_through_every_verifier() -> None:
     """`match` gives the text of plain decoding, whatever drafts."""
     target = tiny.target("llama")
     requests = [SamplingParams(max_tokens=12, temperature=0.9)] * 3
-    plain = tiny.decoded(target, catalog.drafter("none", target.info), Batch.of(PROMPTS, requests, [1, 2, 3]), verifier=VERIFIERS["match"])
+    plain = tiny.decoded(
+        target,
+        catalog.drafter("none", target.info),
+        Batch.of(PROMPTS, requests, [1, 2, 3]),
+        verifier=VERIFIERS["match"],
+    )
     for shape in SHAPES:
         ours = AutoregressiveDrafter(network(**SHAPES[shape]), target.info)
-        assert tiny.decoded(target, ours, Batch.of(PROMPTS, requests, [1, 2, 3]), verifier=VERIFIERS["match"]) == plain
+        assert (
+            tiny.decoded(
+                target, ours, Batch.of(PROMPTS, requests, [1, 2, 3]), verifier=VERIFIERS["match"]
+            )
+            == plain
+        )

@@ -9,12 +9,12 @@ import pytest
 
 import tiny
 from specdiff import engine
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.engine import Request
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.table import TableTarget
 from specdiff.types import SamplingParams
 from specdiff.verify import VERIFIERS
@@ -25,8 +25,10 @@ BASE = tiny.model("llama", vocab=5, positions=64)
 DRAFTERS: dict[str, Drafter[Any]] = {
     "ngram": NGramDrafter(TARGET.info, longest=2),
     "sedd": tiny.drafter(TARGET.info, n_blocks=1),
-    "sedd cached": tiny.drafter(TARGET.info, steps=2, n_blocks=1, attention="causal-context", time_conditioning=False),
-    "autoregressive": AutoregressiveDrafter(SmallCausalLM(BASE.config, BASE), TARGET.info),
+    "sedd cached": tiny.drafter(
+        TARGET.info, steps=2, n_blocks=1, attention="causal-context", time_conditioning=False
+    ),
+    "autoregressive": AutoregressiveDrafter(SmallLM(BASE.config, BASE), TARGET.info),
     "sedd any": AnyOrderDrafter(tiny.drafter(TARGET.info, n_blocks=1).denoiser, steps=2),  # type: ignore[attr-defined]
 }
 
@@ -42,7 +44,9 @@ def often() -> Iterator[None]:
 
 def texts(drafter: Drafter[Any], call: int) -> dict[int, list[int]]:
     """A few requests through two rows, with the drafts they got."""
-    asked = [Request([call % 5, i % 5], SamplingParams(max_tokens=8), 10 * call + i) for i in range(3)]
+    asked = [
+        Request([call % 5, i % 5], SamplingParams(max_tokens=8), 10 * call + i) for i in range(3)
+    ]
     found: dict[int, list[int]] = {}
     for p in engine.run(TARGET, drafter, asked, verifier=VERIFIERS["token"], draft_len=3, rows=2):
         found.setdefault(p.request, []).extend([*p.tokens, -p.accepted])

@@ -12,13 +12,16 @@ from doubles import ToyDenoiser
 from specdiff import SpeculativeLM, decode
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.drafters.elsewhere import Elsewhere, across
+from specdiff.drafters.on_device import OnDevice, across
 from specdiff.noise import Noise
 from specdiff.targets.table import TableTarget
 from specdiff.types import Context, Draft
 from specdiff.verify import VERIFIERS
 
-HOME, AWAY = torch.device("cpu"), torch.device("cpu:0")  # one chip, but two devices to whoever compares them
+HOME, AWAY = (
+    torch.device("cpu"),
+    torch.device("cpu:0"),
+)  # one chip, but two devices to whoever compares them
 
 
 class Abroad(Tensor):
@@ -105,17 +108,22 @@ def test_everything_crosses_over_and_no_token_changes(target: TableTarget, verif
 def test_one_device_needs_no_wrapper() -> None:
     drafter = NoDrafter()
     assert across(drafter, HOME, HOME) is drafter
-    assert isinstance(across(drafter, AWAY, HOME), Elsewhere)
+    assert isinstance(across(drafter, AWAY, HOME), OnDevice)
 
 
 @pytest.mark.parametrize("config", [{}, tiny.CACHED], ids=["own tables", "borrowed tables"])
 def test_a_trained_drafter_is_built_where_it_runs(config: dict[str, Any], tmp_path: Any) -> None:
     target = tiny.target("llama")
     tiny.sedd(tiny.sedd_config(**config)).save_pretrained(tmp_path)
-    away, near = (SpeculativeLM(target, str(tmp_path), None, 64, None, place) for place in (AWAY, None))
+    away, near = (
+        SpeculativeLM(target, str(tmp_path), None, 64, None, place) for place in (AWAY, None)
+    )
     options: dict[str, Any] = {"max_tokens": 12, "seed": 3, "draft_len": 4}
-    assert isinstance(away.drafter, Elsewhere)
+    assert isinstance(away.drafter, OnDevice)
     assert away.drafter.drafter.denoiser.device == AWAY
-    assert not isinstance(near.drafter, Elsewhere)
-    assert away.generate([1, 2, 3], **options).token_ids == near.generate([1, 2, 3], **options).token_ids
+    assert not isinstance(near.drafter, OnDevice)
+    assert (
+        away.generate([1, 2, 3], **options).token_ids
+        == near.generate([1, 2, 3], **options).token_ids
+    )
     assert away.generate([1, 2, 3], **options, drafter_options={"steps": 2}).stats.drafted > 0

@@ -13,10 +13,10 @@ import torch
 
 from doubles import Stateless, ToyDenoiser
 from specdiff import SpeculativeLM, decode, engine, stats
-from specdiff.check.texts import compare, law, texts
+from specdiff.check.goodness_of_fit import compare, law, texts
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.drafters.guarded import Guarded
+from specdiff.drafters.guarded import GuardedDrafter
 from specdiff.engine import Request
 from specdiff.errors import UsageError
 from specdiff.noise import Noise
@@ -51,7 +51,9 @@ def probs_become(value: float) -> Spoil:
     def spoil(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
         assert draft.probs is not None
         here = (torch.arange(draft.tokens.shape[1]) == at[:, None]) & hit[:, None]
-        return replace(draft, probs=torch.where(here[..., None] & (torch.arange(V) == 1), value, draft.probs))
+        return replace(
+            draft, probs=torch.where(here[..., None] & (torch.arange(V) == 1), value, draft.probs)
+        )
 
     return spoil
 
@@ -85,19 +87,46 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
     "below the vocabulary": (tokens_become(-100), "outside the target's vocabulary"),
     "size": (wrong_size, "draft size"),
     "raises": (raises, "raised RuntimeError: the drafter's own trouble"),
-    "tokens' shape": (lambda d, hit, at: replace(d, tokens=d.tokens[:, :, None]), "tokens of shape"),
+    "tokens' shape": (
+        lambda d, hit, at: replace(d, tokens=d.tokens[:, :, None]),
+        "tokens of shape",
+    ),
     "too long": (lambda d, hit, at: Draft(torch.cat([d.tokens, d.tokens], 1)), "tokens of shape"),
     "tokens' type": (lambda d, hit, at: replace(d, tokens=d.tokens.double()), "tokens of type"),
-    "probabilities' shape": (lambda d, hit, at: replace(d, probs=torch.ones(1, 1)), "probabilities of shape"),
-    "another device": (lambda d, hit, at: replace(d, probs=d.probs.to("meta")), "probabilities on meta; the batch is on cpu"),  # type: ignore[union-attr]
+    "probabilities' shape": (
+        lambda d, hit, at: replace(d, probs=torch.ones(1, 1)),
+        "probabilities of shape",
+    ),
+    "another device": (
+        lambda d, hit, at: replace(d, probs=d.probs.to("meta")),
+        "probabilities on meta; the batch is on cpu",
+    ),  # type: ignore[union-attr]
     "tokens elsewhere": (lambda d, hit, at: Draft(d.tokens.to("meta")), "tokens on meta"),
-    "size elsewhere": (lambda d, hit, at: replace(d, size=torch.ones(len(hit), dtype=torch.long, device="meta")), "a size on meta"),
-    "float8": (lambda d, hit, at: replace(d, probs=d.probs.to(torch.float8_e5m2)), "type torch.float8_e5m2"),  # type: ignore[union-attr]
-    "sparse": (lambda d, hit, at: replace(d, probs=d.probs.to_sparse()), "probabilities of layout torch.sparse_coo"),  # type: ignore[union-attr]
-    "sparse tokens": (lambda d, hit, at: Draft(d.tokens.to_sparse()), "tokens of layout torch.sparse_coo"),
-    "size of bits": (lambda d, hit, at: replace(d, size=hit), "a size of shape .* and type torch.bool"),
+    "size elsewhere": (
+        lambda d, hit, at: replace(d, size=torch.ones(len(hit), dtype=torch.long, device="meta")),
+        "a size on meta",
+    ),
+    "float8": (
+        lambda d, hit, at: replace(d, probs=d.probs.to(torch.float8_e5m2)),
+        "type torch.float8_e5m2",
+    ),  # type: ignore[union-attr]
+    "sparse": (
+        lambda d, hit, at: replace(d, probs=d.probs.to_sparse()),
+        "probabilities of layout torch.sparse_coo",
+    ),  # type: ignore[union-attr]
+    "sparse tokens": (
+        lambda d, hit, at: Draft(d.tokens.to_sparse()),
+        "tokens of layout torch.sparse_coo",
+    ),
+    "size of bits": (
+        lambda d, hit, at: replace(d, size=hit),
+        "a size of shape .* and type torch.bool",
+    ),
     "tokens are a list": (lambda d, hit, at: Draft(d.tokens.tolist()), "raised AttributeError"),
-    "tree": (lambda d, hit, at: replace(d, parents=torch.zeros_like(d.tokens) - 1), "drafted a tree"),
+    "tree": (
+        lambda d, hit, at: replace(d, parents=torch.zeros_like(d.tokens) - 1),
+        "drafted a tree",
+    ),
     "nothing": (lambda d, hit, at: None, "returned a NoneType"),  # type: ignore[arg-type, return-value]
 }
 
@@ -106,9 +135,13 @@ def requests(count: int = 5) -> list[Request]:
     return [Request([i % V, 1], SamplingParams(max_tokens=14), 100 + i) for i in range(count)]
 
 
-def served(drafter: Drafter[Any], asked: Sequence[Request], verifier: str = "match", rows: int = 2) -> dict[int, list[int]]:
+def served(
+    drafter: Drafter[Any], asked: Sequence[Request], verifier: str = "match", rows: int = 2
+) -> dict[int, list[int]]:
     found: dict[int, list[int]] = {}
-    for turn in engine.serve(TARGET, drafter, asked, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows):
+    for turn in engine.serve(
+        TARGET, drafter, asked, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows
+    ):
         found |= {i: ids.tolist() for i, ids, _ in turn.finished()}
     return found
 
@@ -126,7 +159,9 @@ def test_the_text_goes_on_and_one_warning_names_drafter_and_fault(fault: str) ->
 @pytest.mark.parametrize("verifier", ["token", "block", "match"])
 @pytest.mark.parametrize("fault", ["nan", "negative", "beyond the vocabulary", "size"])
 def test_the_law_is_the_targets_though_rounds_fail_at_random(fault: str, verifier: str) -> None:
-    found = texts(TARGET, Spoiled(FAULTS[fault][0], every=3), VERIFIERS[verifier], PARAMS, count=20_000)
+    found = texts(
+        TARGET, Spoiled(FAULTS[fault][0], every=3), VERIFIERS[verifier], PARAMS, count=20_000
+    )
     assert compare(found, law(TARGET, PARAMS)) > 1e-5
 
 
@@ -134,7 +169,9 @@ def test_the_law_is_the_targets_though_rounds_fail_at_random(fault: str, verifie
 @pytest.mark.parametrize("verifier", ["token", "block"])
 def test_the_law_is_the_targets_though_it_raises(verifier: str) -> None:
     """In small batches, or it would raise in the first round of all."""
-    found = texts(TARGET, Spoiled(raises, every=40), VERIFIERS[verifier], PARAMS, count=3000, rows=30)
+    found = texts(
+        TARGET, Spoiled(raises, every=40), VERIFIERS[verifier], PARAMS, count=3000, rows=30
+    )
     assert compare(found, law(TARGET, PARAMS)) > 1e-5
 
 
@@ -151,11 +188,15 @@ def test_falling_back_by_what_was_drawn_would_show() -> None:
 def test_a_sound_drafter_does_not_feel_it() -> None:
     batch = Batch.of([[1, 2]] * 50, [SamplingParams(max_tokens=9)] * 50, range(50))
     context, noise = Context(batch, None, torch.zeros_like(batch.length), None), Noise.of(batch)
-    guard = Guarded(SOUND, V)
+    guard = GuardedDrafter(SOUND, V)
     state = guard.open(50, 20)
     one, two = guard.propose(context, state, noise, 3), SOUND.propose(context, None, noise, 3)
     assert one.probs is not None and two.probs is not None and one.size is not None
-    assert torch.equal(one.tokens, two.tokens) and torch.equal(one.probs, two.probs) and one.size.tolist() == [3] * 50
+    assert (
+        torch.equal(one.tokens, two.tokens)
+        and torch.equal(one.probs, two.probs)
+        and one.size.tolist() == [3] * 50
+    )
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
@@ -165,7 +206,11 @@ def test_how_a_sound_draft_lies_in_memory_does_not_matter(verifier: str) -> None
     def strided(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
         assert draft.probs is not None
         probs = draft.probs.permute(2, 0, 1).contiguous().permute(1, 2, 0).requires_grad_()
-        return Draft(draft.tokens.T.contiguous().T, probs, torch.tensor(3, dtype=torch.int32).expand(len(hit)))
+        return Draft(
+            draft.tokens.T.contiguous().T,
+            probs,
+            torch.tensor(3, dtype=torch.int32).expand(len(hit)),
+        )
 
     assert served(Spoiled(strided), requests(), verifier) == served(SOUND, requests(), verifier)
 
@@ -183,9 +228,19 @@ def test_a_tree_is_refused_and_the_law_is_the_targets(verifier: str) -> None:
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")
 def test_the_tokens_before_the_fault_stay_and_then_the_row_rests() -> None:
     batch = Batch.of([[1]] * 3, [SamplingParams(max_tokens=9)] * 3, range(3))
-    rounds = list(decode.decode(TARGET, Spoiled(lambda d, h, a: probs_become(torch.nan)(d, torch.tensor([1, 0, 0]) > 0, a * 0 + 2)), batch))
+    rounds = list(
+        decode.decode(
+            TARGET,
+            Spoiled(
+                lambda d, h, a: probs_become(torch.nan)(d, torch.tensor([1, 0, 0]) > 0, a * 0 + 2)
+            ),
+            batch,
+        )
+    )
     sizes = [r.draft.size.tolist() for r in rounds if r.draft.size is not None]
-    assert sizes[0] == [2, 3, 3] and {s[0] for s in sizes[1:]} == {0} and {s[1] for s in sizes} == {3}
+    assert (
+        sizes[0] == [2, 3, 3] and {s[0] for s in sizes[1:]} == {0} and {s[1] for s in sizes} == {3}
+    )
     counted = stats.fold(rounds)
     assert counted[0].plain_rounds == counted[0].rounds - 1 and counted[1].plain_rounds == 0
     assert [c.faults for c in counted] == [c.as_dict()["faults"] for c in counted] == [1, 0, 0]
@@ -255,8 +310,13 @@ def test_trouble_as_requests_come_and_go(role: str) -> None:
             if role == "release":
                 raise IndexError("lost a row")
 
-    with pytest.warns(RuntimeWarning, match=r"drafter Clumsy raised IndexError as requests (joined|left): lost a row") as caught:
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"drafter Clumsy raised IndexError as requests (joined|left): lost a row",
+    ) as caught:
         found = served(Clumsy(lambda d, h, a: d), requests())
     assert len(caught) == 1 and found == served(NoDrafter(), requests())
-    with pytest.warns(RuntimeWarning, match="drafter Clumsy"):  # a request that has its answer counts no fault
+    with pytest.warns(
+        RuntimeWarning, match="drafter Clumsy"
+    ):  # a request that has its answer counts no fault
         assert faults_of(Clumsy(lambda d, h, a: d)) == [int(role == "admit")] * 5

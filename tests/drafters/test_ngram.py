@@ -36,10 +36,16 @@ def slow(row: list[int], draft_len: int, longest: int, shortest: int) -> list[in
 @pytest.mark.parametrize(("longest", "shortest"), [(4, 1), (3, 2), (1, 1), (6, 5)])
 def test_against_a_slow_version(longest: int, shortest: int) -> None:
     generator = torch.Generator().manual_seed(longest)
-    rows = [torch.randint(3, (int(n),), generator=generator).tolist() for n in torch.randint(1, 30, (60,), generator=generator)]
+    rows = [
+        torch.randint(3, (int(n),), generator=generator).tolist()
+        for n in torch.randint(1, 30, (60,), generator=generator)
+    ]
     draft = propose(rows, 5, longest=longest, shortest=shortest)
     assert draft.probs is None and draft.size is not None
-    found = [tokens[:size] for tokens, size in zip(draft.tokens.tolist(), draft.size.tolist(), strict=True)]
+    found = [
+        tokens[:size]
+        for tokens, size in zip(draft.tokens.tolist(), draft.size.tolist(), strict=True)
+    ]
     assert found == [slow(row, 5, longest, shortest) for row in rows]
     assert {len(f) for f in found} == {0, 5}
 
@@ -62,12 +68,22 @@ def test_no_match_anywhere_is_a_plain_round() -> None:
 def test_a_row_without_a_match_beside_one_with(verifier: str) -> None:
     """The first round of the second row is plain, as its statistics say; each row's text is the one it has alone."""
     rows, drafter = [[1, 2, 0, 1, 2], [3]], catalog.drafter("ngram", TARGET.info)
-    rounds = list(decode.decode(TARGET, drafter, tiny.batch_of(rows), verifier=VERIFIERS[verifier], draft_len=3))
+    rounds = list(
+        decode.decode(
+            TARGET, drafter, tiny.batch_of(rows), verifier=VERIFIERS[verifier], draft_len=3
+        )
+    )
     assert rounds[0].draft.size is not None and rounds[0].draft.size.tolist() == [3, 0]
     assert int(rounds[0].verification.accepted[1]) == 0 and int(rounds[0].emitted[1]) == 1
     assert stats.fold(rounds)[1].plain_rounds >= 1 and stats.fold(rounds)[0].drafted > 0
     for i, row in enumerate(rows):
-        alone = tiny.decoded(TARGET, drafter, tiny.batch_of([row], seeds=[i]), verifier=VERIFIERS[verifier], draft_len=3)
+        alone = tiny.decoded(
+            TARGET,
+            drafter,
+            tiny.batch_of([row], seeds=[i]),
+            verifier=VERIFIERS[verifier],
+            draft_len=3,
+        )
         assert alone[0] == tiny.rows_of(rounds[-1].batch)[i]
 
 
@@ -77,7 +93,9 @@ def test_a_repetitive_greedy_text_is_drafted_well() -> None:
     assert folded.tau > 3
 
 
-@pytest.mark.parametrize("options", [{"longest": 0}, {"shortest": 0}, {"longest": 2, "shortest": 3}])
+@pytest.mark.parametrize(
+    "options", [{"longest": 0}, {"shortest": 0}, {"longest": 2, "shortest": 3}]
+)
 def test_options_out_of_range(options: dict[str, int]) -> None:
     with pytest.raises(UsageError, match="ngram needs 1 <= shortest <= longest, not shortest="):
         catalog.drafter("ngram", TARGET.info, options)

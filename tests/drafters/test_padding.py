@@ -14,7 +14,7 @@ from specdiff import catalog, decode
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.vocabulary import known_ids
 from specdiff.errors import DrafterError
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.causal import CausalTarget
 from specdiff.types import SamplingParams
 from specdiff.verify import VERIFIERS
@@ -53,7 +53,9 @@ def drafter_folder(kind: str, size: int, folder: Path, own: Sequence[str] | None
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", ["autoregressive", "sedd"])
-def test_the_texts_are_plain_ones_and_drafts_are_proposed(kind: str, size: int, target: CausalTarget, tmp_path: Path) -> None:
+def test_the_texts_are_plain_ones_and_drafts_are_proposed(
+    kind: str, size: int, target: CausalTarget, tmp_path: Path
+) -> None:
     """Prompts hold every id of the target, also those that the smaller drafter lacks."""
     made = catalog.drafter(drafter_folder(kind, size, tmp_path / "drafter", words()), target.info)
     prompts = [[47, 3, 40, 41], [5], [i % tiny.VOCAB for i in range(39, 60)]]
@@ -63,8 +65,10 @@ def test_the_texts_are_plain_ones_and_drafts_are_proposed(kind: str, size: int, 
         rounds = list(decode.decode(target, made, batch, verifier=verifier, draft_len=3))
         for text, prompt in zip(tiny.rows_of(rounds[-1].batch), prompts, strict=True):
             assert text == tiny.plain(tiny.copy_of(target.model), prompt, params.max_tokens)
-        assert not any(bool(r.resting.any()) for r in rounds)
-        assert all(r.draft.probs is not None and r.draft.probs.shape[-1] == tiny.VOCAB for r in rounds)
+        assert not any(bool(r.disabled.any()) for r in rounds)
+        assert all(
+            r.draft.probs is not None and r.draft.probs.shape[-1] == tiny.VOCAB for r in rounds
+        )
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -78,7 +82,10 @@ def test_other_tokenizers_are_refused_with_both_sizes(
     own: Sequence[str] | None, kind: str, size: int, target: CausalTarget, tmp_path: Path
 ) -> None:
     folder = drafter_folder(kind, size, tmp_path / "drafter", own)
-    with pytest.raises(DrafterError, match=f"{size} tokens.*has {tiny.VOCAB}; use a drafter trained for this target"):
+    with pytest.raises(
+        DrafterError,
+        match=f"{size} tokens.*has {tiny.VOCAB}; use a drafter trained for this target",
+    ):
         catalog.drafter(folder, target.info)
 
 
@@ -90,7 +97,9 @@ def test_a_target_without_a_tokenizer_is_no_evidence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_reverse_process_needs_the_same_size(size: int, target: CausalTarget, tmp_path: Path) -> None:
+def test_the_reverse_process_needs_the_same_size(
+    size: int, target: CausalTarget, tmp_path: Path
+) -> None:
     folder = drafter_folder("sedd", size, tmp_path / "drafter", words())
     with pytest.raises(DrafterError, match=f"{size} tokens.*has {tiny.VOCAB}"):
         catalog.drafter(folder, target.info, {"order": "any"})
@@ -100,7 +109,7 @@ def test_what_borrows_from_the_target_is_of_its_size() -> None:
     base: Any = tiny.model("llama", vocab=SIZES[0])
     base.config.update({"borrow_embeddings": True})
     with pytest.raises(DrafterError, match=f"{SIZES[0]} tokens.*has {tiny.VOCAB}"):
-        AutoregressiveDrafter(SmallCausalLM(base.config), tiny.target("llama").info, padded=True)
+        AutoregressiveDrafter(SmallLM(base.config), tiny.target("llama").info, padded=True)
 
 
 def test_a_network_of_the_targets_size_reads_the_ids_themselves() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tiny
 from specdiff.drafters import sedd as module
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import DrafterError, UsageError
@@ -34,7 +34,17 @@ UNIFORM: dict[str, Any] = {"process": "uniform", "scale_by_sigma": False, "sched
 def info(**changes: Any) -> TargetInfo:
     generator = torch.Generator().manual_seed(9)
     embedding, head = torch.randn(2, tiny.VOCAB, tiny.WIDTH, generator=generator)
-    base = TargetInfo("tiny", tiny.VOCAB, tiny.WIDTH, 2, 256, torch.float32, torch.device("cpu"), embedding, head / 4)
+    base = TargetInfo(
+        "tiny",
+        tiny.VOCAB,
+        tiny.WIDTH,
+        2,
+        256,
+        torch.float32,
+        torch.device("cpu"),
+        embedding,
+        head / 4,
+    )
     return replace(base, **changes)
 
 
@@ -42,7 +52,9 @@ def context(batch: Batch) -> Context:
     return Context(batch, None, torch.zeros_like(batch.length), None)
 
 
-def propose(drafter: Any, batch: Batch, draft_len: int, state: Any = None, **sampling: Any) -> Draft:
+def propose(
+    drafter: Any, batch: Batch, draft_len: int, state: Any = None, **sampling: Any
+) -> Draft:
     if state is None:
         state = drafter.open(len(batch.length), batch.ids.shape[1] + draft_len + 1)
         drafter.admit(state, context(batch), torch.arange(len(batch.length)))
@@ -103,8 +115,12 @@ def test_later_groups_condition_on_earlier_ones(shape: str) -> None:
         state = denoiser.open(3, 96)
         denoiser.admit(state, context(batch), torch.arange(3))
         with torch.inference_mode():
-            logits = denoiser.denoise(context(batch), state, canvas, (torch.arange(7) < group[0]).expand(3, 7))
-        torch.testing.assert_close(draft.probs[:, group], logits[:, group].softmax(-1), rtol=0, atol=1e-5)
+            logits = denoiser.denoise(
+                context(batch), state, canvas, (torch.arange(7) < group[0]).expand(3, 7)
+            )
+        torch.testing.assert_close(
+            draft.probs[:, group], logits[:, group].softmax(-1), rtol=0, atol=1e-5
+        )
 
 
 def test_one_shot_is_one_pass_and_t_steps_are_t_passes() -> None:
@@ -112,7 +128,13 @@ def test_one_shot_is_one_pass_and_t_steps_are_t_passes() -> None:
     denoiser, calls = drafter.denoiser, []
     whole = denoiser.denoise
     denoiser.denoise = lambda *given: calls.append(given[3][0].sum().item()) or whole(*given)
-    for steps, expected in [(1, [0]), (2, [0, 3]), (3, [0, 2, 4]), (6, [0, 1, 2, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5])]:
+    for steps, expected in [
+        (1, [0]),
+        (2, [0, 3]),
+        (3, [0, 2, 4]),
+        (6, [0, 1, 2, 3, 4, 5]),
+        (9, [0, 1, 2, 3, 4, 5]),
+    ]:
         calls.clear()
         propose(DenoisingDrafter(denoiser, steps=steps), tiny.batch_of(PROMPTS), 6)
         assert calls == expected
@@ -127,8 +149,12 @@ def test_draft_temperature() -> None:
     assert torch.equal(hard.probs, torch.nn.functional.one_hot(hard.tokens, tiny.VOCAB).float())
     greedy = propose(tiny.drafter(info()), tiny.batch_of(PROMPTS, temperature=0.0), 4)
     assert torch.equal(greedy.probs, hard.probs)
-    sharp = propose(tiny.drafter(info(), draft_temperature=0.5), tiny.batch_of(PROMPTS, temperature=0.5), 4)
-    torch.testing.assert_close(sharp.probs, soft.probs.pow(4) / soft.probs.pow(4).sum(-1, keepdim=True), rtol=0, atol=1e-5)
+    sharp = propose(
+        tiny.drafter(info(), draft_temperature=0.5), tiny.batch_of(PROMPTS, temperature=0.5), 4
+    )
+    torch.testing.assert_close(
+        sharp.probs, soft.probs.pow(4) / soft.probs.pow(4).sum(-1, keepdim=True), rtol=0, atol=1e-5
+    )
 
 
 def test_the_requests_filters_shape_q() -> None:
@@ -141,7 +167,9 @@ def listened(drafter: Any) -> list[Tensor]:
     heard: list[Tensor] = []
     network = drafter.denoiser.model
     whole = network.hidden
-    vars(network)["hidden"] = lambda ids, sigma, **given: heard.append(sigma) or whole(ids, sigma, **given)
+    vars(network)["hidden"] = lambda ids, sigma, **given: (
+        heard.append(sigma) or whole(ids, sigma, **given)
+    )
     return heard
 
 
@@ -157,7 +185,9 @@ def test_the_time_of_the_canvas(window: int | None) -> None:
             masked, length = 6 - 2 * step, min(len(prompt), window or 128) + 6
             t = min(1.0, masked / ((1 - 1e-3) * length))
             assert sigma[row].item() == pytest.approx(-math.log(1 - (1 - 1e-3) * t), rel=1e-5)
-            assert 1 - math.exp(-sigma[row].item()) == pytest.approx(min(0.999, masked / length), rel=1e-5)
+            assert 1 - math.exp(-sigma[row].item()) == pytest.approx(
+                min(0.999, masked / length), rel=1e-5
+            )
 
 
 def test_the_time_of_the_canvas_geometric() -> None:
@@ -207,7 +237,9 @@ def banded(drafter: Any, batch: Batch, canvas: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", ["cached", "cached-banded", "cached-own"])
 @pytest.mark.parametrize("chunk", [512, 3])
-def test_incremental_equals_recomputed(shape: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incremental_equals_recomputed(
+    shape: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over rounds of uneven progress, partly revealed canvases and a long one that leaves stale entries behind."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     drafter = tiny.drafter(info(), **SHAPES[shape] | {"time_conditioning": False})
@@ -215,10 +247,19 @@ def test_incremental_equals_recomputed(shape: str, chunk: int, monkeypatch: pyte
     state = denoiser.open(3, 64)
     denoiser.admit(state, context(batch), torch.arange(3))
     generator = torch.Generator().manual_seed(4)
-    for K, new in [(5, (1, 6, 2)), (16, (1, 1, 1)), (3, (4, 1, 0)), (4, (5, 2, 1)), (1, (1, 2, 1)), (8, (1, 1, 1))]:
+    for K, new in [
+        (5, (1, 6, 2)),
+        (16, (1, 1, 1)),
+        (3, (4, 1, 0)),
+        (4, (5, 2, 1)),
+        (1, (1, 2, 1)),
+        (8, (1, 1, 1)),
+    ]:
         shown = torch.arange(K) < K // 2
         masked = torch.full((3, K), denoiser.mask_id)
-        revealed = torch.where(shown, torch.randint(tiny.VOCAB, (3, K), generator=generator), masked)
+        revealed = torch.where(
+            shown, torch.randint(tiny.VOCAB, (3, K), generator=generator), masked
+        )
         for canvas, known in ((masked, torch.zeros(K, dtype=torch.bool)), (revealed, shown)):
             fresh = denoiser.open(3, 64)
             denoiser.admit(fresh, context(batch), torch.arange(3))
@@ -227,8 +268,14 @@ def test_incremental_equals_recomputed(shape: str, chunk: int, monkeypatch: pyte
                 again = denoiser.denoise(context(batch), fresh, canvas, known.expand(3, K))
             torch.testing.assert_close(kept, again, rtol=0, atol=1e-5)
             full = banded(drafter, batch, canvas)
-            columns = denoiser.model.draft_vocab if denoiser.model.config.draft_vocab_size else slice(0, tiny.VOCAB)
-            torch.testing.assert_close(kept[..., columns], full[..., : tiny.VOCAB], rtol=0, atol=2e-5)
+            columns = (
+                denoiser.model.draft_vocab
+                if denoiser.model.config.draft_vocab_size
+                else slice(0, tiny.VOCAB)
+            )
+            torch.testing.assert_close(
+                kept[..., columns], full[..., : tiny.VOCAB], rtol=0, atol=2e-5
+            )
         drawn = [torch.randint(tiny.VOCAB, (n,), generator=generator).tolist() for n in new]
         batch = committed(batch, drawn)
 
@@ -245,7 +292,9 @@ def test_a_new_request_forgets_the_rows_old_one() -> None:
     drafter.admit(state, context(batch), row)
     together, alone = propose(drafter, batch, 6, state), propose(drafter, joined, 6)
     torch.testing.assert_close(together.probs[0], alone.probs[0], rtol=0, atol=1e-5)
-    torch.testing.assert_close(together.probs[2], propose(drafter, old, 6).probs[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        together.probs[2], propose(drafter, old, 6).probs[2], rtol=0, atol=1e-5
+    )
 
 
 def test_two_streams_never_meet() -> None:
@@ -257,7 +306,12 @@ def test_two_streams_never_meet() -> None:
         drafter.admit(state, context(batch), torch.arange(1))
     for new in ([4, 4], [1]):
         for state, batch in zip(states, (first, second), strict=True):
-            torch.testing.assert_close(propose(drafter, batch, 4, state).probs, propose(drafter, batch, 4).probs, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                propose(drafter, batch, 4, state).probs,
+                propose(drafter, batch, 4).probs,
+                rtol=0,
+                atol=1e-5,
+            )
         first, second = committed(first, [new]), committed(second, [new[::-1]])
 
 
@@ -266,7 +320,12 @@ def test_two_streams_never_meet() -> None:
     [
         ({"tokens": 47}, {}, DrafterError, "47 tokens.*'tiny' has 48"),
         ({}, {"window": 0}, UsageError, "window must be at least 1, not 0"),
-        ({"attention": "causal-context", "context_window": 8}, {"window": 4}, UsageError, "window=4.*8"),
+        (
+            {"attention": "causal-context", "context_window": 8},
+            {"window": 4},
+            UsageError,
+            "window=4.*8",
+        ),
     ],
 )
 def test_a_drafter_that_does_not_fit_is_refused(
@@ -280,7 +339,9 @@ def test_a_drafter_that_does_not_fit_is_refused(
 @pytest.mark.parametrize("part", ["embedding", "head"])
 def test_borrowing_from_a_target_without_is_refused(part: str) -> None:
     network = tiny.sedd(tiny.sedd_config(borrow_embeddings=True))
-    with pytest.raises(DrafterError, match="borrows its target's embedding and head, which 'tiny' does not offer"):
+    with pytest.raises(
+        DrafterError, match="borrows its target's embedding and head, which 'tiny' does not offer"
+    ):
         SEDDDenoiser(network, info(**{part: None}))
 
 
@@ -303,7 +364,10 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], told: str) ->
 @pytest.mark.parametrize("order", ["one-shot", "left-to-right"])
 def test_the_uniform_process_has_no_mask_to_reveal(order: str) -> None:
     denoiser = SEDDDenoiser(tiny.sedd(tiny.sedd_config(**UNIFORM)), info())
-    with pytest.raises(UsageError, match=f"order '{order}' reveals MASK.*uniform process has none; it takes order 'any'"):
+    with pytest.raises(
+        UsageError,
+        match=f"order '{order}' reveals MASK.*uniform process has none; it takes order 'any'",
+    ):
         DenoisingDrafter(denoiser, order=order, steps=1 + (order != "one-shot"))
 
 
@@ -322,7 +386,10 @@ ANY: dict[str, dict[str, Any]] = SHAPES | {
 def any_order(shape: str, **options: Any) -> AnyOrderDrafter[Any]:
     changes = {**ANY[shape]}
     window = changes.pop("window", None)
-    return AnyOrderDrafter(SEDDDenoiser(tiny.sedd(tiny.sedd_config(tiny.VOCAB, **changes)), info(), window=window), **options)
+    return AnyOrderDrafter(
+        SEDDDenoiser(tiny.sedd(tiny.sedd_config(tiny.VOCAB, **changes)), info(), window=window),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("sampler", ["analytic", "euler"])
@@ -340,7 +407,10 @@ def test_any_order_hands_on_point_masses_of_real_tokens(shape: str, sampler: str
     if scorer.model.config.draft_vocab_size is not None:
         assert torch.isin(together.tokens, scorer.model.draft_vocab).all()
     for row, prompt in enumerate(PROMPTS):
-        assert propose(drafter, tiny.batch_of([prompt], seeds=[row]), 5).tokens[0].tolist() == together.tokens[row].tolist()
+        assert (
+            propose(drafter, tiny.batch_of([prompt], seeds=[row]), 5).tokens[0].tolist()
+            == together.tokens[row].tolist()
+        )
 
 
 @pytest.mark.parametrize("shape", ["windowed", "uniform"])
@@ -352,16 +422,23 @@ def test_any_order_starts_at_the_time_of_the_canvas(shape: str) -> None:
     propose(drafter, tiny.batch_of(PROMPTS), 6)
     for row, prompt in enumerate(PROMPTS):
         assert 1 - math.exp(-heard[0][row].item()) == pytest.approx(6 / (len(prompt) + 6), rel=1e-4)
-        assert heard[1][row].item() == pytest.approx(drafter.scorer.schedule.total(torch.tensor(1e-5)).item(), rel=1e-3)
+        assert heard[1][row].item() == pytest.approx(
+            drafter.scorer.schedule.total(torch.tensor(1e-5)).item(), rel=1e-3
+        )
 
 
 def test_one_pass_of_any_order_is_a_one_shot_draft() -> None:
     """The closing step over the whole noise is the denoiser's law: the same uniforms give the same tokens, filters and all."""
-    one_shot, batch = tiny.drafter(info(), output="denoiser"), tiny.batch_of(PROMPTS, temperature=0.7, top_k=5)
+    one_shot, batch = (
+        tiny.drafter(info(), output="denoiser"),
+        tiny.batch_of(PROMPTS, temperature=0.7, top_k=5),
+    )
     drafter = AnyOrderDrafter(one_shot.denoiser)
     assert propose(drafter, batch, 6).tokens.tolist() == propose(one_shot, batch, 6).tokens.tolist()
     greedy = tiny.batch_of(PROMPTS, temperature=0.0)
-    assert propose(drafter, greedy, 6).tokens.tolist() == propose(one_shot, greedy, 6).tokens.tolist()
+    assert (
+        propose(drafter, greedy, 6).tokens.tolist() == propose(one_shot, greedy, 6).tokens.tolist()
+    )
 
 
 def test_a_denoisers_score_is_its_law_over_the_odds_of_a_mask() -> None:
@@ -371,13 +448,18 @@ def test_a_denoisers_score_is_its_law_over_the_odds_of_a_mask() -> None:
         logits, log_score = network.logits(network.hidden(ids, sigma)), network(ids, sigma)
     expected = logits[..., : tiny.VOCAB].softmax(-1) / torch.expm1(sigma)[:, None, None]
     masked = ids == tiny.VOCAB
-    torch.testing.assert_close(log_score.exp()[masked][:, : tiny.VOCAB], expected[masked], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        log_score.exp()[masked][:, : tiny.VOCAB], expected[masked], rtol=1e-4, atol=1e-7
+    )
     assert (log_score.gather(-1, ids[..., None]) == 0).all()
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"steps": 0}, "steps must be at least 1, not 0"), ({"sampler": "magic"}, "unknown sampler 'magic'; known are analytic, euler")],
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"sampler": "magic"}, "unknown sampler 'magic'; known are analytic, euler"),
+    ],
 )
 def test_any_order_refuses_options_out_of_range(options: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
@@ -389,7 +471,11 @@ def test_the_folder_names_the_order(tmp_path: Any) -> None:
     tiny.sedd(tiny.sedd_config()).save_pretrained(tmp_path / "absorb")
     assert isinstance(module.sedd(info(), tmp_path / "uniform", steps=3), AnyOrderDrafter)
     assert module.sedd(info(), tmp_path / "absorb", order="any", sampler="euler").sampler == "euler"
-    with pytest.raises(UsageError, match="unknown order 'random'; known are one-shot, left-to-right, any"):
+    with pytest.raises(
+        UsageError, match="unknown order 'random'; known are one-shot, left-to-right, any"
+    ):
         module.sedd(info(), tmp_path / "absorb", order="random")
-    with pytest.raises(UsageError, match="sampler 'euler' runs the reverse process, which only order 'any' does"):
+    with pytest.raises(
+        UsageError, match="sampler 'euler' runs the reverse process, which only order 'any' does"
+    ):
         module.sedd(info(), tmp_path / "absorb", sampler="euler")

@@ -35,14 +35,23 @@ class Cases:
         return self.p[0].shape[-1], len(self.p) - 1
 
     @classmethod
-    def random(cls, shape: str, V: int, K: int, count: int, *, ragged: bool = False, seed: int = 0) -> "Cases":
+    def random(
+        cls, shape: str, V: int, K: int, count: int, *, ragged: bool = False, seed: int = 0
+    ) -> "Cases":
         generator = torch.Generator().manual_seed(seed)
         p = [_rows(count, V**k, V, generator) for k in range(K + 1)]
         q = [_rows(count, V**k, V, generator) for k in range(K)]
         if shape == "factorised":
             q = [_rows(count, 1, V, generator).expand(-1, V**k, -1) for k in range(K)]
-        elif shape == "two groups":  # the first half independent, the second conditional on the first
-            q = [q[K // 2 if k >= K // 2 else 0].repeat_interleave(V ** (k - (K // 2 if k >= K // 2 else 0)), dim=1) for k in range(K)]
+        elif (
+            shape == "two groups"
+        ):  # the first half independent, the second conditional on the first
+            q = [
+                q[K // 2 if k >= K // 2 else 0].repeat_interleave(
+                    V ** (k - (K // 2 if k >= K // 2 else 0)), dim=1
+                )
+                for k in range(K)
+            ]
         elif shape == "equal":
             q = p[:K]
         elif shape == "disjoint":
@@ -60,11 +69,19 @@ class Cases:
         """Every draft of every case as one batch row (rows behind `size` keep their tokens and probabilities: no one may look)."""
         (V, K), count = self.sizes, len(self.chance)
         index = torch.arange(V**K)
-        tokens = torch.stack([index // V ** (K - 1 - k) % V for k in range(K)], dim=-1) if K else index.new_zeros(1, 0)
+        tokens = (
+            torch.stack([index // V ** (K - 1 - k) % V for k in range(K)], dim=-1)
+            if K
+            else index.new_zeros(1, 0)
+        )
         p = torch.stack([self.p[k][:, index // V ** (K - k)] for k in range(K + 1)], dim=2)
         probs = None
         if self.q is not None:
-            probs = torch.stack([self.q[k][:, index // V ** (K - k)] for k in range(K)], dim=2) if K else p[:, :, :0]
+            probs = (
+                torch.stack([self.q[k][:, index // V ** (K - k)] for k in range(K)], dim=2)
+                if K
+                else p[:, :, :0]
+            )
             probs = probs.flatten(0, 1)
         size = None if self.size is None else self.size.repeat_interleave(V**K)
         return Draft(tokens.repeat(count, 1), probs, size), p.flatten(0, 1)
@@ -74,7 +91,9 @@ class Cases:
         return _chained(self.p, len(self.chance), self.sizes[0])
 
 
-def emitted_law(cases: Cases, plan: Any, *, longest: bool) -> tuple[Float[Tensor, "C T"], Float[Tensor, "C"]]:
+def emitted_law(
+    cases: Cases, plan: Any, *, longest: bool
+) -> tuple[Float[Tensor, "C T"], Float[Tensor, "C"]]:
     """The chance of each K+1 tokens when a round emits n+1 of them and p the rest; and the expected n.
 
     longest: the draw rule is "the longest passing prefix" (block), else "up to the first failure" (token, match).
@@ -84,7 +103,9 @@ def emitted_law(cases: Cases, plan: Any, *, longest: bool) -> tuple[Float[Tensor
     law, mean = torch.zeros(count, 1, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
     for n in range(K + 1):
         mass = cases.chance * accepted[:, n].view(count, V**K)
-        mass = torch.where(cases.chance * mass > 0, mass, 0)  # drafts that cannot occur may hold anything, NaN too
+        mass = torch.where(
+            cases.chance * mass > 0, mass, 0
+        )  # drafts that cannot occur may hold anything, NaN too
         following = plan.residual(torch.full((count * V**K,), n)).view(count, V**K, V)
         emitted = torch.where(mass[..., None] > 0, mass[..., None] * following, 0)
         emitted = emitted.view(count, V**n, V ** (K - n), V).sum(2).flatten(1)
@@ -102,7 +123,9 @@ def first_failure(thresholds: Float[Tensor, "R K"]) -> Float[Tensor, "R N"]:
 def longest_passing(thresholds: Float[Tensor, "R K"]) -> Float[Tensor, "R N"]:
     """The chance of each count when prefixes are met from the longest down until one passes."""
     passes = torch.nn.functional.pad(thresholds.clamp(0, 1), (1, 0), value=1)
-    fails = torch.nn.functional.pad((1 - passes).flip(1)[:, :-1].cumprod(1).flip(1), (0, 1), value=1)
+    fails = torch.nn.functional.pad(
+        (1 - passes).flip(1)[:, :-1].cumprod(1).flip(1), (0, 1), value=1
+    )
     return passes * fails
 
 
@@ -121,7 +144,10 @@ def error(plan: PlanFunction, cases: Cases, *, longest: bool) -> float:
 def _rows(count: int, prefixes: int, V: int, generator: torch.Generator) -> Float[Tensor, "C N V"]:
     """Random laws, from nearly one-hot to nearly flat."""
     sharpness = 4 * torch.rand(count, prefixes, 1, dtype=torch.float64, generator=generator)
-    return torch.softmax(sharpness * torch.randn(count, prefixes, V, dtype=torch.float64, generator=generator), dim=-1)
+    return torch.softmax(
+        sharpness * torch.randn(count, prefixes, V, dtype=torch.float64, generator=generator),
+        dim=-1,
+    )
 
 
 def _thinned(rows: Float[Tensor, "C N V"], generator: torch.Generator) -> Float[Tensor, "C N V"]:

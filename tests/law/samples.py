@@ -12,15 +12,15 @@ from transformers import LlamaConfig
 import reference
 from doubles import PointMasses, ToyDenoiser, ToyScorer
 from specdiff import engine
-from specdiff.check.texts import Law, compare, texts, written
+from specdiff.check.goodness_of_fit import Law, compare, texts, written
 from specdiff.diffusion.process import Absorbing, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Round, SamplingParams, TargetInfo
@@ -35,8 +35,16 @@ __all__ = [
 def causal_drafter(info: TargetInfo, seed: int) -> AutoregressiveDrafter:
     """A random one-layer causal LM in float64, sharp enough that its tokens hang on those before them."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
-    network = SmallCausalLM(LlamaConfig(vocab_size=info.vocab_size, bos_token_id=None, eos_token_id=None, **sizes))
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    network = SmallLM(
+        LlamaConfig(vocab_size=info.vocab_size, bos_token_id=None, eos_token_id=None, **sizes)
+    )
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(std=1.0)
@@ -54,7 +62,9 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "autoregressive": causal_drafter(TARGET.info, seed=6),
     "ngram": NGramDrafter(TARGET.info, longest=2),
     "any": AnyOrderDrafter(ToyScorer(Absorbing(V), Loglinear(), seed=7), steps=2),
-    "any of the uniform process": AnyOrderDrafter(ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"),
+    "any of the uniform process": AnyOrderDrafter(
+        ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"
+    ),
 }
 PAIRS = [(drafter, verifier) for drafter in DRAFTERS for verifier in VERIFIERS]
 
@@ -72,15 +82,25 @@ def law(params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
         grown = {}
         for text, chance in open_.items():
             before, anchor = [0, *prompt, *text][-2:]
-            for token, p in enumerate(reference.law(TARGET.table[before, anchor].tolist(), prompt, text, params)):
+            for token, p in enumerate(
+                reference.law(TARGET.table[before, anchor].tolist(), prompt, text, params)
+            ):
                 if p > 0:
-                    (ended if token in params.stop_token_ids else grown)[(*text, token)] = chance * p
+                    (ended if token in params.stop_token_ids else grown)[(*text, token)] = (
+                        chance * p
+                    )
         open_ = grown
     return ended | open_
 
 
 @lru_cache(maxsize=256)
-def fit(target: Target[Any], drafter: Drafter[Any], verifier: Verifier, params: SamplingParams, count: int = 100_000) -> float:
+def fit(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    verifier: Verifier,
+    params: SamplingParams,
+    count: int = 100_000,
+) -> float:
     """p of the G-test of `count` texts against the law they should have."""
     return compare(texts(target, drafter, verifier, params, count=count), law(params))
 
@@ -88,7 +108,9 @@ def fit(target: Target[Any], drafter: Drafter[Any], verifier: Verifier, params: 
 FIRST, SECOND = SamplingParams(max_tokens=3, stop_token_ids=(2,)), SamplingParams(max_tokens=2)
 
 
-def conversations(target: Target[Any], drafter: Drafter[Any], verifier: Verifier, count: int) -> tuple[list[tuple[int, ...]], int]:
+def conversations(
+    target: Target[Any], drafter: Drafter[Any], verifier: Verifier, count: int
+) -> tuple[list[tuple[int, ...]], int]:
     """Two answers each: to [1], and to all of that with a 0 behind it, which may find its beginning in the row it takes; and how many
     prompt tokens were found so."""
     second: deque[engine.Request] = deque()
@@ -106,7 +128,9 @@ def conversations(target: Target[Any], drafter: Drafter[Any], verifier: Verifier
                 yield None
 
     length, asked = drafter.draft_len, stream()
-    for turn in engine.serve(target, drafter, asked, verifier=verifier, draft_len=length, rows=200, slots=8):
+    for turn in engine.serve(
+        target, drafter, asked, verifier=verifier, draft_len=length, rows=200, slots=8
+    ):
         reused += sum(turn.reused[row] for row in turn.ended)
         seeds = [turn.asked[row].seed for row in turn.ended]
         for seed, (_, ids, prompt) in zip(seeds, turn.finished(), strict=True):
@@ -128,6 +152,11 @@ def conversations_law() -> Law:
             text += (token,)
         return result
 
-    firsts = [t for n in (1, 2, 3) for t in itertools.product(range(V), repeat=n) if 2 not in t[:-1] and (n == 3 or t[-1] == 2)]
+    firsts = [
+        t
+        for n in (1, 2, 3)
+        for t in itertools.product(range(V), repeat=n)
+        if 2 not in t[:-1] and (n == 3 or t[-1] == 2)
+    ]
     pairs = itertools.product(firsts, itertools.product(range(V), repeat=2))
     return {(*one, 0, *two): mass((1,), one) * mass((1, *one, 0), two) for one, two in pairs}

@@ -38,10 +38,10 @@ from doubles import (
     swapped,
     verifier_of,
 )
-from specdiff import decode, engine, prefixes, sampling, verify
+from specdiff import decode, engine, prefix_cache, sampling, verify
 from specdiff.diffusion.process import Absorbing
 from specdiff.diffusion.schedule import Loglinear
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.types import Batch, SamplingParams
 from specdiff.verify import VERIFIERS
@@ -66,7 +66,9 @@ SETTINGS = {
 }
 PLAIN = SETTINGS["T=1"]
 STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
-TESTS = len(PAIRS) * (len(SETTINGS) + 4) + 28  # G-tests in this file that a lawful program has to pass
+TESTS = (
+    len(PAIRS) * (len(SETTINGS) + 4) + 28
+)  # G-tests in this file that a lawful program has to pass
 PASSES = 1e-3 / TESTS
 CAUGHT = 1e-6
 FEW = 40_000  # texts that give most bugs away
@@ -79,13 +81,24 @@ def test_the_law_is_the_targets_own_and_the_filters_bite() -> None:
     for name, params in SETTINGS.items():
         assert sum(law(params).values()) == pytest.approx(1, abs=1e-12)
         if name != "T=1":
-            assert sum(abs(law(params).get(text, 0) - p) for text, p in plain.items()) > 0.05, f"{name} changes nothing here"
+            assert sum(abs(law(params).get(text, 0) - p) for text, p in plain.items()) > 0.05, (
+                f"{name} changes nothing here"
+            )
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pairs
 def test_texts_have_the_targets_law(drafter: str, verifier: str, setting: str) -> None:
-    assert fit(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], SETTINGS[setting], _enough(drafter, verifier)) > PASSES
+    assert (
+        fit(
+            TARGET,
+            DRAFTERS[drafter],
+            VERIFIERS[verifier],
+            SETTINGS[setting],
+            _enough(drafter, verifier),
+        )
+        > PASSES
+    )
 
 
 def _enough(drafter: str, verifier: str) -> int:
@@ -104,7 +117,13 @@ def test_greedy_texts_are_the_argmax_path(drafter: str, verifier: str) -> None:
 @pairs
 def test_texts_end_where_the_law_says(drafter: str, verifier: str) -> None:
     """At the first stop id or at max_tokens, both often inside what a round had accepted."""
-    found = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], STOPPING, count=min(60_000, _enough(drafter, verifier)))
+    found = texts(
+        TARGET,
+        DRAFTERS[drafter],
+        VERIFIERS[verifier],
+        STOPPING,
+        count=min(60_000, _enough(drafter, verifier)),
+    )
     assert compare(found, law(STOPPING)) > PASSES
     assert {int(n) for n in (found >= 0).sum(1).unique()} == {1, 2, 3, 4, 5}
 
@@ -114,7 +133,9 @@ def test_decode_after_a_longer_prompt(drafter: str, verifier: str) -> None:
     prompt = [2, 0, 1]
     params = SamplingParams(max_tokens=3)
     batch = Batch.of([prompt] * 2000, [params] * 2000, range(2000))
-    found = written(last(decode.decode(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier])))
+    found = written(
+        last(decode.decode(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier]))
+    )
     assert compare(found, law(params, tuple(prompt))) > PASSES
 
 
@@ -124,7 +145,14 @@ def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> N
     requests = [engine.Request([1], STOPPING, seed) for seed in range(1500)]
     drafter_ = DRAFTERS[drafter]
     found = defaultdict(list)
-    for progress in engine.run(TARGET, drafter_, requests, verifier=VERIFIERS[verifier], draft_len=drafter_.draft_len, rows=256):
+    for progress in engine.run(
+        TARGET,
+        drafter_,
+        requests,
+        verifier=VERIFIERS[verifier],
+        draft_len=drafter_.draft_len,
+        rows=256,
+    ):
         found[progress.request] += progress.tokens
     assert compare(list(found.values()), law(STOPPING)) > PASSES
 
@@ -166,14 +194,20 @@ def _twin(name: str) -> verify.Verifier:
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
-@pytest.mark.parametrize("fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"])
+@pytest.mark.parametrize(
+    "fault", [{"keeps": True}, {"shift": 1}], ids=["not overwritten", "one slot off"]
+)
 def test_a_stale_cache_slot_is_caught(fault: dict[str, Any], verifier: str) -> None:
-    assert fit(StaleTarget(TARGET.table, **fault), ONE_SHOT, VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
+    assert (
+        fit(StaleTarget(TARGET.table, **fault), ONE_SHOT, VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
+    )
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_target_that_takes_over_too_much_is_caught(verifier: str) -> None:
-    found, _ = conversations(StaleTarget(TARGET.table, sums=True, beyond=1), ONE_SHOT, VERIFIERS[verifier], 4000)
+    found, _ = conversations(
+        StaleTarget(TARGET.table, sums=True, beyond=1), ONE_SHOT, VERIFIERS[verifier], 4000
+    )
     assert compare(found, conversations_law()) < CAUGHT
 
 
@@ -181,7 +215,10 @@ def test_an_engine_that_takes_an_anchor_for_read_is_caught(monkeypatch: pytest.M
     """Planted: all committed tokens count as held, the last of which was never scored; a rejected draft's entry may lie there."""
 
     def seats(held: Any, prompts: Any) -> list[tuple[int, int]]:
-        return [(row, min(kept + (kept > 0), len(p) - 1)) for (row, kept), p in zip(prefixes.seats(held, prompts), prompts, strict=True)]
+        return [
+            (row, min(kept + (kept > 0), len(p) - 1))
+            for (row, kept), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
+        ]
 
     monkeypatch.setattr(engine, "seats", seats)
     found, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
@@ -203,7 +240,9 @@ def test_naive_any_order_is_caught(verifier: str) -> None:
 @ratio_tests
 def test_any_order_with_stored_probabilities_is_caught(verifier: str) -> None:
     """SEDD's own sampler and the paper's "the logits are stored": biased. The same draws as point masses are not."""
-    lawful = AnyOrderDrafter(ToyScorer(Absorbing(TARGET.info.vocab_size), Loglinear(), seed=7, coupling=2), steps=5)
+    lawful = AnyOrderDrafter(
+        ToyScorer(Absorbing(TARGET.info.vocab_size), Loglinear(), seed=7, coupling=2), steps=5
+    )
     assert fit(TARGET, lawful, VERIFIERS[verifier], PLAIN, FEW) > PASSES
     assert fit(TARGET, StoresProbabilities(lawful), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
 
@@ -238,22 +277,35 @@ def test_a_length_that_looks_at_the_token_it_drops_is_caught(verifier: str) -> N
 
 @ratio_tests
 def test_probabilities_that_were_not_drawn_from_are_caught(verifier: str) -> None:
-    assert fit(TARGET, Misreported(DENOISER, draft_temperature=1), VERIFIERS[verifier], PLAIN) > PASSES
-    assert fit(TARGET, Misreported(DENOISER, draft_temperature=0.7), VERIFIERS[verifier], PLAIN, FEW) < CAUGHT
+    assert (
+        fit(TARGET, Misreported(DENOISER, draft_temperature=1), VERIFIERS[verifier], PLAIN) > PASSES
+    )
+    assert (
+        fit(TARGET, Misreported(DENOISER, draft_temperature=0.7), VERIFIERS[verifier], PLAIN, FEW)
+        < CAUGHT
+    )
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("setting", ["repetition", "counts"])
-def test_a_penalty_that_ignores_the_draft_is_caught(monkeypatch: pytest.MonkeyPatch, setting: str, verifier: str) -> None:
+def test_a_penalty_that_ignores_the_draft_is_caught(
+    monkeypatch: pytest.MonkeyPatch, setting: str, verifier: str
+) -> None:
     """Planted: every scored position counts committed tokens only. `match` alone cannot forgive it either: its p is wrong."""
-    monkeypatch.setattr(decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens[:, :0]))
+    monkeypatch.setattr(
+        decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens[:, :0])
+    )
     found = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS[setting], count=FEW)
     assert compare(found, law(SETTINGS[setting])) < CAUGHT
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
-def test_a_penalty_that_counts_the_whole_draft_everywhere_is_caught(monkeypatch: pytest.MonkeyPatch, verifier: str) -> None:
-    monkeypatch.setattr(decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens))
+def test_a_penalty_that_counts_the_whole_draft_everywhere_is_caught(
+    monkeypatch: pytest.MonkeyPatch, verifier: str
+) -> None:
+    monkeypatch.setattr(
+        decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens)
+    )
     found = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS["counts"], count=FEW)
     assert compare(found, law(SETTINGS["counts"])) < CAUGHT
 

@@ -5,7 +5,7 @@ import torch
 from samples import DENOISER, TARGET, compare, law, texts
 
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.drafters.elsewhere import Elsewhere
+from specdiff.drafters.on_device import OnDevice
 from specdiff.types import SamplingParams
 from specdiff.verify import VERIFIERS
 
@@ -15,5 +15,7 @@ PASSES = 1e-3 / len(VERIFIERS)
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_texts_have_the_targets_law(verifier: str) -> None:
-    drafter = Elsewhere(DenoisingDrafter(DENOISER, steps=2), torch.device("cpu:0"), torch.device("cpu"))
+    drafter = OnDevice(
+        DenoisingDrafter(DENOISER, steps=2), torch.device("cpu:0"), torch.device("cpu")
+    )
     assert compare(texts(TARGET, drafter, VERIFIERS[verifier], PLAIN), law(PLAIN)) > PASSES

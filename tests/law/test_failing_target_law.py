@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from specdiff.check.texts import compare, law, texts
-from specdiff.check.toys import TableDrafter
+from specdiff.check.doubles import TableDrafter
+from specdiff.check.goodness_of_fit import compare, law, texts
 from specdiff.targets.table import TableTarget
 from specdiff.types import SamplingParams
 from specdiff.verify import VERIFIERS
@@ -20,11 +20,18 @@ def partial_target() -> TableTarget:
     return TableTarget(table)
 
 
-@pytest.mark.parametrize("params", [SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, temperature=0.7, top_p=0.9)])
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(max_tokens=4), SamplingParams(max_tokens=4, temperature=0.7, top_p=0.9)],
+)
 @pytest.mark.parametrize("point", [False, True])
 @pytest.mark.parametrize("verifier", VERIFIERS)
-def test_the_law_holds_where_drafts_go_where_the_target_has_none(verifier: str, point: bool, params: SamplingParams) -> None:
+def test_the_law_holds_where_drafts_go_where_the_target_has_none(
+    verifier: str, point: bool, params: SamplingParams
+) -> None:
     target = partial_target()
-    found = texts(target, TableDrafter(V, point=point), VERIFIERS[verifier], params, count=40_000, draft_len=4)
+    found = texts(
+        target, TableDrafter(V, point=point), VERIFIERS[verifier], params, count=40_000, draft_len=4
+    )
     assert (found >= 0).all(), "a row ended early"
     assert compare(found, law(target, params)) > 1e-5

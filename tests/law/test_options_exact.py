@@ -9,7 +9,7 @@ from enumeration import Cases, emitted_law, worst
 
 import reference
 from specdiff import verify
-from specdiff.sampling import law
+from specdiff.sampling import distribution
 from specdiff.types import Batch, Draft, SamplingParams
 
 V, K = 3, 3
@@ -42,14 +42,19 @@ def logits_after(table: torch.Tensor, draft: tuple[int, ...]) -> torch.Tensor:
 def exact(asked: dict[str, Any], count: int = 40, seed: int = 0) -> tuple[Cases, torch.Tensor]:
     """Cases whose p is the reference's, random left-to-right q; and the tables behind p."""
     cases = Cases.random("left-to-right", V, K, count, seed=seed)
-    table = 2 * torch.randn(count, V, V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    table = 2 * torch.randn(
+        count, V, V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     params = SamplingParams(**asked)
     p = []
     for k in range(K + 1):
         rows = []
         for index in range(V**k):
             draft = tuple(index // V ** (k - 1 - i) % V for i in range(k))
-            told = [reference.law(row, PROMPT, [*ANSWER, *draft], params) for row in logits_after(table, draft).tolist()]
+            told = [
+                reference.law(row, PROMPT, [*ANSWER, *draft], params)
+                for row in logits_after(table, draft).tolist()
+            ]
             rows.append(torch.tensor(told, dtype=torch.float64))
         p.append(torch.stack(rows, dim=1))
     return replace(cases, p=p), table
@@ -60,8 +65,12 @@ def scored(asked: dict[str, Any], draft: Draft, table: torch.Tensor) -> tuple[to
     rows = len(draft.tokens)
     repeated = table.repeat_interleave(rows // len(table), dim=0)
     ids = torch.cat([torch.tensor([[*ANSWER]]).expand(rows, -1), draft.tokens], dim=1)
-    logits = torch.stack([repeated[torch.arange(rows), ids[:, k], ids[:, k + 1]] for k in range(K + 1)], dim=1)
-    batch = Batch.of([[*PROMPT, *ANSWER]] * rows, [SamplingParams(max_tokens=9, **asked)] * rows, range(rows))
+    logits = torch.stack(
+        [repeated[torch.arange(rows), ids[:, k], ids[:, k + 1]] for k in range(K + 1)], dim=1
+    )
+    batch = Batch.of(
+        [[*PROMPT, *ANSWER]] * rows, [SamplingParams(max_tokens=9, **asked)] * rows, range(rows)
+    )
     return logits, replace(batch, prompt_length=batch.prompt_length - len(ANSWER))
 
 
@@ -71,14 +80,20 @@ def test_emits_exactly_the_law_the_options_define(option: str, name: str) -> Non
     cases, table = exact(rounded(OPTIONS[option]))
     draft = cases.rows()[0]
     logits, batch = scored(rounded(OPTIONS[option]), draft, table)
-    plan = verify.PLANS[name](draft, law(logits, batch, draft))
+    plan = verify.PLANS[name](draft, distribution(logits, batch, draft))
     assert worst(emitted_law(cases, plan, longest=name == "block")[0], cases) <= 1e-12
 
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_moves_the_law(option: str) -> None:
     """So the test above says something of each."""
-    assert max(float((one - two).abs().max()) for one, two in zip(exact(rounded(OPTIONS[option]))[0].p, exact({})[0].p, strict=True)) > 0.1
+    assert (
+        max(
+            float((one - two).abs().max())
+            for one, two in zip(exact(rounded(OPTIONS[option]))[0].p, exact({})[0].p, strict=True)
+        )
+        > 0.1
+    )
 
 
 @pytest.mark.parametrize("name", ["token", "block", "match"])
@@ -90,14 +105,25 @@ def test_counting_the_wrong_tokens_breaks_the_law(bug: str, option: str, name: s
     logits, batch = scored(rounded(OPTIONS[option]), draft, table)
     if bug == "one row late":
         late = Draft(torch.nn.functional.pad(draft.tokens, (1, 0)))
-        late = replace(late, parents=torch.tensor([[-1, -1, 1, 2]]).expand(len(draft.tokens), -1))  # row k + 1 of it counts k - 1
-        p = law(torch.nn.functional.pad(logits, (0, 0, 1, 0)), batch, late)[:, :-1]
+        late = replace(
+            late, parents=torch.tensor([[-1, -1, 1, 2]]).expand(len(draft.tokens), -1)
+        )  # row k + 1 of it counts k - 1
+        p = distribution(torch.nn.functional.pad(logits, (0, 0, 1, 0)), batch, late)[:, :-1]
     else:
-        p = law(logits, batch, draft.tokens[:, :0] if bug == "committed only" else draft.tokens)
-    assert worst(emitted_law(cases, verify.PLANS[name](draft, p), longest=name == "block")[0], cases) > 1e-3
+        p = distribution(
+            logits, batch, draft.tokens[:, :0] if bug == "committed only" else draft.tokens
+        )
+    assert (
+        worst(emitted_law(cases, verify.PLANS[name](draft, p), longest=name == "block")[0], cases)
+        > 1e-3
+    )
 
 
 def rounded(asked: dict[str, Any]) -> dict[str, Any]:
     """The options as float32 holds them, so that only the law itself can differ."""
-    held = {name: float(torch.tensor(value)) for name, value in asked.items() if isinstance(value, float)}
+    held = {
+        name: float(torch.tensor(value))
+        for name, value in asked.items()
+        if isinstance(value, float)
+    }
     return asked | held

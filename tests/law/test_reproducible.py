@@ -15,7 +15,7 @@ from doubles import AnyOrder, PointMasses, StaleTarget, ToyDenoiser, ToyScorer
 from specdiff import decode, engine
 from specdiff.diffusion.process import Absorbing, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
@@ -37,7 +37,9 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "autoregressive": causal_drafter(TARGET.info, seed=3),
     "ngram": NGramDrafter(TARGET.info, longest=2),
     "any": AnyOrderDrafter(ToyScorer(Absorbing(V), Loglinear(), seed=7), steps=2),
-    "any of the uniform process": AnyOrderDrafter(ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"),
+    "any of the uniform process": AnyOrderDrafter(
+        ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"
+    ),
 }
 ASKED = [
     SamplingParams(max_tokens=9),
@@ -47,7 +49,13 @@ ASKED = [
     SamplingParams(max_tokens=1, min_p=0.2),
     SamplingParams(max_tokens=11, temperature=0),
     SamplingParams(max_tokens=20, temperature=1.3, top_k=4, top_p=0.9, min_p=0.05),
-    SamplingParams(max_tokens=14, repetition_penalty=1.7, frequency_penalty=0.8, logit_bias=((2, 1.0),), allowed_token_ids=(0, 1, 2, 4)),
+    SamplingParams(
+        max_tokens=14,
+        repetition_penalty=1.7,
+        frequency_penalty=0.8,
+        logit_bias=((2, 1.0),),
+        allowed_token_ids=(0, 1, 2, 4),
+    ),
 ]
 PROMPTS = [[1], [2, 4], [0, 0, 5], [3, 1, 4, 1, 5]]
 REQUESTS = [Request(PROMPTS[i % 4], ASKED[i % len(ASKED)], row_seed(11, i)) for i in range(21)]
@@ -56,19 +64,43 @@ pairs = pytest.mark.parametrize(("drafter", "verifier"), PAIRS)
 
 
 def decoded(
-    requests: Sequence[Request], drafter: Drafter[Any], verifier: str, draft_len: int | None = None, target: Target[Any] = TARGET
+    requests: Sequence[Request],
+    drafter: Drafter[Any],
+    verifier: str,
+    draft_len: int | None = None,
+    target: Target[Any] = TARGET,
 ) -> Texts:
     """The texts of one batch through `decode`."""
-    batch = Batch.of([r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests])
-    for last in decode.decode(target, drafter, batch, verifier=VERIFIERS[verifier], draft_len=draft_len):
+    batch = Batch.of(
+        [r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests]
+    )
+    for last in decode.decode(
+        target, drafter, batch, verifier=VERIFIERS[verifier], draft_len=draft_len
+    ):
         batch = last.batch
-    return [batch.ids[r, batch.prompt_length[r] : batch.length[r]].tolist() for r in range(len(requests))]
+    return [
+        batch.ids[r, batch.prompt_length[r] : batch.length[r]].tolist()
+        for r in range(len(requests))
+    ]
 
 
-def served(requests: Sequence[Request], drafter: Drafter[Any], verifier: str, rows: int, target: Target[Any] = TARGET) -> Texts:
+def served(
+    requests: Sequence[Request],
+    drafter: Drafter[Any],
+    verifier: str,
+    rows: int,
+    target: Target[Any] = TARGET,
+) -> Texts:
     """The texts put together from the engine's stream."""
     found = defaultdict(list)
-    for progress in engine.run(target, drafter, requests, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows):
+    for progress in engine.run(
+        target,
+        drafter,
+        requests,
+        verifier=VERIFIERS[verifier],
+        draft_len=drafter.draft_len,
+        rows=rows,
+    ):
         found[progress.request] += progress.tokens
     return [found[i] for i in range(len(requests))]
 
@@ -110,7 +142,15 @@ def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> 
     """Every fourth request is cancelled after its second round: what it had is no other, and neither is what the rest gets."""
     found, heard = defaultdict[int, list[int]](list), defaultdict[int, int](int)
     made = DRAFTERS[drafter]
-    for turn in engine.serve(TARGET, made, arriving(), verifier=VERIFIERS[verifier], draft_len=made.draft_len, rows=4, slots=122):
+    for turn in engine.serve(
+        TARGET,
+        made,
+        arriving(),
+        verifier=VERIFIERS[verifier],
+        draft_len=made.draft_len,
+        rows=4,
+        slots=122,
+    ):
         for progress in turn.progress():
             found[progress.request - 1] += progress.tokens
             heard[progress.request] += 1
@@ -132,11 +172,18 @@ def continued(drafter: str, verifier: str, rows: int) -> tuple[list[Request], Te
     requests, texts = [], []
     for first in range(0, 6, rows):
         group = sorted(REQUESTS[first : first + rows], key=lambda r: r.params.max_tokens)
-        wholes = [[*r.prompt, *decoded([r], DRAFTERS[drafter], verifier, target=SUMS)[0]] for r in group]
-        later = [replace(r, prompt=[*w[: len(w) - i], i], seed=r.seed + 1) for i, (r, w) in enumerate(zip(group, wholes, strict=True))]
+        wholes = [
+            [*r.prompt, *decoded([r], DRAFTERS[drafter], verifier, target=SUMS)[0]] for r in group
+        ]
+        later = [
+            replace(r, prompt=[*w[: len(w) - i], i], seed=r.seed + 1)
+            for i, (r, w) in enumerate(zip(group, wholes, strict=True))
+        ]
         requests += [*group, *later]
         texts += [whole[len(r.prompt) :] for r, whole in zip(group, wholes, strict=True)]
-        texts += [decoded([request], DRAFTERS[drafter], verifier, target=SUMS)[0] for request in later]
+        texts += [
+            decoded([request], DRAFTERS[drafter], verifier, target=SUMS)[0] for request in later
+        ]
     return requests, texts
 
 
@@ -151,14 +198,25 @@ def test_prompts_taken_from_what_a_row_held(drafter: str, verifier: str, rows: i
 def test_a_position_too_many_would_show(rows: int) -> None:
     """Planted: a joining row takes over one more than it held."""
     requests, texts = continued("one-shot", "block", rows)
-    assert served(requests, DRAFTERS["one-shot"], "block", rows, StaleTarget(TARGET.table, sums=True, beyond=1)) != texts
+    assert (
+        served(
+            requests,
+            DRAFTERS["one-shot"],
+            "block",
+            rows,
+            StaleTarget(TARGET.table, sums=True, beyond=1),
+        )
+        != texts
+    )
 
 
 @pairs
 def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
     """One-token prompts leave nothing to admit: the shortcut of the Monte Carlo tests changes no token."""
     requests = [replace(request, prompt=[i % V]) for i, request in enumerate(REQUESTS)]
-    batch = Batch.of([r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests])
+    batch = Batch.of(
+        [r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests]
+    )
     run = decode.start(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier])
     while not bool(run.batch.done.all()):
         decode.step(run, DRAFTERS[drafter].draft_len)
@@ -169,14 +227,18 @@ def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
 @pairs
 def test_streamed_round_by_round(drafter: str, verifier: str) -> None:
     """What each round emitted, one after the other, is the text; what was committed never changes."""
-    batch = Batch.of([r.prompt for r in REQUESTS], [r.params for r in REQUESTS], [r.seed for r in REQUESTS])
+    batch = Batch.of(
+        [r.prompt for r in REQUESTS], [r.params for r in REQUESTS], [r.seed for r in REQUESTS]
+    )
     streamed: Texts = [[] for _ in REQUESTS]
     for done in decode.decode(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier]):
         settled = torch.arange(batch.ids.shape[1]) < batch.length[:, None]
         assert torch.equal(done.batch.ids[settled], batch.ids[settled])
         assert torch.equal(done.batch.length - batch.length, done.emitted)
         batch = done.batch
-        for text, tokens, emitted in zip(streamed, done.verification.tokens.tolist(), done.emitted.tolist(), strict=True):
+        for text, tokens, emitted in zip(
+            streamed, done.verification.tokens.tolist(), done.emitted.tolist(), strict=True
+        ):
             text += tokens[:emitted]
     assert streamed == alone(drafter, verifier)
 
@@ -184,7 +246,11 @@ def test_streamed_round_by_round(drafter: str, verifier: str) -> None:
 @pytest.mark.parametrize("verifier", ["match", "match-gumbel"])
 def test_matching_gives_one_text_whatever_drafts(verifier: str) -> None:
     expected = alone("none", verifier)
-    for drafter in [*DRAFTERS.values(), AnyOrder(DENOISER), DenoisingDrafter(DENOISER, steps=3, draft_temperature=0)]:
+    for drafter in [
+        *DRAFTERS.values(),
+        AnyOrder(DENOISER),
+        DenoisingDrafter(DENOISER, steps=3, draft_temperature=0),
+    ]:
         if drafter.draft_len:
             for draft_len in (1, 2, 3, 5):
                 assert decoded(REQUESTS, drafter, verifier, draft_len) == expected
@@ -193,10 +259,21 @@ def test_matching_gives_one_text_whatever_drafts(verifier: str) -> None:
 @pytest.mark.parametrize("verifier", ["match", "match-gumbel"])
 def test_matching_gives_one_text_whatever_the_draft_length_of_each_round(verifier: str) -> None:
     lengths = cycle([2, 0, 4, 1])
-    batch = Batch.of([r.prompt for r in REQUESTS], [r.params for r in REQUESTS], [r.seed for r in REQUESTS])
-    for done in decode.decode(TARGET, DRAFTERS["one-shot"], batch, verifier=VERIFIERS[verifier], draft_len=lambda _: next(lengths)):
+    batch = Batch.of(
+        [r.prompt for r in REQUESTS], [r.params for r in REQUESTS], [r.seed for r in REQUESTS]
+    )
+    for done in decode.decode(
+        TARGET,
+        DRAFTERS["one-shot"],
+        batch,
+        verifier=VERIFIERS[verifier],
+        draft_len=lambda _: next(lengths),
+    ):
         batch = done.batch
-    texts = [batch.ids[r, batch.prompt_length[r] : batch.length[r]].tolist() for r in range(len(REQUESTS))]
+    texts = [
+        batch.ids[r, batch.prompt_length[r] : batch.length[r]].tolist()
+        for r in range(len(REQUESTS))
+    ]
     assert texts == alone("none", verifier)
 
 
@@ -208,14 +285,22 @@ def test_the_ratio_tests_promise_no_such_thing() -> None:
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_greedy_is_one_text_under_every_verifier(verifier: str) -> None:
-    requests = [replace(request, params=SamplingParams(max_tokens=15, temperature=0)) for request in REQUESTS]
+    requests = [
+        replace(request, params=SamplingParams(max_tokens=15, temperature=0))
+        for request in REQUESTS
+    ]
     expected = decoded(requests, NoDrafter(), "token")
-    assert [decoded(requests, drafter, verifier) for drafter in DRAFTERS.values()] == [expected] * len(DRAFTERS)
+    assert [decoded(requests, drafter, verifier) for drafter in DRAFTERS.values()] == [
+        expected
+    ] * len(DRAFTERS)
 
 
 @pairs
 def test_another_seed_gives_another_text(drafter: str, verifier: str) -> None:
-    requests = [Request([1], SamplingParams(max_tokens=30), seed) for seed in (0, 1, -1, 1 << 63, (1 << 64) - 2, 1 << 32)]
+    requests = [
+        Request([1], SamplingParams(max_tokens=30), seed)
+        for seed in (0, 1, -1, 1 << 63, (1 << 64) - 2, 1 << 32)
+    ]
     texts = decoded(requests, DRAFTERS[drafter], verifier)
     assert len({tuple(text) for text in texts}) == len(requests)
 
@@ -223,7 +308,12 @@ def test_another_seed_gives_another_text(drafter: str, verifier: str) -> None:
 def test_a_seed_is_its_64_bits() -> None:
     pairs_ = [(0, 1 << 64), (-1, (1 << 64) - 1), (1 << 63, -(1 << 63))]
     for one, two in pairs_:
-        texts = [decoded([Request([1], SamplingParams(max_tokens=30), seed)], DRAFTERS["one-shot"], "block") for seed in (one, two)]
+        texts = [
+            decoded(
+                [Request([1], SamplingParams(max_tokens=30), seed)], DRAFTERS["one-shot"], "block"
+            )
+            for seed in (one, two)
+        ]
         assert texts[0] == texts[1]
 
 
@@ -247,7 +337,9 @@ def test_matching_with_draws_keyed_by_round_would_show(monkeypatch: pytest.Monke
         return Noise(batch.seed + batch.round, batch.round, batch.length)
 
     monkeypatch.setattr(Noise, "of", of)
-    assert decoded(REQUESTS, DRAFTERS["one-shot"], "match") != decoded(REQUESTS, NoDrafter(), "match")
+    assert decoded(REQUESTS, DRAFTERS["one-shot"], "match") != decoded(
+        REQUESTS, NoDrafter(), "match"
+    )
     monkeypatch.undo()
     assert decoded(REQUESTS, DRAFTERS["one-shot"], "match") == expected
 

@@ -45,11 +45,21 @@ def test_one_plan_serves_both_ways_of_matching() -> None:
 
 def test_match_is_exact_for_drafts_whose_probabilities_are_wrong() -> None:
     for V, K in SIZES:
-        told, real = (Cases.random(shape, V, K, COUNT, seed=V + K) for shape in ("left-to-right", "point"))
+        told, real = (
+            Cases.random(shape, V, K, COUNT, seed=V + K) for shape in ("left-to-right", "point")
+        )
         plan = verify.match_plan(told.rows()[0], real.rows()[1])
         assert worst(emitted_law(real, plan, longest=False)[0], real) <= 1e-12
         if K:  # the ratio tests do depend on them, so the line above says something
-            assert worst(emitted_law(real, verify.token_plan(told.rows()[0], real.rows()[1]), longest=False)[0], real) > 1e-3
+            assert (
+                worst(
+                    emitted_law(
+                        real, verify.token_plan(told.rows()[0], real.rows()[1]), longest=False
+                    )[0],
+                    real,
+                )
+                > 1e-3
+            )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -72,7 +82,9 @@ def test_token_accepts_as_often_as_one_minus_total_variation() -> None:
     draft, p = cases.rows()
     assert cases.q is not None
     overlap = torch.minimum(cases.p[0], cases.q[0]).sum(-1)[:, 0]
-    assert torch.allclose(emitted_law(cases, verify.token_plan(draft, p), longest=False)[1], overlap, atol=1e-12)
+    assert torch.allclose(
+        emitted_law(cases, verify.token_plan(draft, p), longest=False)[1], overlap, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("bug", [swapped, no_residual, early_bonus])
@@ -89,7 +101,11 @@ def test_what_lies_behind_the_size_is_never_looked_at() -> None:
     draft, p = cases.rows()
     assert draft.size is not None and draft.probs is not None
     behind = torch.arange(3) >= draft.size[:, None]
-    other = Draft(draft.tokens.masked_fill(behind, 2), draft.probs.masked_fill(behind[..., None], 0), draft.size)
+    other = Draft(
+        draft.tokens.masked_fill(behind, 2),
+        draft.probs.masked_fill(behind[..., None], 0),
+        draft.size,
+    )
     for name, plan in verify.PLANS.items():
         one, two = plan(draft, p), plan(other, p.clone())
         assert torch.equal(one.thresholds, two.thresholds), name
@@ -105,20 +121,33 @@ def test_what_lies_behind_the_size_is_never_looked_at() -> None:
 def some_rows(K: int, rows: int, seed: int) -> tuple[Draft, torch.Tensor, torch.Generator]:
     """Random rows with their draft drawn at random, some tokens impossible under p, ragged."""
     generator = torch.Generator().manual_seed(seed)
-    cases = Cases.random("zeros" if seed % 2 else "left-to-right", 4, K, 1 + rows // 4**K, ragged=True, seed=seed)
+    cases = Cases.random(
+        "zeros" if seed % 2 else "left-to-right", 4, K, 1 + rows // 4**K, ragged=True, seed=seed
+    )
     draft, p = cases.rows()
     assert draft.size is not None
     chosen = torch.randint(len(p), (rows,), generator=generator)
     chosen = chosen[cases.chance.flatten()[chosen] > 0]
     assert draft.probs is not None
-    return Draft(draft.tokens[chosen], draft.probs[chosen], draft.size[chosen]), p[chosen], generator
+    return (
+        Draft(draft.tokens[chosen], draft.probs[chosen], draft.size[chosen]),
+        p[chosen],
+        generator,
+    )
 
 
 def uniforms_around(thresholds: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """On, just below and just above each threshold, at the ends of [0, 1) and between."""
     zero, one = torch.zeros_like(thresholds), torch.ones_like(thresholds)
     random = torch.rand(thresholds.shape, dtype=torch.float64, generator=generator)
-    choices = [thresholds, thresholds.nextafter(zero), thresholds.nextafter(one * 2), zero, one, random]
+    choices = [
+        thresholds,
+        thresholds.nextafter(zero),
+        thresholds.nextafter(one * 2),
+        zero,
+        one,
+        random,
+    ]
     choices = [choice.clamp(0, ALMOST_ONE) for choice in choices]
     picked = torch.randint(len(choices), thresholds.shape, generator=generator)
     return torch.stack(choices).gather(0, picked[None])[0]
@@ -138,12 +167,23 @@ def test_the_draw_does_what_the_plan_says(name: str, K: int) -> None:
         plan = verify.PLANS[name](draft, p)
         ratio = uniforms_around(plan.thresholds, generator)
         residual = torch.rand(len(p), 1, dtype=torch.float64, generator=generator)
-        result = verify.VERIFIERS[name](draft, p, Grid.holding(len(p), ratio=ratio, residual=residual))
-        laws = torch.stack([plan.residual(torch.full((len(p),), n)) for n in range(K + 1)], dim=1).numpy()
+        result = verify.VERIFIERS[name](
+            draft, p, Grid.holding(len(p), ratio=ratio, residual=residual)
+        )
+        laws = torch.stack(
+            [plan.residual(torch.full((len(p),), n)) for n in range(K + 1)], dim=1
+        ).numpy()
         for row in range(len(p)):
             passed = [bool(ratio[row, k] < plan.thresholds[row, k]) for k in range(K)]
-            n = max((k + 1 for k in range(K) if passed[k]), default=0) if name == "block" else [*passed, False].index(False)
-            expected = [*draft.tokens[row, :n].tolist(), inverse_cdf(laws[row, n], float(residual[row, 0]))]
+            n = (
+                max((k + 1 for k in range(K) if passed[k]), default=0)
+                if name == "block"
+                else [*passed, False].index(False)
+            )
+            expected = [
+                *draft.tokens[row, :n].tolist(),
+                inverse_cdf(laws[row, n], float(residual[row, 0])),
+            ]
             assert int(result.accepted[row]) == n
             assert result.tokens[row].tolist() == expected + [0] * (K - n)
             seen.add(n)
@@ -153,10 +193,18 @@ def test_the_draw_does_what_the_plan_says(name: str, K: int) -> None:
 @pytest.mark.parametrize("name", list(verify.VERIFIERS))
 @pytest.mark.parametrize("probs", [False, True], ids=["point", "soft"])
 def test_a_token_the_target_never_says_is_never_accepted(name: str, probs: bool) -> None:
-    p = torch.tensor([[0.0, 0.5, 0.5], [0.2, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).expand(4, 3, 3)
-    q = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).expand(4, 2, 3) if probs else None
+    p = torch.tensor(
+        [[0.0, 0.5, 0.5], [0.2, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64
+    ).expand(4, 3, 3)
+    q = (
+        torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64).expand(4, 2, 3)
+        if probs
+        else None
+    )
     ends = torch.tensor([0.0, 0.0, ALMOST_ONE, 0.5], dtype=torch.float64)[:, None].expand(4, 3)
-    noise = Grid.holding(4, gumbels=torch.full((4, 3, 3), 30.0), ratio=ends * 0, residual=ends[:, :1], target=ends)
+    noise = Grid.holding(
+        4, gumbels=torch.full((4, 3, 3), 30.0), ratio=ends * 0, residual=ends[:, :1], target=ends
+    )
     result = verify.VERIFIERS[name](Draft(torch.tensor([[0, 2]]).expand(4, 2), q), p, noise)
     assert result.accepted.tolist() == [0, 0, 0, 0]
     assert set(result.tokens[:, 0].tolist()) <= {1, 2}
@@ -166,7 +214,11 @@ def test_a_token_the_target_never_says_is_never_accepted(name: str, probs: bool)
 def test_a_draft_that_is_the_target_is_always_accepted(name: str) -> None:
     cases = Cases.random("equal", 4, 3, 10)
     draft, p = cases.rows()
-    assert torch.allclose(verify.PLANS[name](draft, p).thresholds, torch.ones(len(p), 3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        verify.PLANS[name](draft, p).thresholds,
+        torch.ones(len(p), 3, dtype=torch.float64),
+        atol=1e-12,
+    )
     top = torch.full((len(p), 3), ALMOST_ONE, dtype=torch.float64)
     result = verify.VERIFIERS[name](draft, p, Grid.holding(len(p), ratio=top, residual=top))
     assert bool((result.accepted == 3).all()) and torch.equal(result.tokens[:, :3], draft.tokens)
@@ -175,17 +227,25 @@ def test_a_draft_that_is_the_target_is_always_accepted(name: str) -> None:
 def test_matching_draws_have_the_plans_law() -> None:
     """With p in eighths, the midpoints of an 8 x 8 x 8 grid of uniforms carry the law without error."""
     p = torch.tensor([[1, 2, 5], [4, 0, 4], [3, 3, 2]], dtype=torch.float64) / 8
-    grid = (torch.tensor(list(itertools.product(range(8), repeat=3)), dtype=torch.float64) + 0.5) / 8
+    grid = (
+        torch.tensor(list(itertools.product(range(8), repeat=3)), dtype=torch.float64) + 0.5
+    ) / 8
     for x in itertools.product(range(3), repeat=2):
         for size in (0, 1, 2):
             one = Draft(torch.tensor([x]), None, torch.tensor([size]))
             plan = verify.match_plan(one, p[None])
-            expected = first_failure(plan.thresholds)[0, :, None] * torch.stack([plan.residual(torch.tensor([n]))[0] for n in range(3)])
+            expected = first_failure(plan.thresholds)[0, :, None] * torch.stack(
+                [plan.residual(torch.tensor([n]))[0] for n in range(3)]
+            )
             draft = Draft(one.tokens.expand(512, 2), None, torch.full((512,), size))
             result = verify.match(draft, p.expand(512, 3, 3), Grid.holding(512, target=grid))
             found = torch.zeros(3, 3, dtype=torch.float64)
             following = result.tokens.gather(1, result.accepted[:, None])[:, 0]
-            found.index_put_((result.accepted, following), torch.tensor(1 / 512, dtype=torch.float64), accumulate=True)
+            found.index_put_(
+                (result.accepted, following),
+                torch.tensor(1 / 512, dtype=torch.float64),
+                accumulate=True,
+            )
             assert float((found - expected).abs().max()) <= 1e-15
 
 
@@ -207,7 +267,11 @@ def test_matching_by_gumbel_is_the_argmax_of_shifted_logs() -> None:
 @pytest.mark.parametrize("name", list(verify.VERIFIERS))
 def test_the_tokens_behind_are_zero_and_the_path_is_the_chain(name: str) -> None:
     draft, p, _ = some_rows(3, 200, seed=2)
-    noise = Noise(torch.arange(len(p)), torch.zeros(len(p), dtype=torch.long), torch.ones(len(p), dtype=torch.long))
+    noise = Noise(
+        torch.arange(len(p)),
+        torch.zeros(len(p), dtype=torch.long),
+        torch.ones(len(p), dtype=torch.long),
+    )
     result = verify.VERIFIERS[name](draft, p, noise)
     index = torch.arange(4)
     assert draft.size is not None and bool((result.accepted <= draft.size).all())
@@ -227,7 +291,9 @@ def test_matching_draws_with_the_targets_own_uniform_and_gumbel_noise_is_another
     rows = 400
     batch = Batch.of([[1]] * rows, [SamplingParams()] * rows, range(rows))
     noise = Noise.of(batch)
-    p = torch.softmax(torch.randn(rows, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), -1)
+    p = torch.softmax(
+        torch.randn(rows, 1, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), -1
+    )
     plain = verify.match(Draft.empty(batch), p, noise).tokens[:, 0]
     gumbel = verify.match_gumbel(Draft.empty(batch), p, noise).tokens[:, 0]
     assert torch.equal(plain, draw(p[:, 0], noise.uniform(Purpose.TARGET, 1)[:, 0]))

@@ -37,22 +37,42 @@ def _tiny(model_type: str, **changes: Any) -> Callable[[], Any]:
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": POSITIONS, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
-    return lambda: AutoConfig.for_model(model_type, **{k: v for k, v in (sizes | changes).items() if v != "drop"})
+    return lambda: AutoConfig.for_model(
+        model_type, **{k: v for k, v in (sizes | changes).items() if v != "drop"}
+    )
 
 
 def _old(model_type: str, **changes: Any) -> Callable[[], Any]:
     """The same in GPT-2's names."""
     sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
-    return lambda: AutoConfig.for_model(model_type, **(sizes | {"bos_token_id": None, "eos_token_id": None} | changes))
+    return lambda: AutoConfig.for_model(
+        model_type, **(sizes | {"bos_token_id": None, "eos_token_id": None} | changes)
+    )
 
 
 def _neo() -> Any:
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 4, "num_heads": 4, "max_position_embeddings": POSITIONS}
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_layers": 4,
+        "num_heads": 4,
+        "max_position_embeddings": POSITIONS,
+    }
     kinds = [[["global", "local"], 2]]
-    return AutoConfig.for_model("gpt_neo", attention_types=kinds, window_size=WINDOW, bos_token_id=None, eos_token_id=None, **sizes)
+    return AutoConfig.for_model(
+        "gpt_neo",
+        attention_types=kinds,
+        window_size=WINDOW,
+        bos_token_id=None,
+        eos_token_id=None,
+        **sizes,
+    )
 
 
-SLIDES: dict[str, Any] = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+SLIDES: dict[str, Any] = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GEMMA: dict[str, Any] = {"head_dim": 8, "query_pre_attn_scalar": 8, **SLIDES}
 NO_GROUPS = {"num_key_value_heads": "drop"}
@@ -63,7 +83,11 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 
 BASE = {"rope_theta": 10_000.0}
-ALPHA = BASE | {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0}  # named dynamic, and fixed by its alpha
+ALPHA = BASE | {
+    "rope_type": "dynamic",
+    "factor": 1.0,
+    "alpha": 1000.0,
+}  # named dynamic, and fixed by its alpha
 TRAINED = 24  # positions a scaled model was first trained for: rows of the tests cross them
 LONG: dict[str, Any] = BASE | {
     "rope_type": "longrope", "original_max_position_embeddings": TRAINED, "short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 12.0],
@@ -71,7 +95,11 @@ LONG: dict[str, Any] = BASE | {
 LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": TRAINED,
 }  # fmt: skip
-YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": TRAINED}
+YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": TRAINED,
+}
 
 
 @dataclass(frozen=True)
@@ -93,10 +121,16 @@ def _llama(**rope: Any) -> Callable[[], Any]:
 
 ROPES = [
     Rope("default", "HuggingFaceTB/SmolLM2-135M-Instruct", _llama(rope_type="default")),
-    Rope("linear", "deepseek-ai/deepseek-coder-6.7b-instruct", _llama(rope_type="linear", factor=4.0)),
+    Rope(
+        "linear", "deepseek-ai/deepseek-coder-6.7b-instruct", _llama(rope_type="linear", factor=4.0)
+    ),
     Rope("llama3", "meta-llama/Llama-3.2-1B", _llama(**LLAMA3)),
     Rope("yarn", "openai/gpt-oss-20b, Qwen3 with YaRN", _llama(**YARN)),
-    Rope("proportional", "a part of each head's frequencies", _llama(rope_type="proportional", partial_rotary_factor=0.5)),
+    Rope(
+        "proportional",
+        "a part of each head's frequencies",
+        _llama(rope_type="proportional", partial_rotary_factor=0.5),
+    ),
 ]
 REFUSED_ROPES = [
     Rope("dynamic", "Llama with dynamic NTK scaling", _llama(rope_type="dynamic", factor=2.0)),
@@ -199,8 +233,22 @@ REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be 
     (Family("GPT", "openai-community/openai-gpt", _plain("openai-gpt")), NOTHING),
     (Family("XLNet", "xlnet/xlnet-base-cased", _plain("xlnet")), NOTHING),
     (Family("Reformer", "google/reformer-enwik8", _plain("reformer")), NOTHING),
-    (Family("Phi-3.5-MoE", "microsoft/Phi-3.5-MoE-instruct", _tiny("phimoe", rope_parameters=LONG | PHIMOE)), ROPE),
-    (Family("Whisper's decoder", "distil-whisper/distil-large-v2", _plain("whisper", is_encoder_decoder=False)), PADDED),
+    (
+        Family(
+            "Phi-3.5-MoE",
+            "microsoft/Phi-3.5-MoE-instruct",
+            _tiny("phimoe", rope_parameters=LONG | PHIMOE),
+        ),
+        ROPE,
+    ),
+    (
+        Family(
+            "Whisper's decoder",
+            "distil-whisper/distil-large-v2",
+            _plain("whisper", is_encoder_decoder=False),
+        ),
+        PADDED,
+    ),
     (Family("T5", "google-t5/t5-small", _plain("t5")), APART),
     (Family("BART", "facebook/bart-base", _plain("bart")), APART),
 ]
@@ -218,12 +266,19 @@ def page() -> str:
             return str(error).split("ragged cache: it ")[1].split("; supported are")[0]
         return "served"  # the tests see to it that none is
 
-    supported = "\n".join(f"| {f.name} | {f.hub} | {f.attention} | exact | {f.remark} |" for f in SUPPORTED)
+    supported = "\n".join(
+        f"| {f.name} | {f.hub} | {f.attention} | exact | {f.remark} |" for f in SUPPORTED
+    )
     refused = "\n".join(f"| {f.name} | {f.hub} | refused | {why(f)} |" for f, _ in REFUSED)
     ropes = [f"| `{r.type}` | {r.hub} | exact |" for r in ROPES]
-    ropes += [f"| `{r.type}` | {r.hub} | {'exact' if why(r) == 'served' else 'refused'} |" for r in REFUSED_ROPES]
+    ropes += [
+        f"| `{r.type}` | {r.hub} | {'exact' if why(r) == 'served' else 'refused'} |"
+        for r in REFUSED_ROPES
+    ]
     version = ".".join(transformers.__version__.split(".")[:2])
-    return PAGE.format(supported=supported, refused=refused, ropes="\n".join(ropes), version=version)
+    return PAGE.format(
+        supported=supported, refused=refused, ropes="\n".join(ropes), version=version
+    )
 
 
 PAGE = """# Supported targets

@@ -32,16 +32,32 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
-WIDE: dict[str, Any] = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 8}
-GPT2: dict[str, Any] = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH, "bos_token_id": 1}
+WIDE: dict[str, Any] = {
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 8,
+}
+GPT2: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": LENGTH,
+    "bos_token_id": 1,
+}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=128)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SIZES)),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES | WIDE | {"tie_word_embeddings": True})),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES | WIDE | {"tie_word_embeddings": True, "num_hidden_layers": 7})),
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SIZES | WIDE | {"tie_word_embeddings": True})
+    ),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES | WIDE | {"tie_word_embeddings": True, "num_hidden_layers": 7})
+    ),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, eos_token_id=2)),
 }
 
@@ -53,7 +69,9 @@ def model(architecture: str) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name and "gemma" not in architecture else 0.3 * noise)
+            parameter.copy_(
+                1 + 0.2 * noise if "norm" in name and "gemma" not in architecture else 0.3 * noise
+            )
     return net
 
 
@@ -70,7 +88,11 @@ def write(
     writer = GGUFWriter(path, architecture)
     for key, value in {**metadata(net, architecture), **(fields or {})}.items():
         if value is not None:
-            add(writer, key if key.startswith(("general.", "split.")) else f"{architecture}.{key}", value)
+            add(
+                writer,
+                key if key.startswith(("general.", "split.")) else f"{architecture}.{key}",
+                value,
+            )
     if tokenizer is not None:
         words = ["<pad>", "<s>", "</s>", "<unk>", *byte_letters(), "aa"]
         writer.add_tokenizer_model(tokenizer)
@@ -112,7 +134,10 @@ def metadata(net: PreTrainedModel, architecture: str) -> dict[str, Any]:
         "attention.head_count": config.num_attention_heads,
     }
     if architecture == "gpt2":
-        return shared | {"feed_forward_length": 4 * config.hidden_size, "attention.layer_norm_epsilon": 1e-5}
+        return shared | {
+            "feed_forward_length": 4 * config.hidden_size,
+            "attention.layer_norm_epsilon": 1e-5,
+        }
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     own: dict[str, Any] = {
@@ -143,7 +168,11 @@ def renamed(net: PreTrainedModel, architecture: str) -> dict[str, torch.Tensor]:
             continue
         stem, _, suffix = name.rpartition(".")
         if architecture == "llama" and stem.endswith(("q_proj", "k_proj")):
-            heads = config.num_attention_heads if stem.endswith("q_proj") else config.num_key_value_heads
+            heads = (
+                config.num_attention_heads
+                if stem.endswith("q_proj")
+                else config.num_key_value_heads
+            )
             tensor = interleaved(tensor, heads)
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1

@@ -14,8 +14,8 @@ import specdiff
 import tiny
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.errors import UnsupportedModelError
-from specdiff.nn.causal import SmallCausalLM
-from specdiff.plug import DRAFTERS
+from specdiff.hf.custom_generate import DRAFTERS
+from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.causal import CausalTarget, attached
 
 NEW = 14
@@ -26,7 +26,11 @@ def family(name: str) -> PreTrainedModel:
 
 
 def ours(net: PreTrainedModel, prompt: list[int], **options: Any) -> list[int]:
-    given = {"custom_generate": specdiff.custom_generate, "trust_remote_code": True, "drafter": "ngram"} | options
+    given = {
+        "custom_generate": specdiff.custom_generate,
+        "trust_remote_code": True,
+        "drafter": "ngram",
+    } | options
     return tiny.plain(net, prompt, NEW, **given)
 
 
@@ -86,10 +90,17 @@ CHANGES: list[tuple[str, Callable[[PreTrainedModel], None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change"), CHANGES, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_a_model_changed_after_its_first_use(name: str, change: Callable[[PreTrainedModel], None]) -> None:
+@pytest.mark.parametrize(
+    ("name", "change"), CHANGES, ids=lambda x: x if isinstance(x, str) else x.__name__
+)
+def test_a_model_changed_after_its_first_use(
+    name: str, change: Callable[[PreTrainedModel], None]
+) -> None:
     net = family(name)
-    prompts = [torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 17, 30)]
+    prompts = [
+        torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)).tolist()
+        for n in (3, 17, 30)
+    ]
     before = [ours(net, prompt) for prompt in prompts]
     first = attached(net)
     change(net)
@@ -139,7 +150,9 @@ def test_a_rope_that_cannot_be_served_any_more() -> None:
         ours(net, [3, 1, 4])
 
 
-@pytest.mark.parametrize("name", ["Llama, SmolLM2", "GPT-Neo", "GPT-2", "Gemma 3", "Mixtral", "DeepSeek-V3"])
+@pytest.mark.parametrize(
+    "name", ["Llama, SmolLM2", "GPT-Neo", "GPT-2", "Gemma 3", "Mixtral", "DeepSeek-V3"]
+)
 def test_an_unchanged_model_is_tested_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     net = family(name)
     ours(net, [3, 1, 4])
@@ -167,11 +180,15 @@ def test_the_attention_may_change() -> None:
 
 
 @pytest.mark.parametrize("change", [step, data])
-def test_a_borrowing_drafter_follows_its_target(change: Callable[[PreTrainedModel], None], tmp_path: Path) -> None:
+def test_a_borrowing_drafter_follows_its_target(
+    change: Callable[[PreTrainedModel], None], tmp_path: Path
+) -> None:
     """A drafter of a folder reads and writes through the tables as they are now, a draft vocabulary's rows among them."""
     net = family("Llama, SmolLM2")
-    config = type(net.config)(**{**net.config.to_dict(), "borrow_embeddings": True, "draft_vocab_size": 20})
-    small = SmallCausalLM(config)
+    config = type(net.config)(
+        **{**net.config.to_dict(), "borrow_embeddings": True, "draft_vocab_size": 20}
+    )
+    small = SmallLM(config)
     small.draft_vocab.copy_(torch.arange(20) * 2)
     small.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -182,5 +199,10 @@ def test_a_borrowing_drafter_follows_its_target(change: Callable[[PreTrainedMode
         assert ours(net, [3, 1, 4], drafter=str(tmp_path)) == text
     (drafter,) = DRAFTERS[attached(net)].values()
     assert isinstance(drafter, AutoregressiveDrafter)
-    assert torch.equal(drafter.model.net.get_input_embeddings().weight, net.get_input_embeddings().weight)
-    assert torch.equal(drafter.model.net.get_output_embeddings().weight, net.get_output_embeddings().weight[::2][:20])
+    assert torch.equal(
+        drafter.model.net.get_input_embeddings().weight, net.get_input_embeddings().weight
+    )
+    assert torch.equal(
+        drafter.model.net.get_output_embeddings().weight,
+        net.get_output_embeddings().weight[::2][:20],
+    )

@@ -30,7 +30,18 @@ from specdiff.targets.causal import attached
 from specdiff.verify import VERIFIERS
 
 NEW, EOS = 24, 42  # greedy text of the tiny llama holds EOS here and there
-NAMES = ("GPT-2", "GPT-Neo", "OPT", "Mistral", "Qwen2, sliding", "Gemma 2", "Gemma 3", "Falcon", "GPT-OSS", "DeepSeek-V3")
+NAMES = (
+    "GPT-2",
+    "GPT-Neo",
+    "OPT",
+    "Mistral",
+    "Qwen2, sliding",
+    "Gemma 2",
+    "Gemma 3",
+    "Falcon",
+    "GPT-OSS",
+    "DeepSeek-V3",
+)
 
 
 def padded(rows: int, seed: int = 0) -> dict[str, Tensor]:
@@ -43,7 +54,10 @@ def padded(rows: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def ours(net: PreTrainedModel, **options: Any) -> Any:
-    return net.generate(custom_generate=specdiff.custom_generate, **({"drafter": "ngram", "pad_token_id": 0} | options))
+    return net.generate(
+        custom_generate=specdiff.custom_generate,
+        **({"drafter": "ngram", "pad_token_id": 0} | options),
+    )
 
 
 def theirs(net: PreTrainedModel, **options: Any) -> Any:
@@ -59,8 +73,12 @@ def net(request: pytest.FixtureRequest) -> PreTrainedModel:
 def test_greedy_text_of_many_families(name: str) -> None:
     net = families.model(next(f for f in families.SUPPORTED if f.name.startswith(name)))
     want = theirs(net, **padded(4), max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(ours(net, **padded(4), max_new_tokens=NEW, do_sample=False, draft_len=4), want)
-    assert torch.equal(theirs(net, **padded(4), max_new_tokens=NEW, do_sample=False), want), "the model's own text has changed"
+    assert torch.equal(
+        ours(net, **padded(4), max_new_tokens=NEW, do_sample=False, draft_len=4), want
+    )
+    assert torch.equal(theirs(net, **padded(4), max_new_tokens=NEW, do_sample=False), want), (
+        "the model's own text has changed"
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -69,12 +87,24 @@ def test_greedy_text(net: PreTrainedModel, rows: int, draft_len: int) -> None:
     options: dict[str, Any] = {**padded(rows), "max_new_tokens": NEW, "do_sample": False}
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(rows)]
     info = attached(net).info
-    drafters = ["ngram", tiny.Hinted(texts, tiny.VOCAB, 5), tiny.drafter(info, steps=2), tiny.drafter(info, **tiny.CACHED)]
+    drafters = [
+        "ngram",
+        tiny.Hinted(texts, tiny.VOCAB, 5),
+        tiny.drafter(info, steps=2),
+        tiny.drafter(info, **tiny.CACHED),
+    ]
     turns = itertools.cycle(("token", "block", "match"))
     for end in (None, texts[0][-NEW + 6]):
         want = theirs(net, **options, eos_token_id=end)
         for drafter, verifier in zip(drafters, turns, strict=False):
-            got = ours(net, **options, eos_token_id=end, drafter=drafter, draft_len=draft_len, verifier=verifier)
+            got = ours(
+                net,
+                **options,
+                eos_token_id=end,
+                drafter=drafter,
+                draft_len=draft_len,
+                verifier=verifier,
+            )
             assert torch.equal(got, want)
 
 
@@ -105,8 +135,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "of the prompt": {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
     "constrained": {"prefix_allowed_tokens_fn": ruled},
     "marked": {"watermarking_config": WatermarkingConfig(bias=4.0)},
-    "own": {"logits_processor": [Waning()], "remove_invalid_values": True, "renormalize_logits": True},
-    "several": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3, "prefix_allowed_tokens_fn": ruled, "eos_token_id": EOS},
+    "own": {
+        "logits_processor": [Waning()],
+        "remove_invalid_values": True,
+        "renormalize_logits": True,
+    },
+    "several": {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "prefix_allowed_tokens_fn": ruled,
+        "eos_token_id": EOS,
+    },
 }
 
 
@@ -114,12 +153,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def test_processors_count_the_draft_above_them(setting: str) -> None:
     """Greedy text under each of transformers' processors, by drafters that are mostly right, wrong, or untrained."""
     net, rows = tiny.model("llama"), 4
-    options: dict[str, Any] = {**padded(rows), "max_new_tokens": NEW, "do_sample": False} | SETTINGS[setting]
+    options: dict[str, Any] = {
+        **padded(rows),
+        "max_new_tokens": NEW,
+        "do_sample": False,
+    } | SETTINGS[setting]
     want = theirs(net, **options)
-    if setting not in ("forced beginning", "minimal length"):  # the first matters to one-token prompts alone
-        assert not torch.equal(want, theirs(net, **padded(rows), max_new_tokens=NEW, do_sample=False))
-    texts = [row[mask.argmax() :].tolist() for row, mask in zip(want, options["attention_mask"], strict=True)]
-    for drafter in ("ngram", tiny.Hinted(texts, tiny.VOCAB, 3), tiny.Hinted(texts, tiny.VOCAB, 99), tiny.drafter(attached(net).info)):
+    if setting not in (
+        "forced beginning",
+        "minimal length",
+    ):  # the first matters to one-token prompts alone
+        assert not torch.equal(
+            want, theirs(net, **padded(rows), max_new_tokens=NEW, do_sample=False)
+        )
+    texts = [
+        row[mask.argmax() :].tolist()
+        for row, mask in zip(want, options["attention_mask"], strict=True)
+    ]
+    for drafter in (
+        "ngram",
+        tiny.Hinted(texts, tiny.VOCAB, 3),
+        tiny.Hinted(texts, tiny.VOCAB, 99),
+        tiny.drafter(attached(net).info),
+    ):
         assert torch.equal(ours(net, **options, drafter=drafter, draft_len=5), want)
 
 
@@ -132,9 +188,18 @@ def test_a_constraint_never_sees_what_it_forbids() -> None:
             assert int(ids[n]) in ruled(batch, ids[:n])
         return ruled(batch, ids)
 
-    options: dict[str, Any] = {"input_ids": prompt, "max_new_tokens": NEW, "do_sample": False, "prefix_allowed_tokens_fn": strict}
+    options: dict[str, Any] = {
+        "input_ids": prompt,
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "prefix_allowed_tokens_fn": strict,
+    }
     want = theirs(net, **options)
-    for drafter in ("ngram", tiny.Hinted(want.tolist(), tiny.VOCAB, 3), tiny.drafter(attached(net).info)):
+    for drafter in (
+        "ngram",
+        tiny.Hinted(want.tolist(), tiny.VOCAB, 3),
+        tiny.drafter(attached(net).info),
+    ):
         assert torch.equal(ours(net, **options, drafter=drafter, draft_len=6), want)
 
 
@@ -147,7 +212,13 @@ WARPERS: dict[str, dict[str, Any]] = {
     "epsilon": {"epsilon_cutoff": 0.02, "top_k": 0},
     "eta": {"eta_cutoff": 0.03, "top_k": 0},
     "top-h": {"top_h": 0.4, "top_k": 0},
-    "several": {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.4, "no_repeat_ngram_size": 3},
+    "several": {
+        "temperature": 1.3,
+        "top_k": 20,
+        "top_p": 0.9,
+        "repetition_penalty": 1.4,
+        "no_repeat_ngram_size": 3,
+    },
 }
 
 
@@ -156,11 +227,19 @@ def test_every_sampled_token_came_from_the_prepared_scores(warper: str) -> None:
     """The scores told of each step are transformers' processors on the model's own logits, and gave the token a chance."""
     net, rows, prepared = tiny.model("llama"), padded(4), list[Any]()
 
-    def listening(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
+    def listening(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any
+    ) -> Tensor:
         prepared.append(logits_processor)
         return input_ids
 
-    sampling: dict[str, Any] = {**rows, "max_new_tokens": 12, "do_sample": True, "pad_token_id": 0, **WARPERS[warper]}
+    sampling: dict[str, Any] = {
+        **rows,
+        "max_new_tokens": 12,
+        "do_sample": True,
+        "pad_token_id": 0,
+        **WARPERS[warper],
+    }
     net.generate(custom_generate=listening, **sampling)
     told = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     out = ours(net, **sampling, **told, drafter=tiny.drafter(attached(net).info), draft_len=4)
@@ -173,14 +252,22 @@ def test_every_sampled_token_came_from_the_prepared_scores(warper: str) -> None:
     for step, (scores, raw) in enumerate(zip(out.scores, out.logits, strict=True)):
         own = logits[:, width + step - 1]
         torch.testing.assert_close(raw, own, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(scores, prepared[0](out.sequences[:, : width + step], own), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(
+            scores, prepared[0](out.sequences[:, : width + step], own), atol=1e-3, rtol=1e-3
+        )
         assert (scores.gather(1, out.sequences[:, width + step][:, None]) > -torch.inf).all()
 
 
 @pytest.mark.parametrize("end", [None, EOS])
 def test_scores_of_greedy_text_are_transformers(end: int | None) -> None:
     net = tiny.model("qwen3")
-    options: dict[str, Any] = {**padded(3), "max_new_tokens": NEW, "do_sample": False, "repetition_penalty": 1.4, "eos_token_id": end}
+    options: dict[str, Any] = {
+        **padded(3),
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "repetition_penalty": 1.4,
+        "eos_token_id": end,
+    }
     options |= {"return_dict_in_generate": True, "output_scores": True}
     want, got = theirs(net, **options), ours(net, **options)
     assert torch.equal(got.sequences, want.sequences)
@@ -206,12 +293,22 @@ class Odd(StoppingCriteria):
 @pytest.mark.parametrize("rows", [1, 4])
 def test_own_criteria_cut_inside_a_draft(net: PreTrainedModel, rows: int, end: int | None) -> None:
     """With an end of text the others are padded; without one transformers lets all go on until the last has ended."""
-    options: dict[str, Any] = {**padded(rows), "max_new_tokens": NEW, "do_sample": False, "eos_token_id": end}
+    options: dict[str, Any] = {
+        **padded(rows),
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "eos_token_id": end,
+    }
     options["stopping_criteria"] = StoppingCriteriaList([Odd()])
     want = theirs(net, **options)
     assert want.shape[1] < padded(rows)["input_ids"].shape[1] + NEW
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(rows)]
-    for drafter in ("ngram", "none", tiny.Hinted(texts, tiny.VOCAB, 7), tiny.Hinted(texts, tiny.VOCAB, 99)):
+    for drafter in (
+        "ngram",
+        "none",
+        tiny.Hinted(texts, tiny.VOCAB, 7),
+        tiny.Hinted(texts, tiny.VOCAB, 99),
+    ):
         columns, stats = Columns(), specdiff.Stats()
         got = ours(net, **options, drafter=drafter, text_streamer=columns, stats=stats)
         assert torch.equal(got, want)
@@ -251,8 +348,20 @@ def test_columns_come_while_rows_are_written() -> None:
             seen.append(rounds.rounds)
 
     columns, rounds = Early(), specdiff.Stats()
-    options: dict[str, Any] = {**padded(4), "max_new_tokens": NEW, "do_sample": False, "eos_token_id": EOS}
-    got = ours(net, **options, drafter=tiny.Hinted(texts, tiny.VOCAB, 5), draft_len=3, text_streamer=columns, stats=rounds)
+    options: dict[str, Any] = {
+        **padded(4),
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "eos_token_id": EOS,
+    }
+    got = ours(
+        net,
+        **options,
+        drafter=tiny.Hinted(texts, tiny.VOCAB, 5),
+        draft_len=3,
+        text_streamer=columns,
+        stats=rounds,
+    )
     assert torch.equal(got, theirs(net, **options))
     columns.match(got, options["input_ids"])
     assert len(set(seen)) > 3
@@ -261,7 +370,9 @@ def test_columns_come_while_rows_are_written() -> None:
 def test_time_that_is_up() -> None:
     """The first new position is the last, as in transformers."""
     net = tiny.model("llama")
-    out = ours(net, **padded(3), max_new_tokens=NEW, do_sample=False, max_time=1e-9, eos_token_id=EOS)
+    out = ours(
+        net, **padded(3), max_new_tokens=NEW, do_sample=False, max_time=1e-9, eos_token_id=EOS
+    )
     assert out.shape[1] == padded(3)["input_ids"].shape[1] + 1
 
 
@@ -269,7 +380,14 @@ def test_sampling_follows_the_global_seed(net: PreTrainedModel) -> None:
     def drawn(seed: int, **options: Any) -> Tensor:
         transformers.set_seed(seed)
         given = {"drafter": tiny.drafter(attached(net).info), **options}
-        return ours(net, input_ids=torch.tensor([[1, 2, 3]]), max_new_tokens=12, do_sample=True, num_return_sequences=3, **given)
+        return ours(
+            net,
+            input_ids=torch.tensor([[1, 2, 3]]),
+            max_new_tokens=12,
+            do_sample=True,
+            num_return_sequences=3,
+            **given,
+        )
 
     out = drawn(1)
     assert out.shape == (3, 15)
@@ -285,13 +403,19 @@ def test_sampling_follows_the_global_seed(net: PreTrainedModel) -> None:
 def test_the_drafter_sees_what_is_asked() -> None:
     """A drafter of the target's very law is always right, under temperature and filters alike."""
     from specdiff.drafters.autoregressive import AutoregressiveDrafter
-    from specdiff.nn.causal import SmallCausalLM
+    from specdiff.nn.small_lm import SmallLM
 
     net = tiny.model("llama")
-    same = SmallCausalLM(net.config)
+    same = SmallLM(net.config)
     same.net.load_state_dict(net.state_dict())
     drafter, stats = AutoregressiveDrafter(same.eval(), attached(net).info), specdiff.Stats()
-    options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_k": 12, "top_p": 0.9, "repetition_penalty": 1.3}
+    options: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 12,
+        "top_p": 0.9,
+        "repetition_penalty": 1.3,
+    }
     ours(net, **padded(4), max_new_tokens=NEW, **options, drafter=drafter, draft_len=4, stats=stats)
     assert stats.alpha > 0.9  # some drafts run over the limit
 
@@ -336,20 +460,37 @@ def right(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def holey(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    return rows | {"attention_mask": torch.ones_like(rows["input_ids"]).index_fill(1, torch.tensor([1]), 0)}
+    return rows | {
+        "attention_mask": torch.ones_like(rows["input_ids"]).index_fill(1, torch.tensor([1]), 0)
+    }
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "beams": ({"num_beams": 2}, "not beam_search; leave out"),
     "prompt lookup": ({"prompt_lookup_num_tokens": 3}, "not assisted_generation"),
-    "attentions": ({"return_dict_in_generate": True, "output_attentions": True}, "output_attentions cannot be given"),
-    "states": ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states cannot be given"),
-    "guidance": ({"guidance_scale": 1.5}, "UnbatchedClassifierFreeGuidanceLogitsProcessor cannot be asked"),
-    "cache": ({"past_key_values": transformers.DynamicCache()}, "past_key_values cannot be continued"),
+    "attentions": (
+        {"return_dict_in_generate": True, "output_attentions": True},
+        "output_attentions cannot be given",
+    ),
+    "states": (
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        "output_hidden_states cannot be given",
+    ),
+    "guidance": (
+        {"guidance_scale": 1.5},
+        "UnbatchedClassifierFreeGuidanceLogitsProcessor cannot be asked",
+    ),
+    "cache": (
+        {"past_key_values": transformers.DynamicCache()},
+        "past_key_values cannot be continued",
+    ),
     "positions": ({"position_ids": torch.arange(10).expand(2, 10)}, "position_ids must count"),
     "room": ({"max_new_tokens": 300}, "may reach 309 tokens, but the model has 256 positions"),
     "drafter": ({"drafter": "nobody"}, "unknown drafter 'nobody'"),
-    "options": ({"drafter": NGramDrafter, "drafter_options": {"longest": 1}}, "drafter_options need a drafter given by name"),
+    "options": (
+        {"drafter": NGramDrafter, "drafter_options": {"longest": 1}},
+        "drafter_options need a drafter given by name",
+    ),
     "verifier": ({"verifier": "maybe"}, "unknown verifier 'maybe'"),
     "length": ({"draft_len": 0}, "draft_len must be at least 1"),
 }
@@ -367,7 +508,9 @@ def test_what_is_refused(case: str) -> None:
 
 
 @pytest.mark.parametrize("change", [right, holey])
-def test_padding_elsewhere_is_refused(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def test_padding_elsewhere_is_refused(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> None:
     with pytest.raises(UsageError, match="padding_side='left'"):
         ours(tiny.model("llama"), **change(padded(3)), max_new_tokens=4, do_sample=False)
 
@@ -380,34 +523,69 @@ def test_other_models_and_modes_are_refused() -> None:
         ours(net.train(), input_ids=ids, max_new_tokens=4)
     with pytest.raises(UsageError, match="inputs_embeds as model input is not supported"):
         ours(net.eval(), inputs_embeds=torch.randn(1, 3, tiny.WIDTH), max_new_tokens=4)
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 16, "decoder_start_token_id": 0}
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 16,
+        "decoder_start_token_id": 0,
+    }
     with pytest.raises(UnsupportedModelError, match="encodes its prompt apart"):
-        ours(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval(), input_ids=ids, max_new_tokens=4)
+        ours(
+            transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval(),
+            input_ids=ids,
+            max_new_tokens=4,
+        )
 
 
 @pytest.mark.real
 def test_smollm_in_a_padded_batch(lm: specdiff.SpeculativeLM) -> None:
     """The bundled drafter is found by itself; stop strings, penalties and streaming as transformers does them."""
     net, tokenizer = lm.target.model, lm.tokenizer
-    prompts = [lm.encode("Count from one to five."), lm.encode("Say: one, two, three. Say it again. Say it again.")]
+    prompts = [
+        lm.encode("Count from one to five."),
+        lm.encode("Say: one, two, three. Say it again. Say it again."),
+    ]
     width = max(map(len, prompts))
     rows = {
-        "input_ids": torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts]),
+        "input_ids": torch.tensor(
+            [[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts]
+        ),
         "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
     }
-    options: dict[str, Any] = {**rows, "max_new_tokens": 16, "do_sample": False, "repetition_penalty": 1.05}
+    options: dict[str, Any] = {
+        **rows,
+        "max_new_tokens": 16,
+        "do_sample": False,
+        "repetition_penalty": 1.05,
+    }
     want = net.generate(**options)
     stats = specdiff.Stats()
-    assert torch.equal(net.generate(**options, custom_generate=specdiff.custom_generate, draft_len=4, stats=stats), want)
+    assert torch.equal(
+        net.generate(**options, custom_generate=specdiff.custom_generate, draft_len=4, stats=stats),
+        want,
+    )
     assert stats.accepted > 0
     stop = StoppingCriteriaList([StopStringCriteria(tokenizer, ["3.", "hree"])])
     want = net.generate(**options, stopping_criteria=stop)
     assert want.shape[1] < width + 16
-    assert torch.equal(net.generate(**options, stopping_criteria=stop, custom_generate=specdiff.custom_generate, drafter="ngram"), want)
+    assert torch.equal(
+        net.generate(
+            **options,
+            stopping_criteria=stop,
+            custom_generate=specdiff.custom_generate,
+            drafter="ngram",
+        ),
+        want,
+    )
 
 
 def test_all_verifiers_are_known() -> None:
     net = tiny.model("llama")
     want = theirs(net, **padded(2), max_new_tokens=8, do_sample=False)
     for verifier in VERIFIERS:
-        assert torch.equal(ours(net, **padded(2), max_new_tokens=8, do_sample=False, verifier=verifier), want)
+        assert torch.equal(
+            ours(net, **padded(2), max_new_tokens=8, do_sample=False, verifier=verifier), want
+        )

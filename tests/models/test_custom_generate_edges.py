@@ -29,9 +29,9 @@ from transformers import (
 
 import specdiff
 import tiny
-from specdiff import plug
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.errors import UsageError
+from specdiff.hf import custom_generate
 from specdiff.noise import Noise
 from specdiff.targets.causal import attached
 from specdiff.types import Context, Draft
@@ -68,7 +68,9 @@ def silent_folder(path: Path, end: int) -> Path:
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         config.pop(name, None)
     (path / "config.json").write_text(json.dumps(config))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [end], "pad_token_id": 0}))
+    (path / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [end], "pad_token_id": 0})
+    )
     return path
 
 
@@ -82,9 +84,17 @@ def test_both_doors_stop_at_the_same_tokens(tmp_path: Path) -> None:
     wants = [text[: text.index(end) + 1] if end in text else text for text in texts]
     for prompt, want in zip(prompts, wants, strict=True):
         ids = torch.tensor([prompt])
-        answer = ours(lm.target.model, input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        answer = ours(
+            lm.target.model,
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=16,
+            do_sample=False,
+        )
         assert answer[0, len(prompt) :].tolist() == want
-    assert [lm.generate(prompt, max_tokens=16, temperature=0).token_ids for prompt in prompts] == wants
+    assert [
+        lm.generate(prompt, max_tokens=16, temperature=0).token_ids for prompt in prompts
+    ] == wants
 
 
 @pytest.mark.parametrize("end", [-1, [-1, EOS]])
@@ -102,15 +112,31 @@ def test_a_constraint_is_not_asked_behind_an_end(net: PreTrainedModel, verifier:
         answer = ids[prompt.shape[1] :].tolist()
         if EOS in answer:
             return []
-        return [EOS] if len(answer) == 14 else [t for t in range(tiny.VOCAB) if t != EOS or len(answer) % 2]
+        return (
+            [EOS]
+            if len(answer) == 14
+            else [t for t in range(tiny.VOCAB) if t != EOS or len(answer) % 2]
+        )
 
-    options: dict[str, Any] = {"input_ids": prompt, **PLAIN, "eos_token_id": EOS, "prefix_allowed_tokens_fn": until_the_end}
+    options: dict[str, Any] = {
+        "input_ids": prompt,
+        **PLAIN,
+        "eos_token_id": EOS,
+        "prefix_allowed_tokens_fn": until_the_end,
+    }
     want = theirs(net, **options)
     assert want.shape[1] < prompt.shape[1] + NEW
-    drafters = [Fixed([EOS, 5, 5, 5, 5]), Fixed([5, EOS, 5, EOS, 5]), Fixed([12] * 5), tiny.Hinted([[*want[0].tolist(), *[5] * NEW]], 48)]
+    drafters = [
+        Fixed([EOS, 5, 5, 5, 5]),
+        Fixed([5, EOS, 5, EOS, 5]),
+        Fixed([12] * 5),
+        tiny.Hinted([[*want[0].tolist(), *[5] * NEW]], 48),
+    ]
     for drafter in drafters:
         for draft_len in (1, 5):
-            assert torch.equal(ours(net, **options, drafter=drafter, draft_len=draft_len, verifier=verifier), want)
+            assert torch.equal(
+                ours(net, **options, drafter=drafter, draft_len=draft_len, verifier=verifier), want
+            )
 
 
 def test_drafted_ends_beside_other_rows(net: PreTrainedModel) -> None:
@@ -126,7 +152,12 @@ def test_drafted_ends_beside_other_rows(net: PreTrainedModel) -> None:
         closes = batch == 0 and len(shown[-1]) == 6
         return [EOS] if closes else list(range(tiny.VOCAB))
 
-    options: dict[str, Any] = {**prompts, **PLAIN, "eos_token_id": EOS, "prefix_allowed_tokens_fn": listening}
+    options: dict[str, Any] = {
+        **prompts,
+        **PLAIN,
+        "eos_token_id": EOS,
+        "prefix_allowed_tokens_fn": listening,
+    }
     want = theirs(net, **options)
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(3)]
     for drafter in (Fixed([3, EOS, 5, 5, 5]), Fixed([3] * 5), tiny.Hinted(texts, tiny.VOCAB, 99)):
@@ -184,28 +215,49 @@ MEMORIES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "counter of a while": ("Counter", lambda: {"logits_processor": [Counter(after=12, until=14)]}),
     "matcher": ("Matcher", lambda: {"logits_processor": [Matcher()]}),
     "matcher that begins anew": ("Matcher", lambda: {"logits_processor": [Matcher(start=4)]}),
-    "strict matcher": ("Matcher .*RuntimeError: not the next text", lambda: {"logits_processor": [Matcher(strict=True)]}),
-    "constraint": ("prefix_allowed_tokens_fn", lambda: {"prefix_allowed_tokens_fn": remembering_fn()}),
-    "behind a filter": ("Counter", lambda: {"logits_processor": [Counter()], "repetition_penalty": 1.2}),
+    "strict matcher": (
+        "Matcher .*RuntimeError: not the next text",
+        lambda: {"logits_processor": [Matcher(strict=True)]},
+    ),
+    "constraint": (
+        "prefix_allowed_tokens_fn",
+        lambda: {"prefix_allowed_tokens_fn": remembering_fn()},
+    ),
+    "behind a filter": (
+        "Counter",
+        lambda: {"logits_processor": [Counter()], "repetition_penalty": 1.2},
+    ),
 }
 
 
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_processor_with_a_memory_is_refused(net: PreTrainedModel, memory: str, sampled: bool) -> None:
+def test_a_processor_with_a_memory_is_refused(
+    net: PreTrainedModel, memory: str, sampled: bool
+) -> None:
     name, options = MEMORIES[memory]
     torch.manual_seed(0)
     with pytest.raises(UsageError, match=f"^{name}.*"):
-        ours(net, input_ids=torch.tensor([PROMPT]), max_new_tokens=NEW, do_sample=sampled, **options())
+        ours(
+            net,
+            input_ids=torch.tensor([PROMPT]),
+            max_new_tokens=NEW,
+            do_sample=sampled,
+            **options(),
+        )
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("end", [None, EOS])
-def test_without_drafts_a_memory_is_kept(net: PreTrainedModel, memory: str, end: int | None) -> None:
+def test_without_drafts_a_memory_is_kept(
+    net: PreTrainedModel, memory: str, end: int | None
+) -> None:
     options = MEMORIES[memory][1]
     for rows in (1, 3):
         given: dict[str, Any] = {**padded(rows), **PLAIN, "eos_token_id": end}
-        assert torch.equal(ours(net, **given, **options(), drafter="none"), theirs(net, **given, **options()))
+        assert torch.equal(
+            ours(net, **given, **options(), drafter="none"), theirs(net, **given, **options())
+        )
 
 
 def test_a_memory_that_shows_last_is_refused_at_the_end(net: PreTrainedModel) -> None:
@@ -219,13 +271,27 @@ def test_a_memory_that_shows_last_is_refused_at_the_end(net: PreTrainedModel) ->
     stats = specdiff.Stats()
     with pytest.raises(UsageError, match=r"^late answers differently"):
         options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "stats": stats}
-        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
+        ours(
+            net,
+            input_ids=torch.tensor([PROMPT]),
+            **options,
+            logits_processor=[late],
+            drafter=Fixed([1] * 5),
+            draft_len=5,
+        )
     assert stats.rounds == 15
     calls.clear()
     stats = specdiff.Stats()
     with pytest.raises(UsageError, match=r"^late answers differently"):
         options = {"max_new_tokens": 100, "do_sample": False, "stats": stats}
-        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[late], drafter=Fixed([1] * 5), draft_len=5)
+        ours(
+            net,
+            input_ids=torch.tensor([PROMPT]),
+            **options,
+            logits_processor=[late],
+            drafter=Fixed([1] * 5),
+            draft_len=5,
+        )
     assert stats.rounds < 30  # in a long answer, soon
 
 
@@ -235,7 +301,13 @@ def test_a_counter_is_watched_in_every_round(net: PreTrainedModel, start: int) -
     options: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, "draft_len": 5}
     counter = Counter(after=start, until=start + 3)
     with pytest.raises(UsageError, match=r"^Counter answers differently"):
-        ours(net, input_ids=torch.tensor([PROMPT]), **options, logits_processor=[counter], drafter=Fixed([1] * 5))
+        ours(
+            net,
+            input_ids=torch.tensor([PROMPT]),
+            **options,
+            logits_processor=[counter],
+            drafter=Fixed([1] * 5),
+        )
 
 
 class Harmless(LogitsProcessor):
@@ -266,7 +338,11 @@ def test_processors_that_work_in_place_are_told_apart(net: PreTrainedModel) -> N
 
         return raising
 
-    options: dict[str, Any] = {**padded(3), **PLAIN, "logits_processor": [raised(3), raised(9), raised(20)]}
+    options: dict[str, Any] = {
+        **padded(3),
+        **PLAIN,
+        "logits_processor": [raised(3), raised(9), raised(20)],
+    }
     assert torch.equal(ours(net, **options, draft_len=4), theirs(net, **options))
 
 
@@ -292,17 +368,28 @@ def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
     options: dict[str, Any] = {**padded(2), **PLAIN, **details, "logits_processor": [insisting]}
     want, answer = theirs(net, **options), ours(net, **options, draft_len=4)
     assert torch.equal(answer.sequences, want.sequences)
-    assert all(torch.equal(a.isposinf(), b.isposinf()) for a, b in zip(answer.scores, want.scores, strict=True))
-    assert torch.equal(ours(net, **{**options, "do_sample": True}, draft_len=4).sequences, want.sequences)
+    assert all(
+        torch.equal(a.isposinf(), b.isposinf())
+        for a, b in zip(answer.scores, want.scores, strict=True)
+    )
+    assert torch.equal(
+        ours(net, **{**options, "do_sample": True}, draft_len=4).sequences, want.sequences
+    )
 
 
 def test_a_dead_end_that_only_a_draft_enters(net: PreTrainedModel) -> None:
     """A token that the target does not say leads to where nothing is allowed: nobody goes there."""
 
     def dead_end(input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.masked_fill((input_ids[:, -1:] == 5) & (input_ids.shape[1] > len(PROMPT)), -torch.inf)
+        return scores.masked_fill(
+            (input_ids[:, -1:] == 5) & (input_ids.shape[1] > len(PROMPT)), -torch.inf
+        )
 
-    options: dict[str, Any] = {"input_ids": torch.tensor([PROMPT]), **PLAIN, "logits_processor": [dead_end]}
+    options: dict[str, Any] = {
+        "input_ids": torch.tensor([PROMPT]),
+        **PLAIN,
+        "logits_processor": [dead_end],
+    }
     want = theirs(net, **options)
     assert 5 not in want[0, len(PROMPT) :]
     assert torch.equal(ours(net, **options, drafter=Fixed([5] * 5), draft_len=5), want)
@@ -311,7 +398,9 @@ def test_a_dead_end_that_only_a_draft_enters(net: PreTrainedModel) -> None:
 @pytest.mark.parametrize("sampled", [False, True])
 @pytest.mark.parametrize("fault", [-torch.inf, torch.nan])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_processors_that_allow_nothing_are_named(net: PreTrainedModel, fault: float, sampled: bool, rows: int) -> None:
+def test_processors_that_allow_nothing_are_named(
+    net: PreTrainedModel, fault: float, sampled: bool, rows: int
+) -> None:
     """There is no distribution to draw from, whatever argmax makes of it."""
     width = padded(rows)["input_ids"].shape[1]
 
@@ -349,11 +438,20 @@ def test_criteria_may_have_a_memory(net: PreTrainedModel, rows: int, end: int | 
     options: dict[str, Any] = {**padded(rows), **PLAIN, "eos_token_id": end}
     want = theirs(net, **options, stopping_criteria=StoppingCriteriaList([Countdown()]))
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(rows)]
-    uneven = tiny.Hinted([text if row % 2 else [0] * len(text) for row, text in enumerate(texts)], tiny.VOCAB, 99)
+    uneven = tiny.Hinted(
+        [text if row % 2 else [0] * len(text) for row, text in enumerate(texts)], tiny.VOCAB, 99
+    )
     for drafter in ("none", "ngram", uneven, tiny.Hinted(texts, tiny.VOCAB, 7)):
         columns, stats = Columns(), specdiff.Stats()
         criteria = StoppingCriteriaList([Countdown()])
-        answer = ours(net, **options, stopping_criteria=criteria, drafter=drafter, text_streamer=columns, stats=stats)
+        answer = ours(
+            net,
+            **options,
+            stopping_criteria=criteria,
+            drafter=drafter,
+            text_streamer=columns,
+            stats=stats,
+        )
         assert torch.equal(answer, want)
         columns.match(answer, options["input_ids"])
         if end is None:
@@ -389,11 +487,19 @@ def test_the_processors_define_the_distribution(net: PreTrainedModel, case: str)
     """Each reported score is what transformers' processors make of the logits there, and gave its token a chance."""
     lists, rows = list[Any](), padded(3)
 
-    def listening(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any) -> Tensor:
+    def listening(
+        model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any, **_: Any
+    ) -> Tensor:
         lists.append(logits_processor)
         return input_ids
 
-    options: dict[str, Any] = {**rows, "max_new_tokens": 10, "do_sample": True, "pad_token_id": 0, **SAMPLING[case]}
+    options: dict[str, Any] = {
+        **rows,
+        "max_new_tokens": 10,
+        "do_sample": True,
+        "pad_token_id": 0,
+        **SAMPLING[case],
+    }
     net.generate(custom_generate=listening, **options)
     details = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     width = rows["input_ids"].shape[1]
@@ -405,9 +511,18 @@ def test_the_processors_define_the_distribution(net: PreTrainedModel, case: str)
             assert (scores.gather(1, out.sequences[:, width + step][:, None]) > -torch.inf).all()
 
 
-@pytest.mark.parametrize("cold", [{"temperature": 1e-40}, {"temperature": 1e-31, "top_p": 0.9}, {"temperature": 1e-300, "min_p": 0.1}])
+@pytest.mark.parametrize(
+    "cold",
+    [
+        {"temperature": 1e-40},
+        {"temperature": 1e-31, "top_p": 0.9},
+        {"temperature": 1e-300, "min_p": 0.1},
+    ],
+)
 @pytest.mark.parametrize("drafter", ["ngram", "sedd"])
-def test_next_to_no_temperature_is_greedy(net: PreTrainedModel, cold: dict[str, Any], drafter: str) -> None:
+def test_next_to_no_temperature_is_greedy(
+    net: PreTrainedModel, cold: dict[str, Any], drafter: str
+) -> None:
     """transformers divides by it, gets infinities, and fails."""
     made: Any = drafter if drafter == "ngram" else tiny.drafter(attached(net).info)
     options: dict[str, Any] = {**padded(3), "max_new_tokens": NEW, "repetition_penalty": 1.2}
@@ -420,7 +535,13 @@ def test_a_cold_temperature_hides_no_processor_behind_it(net: PreTrainedModel) -
         return scores.masked_fill(torch.arange(tiny.VOCAB) % 2 == 1, -torch.inf)
 
     processors = [TemperatureLogitsWarper(1e-40), even]
-    answer = ours(net, input_ids=torch.tensor([PROMPT]), max_new_tokens=12, do_sample=True, logits_processor=processors)
+    answer = ours(
+        net,
+        input_ids=torch.tensor([PROMPT]),
+        max_new_tokens=12,
+        do_sample=True,
+        logits_processor=processors,
+    )
     assert not (answer[0, len(PROMPT) :] % 2).any()
 
 
@@ -436,7 +557,12 @@ def test_a_seed_fixes_the_draft_length(net: PreTrainedModel, sampled: bool, veri
     """
     transformers.set_seed(5)
     stats, drafter = specdiff.Stats(), Fixed([5] * 5)
-    options: dict[str, Any] = {"max_new_tokens": 60, "do_sample": sampled, "drafter": drafter, "verifier": verifier}
+    options: dict[str, Any] = {
+        "max_new_tokens": 60,
+        "do_sample": sampled,
+        "drafter": drafter,
+        "verifier": verifier,
+    }
     ours(net, input_ids=torch.tensor([[1, 2, 3]]), **options, stats=stats)
     assert stats.rounds > 20
     automatic = not sampled or verifier.startswith("match")
@@ -487,8 +613,17 @@ def vision() -> PreTrainedModel:
         eos_token_id=None,
         pad_token_id=None,
     )
-    sight = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
-    made = LlavaForConditionalGeneration(LlavaConfig(vision_config=sight, text_config=text, image_token_index=47)).eval()
+    sight = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    made = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=sight, text_config=text, image_token_index=47)
+    ).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
@@ -512,18 +647,24 @@ def test_text_alone_for_a_model_that_sees() -> None:
 
 @pytest.mark.parametrize("value", [{}, (), [], (None, None), {"a": None, "b": {}}])
 def test_empty_model_inputs_are_nothing(value: Any) -> None:
-    assert plug._empty(value)
+    assert custom_generate._empty(value)
 
 
 @pytest.mark.parametrize("value", [0, False, "", torch.zeros(0), [0], {"a": 1}])
 def test_other_model_inputs_are_something(value: Any) -> None:
-    assert not plug._empty(value) or value == ""
+    assert not custom_generate._empty(value) or value == ""
 
 
 TYPES: dict[str, tuple[dict[str, Any], str]] = {
-    "no drafter": ({"drafter": None}, "drafter must be a name, a folder or a specdiff.Drafter, not None"),
+    "no drafter": (
+        {"drafter": None},
+        "drafter must be a name, a folder or a specdiff.Drafter, not None",
+    ),
     "a class": ({"drafter": Fixed}, "drafter must be a name"),
-    "options": ({"drafter_options": "longest"}, "drafter_options must be a mapping of keyword arguments, not 'longest'"),
+    "options": (
+        {"drafter_options": "longest"},
+        "drafter_options must be a mapping of keyword arguments, not 'longest'",
+    ),
     "no verifier": ({"verifier": None}, "verifier must be a name, not None"),
     "list": ({"verifier": ["token"]}, "verifier must be a name"),
     "statistics": ({"stats": True}, "stats must be a specdiff.Stats, not True"),
@@ -546,7 +687,10 @@ def test_numpy_numbers_and_paths(net: PreTrainedModel, tmp_path: Path) -> None:
     assert stats.drafted == 3 * stats.rounds
     file = tmp_path / "mine.py"
     file.write_text("from specdiff.drafters.ngram import NGramDrafter as Mine\n")
-    assert torch.equal(ours(net, **padded(2), **PLAIN, drafter=Path(f"{file}:Mine")), theirs(net, **padded(2), **PLAIN))
+    assert torch.equal(
+        ours(net, **padded(2), **PLAIN, drafter=Path(f"{file}:Mine")),
+        theirs(net, **padded(2), **PLAIN),
+    )
 
 
 # drafters that are kept
@@ -555,13 +699,15 @@ def test_numpy_numbers_and_paths(net: PreTrainedModel, tmp_path: Path) -> None:
 def test_few_drafters_are_kept() -> None:
     net = tiny.model("llama")
     target = attached(net)
-    first = plug._drafter(target, "ngram", {"longest": 1})
-    assert plug._drafter(target, "ngram", {"longest": 1}) is first
+    first = custom_generate._drafter(target, "ngram", {"longest": 1})
+    assert custom_generate._drafter(target, "ngram", {"longest": 1}) is first
     for longest in range(2, 30):
-        plug._drafter(target, "ngram", {"longest": longest})
-        assert plug._drafter(target, "ngram", {"longest": 1}) is first  # used again and again
-    assert len(plug.DRAFTERS[target]) == plug.MOST_DRAFTERS
-    assert plug._drafter(target, "ngram", {"longest": 2}) is not None
+        custom_generate._drafter(target, "ngram", {"longest": longest})
+        assert (
+            custom_generate._drafter(target, "ngram", {"longest": 1}) is first
+        )  # used again and again
+    assert len(custom_generate.DRAFTERS[target]) == custom_generate.MOST_DRAFTERS
+    assert custom_generate._drafter(target, "ngram", {"longest": 2}) is not None
 
 
 def test_options_that_are_objects_are_never_confused(tmp_path: Path) -> None:
@@ -580,7 +726,9 @@ def test_options_that_are_objects_are_never_confused(tmp_path: Path) -> None:
     )
     target = attached(tiny.model("llama"))
     one, other = Same(), Same()
-    made: Any = [plug._drafter(target, f"{file}:Keeping", {"what": what}) for what in (one, other)]
+    made: Any = [
+        custom_generate._drafter(target, f"{file}:Keeping", {"what": what}) for what in (one, other)
+    ]
     assert made[0].what is one
     assert made[1].what is other
 
@@ -591,11 +739,18 @@ def test_threads_share_one_drafter() -> None:
 
     def build(place: int) -> list[Drafter[Any]]:
         barrier.wait()
-        return [plug._drafter(target, "ngram", {"longest": 1 + (place + turn) % 12}) for turn in range(200)]
+        return [
+            custom_generate._drafter(target, "ngram", {"longest": 1 + (place + turn) % 12})
+            for turn in range(200)
+        ]
 
     with ThreadPoolExecutor(8) as pool:
         lists = list(pool.map(build, range(8)))
-    assert {type(made).__name__ for made_by_one in lists for made in made_by_one} == {"NGramDrafter"}
-    assert len(plug.DRAFTERS[target]) <= plug.MOST_DRAFTERS
+    assert {type(made).__name__ for made_by_one in lists for made in made_by_one} == {
+        "NGramDrafter"
+    }
+    assert len(custom_generate.DRAFTERS[target]) <= custom_generate.MOST_DRAFTERS
     for place, made in enumerate(lists):
-        assert [drafter.longest for drafter in made] == [1 + (place + turn) % 12 for turn in range(200)]  # type: ignore[attr-defined]
+        assert [drafter.longest for drafter in made] == [
+            1 + (place + turn) % 12 for turn in range(200)
+        ]  # type: ignore[attr-defined]

@@ -36,7 +36,9 @@ def test_the_config_counts_but_not_who_wrote_it(folder: Path) -> None:
     for change in ({"rope_theta": 7.0}, {"rms_norm_eps": 0.1}):
         (folder / "config.json").write_text(json.dumps(config | change))
         assert fingerprint(folder) != before
-    (folder / "config.json").write_text(json.dumps(config | {"transformers_version": "9.9"}, indent=7))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"transformers_version": "9.9"}, indent=7)
+    )
     assert fingerprint(folder) == before
 
 

@@ -12,9 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import specdiff
-from specdiff.errors import SpecdiffError, StorageError, UnsupportedModelError, UsageError, WeightsError
+from specdiff.errors import (
+    SpecdiffError,
+    StorageError,
+    UnsupportedModelError,
+    UsageError,
+    WeightsError,
+)
 from specdiff.models import gguf
-from specdiff.models.causal import load_model
+from specdiff.models.ragged import load_model
 
 IDS = torch.randint(3, ggufs.VOCAB, (1, 60), generator=torch.Generator().manual_seed(1))
 
@@ -26,7 +32,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def rebuilt(path: Path) -> PreTrainedModel:
-    net: PreTrainedModel = AutoModelForCausalLM.from_pretrained(gguf.converted(path), dtype=torch.float32)
+    net: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        gguf.converted(path), dtype=torch.float32
+    )
     return net.eval()
 
 
@@ -46,7 +54,9 @@ def entries(cache: Path) -> list[Path]:
 @pytest.mark.parametrize("architecture", ggufs.MODELS)
 def test_a_model_is_rebuilt_bit_for_bit(tmp_path: Path, architecture: str) -> None:
     net = ggufs.model(architecture)
-    assert torch.equal(logits(rebuilt(ggufs.write(tmp_path / "model.gguf", net, architecture))), logits(net))
+    assert torch.equal(
+        logits(rebuilt(ggufs.write(tmp_path / "model.gguf", net, architecture))), logits(net)
+    )
 
 
 def test_every_served_architecture_is_tested() -> None:
@@ -59,7 +69,9 @@ def test_generation_from_a_file(tmp_path: Path) -> None:
     net = ggufs.model("llama")
     lm = specdiff.load(str(ggufs.write(tmp_path / "model.gguf", net)), "ngram", device="cpu")
     prompt = IDS[0, :9].tolist()
-    expected = net.generate(IDS[:, :9], attention_mask=torch.ones(1, 9), do_sample=False, max_new_tokens=12)[0, 9:].tolist()
+    expected = net.generate(
+        IDS[:, :9], attention_mask=torch.ones(1, 9), do_sample=False, max_new_tokens=12
+    )[0, 9:].tolist()
     assert lm.generate(prompt, temperature=0, max_tokens=12).token_ids == expected
     assert lm.encode("aa") == [ggufs.VOCAB - 1]
 
@@ -75,46 +87,75 @@ def test_a_files_neighbors_are_not_read(tmp_path: Path) -> None:
 
 
 def test_a_part_of_a_split_model(tmp_path: Path, cache: Path) -> None:
-    path = ggufs.write(tmp_path / "a-00002-of-00003.gguf", ggufs.model("llama"), fields={"split.count": 3, "split.no": 1})
-    with pytest.raises(WeightsError, match=r"a-00002-of-00003\.gguf is part 2 of a model split into 3 files; join them"):
+    path = ggufs.write(
+        tmp_path / "a-00002-of-00003.gguf",
+        ggufs.model("llama"),
+        fields={"split.count": 3, "split.no": 1},
+    )
+    with pytest.raises(
+        WeightsError,
+        match=r"a-00002-of-00003\.gguf is part 2 of a model split into 3 files; join them",
+    ):
         gguf.converted(path)
     assert entries(cache) == []
 
 
-@pytest.mark.parametrize("name", ["token_embd.weight", "output_norm.weight", "blk.1.ffn_up.weight", "blk.0.attn_k.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["token_embd.weight", "output_norm.weight", "blk.1.ffn_up.weight", "blk.0.attn_k.weight"],
+)
 def test_a_missing_tensor(tmp_path: Path, cache: Path, name: str) -> None:
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), tensors={name: None})
-    with pytest.raises(WeightsError, match=rf"model\.gguf lacks {name}; it cannot be loaded as a llama model"):
+    with pytest.raises(
+        WeightsError, match=rf"model\.gguf lacks {name}; it cannot be loaded as a llama model"
+    ):
         gguf.converted(path)
     assert entries(cache) == []
 
 
 def test_a_layer_less_than_the_metadata_says(tmp_path: Path) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("qwen2"), "qwen2", fields={"block_count": 3})
+    path = ggufs.write(
+        tmp_path / "model.gguf", ggufs.model("qwen2"), "qwen2", fields={"block_count": 3}
+    )
     with pytest.raises(WeightsError, match=r"lacks blk\.2\.attn_k\.bias, .* and 9 more"):
         gguf.converted(path)
 
 
 def test_a_layer_more_than_the_metadata_says(tmp_path: Path) -> None:
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), fields={"block_count": 1})
-    with pytest.raises(WeightsError, match=r"holds blk\.1\.attn_k\.weight, .* and 6 more, which the model has no place for"):
+    with pytest.raises(
+        WeightsError,
+        match=r"holds blk\.1\.attn_k\.weight, .* and 6 more, which the model has no place for",
+    ):
         gguf.converted(path)
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_factors_long.weight", "blk.0.ffn_gate_inp.weight"])
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_q.bias", "rope_factors_long.weight", "blk.0.ffn_gate_inp.weight"]
+)
 def test_a_tensor_without_a_place(tmp_path: Path, name: str) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), tensors={name: torch.ones(32)})
+    path = ggufs.write(
+        tmp_path / "model.gguf", ggufs.model("llama"), tensors={name: torch.ones(32)}
+    )
     with pytest.raises(WeightsError, match=rf"holds {name}, which the model has no place for"):
         gguf.converted(path)
 
 
 def test_a_tensor_of_another_size(tmp_path: Path) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), tensors={"token_embd.weight": torch.ones(260, 32)})
-    with pytest.raises(WeightsError, match=r"token_embd\.weight holds 8320 numbers, but its metadata asks for 8352"):
+    path = ggufs.write(
+        tmp_path / "model.gguf",
+        ggufs.model("llama"),
+        tensors={"token_embd.weight": torch.ones(260, 32)},
+    )
+    with pytest.raises(
+        WeightsError, match=r"token_embd\.weight holds 8320 numbers, but its metadata asks for 8352"
+    ):
         gguf.converted(path)
 
 
-@pytest.mark.parametrize("key", ["context_length", "attention.head_count", "attention.layer_norm_rms_epsilon"])
+@pytest.mark.parametrize(
+    "key", ["context_length", "attention.head_count", "attention.layer_norm_rms_epsilon"]
+)
 def test_a_missing_key(tmp_path: Path, key: str) -> None:
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), fields={key: None})
     with pytest.raises(SpecdiffError, match=rf"lacks the metadata key llama\.{key}"):
@@ -122,7 +163,9 @@ def test_a_missing_key(tmp_path: Path, key: str) -> None:
 
 
 def test_a_file_that_is_no_model(tmp_path: Path) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"), fields={"general.type": "adapter"})
+    path = ggufs.write(
+        tmp_path / "model.gguf", ggufs.model("llama"), fields={"general.type": "adapter"}
+    )
     with pytest.raises(WeightsError, match=r"holds no model: its general\.type is 'adapter'"):
         gguf.converted(path)
 
@@ -161,23 +204,42 @@ CONTRADICTED: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("architecture", "key", "value"), CONTRADICTED, ids=lambda v: str(v))
-def test_a_key_that_the_model_would_not_obey(tmp_path: Path, cache: Path, architecture: str, key: str, value: Any) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model(architecture), architecture, fields={key: value})
-    with pytest.raises(UnsupportedModelError, match=rf"model\.gguf: {architecture}\.{key} is .*load the model's safetensors instead"):
+def test_a_key_that_the_model_would_not_obey(
+    tmp_path: Path, cache: Path, architecture: str, key: str, value: Any
+) -> None:
+    path = ggufs.write(
+        tmp_path / "model.gguf", ggufs.model(architecture), architecture, fields={key: value}
+    )
+    with pytest.raises(
+        UnsupportedModelError,
+        match=rf"model\.gguf: {architecture}\.{key} is .*load the model's safetensors instead",
+    ):
         gguf.converted(path)
     assert entries(cache) == []
 
 
-@pytest.mark.parametrize(("architecture", "key"), [("qwen3", "attention.key_length"), ("gemma2", "attention.sliding_window")])
-def test_a_key_whose_absence_means_another_model(tmp_path: Path, architecture: str, key: str) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model(architecture), architecture, fields={key: None})
+@pytest.mark.parametrize(
+    ("architecture", "key"),
+    [("qwen3", "attention.key_length"), ("gemma2", "attention.sliding_window")],
+)
+def test_a_key_whose_absence_means_another_model(
+    tmp_path: Path, architecture: str, key: str
+) -> None:
+    path = ggufs.write(
+        tmp_path / "model.gguf", ggufs.model(architecture), architecture, fields={key: None}
+    )
     with pytest.raises(SpecdiffError, match=rf"{architecture}\.{key}"):
         gguf.converted(path)
 
 
 def test_the_gemmas_of_an_unstated_scale(tmp_path: Path) -> None:
-    path = ggufs.write(tmp_path / "model.gguf", ggufs.model("gemma2"), "gemma2", fields={"block_count": 46})
-    with pytest.raises(UnsupportedModelError, match="a gemma2 of 46 layers scales attention in a way that GGUF does not state"):
+    path = ggufs.write(
+        tmp_path / "model.gguf", ggufs.model("gemma2"), "gemma2", fields={"block_count": 46}
+    )
+    with pytest.raises(
+        UnsupportedModelError,
+        match="a gemma2 of 46 layers scales attention in a way that GGUF does not state",
+    ):
         gguf.converted(path)
 
 
@@ -189,7 +251,10 @@ def test_an_architecture_that_is_not_served(tmp_path: Path, architecture: str) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match=rf"GGUF architecture '{architecture}' is not served; served are gemma2, .*qwen3"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=rf"GGUF architecture '{architecture}' is not served; served are gemma2, .*qwen3",
+    ):
         gguf.converted(tmp_path / "model.gguf")
 
 
@@ -201,7 +266,9 @@ def test_keys_that_change_nothing(tmp_path: Path) -> None:
         "general.sampling.temp": 0.7, "tensor_data_layout": "Meta AI original pth",
     }  # fmt: skip
     net = ggufs.model("llama")
-    assert torch.equal(logits(rebuilt(ggufs.write(tmp_path / "model.gguf", net, fields=fields))), logits(net))
+    assert torch.equal(
+        logits(rebuilt(ggufs.write(tmp_path / "model.gguf", net, fields=fields))), logits(net)
+    )
 
 
 # rotary frequencies scaled as in Llama 3
@@ -212,20 +279,26 @@ LLAMA3 = {
 }  # fmt: skip
 
 
-def divisors(factor: float = 8.0, low: float = 1.0, high: float = 4.0, length: int = 8192, width: int = 8) -> torch.Tensor:
+def divisors(
+    factor: float = 8.0, low: float = 1.0, high: float = 4.0, length: int = 8192, width: int = 8
+) -> torch.Tensor:
     """As llama.cpp's converter computes them."""
     out = []
     for frequency in 500000.0 ** (-torch.arange(0, width, 2) / width):
         wavelength = float(2 * torch.pi / frequency)
         smooth = (length / wavelength - low) / (high - low)
         between = 1 / ((1 - smooth) / factor + smooth)
-        out.append(1.0 if wavelength < length / high else factor if wavelength > length / low else between)
+        out.append(
+            1.0 if wavelength < length / high else factor if wavelength > length / low else between
+        )
     return torch.tensor(out)
 
 
 def long_llama(rope: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
-    net = LlamaForCausalLM(LlamaConfig(**ggufs.SIZES | {"max_position_embeddings": 16384}, rope_parameters=rope)).eval()
+    net = LlamaForCausalLM(
+        LlamaConfig(**ggufs.SIZES | {"max_position_embeddings": 16384}, rope_parameters=rope)
+    ).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.mul_(12 if parameter.dim() > 1 else 1)
@@ -235,7 +308,9 @@ def long_llama(rope: dict[str, Any]) -> PreTrainedModel:
 def test_rotary_scaling_of_llama_3_is_applied(tmp_path: Path) -> None:
     net, plain = long_llama(LLAMA3), long_llama({"rope_type": "default", "rope_theta": 500000.0})
     fields = {"context_length": 16384}
-    path = ggufs.write(tmp_path / "scaled.gguf", net, fields=fields, tensors={"rope_freqs.weight": divisors()})
+    path = ggufs.write(
+        tmp_path / "scaled.gguf", net, fields=fields, tensors={"rope_freqs.weight": divisors()}
+    )
     assert 1 < divisors()[2] < 8 == divisors()[3]  # one in between, too
     assert (logits(rebuilt(path)) - logits(net)).abs().max() < 1e-4
     assert (logits(net) - logits(plain)).abs().max() > 1e-2
@@ -243,11 +318,26 @@ def test_rotary_scaling_of_llama_3_is_applied(tmp_path: Path) -> None:
     assert torch.equal(logits(rebuilt(path)), logits(plain))
 
 
-@pytest.mark.parametrize("other", [divisors(low=2.0), divisors(length=4096), divisors(width=16), torch.tensor([1.0, 2.0, 3.0, 4.0])])
+@pytest.mark.parametrize(
+    "other",
+    [
+        divisors(low=2.0),
+        divisors(length=4096),
+        divisors(width=16),
+        torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    ],
+)
 def test_other_rotary_scaling_is_refused(tmp_path: Path, other: torch.Tensor) -> None:
     net = long_llama(LLAMA3)
-    path = ggufs.write(tmp_path / "model.gguf", net, fields={"context_length": 16384}, tensors={"rope_freqs.weight": other})
-    with pytest.raises(UnsupportedModelError, match=r"rotary scaling of rope_freqs\.weight is not that of Llama 3"):
+    path = ggufs.write(
+        tmp_path / "model.gguf",
+        net,
+        fields={"context_length": 16384},
+        tensors={"rope_freqs.weight": other},
+    )
+    with pytest.raises(
+        UnsupportedModelError, match=r"rotary scaling of rope_freqs\.weight is not that of Llama 3"
+    ):
         gguf.converted(path)
 
 
@@ -260,17 +350,24 @@ def test_a_tokenizer_that_cannot_be_rebuilt(tmp_path: Path, kind: str | None) ->
     net = ggufs.model("llama")
     path = ggufs.write(tmp_path / "model.gguf", net, tokenizer=kind)
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"text prompts are unavailable, as the tokenizer of .*model\.gguf cannot be rebuilt \("):
+        with pytest.warns(
+            UserWarning,
+            match=r"text prompts are unavailable, as the tokenizer of .*model\.gguf cannot be rebuilt \(",
+        ):
             lm = specdiff.load(str(path), "none", device="cpu")
         assert len(lm.generate([5, 6, 7], max_tokens=3, ignore_eos=True).token_ids) == 3
-        with pytest.raises(UsageError, match="this model has no tokenizer; give prompts as lists of token ids"):
+        with pytest.raises(
+            UsageError, match="this model has no tokenizer; give prompts as lists of token ids"
+        ):
             lm.generate("hello")
 
 
 # the cache
 
 
-def test_a_second_load_takes_the_cache(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_load_takes_the_cache(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"))
     folder = gguf.converted(path)
     monkeypatch.setattr(gguf, "_convert", lambda *a: pytest.fail("converted again"))
@@ -280,7 +377,9 @@ def test_a_second_load_takes_the_cache(tmp_path: Path, cache: Path, monkeypatch:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "complete"])
 @pytest.mark.parametrize("left", [None, 0, 40])
-def test_a_damaged_cache_entry_is_converted_again(tmp_path: Path, name: str, left: int | None) -> None:
+def test_a_damaged_cache_entry_is_converted_again(
+    tmp_path: Path, name: str, left: int | None
+) -> None:
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"))
     file = gguf.converted(path) / name
     content = file.read_bytes()
@@ -309,7 +408,9 @@ def test_two_loads_at_once(tmp_path: Path, cache: Path) -> None:
     """Both convert, and one of the equal results stays."""
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"))
     folders: list[Path] = []
-    threads = [threading.Thread(target=lambda: folders.append(gguf.converted(path))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: folders.append(gguf.converted(path))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -333,10 +434,14 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     path = ggufs.write(tmp_path / "model.gguf", ggufs.model("llama"))
-    with pytest.warns(UserWarning, match="cannot write .*file/specdiff/gguf: Not a directory.*set XDG_CACHE_HOME") as caught:
+    with pytest.warns(
+        UserWarning, match="cannot write .*file/specdiff/gguf: Not a directory.*set XDG_CACHE_HOME"
+    ) as caught:
         folder = gguf.converted(path)
     assert len(caught) == 1
-    assert gguf.converted(path) == folder  # the same one for as long as the process runs, and no second warning
+    assert (
+        gguf.converted(path) == folder
+    )  # the same one for as long as the process runs, and no second warning
     assert torch.equal(logits(rebuilt(path)), logits(ggufs.model("llama")))
 
 

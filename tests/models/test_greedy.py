@@ -24,13 +24,17 @@ def flips(net: PreTrainedModel, got: list[list[int]], want: list[list[int]]) -> 
         first = next(i for i, (a, b) in enumerate(itertools.zip_longest(ours, theirs)) if a != b)
         with torch.no_grad():
             best = net(torch.tensor([theirs[:first]])).logits[0, -1].topk(2).values
-        assert best[0] - best[1] < GAP, f"parted at {first} of {len(theirs)}, gap {best[0] - best[1]:.2e}"
+        assert best[0] - best[1] < GAP, (
+            f"parted at {first} of {len(theirs)}, gap {best[0] - best[1]:.2e}"
+        )
         count += 1
     return count
 
 
 @pytest.fixture(scope="module", params=tiny.FAMILIES)
-def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, object, list[list[int]], list[list[int]]]:
+def pair(
+    request: pytest.FixtureRequest,
+) -> tuple[PreTrainedModel, object, list[list[int]], list[list[int]]]:
     """An untouched model, a target of the same weights, eight prompts, and transformers' own greedy text for each."""
     net = tiny.model(request.param)
     prompts = tiny.prompts(8)
@@ -43,11 +47,19 @@ def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, object, list[
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_random_drafter(pair: tuple, steps: int, rows: int) -> None:
     net, target, prompts, texts = pair
-    drafters = [tiny.drafter(target.info, steps=steps), tiny.drafter(target.info, steps=steps, **tiny.CACHED)]
+    drafters = [
+        tiny.drafter(target.info, steps=steps),
+        tiny.drafter(target.info, steps=steps, **tiny.CACHED),
+    ]
     parted = 0
     for i, draft_len in enumerate(LENGTHS):
         chosen = slice(i, i + rows) if rows == 1 else slice(0, rows)
-        got = tiny.decoded(target, drafters[i % 2], tiny.batch_of(prompts[chosen], NEW, temperature=0.0), draft_len=draft_len)
+        got = tiny.decoded(
+            target,
+            drafters[i % 2],
+            tiny.batch_of(prompts[chosen], NEW, temperature=0.0),
+            draft_len=draft_len,
+        )
         parted += flips(net, got, texts[chosen])
     assert parted <= 1
 
@@ -60,7 +72,13 @@ def test_a_drafter_that_is_mostly_right(pair: tuple, verifier: str) -> None:
     for draft_len in LENGTHS:
         for flaw in (3, 1000):
             batch = tiny.batch_of(prompts, NEW, temperature=0.0)
-            got = tiny.decoded(target, tiny.Hinted(texts, tiny.VOCAB, flaw), batch, draft_len=draft_len, verifier=VERIFIERS[verifier])
+            got = tiny.decoded(
+                target,
+                tiny.Hinted(texts, tiny.VOCAB, flaw),
+                batch,
+                draft_len=draft_len,
+                verifier=VERIFIERS[verifier],
+            )
             parted += flips(net, got, texts)
     assert parted <= 1
 
@@ -75,12 +93,19 @@ def test_up_to_the_last_position(pair: tuple) -> None:
     """Drafts that reach past the model's last position are clamped: the text still runs exactly up to it."""
     net, target, _, _ = pair
     limit = target.info.max_positions
-    prompt = torch.randint(tiny.VOCAB, (limit - 12,), generator=torch.Generator().manual_seed(7)).tolist()
+    prompt = torch.randint(
+        tiny.VOCAB, (limit - 12,), generator=torch.Generator().manual_seed(7)
+    ).tolist()
     text = tiny.plain(net, prompt, 12)
     for draft_len in (3, 16):
         for flaw in (4, 1000):
             batch = tiny.batch_of([prompt, prompt[:-5]], 12, temperature=0.0)
-            got = tiny.decoded(target, tiny.Hinted([text, tiny.plain(net, prompt[:-5], 12)], tiny.VOCAB, flaw), batch, draft_len=draft_len)
+            got = tiny.decoded(
+                target,
+                tiny.Hinted([text, tiny.plain(net, prompt[:-5], 12)], tiny.VOCAB, flaw),
+                batch,
+                draft_len=draft_len,
+            )
             assert flips(net, got[:1], [text]) == 0
             assert len(got[0]) == limit
 
@@ -101,9 +126,17 @@ def test_penalties_and_bias_are_those_of_transformers(family: str) -> None:
     """Greedy text of `generate` with its own processors, through drafters that are right, wrong, and untrained."""
     net, target, prompts = tiny.model(family), tiny.target(family), tiny.prompts(4)
     bias = {3: -4.0, 7: 6.0, 20: 3.0}
-    asked = {"repetition_penalty": 1.4, "presence_penalty": 0.9, "frequency_penalty": 0.5, "logit_bias": tuple(bias.items())}
+    asked = {
+        "repetition_penalty": 1.4,
+        "presence_penalty": 0.9,
+        "frequency_penalty": 0.5,
+        "logit_bias": tuple(bias.items()),
+    }
     theirs = {"repetition_penalty": 1.4, "sequence_bias": {(i,): v for i, v in bias.items()}}
-    texts = [tiny.plain(net, p, NEW, logits_processor=[Counts(len(p), 0.9, 0.5)], **theirs) for p in prompts]
+    texts = [
+        tiny.plain(net, p, NEW, logits_processor=[Counts(len(p), 0.9, 0.5)], **theirs)
+        for p in prompts
+    ]
     assert texts != [tiny.plain(net, p, NEW) for p in prompts]
     drafters = [
         NoDrafter(),
@@ -115,4 +148,9 @@ def test_penalties_and_bias_are_those_of_transformers(family: str) -> None:
         for draft_len in (1, 4, 9) if drafter.draft_len else (None,):
             for verifier in ("block", "match"):
                 batch = tiny.batch_of(prompts, NEW, temperature=0.0, **asked)
-                assert tiny.decoded(target, drafter, batch, draft_len=draft_len, verifier=VERIFIERS[verifier]) == texts
+                assert (
+                    tiny.decoded(
+                        target, drafter, batch, draft_len=draft_len, verifier=VERIFIERS[verifier]
+                    )
+                    == texts
+                )

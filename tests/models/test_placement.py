@@ -14,7 +14,13 @@ from specdiff.errors import UnsupportedModelError, UsageError
 from specdiff.targets.causal import CausalTarget
 
 pytest.importorskip("accelerate")
-SPREAD = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+SPREAD = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,12 @@ def folder(net: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def greedy_equals(lm: specdiff.SpeculativeLM, net: PreTrainedModel) -> None:
     prompts = tiny.prompts(3)
     texts = [tiny.plain(net, p, 12) for p in prompts]
-    got = tiny.decoded(lm.target, tiny.Hinted(texts, tiny.VOCAB), tiny.batch_of(prompts, 12, temperature=0.0), draft_len=4)
+    got = tiny.decoded(
+        lm.target,
+        tiny.Hinted(texts, tiny.VOCAB),
+        tiny.batch_of(prompts, 12, temperature=0.0),
+        draft_len=4,
+    )
     assert got == texts
 
 
@@ -45,7 +56,9 @@ def test_a_device_map(folder: Path, net: PreTrainedModel, place: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_model_whose_layers_lie_elsewhere(folder: Path, net: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_model_whose_layers_lie_elsewhere(
+    folder: Path, net: PreTrainedModel, tmp_path: Path
+) -> None:
     """A layer on disk is on meta until it runs; its weights arrive and leave by a hook, which nothing of ours may remove."""
     options = {"device_map": {**SPREAD, "lm_head": "disk"}, "offload_folder": str(tmp_path)}
     lm = specdiff.load(str(folder), "none", model_options=options)
@@ -60,8 +73,14 @@ def test_a_model_whose_layers_lie_elsewhere(folder: Path, net: PreTrainedModel, 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_an_offloaded_embedding_is_refused(folder: Path, tmp_path: Path) -> None:
-    options = {"device_map": {**SPREAD, "model.embed_tokens": "disk", "lm_head": "cpu"}, "offload_folder": str(tmp_path)}
-    with pytest.raises(UnsupportedModelError, match=r"embedding is offloaded; name a device for it in model_options\['device_map'\]"):
+    options = {
+        "device_map": {**SPREAD, "model.embed_tokens": "disk", "lm_head": "cpu"},
+        "offload_folder": str(tmp_path),
+    }
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"embedding is offloaded; name a device for it in model_options\['device_map'\]",
+    ):
         specdiff.load(str(folder), "none", model_options=options)
 
 
@@ -72,7 +91,10 @@ def test_an_offloaded_embedding_is_refused(folder: Path, tmp_path: Path) -> None
             {"model_options": {"trust_remote_code": True}},
             "unknown model option 'trust_remote_code'; known are attn_implementation, device_map",
         ),
-        ({"model_options": {"device_map": "auto"}, "device": "cpu"}, "device 'cpu' and a device_map in model_options both say"),
+        (
+            {"model_options": {"device_map": "auto"}, "device": "cpu"},
+            "device 'cpu' and a device_map in model_options both say",
+        ),
         ({"drafter_device": "toaster"}, "device 'toaster' is not usable here"),
     ],
 )
@@ -134,4 +156,8 @@ def test_a_quantisation_that_is_not_installed_says_so(folder: Path) -> None:
     if __import__("importlib").util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is here")
     with pytest.raises(specdiff.SpecdiffError, match=r"cannot load the weights.*bitsandbytes"):
-        specdiff.load(str(folder), "none", model_options={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)})
+        specdiff.load(
+            str(folder),
+            "none",
+            model_options={"quantization_config": BitsAndBytesConfig(load_in_8bit=True)},
+        )

@@ -14,8 +14,8 @@ import tiny
 from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
-from specdiff.models.causal import RaggedModel
-from specdiff.models.probe import self_test
+from specdiff.models.ragged import RaggedModel
+from specdiff.models.self_test import self_test
 from specdiff.targets.causal import CausalTarget
 from specdiff.types import Draft, Verification
 
@@ -47,8 +47,16 @@ def test_ragged_scoring_equals_a_full_forward(family: str, attention: str) -> No
     model, cache = ragged(net, attention), RaggedCache(4, total + 8)
     start = torch.tensor([1, 4, 119, 60])
     for row, size in enumerate(start.tolist()):
-        model.forward(cache, ids[row : row + 1, :size], torch.arange(size)[None], selected=torch.tensor([row]))
-    for size, advance in [(5, (1, 5, 3, 2)), (1, (1, 1, 1, 1)), (9, (9, 2, 4, 9)), (8, (3, 8, 8, 1)), (6, (6, 1, 6, 6))]:
+        model.forward(
+            cache, ids[row : row + 1, :size], torch.arange(size)[None], selected=torch.tensor([row])
+        )
+    for size, advance in [
+        (5, (1, 5, 3, 2)),
+        (1, (1, 1, 1, 1)),
+        (9, (9, 2, 4, 9)),
+        (8, (3, 8, 8, 1)),
+        (6, (6, 1, 6, 6)),
+    ]:
         at = start[:, None] + torch.arange(size)
         wrong = torch.randint(tiny.VOCAB, (4, size), generator=generator)
         model.forward(cache, wrong, at)
@@ -67,16 +75,28 @@ def test_the_roles_view(family: str) -> None:
     prompts = tiny.prompts(3)
     batch = tiny.batch_of(prompts)
     cache = target.open(3, 40, taps=(1,))
-    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long))
+    features = target.admit(
+        cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long)
+    )
     draft = Draft(torch.randint(tiny.VOCAB, (3, 4), generator=torch.Generator().manual_seed(2)))
     out = target.score(cache, batch, draft)
     for row, prompt in enumerate(prompts):
         logits, hidden = full(plain, torch.tensor([prompt + draft.tokens[row].tolist()]))
-        torch.testing.assert_close(out.logits[row], logits[0, len(prompt) - 1 :], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(out.features[row], hidden[2][0, len(prompt) - 1 :], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(features[row, : len(prompt) - 1], hidden[2][0, : len(prompt) - 1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            out.logits[row], logits[0, len(prompt) - 1 :], rtol=1e-5, atol=1e-4
+        )
+        torch.testing.assert_close(
+            out.features[row], hidden[2][0, len(prompt) - 1 :], rtol=1e-5, atol=1e-4
+        )
+        torch.testing.assert_close(
+            features[row, : len(prompt) - 1], hidden[2][0, : len(prompt) - 1], rtol=1e-5, atol=1e-4
+        )
     nothing = torch.zeros(3, dtype=torch.long)
-    target.keep(cache, batch, Verification(nothing, torch.zeros(3, 5, dtype=torch.long), torch.arange(5).expand(3, 5)))
+    target.keep(
+        cache,
+        batch,
+        Verification(nothing, torch.zeros(3, 5, dtype=torch.long), torch.arange(5).expand(3, 5)),
+    )
     target.release(cache, torch.tensor([1]))
     joined = [9, 8, 7, 6, 5, 4, 3]
     target.admit(cache, torch.tensor([1]), [torch.tensor(joined)], torch.tensor([0]))
@@ -91,12 +111,16 @@ def test_a_long_prompt_is_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
     target, prompts = tiny.target("llama"), [list(range(14)), [4, 4], [5]]
     cache = target.open(3, 40, taps=(0,))
-    features = target.admit(cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long))
+    features = target.admit(
+        cache, torch.arange(3), [torch.tensor(p) for p in prompts], torch.zeros(3, dtype=torch.long)
+    )
     out = target.score(cache, tiny.batch_of(prompts), Draft(torch.zeros(3, 0, dtype=torch.long)))
     for row, prompt in enumerate(prompts):
         logits, hidden = full(tiny.model("llama"), torch.tensor([prompt]))
         torch.testing.assert_close(out.logits[row, 0], logits[0, -1], rtol=1e-5, atol=1e-4)
-        torch.testing.assert_close(features[row, : len(prompt) - 1], hidden[1][0, :-1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            features[row, : len(prompt) - 1], hidden[1][0, :-1], rtol=1e-5, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -107,16 +131,31 @@ def test_rows_go_on_from_what_they_kept(family: str, monkeypatch: pytest.MonkeyP
     ids = torch.randint(tiny.VOCAB, (4, 40), generator=torch.Generator().manual_seed(4))
     sizes, kept, rows = [31, 24, 9, 12], torch.tensor([30, 0, 4]), torch.tensor([0, 3, 2])
     cache = target.open(4, 33)
-    target.admit(cache, torch.arange(4), [row[:n] for row, n in zip(ids, sizes, strict=True)], torch.zeros(4, dtype=torch.long))
-    target.score(cache, tiny.batch_of([row[:n].tolist() for row, n in zip(ids, sizes, strict=True)]), Draft(ids[:, :3]))  # all rejected
+    target.admit(
+        cache,
+        torch.arange(4),
+        [row[:n] for row, n in zip(ids, sizes, strict=True)],
+        torch.zeros(4, dtype=torch.long),
+    )
+    target.score(
+        cache,
+        tiny.batch_of([row[:n].tolist() for row, n in zip(ids, sizes, strict=True)]),
+        Draft(ids[:, :3]),
+    )  # all rejected
     joined = ids.clone()
     joined[0, 30:], joined[3], joined[2, 4:] = 7, 11, 5
     prompts = [joined[row, :n] for row, n in zip(rows, (31, 30, 20), strict=True)]
     target.admit(cache, rows, prompts, kept)
     texts = [prompts[0], ids[1, :24], prompts[2], prompts[1]]
-    out = target.score(cache, tiny.batch_of([t.tolist() for t in texts], max_tokens=2), Draft(torch.zeros(4, 0, dtype=torch.long)))
+    out = target.score(
+        cache,
+        tiny.batch_of([t.tolist() for t in texts], max_tokens=2),
+        Draft(torch.zeros(4, 0, dtype=torch.long)),
+    )
     for row, text in enumerate(texts):
-        torch.testing.assert_close(out.logits[row, 0], full(plain, text[None])[0][0, -1], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            out.logits[row, 0], full(plain, text[None])[0][0, -1], rtol=1e-5, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -140,13 +179,17 @@ def test_grouped_attention_equals_repeated_keys(heads: tuple[int, int], shape: s
     q, k, v = (torch.randn(2, h, n, D, generator=generator) for h, n in ((Q, N), (A, S), (A, S)))
     mask = None
     if shape == "masked":
-        mask = masks.additive(masks.causal(torch.tensor([[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]), S), torch.float32)
+        mask = masks.additive(
+            masks.causal(torch.tensor([[4, 5, 6, 7, 8], [0, 1, 2, 3, 4]]), S), torch.float32
+        )
     layer = torch.nn.Identity()
     layer.num_key_value_groups = Q // A  # as every attention layer of transformers names it
     got, weights = masks.grouped_attention(layer, q, k, v, mask, scaling=0.3)
     assert weights is None
     k, v = k.repeat_interleave(Q // A, dim=1), v.repeat_interleave(Q // A, dim=1)
-    want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=shape == "causal", scale=0.3)
+    want = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=shape == "causal", scale=0.3
+    )
     torch.testing.assert_close(got, want.transpose(1, 2), rtol=0, atol=1e-5)
 
 
@@ -154,7 +197,11 @@ def attended(layer: torch.nn.Module, masked: bool = True, **options: Any) -> tup
     """What the target's attention gives, and the stock one, from the same random numbers."""
     generator = torch.Generator().manual_seed(3)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, 2, 2))
-    mask = masks.additive(masks.causal(torch.arange(5).expand(2, 5), 5), torch.float32) if masked else None
+    mask = (
+        masks.additive(masks.causal(torch.arange(5).expand(2, 5), 5), torch.float32)
+        if masked
+        else None
+    )
     outs = []
     for attention in (masks.grouped_attention, sdpa_attention_forward):
         torch.manual_seed(0)
@@ -190,7 +237,10 @@ def test_masks_of_single_heads_are_obeyed() -> None:
     torch.testing.assert_close(ours, sdpa_attention_forward(grouped(), q, k, v, mask)[0])
 
 
-@pytest.mark.parametrize(("option", "message"), [("s_aux", r"sinks \(s_aux\)"), ("sinks", "sinks"), ("softcap", "softcap")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("s_aux", r"sinks \(s_aux\)"), ("sinks", "sinks"), ("softcap", "softcap")],
+)
 def test_what_attention_cannot_do_is_refused(option: str, message: str) -> None:
     with pytest.raises((UnsupportedModelError, ValueError), match=message):
         attended(grouped(), **{option: torch.ones(4)})
@@ -203,12 +253,27 @@ def test_options_of_no_consequence_stay_on_the_fast_path(monkeypatch: pytest.Mon
     monkeypatch.setattr(masks, "sdpa_attention_forward", refuses)
     q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8)
     mask = torch.zeros(2, 1, 5, 9)
-    masks.grouped_attention(grouped(), q, k, k, mask, use_cache=True, position_ids=torch.arange(5)[None], sliding_window=5, softcap=None)
+    masks.grouped_attention(
+        grouped(),
+        q,
+        k,
+        k,
+        mask,
+        use_cache=True,
+        position_ids=torch.arange(5)[None],
+        sliding_window=5,
+        softcap=None,
+    )
 
 
 def test_a_model_in_training_keeps_its_attention_dropout() -> None:
     """Attaching a target leaves the gradient noise of the user's own training as it was."""
-    nets = [LlamaForCausalLM(LlamaConfig(**{**tiny.model("llama").config.to_dict(), "attention_dropout": 0.5})) for _ in range(2)]
+    nets = [
+        LlamaForCausalLM(
+            LlamaConfig(**{**tiny.model("llama").config.to_dict(), "attention_dropout": 0.5})
+        )
+        for _ in range(2)
+    ]
     nets[1].load_state_dict(nets[0].state_dict())
     CausalTarget(nets[1])
     ids, mask = torch.arange(10)[None].expand(2, 10), torch.ones(2, 10, dtype=torch.long)
@@ -218,7 +283,12 @@ def test_a_model_in_training_keeps_its_attention_dropout() -> None:
         for net in nets:
             net.train()
             torch.manual_seed(5)
-            losses.append([float(net(ids, attention_mask=attention, labels=ids).loss.detach()) for _ in range(3)])
+            losses.append(
+                [
+                    float(net(ids, attention_mask=attention, labels=ids).loss.detach())
+                    for _ in range(3)
+                ]
+            )
         assert losses[0] == losses[1]
         assert len(set(losses[1])) == 3
 
@@ -251,7 +321,9 @@ class Blind(LlamaForCausalLM):
 class Forgetful(LlamaForCausalLM):
     """A Llama that never looks into its cache."""
 
-    def forward(self, *arguments: Any, past_key_values: Any = None, use_cache: bool = False, **options: Any) -> Any:
+    def forward(
+        self, *arguments: Any, past_key_values: Any = None, use_cache: bool = False, **options: Any
+    ) -> Any:
         return super().forward(*arguments, use_cache=False, **options)
 
 
@@ -279,7 +351,10 @@ class Stretched(LlamaForCausalLM):
     """A Llama that counts positions twice as fast once any row of the forward is longer than the 40 it was trained for."""
 
     def forward(self, *arguments: Any, position_ids: Tensor | None = None, **options: Any) -> Any:
-        if position_ids is not None and int(position_ids.max()) >= self.config.original_max_position_embeddings:
+        if (
+            position_ids is not None
+            and int(position_ids.max()) >= self.config.original_max_position_embeddings
+        ):
             position_ids = position_ids * 2
         return super().forward(*arguments, position_ids=position_ids, **options)
 
@@ -341,7 +416,9 @@ def test_the_self_test_sees_one_cache_under_two_streams() -> None:
         CausalTarget(net)
 
 
-def test_the_self_test_compares_with_the_untouched_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_compares_with_the_untouched_attention(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One that is wrong everywhere alike is compared with the model's own."""
     from transformers import AttentionInterface
 
@@ -360,7 +437,10 @@ def test_a_sabotaged_model_fails_the_self_test(kind: type[PreTrainedModel]) -> N
     net.load_state_dict(tiny.model("llama").state_dict())
     with pytest.raises(UnsupportedModelError) as caught:
         CausalTarget(net)
-    told = re.search(r"llama model fails the self-test: .* differs from a plain forward by (\S+) of its largest logit", str(caught.value))
+    told = re.search(
+        r"llama model fails the self-test: .* differs from a plain forward by (\S+) of its largest logit",
+        str(caught.value),
+    )
     assert told, str(caught.value)
     error = float(told.group(1))
     assert error != error if kind is Broken else error > 5e-3
@@ -392,7 +472,12 @@ def test_the_model_still_generates_on_its_own(family: str) -> None:
     net = tiny.model(family)
     ids = torch.tensor([[0, 0, 0, 5, 9], [3, 1, 4, 1, 5]])
     mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
-    options: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    options: dict[str, Any] = {
+        "attention_mask": mask,
+        "do_sample": False,
+        "max_new_tokens": 8,
+        "pad_token_id": 0,
+    }
     before = net.generate(ids, **options)
     CausalTarget(net)
     assert torch.equal(net.generate(ids, **options), before)

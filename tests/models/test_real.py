@@ -23,7 +23,9 @@ QUESTIONS = (
 @pytest.fixture(scope="module")
 def untouched() -> PreTrainedModel:
     """The same weights in transformers' own hands."""
-    return AutoModelForCausalLM.from_pretrained(catalog.model_folder("smollm2-135m"), dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        catalog.model_folder("smollm2-135m"), dtype=torch.float32
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,11 @@ def texts(lm: SpeculativeLM, untouched: PreTrainedModel) -> list[list[int]]:
 @pytest.mark.parametrize("verifier", ["token", "block", "match"])
 @pytest.mark.parametrize("draft_len", LENGTHS)
 def test_greedy_text_is_the_targets_own(
-    lm: SpeculativeLM, untouched: PreTrainedModel, texts: list[list[int]], draft_len: int, verifier: str
+    lm: SpeculativeLM,
+    untouched: PreTrainedModel,
+    texts: list[list[int]],
+    draft_len: int,
+    verifier: str,
 ) -> None:
     """Long accepted prefixes, and rejections in between."""
     chosen = texts[:3]
@@ -52,20 +58,45 @@ IN_EIGHT = {(1, 2), (1, 4), (4, 1), (8, 2), (16, 4), (40, 1)}
 @pytest.mark.parametrize("steps", [1, 2, 4])
 @pytest.mark.parametrize("draft_len", LENGTHS)
 def test_greedy_text_through_the_bundled_diffusion_drafter(
-    lm: SpeculativeLM, untouched: PreTrainedModel, texts: list[list[int]], draft_len: int, steps: int
+    lm: SpeculativeLM,
+    untouched: PreTrainedModel,
+    texts: list[list[int]],
+    draft_len: int,
+    steps: int,
 ) -> None:
     drafter = catalog.drafter("sedd", lm.target.info, {"steps": steps})
     new = 3 if draft_len == 40 else 6
-    chosen = [t[: len(t) - NEW + new] for t in (texts if (draft_len, steps) in IN_EIGHT else texts[steps : steps + 1])]
-    got = tiny.decoded(lm.target, drafter, tiny.batch_of([t[:-new] for t in chosen], new, temperature=0.0), draft_len=draft_len)
+    chosen = [
+        t[: len(t) - NEW + new]
+        for t in (texts if (draft_len, steps) in IN_EIGHT else texts[steps : steps + 1])
+    ]
+    got = tiny.decoded(
+        lm.target,
+        drafter,
+        tiny.batch_of([t[:-new] for t in chosen], new, temperature=0.0),
+        draft_len=draft_len,
+    )
     assert flips(untouched, got, chosen) <= 1
 
 
 @pytest.mark.parametrize("drafter", ["sedd", "autoregressive", "ngram"])
-def test_matching_gives_the_text_of_plain_decoding_under_every_option(lm: SpeculativeLM, drafter: str) -> None:
+def test_matching_gives_the_text_of_plain_decoding_under_every_option(
+    lm: SpeculativeLM, drafter: str
+) -> None:
     """L4 of a real target: same seed, same tokens, whatever drafts, in whatever batch, streamed or not."""
-    options = {"top_p": 0.9, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "logit_bias": {198: 2.0}, "temperature": 0.8}
-    asked: dict[str, Any] = {"max_tokens": 6, "seed": 3, "verifier": "match", "ignore_eos": True} | options
+    options = {
+        "top_p": 0.9,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.4,
+        "logit_bias": {198: 2.0},
+        "temperature": 0.8,
+    }
+    asked: dict[str, Any] = {
+        "max_tokens": 6,
+        "seed": 3,
+        "verifier": "match",
+        "ignore_eos": True,
+    } | options
     plain, made = (SpeculativeLM(lm.target, d, lm.tokenizer, lm.max_len) for d in ("none", drafter))
     expected = plain.generate(QUESTIONS[1], **asked).token_ids
     assert made.generate([QUESTIONS[1], QUESTIONS[2]], **asked)[0].token_ids == expected
@@ -74,7 +105,10 @@ def test_matching_gives_the_text_of_plain_decoding_under_every_option(lm: Specul
 
 
 # To record anew, after a drafter was trained or exchanged: run this test and write the value its failure tells.
-RECORDED = {"sedd": 1.3559, "autoregressive": 1.3793}  # tokens a round over CHORES, temperature 0, 4 drafted tokens, 16 tokens each
+RECORDED = {
+    "sedd": 1.3559,
+    "autoregressive": 1.3793,
+}  # tokens a round over CHORES, temperature 0, 4 drafted tokens, 16 tokens each
 CHORES = ("Count from 1 to 20.", "List the days of the week.", "Write a Python function that adds two numbers.",
           "Repeat: the cat sat on the mat, the cat sat on the mat.", "Give me three tips for learning a language.")  # fmt: skip
 
@@ -83,16 +117,33 @@ CHORES = ("Count from 1 to 20.", "List the days of the week.", "Write a Python f
 def test_the_bundled_drafters_are_as_good_as_they_were(lm: SpeculativeLM, drafter: str) -> None:
     """L6: nothing about loading, drafting or verifying may cost acceptance."""
     made = catalog.drafter(drafter, lm.target.info)
-    found = acceptance(lm.target, made, [lm.encode(q) for q in CHORES], temperature=0.0, max_tokens=16, draft_len=4)
-    assert found["tau"] >= 0.95 * RECORDED[drafter], f"{drafter}: tau {found['tau']}, recorded {RECORDED[drafter]}; all of it: {found}"
+    found = acceptance(
+        lm.target, made, [lm.encode(q) for q in CHORES], temperature=0.0, max_tokens=16, draft_len=4
+    )
+    assert found["tau"] >= 0.95 * RECORDED[drafter], (
+        f"{drafter}: tau {found['tau']}, recorded {RECORDED[drafter]}; all of it: {found}"
+    )
 
 
-def test_a_random_sedd_drafter_over_the_real_vocabulary(lm: SpeculativeLM, untouched: PreTrainedModel, texts: list[list[int]]) -> None:
+def test_a_random_sedd_drafter_over_the_real_vocabulary(
+    lm: SpeculativeLM, untouched: PreTrainedModel, texts: list[list[int]]
+) -> None:
     info = lm.target.info
-    borrowed: dict[str, Any] = {**tiny.CACHED, "hidden_size": info.hidden_size, "n_heads": 9, "n_blocks": 1, "draft_vocab_size": 4096}
+    borrowed: dict[str, Any] = {
+        **tiny.CACHED,
+        "hidden_size": info.hidden_size,
+        "n_heads": 9,
+        "n_blocks": 1,
+        "draft_vocab_size": 4096,
+    }
     drafter = tiny.drafter(info, steps=2, **borrowed)
     assert drafter.denoiser.model.vocab_embed.weight.data_ptr() == info.embedding.data_ptr()
-    got = tiny.decoded(lm.target, drafter, tiny.batch_of([t[:-NEW] for t in texts[:1]], NEW // 2, temperature=0.0), draft_len=3)
+    got = tiny.decoded(
+        lm.target,
+        drafter,
+        tiny.batch_of([t[:-NEW] for t in texts[:1]], NEW // 2, temperature=0.0),
+        draft_len=3,
+    )
     assert flips(untouched, got, [texts[0][: -NEW // 2]]) <= 1
 
 
@@ -112,7 +163,9 @@ def test_the_chat_template_and_its_end(lm: SpeculativeLM) -> None:
     assert "<|im_end|>" not in out.text
     assert out.text == lm.generate("Say hello.", temperature=0, max_tokens=40).text
     ids = lm.encode("Say hello.", system="You are terse.")
-    assert lm.tokenizer.decode(ids).startswith("<|im_start|>system\nYou are terse.<|im_end|>\n<|im_start|>user\nSay hello.<|im_end|>")
+    assert lm.tokenizer.decode(ids).startswith(
+        "<|im_start|>system\nYou are terse.<|im_end|>\n<|im_start|>user\nSay hello.<|im_end|>"
+    )
 
 
 def test_streamed_emoji(lm: SpeculativeLM) -> None:
@@ -125,6 +178,9 @@ def test_streamed_emoji(lm: SpeculativeLM) -> None:
 
 def test_sampling_with_a_seed(lm: SpeculativeLM) -> None:
     options: dict[str, Any] = {"max_tokens": 8, "seed": 3, "temperature": 0.9, "top_p": 0.95}
-    once, both = lm.generate(QUESTIONS[1], **options), lm.generate([QUESTIONS[1], QUESTIONS[2]], **options)
+    once, both = (
+        lm.generate(QUESTIONS[1], **options),
+        lm.generate([QUESTIONS[1], QUESTIONS[2]], **options),
+    )
     assert once.token_ids == both[0].token_ids
     assert once.token_ids != lm.generate(QUESTIONS[1], **options | {"seed": 4}).token_ids

@@ -18,7 +18,7 @@ from specdiff import decode
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.ngram import NGramDrafter
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.causal import CausalTarget, attached
 from specdiff.types import Draft
 
@@ -55,12 +55,17 @@ def together(call: Callable[[int], Any]) -> list[Any]:
 
 def prompt(i: int) -> list[int]:
     """Prompts of one to 17 tokens."""
-    return torch.randint(VOCAB, (1 + 5 * i % 17,), generator=torch.Generator().manual_seed(i)).tolist()
+    return torch.randint(
+        VOCAB, (1 + 5 * i % 17,), generator=torch.Generator().manual_seed(i)
+    ).tolist()
 
 
 def drafters(target: CausalTarget, net: PreTrainedModel) -> list[Drafter[Any]]:
     """From the text, and by a network that is shared as the target is."""
-    return [NGramDrafter(target.info), AutoregressiveDrafter(SmallCausalLM(net.config, tiny.copy_of(net)).eval(), target.info)]
+    return [
+        NGramDrafter(target.info),
+        AutoregressiveDrafter(SmallLM(net.config, tiny.copy_of(net)).eval(), target.info),
+    ]
 
 
 def test_decode(net: PreTrainedModel) -> None:
@@ -69,7 +74,12 @@ def test_decode(net: PreTrainedModel) -> None:
     texts = [tiny.plain(net, prompt(i), NEW) for i in range(THREADS * CALLS)]
 
     def call(i: int) -> list[int]:
-        return tiny.decoded(target, shared[i // THREADS % 2], tiny.batch_of([prompt(i)], NEW, temperature=0.0), draft_len=3)[0]
+        return tiny.decoded(
+            target,
+            shared[i // THREADS % 2],
+            tiny.batch_of([prompt(i)], NEW, temperature=0.0),
+            draft_len=3,
+        )[0]
 
     assert together(call) == texts
 
@@ -84,7 +94,11 @@ def test_generate_of_one_lm(net: PreTrainedModel) -> None:
 def test_custom_generate(net: PreTrainedModel) -> None:
     """The first calls test and attach the model, all at once."""
     texts = [tiny.plain(net, prompt(i), NEW) for i in range(THREADS * CALLS)]
-    options: dict[str, Any] = {"custom_generate": specdiff.custom_generate, "drafter": "ngram", "trust_remote_code": True}
+    options: dict[str, Any] = {
+        "custom_generate": specdiff.custom_generate,
+        "drafter": "ngram",
+        "trust_remote_code": True,
+    }
     assert together(lambda i: tiny.plain(net, prompt(i), NEW, **options)) == texts
 
 
@@ -94,20 +108,33 @@ def test_two_targets_of_one_model() -> None:
     targets = [CausalTarget(net), CausalTarget(net)]
 
     def call(i: int) -> list[int]:
-        return tiny.decoded(targets[i % 2], NGramDrafter(targets[i % 2].info), tiny.batch_of([prompt(i)], NEW, temperature=0.0))[0]
+        return tiny.decoded(
+            targets[i % 2],
+            NGramDrafter(targets[i % 2].info),
+            tiny.batch_of([prompt(i)], NEW, temperature=0.0),
+        )[0]
 
     assert together(call) == texts
 
 
 @pytest.mark.parametrize("attach", [CausalTarget, attached])
-def test_the_last_streams_cache_is_given_up(net: PreTrainedModel, attach: Callable[[PreTrainedModel], CausalTarget]) -> None:
+def test_the_last_streams_cache_is_given_up(
+    net: PreTrainedModel, attach: Callable[[PreTrainedModel], CausalTarget]
+) -> None:
     """At once, without the garbage collector."""
     target = attach(net)
     batch = tiny.batch_of([prompt(3), prompt(5)])
     cache = target.open(2, 40)
-    target.admit(cache, torch.arange(2), [torch.tensor(prompt(3)), torch.tensor(prompt(5))], torch.zeros(2, dtype=torch.long))
+    target.admit(
+        cache,
+        torch.arange(2),
+        [torch.tensor(prompt(3)), torch.tensor(prompt(5))],
+        torch.zeros(2, dtype=torch.long),
+    )
     target.score(cache, batch, Draft(torch.zeros(2, 3, dtype=torch.long)))
-    stores = [weakref.ref(store) for store in (*cache.store.keys.values(), *cache.store.values.values())]
+    stores = [
+        weakref.ref(store) for store in (*cache.store.keys.values(), *cache.store.values.values())
+    ]
     assert stores
     assert all(store() is not None for store in stores)
     del cache
@@ -119,7 +146,12 @@ def test_streams_that_take_turns_in_one_thread(net: PreTrainedModel) -> None:
     target = CausalTarget(tiny.copy_of(net))
     prompts = [prompt(i) for i in range(6)]
     streams = [
-        decode.decode(target, NGramDrafter(target.info), tiny.batch_of([p], NEW + 7 * i, temperature=0.0), draft_len=3)
+        decode.decode(
+            target,
+            NGramDrafter(target.info),
+            tiny.batch_of([p], NEW + 7 * i, temperature=0.0),
+            draft_len=3,
+        )
         for i, p in enumerate(prompts)
     ]
     texts: dict[int, list[int]] = {}

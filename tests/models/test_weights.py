@@ -14,12 +14,12 @@ import specdiff
 import tiny
 from specdiff import weights
 from specdiff.errors import ConfigError, StorageError, UnknownNameError, WeightsError
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.nn.small_lm import SmallLM
 
 Load = Callable[[Path], Any]
 DOORS: dict[str, Load] = {
     "target": lambda folder: specdiff.load(str(folder), "none", device="cpu"),
-    "drafter": SmallCausalLM.from_pretrained,
+    "drafter": SmallLM.from_pretrained,
 }
 
 
@@ -50,9 +50,13 @@ def folder_with(folder: Path, family: str, **extra: torch.Tensor) -> Path:
         ("gpt2", "vision_head.weight"),
     ],
 )
-def test_a_tensor_without_a_place_is_named(tmp_path: Path, load: Load, family: str, name: str) -> None:
+def test_a_tensor_without_a_place_is_named(
+    tmp_path: Path, load: Load, family: str, name: str
+) -> None:
     folder_with(tmp_path, family, **{name: torch.ones(3)})
-    with pytest.raises(WeightsError, match=rf"hold {name}, which the model has no place for; does its config\.json"):
+    with pytest.raises(
+        WeightsError, match=rf"hold {name}, which the model has no place for; does its config\.json"
+    ):
         load(tmp_path)
 
 
@@ -60,7 +64,10 @@ def test_a_config_of_fewer_layers(tmp_path: Path, load: Load) -> None:
     folder_with(tmp_path, "llama")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    with pytest.raises(WeightsError, match=r"hold model\.layers\.1\..* and 6 more, which the model has no place for"):
+    with pytest.raises(
+        WeightsError,
+        match=r"hold model\.layers\.1\..* and 6 more, which the model has no place for",
+    ):
         load(tmp_path)
 
 
@@ -76,7 +83,9 @@ def test_a_config_of_fewer_layers(tmp_path: Path, load: Load) -> None:
         ("gpt2", "v_head.summary.weight"),
     ],
 )
-def test_a_tensor_that_does_nothing_is_passed_over(tmp_path: Path, load: Load, family: str, name: str) -> None:
+def test_a_tensor_that_does_nothing_is_passed_over(
+    tmp_path: Path, load: Load, family: str, name: str
+) -> None:
     load(folder_with(tmp_path, family, **{name: torch.ones(3)}))
 
 
@@ -94,17 +103,21 @@ def test_heads_that_do_not_divide_the_width(tmp_path: Path, family: str, key: st
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: 7, "head_dim": None}))
     with pytest.raises(ConfigError, match=r"config\.json.*32.*multiple of the.*7"):
-        SmallCausalLM.from_pretrained(tmp_path)
+        SmallLM.from_pretrained(tmp_path)
 
 
 def test_heads_of_a_network_that_is_built(tmp_path: Path) -> None:
     config = tiny.model("gpt2").config
     config.n_head = 7
-    with pytest.raises(ConfigError, match="the width 32 is not a multiple of the 7 attention heads"):
-        SmallCausalLM(config)
+    with pytest.raises(
+        ConfigError, match="the width 32 is not a multiple of the 7 attention heads"
+    ):
+        SmallLM(config)
     with pytest.raises(ConfigError, match="hidden_size 32 is not a multiple of n_heads 7"):
         tiny.sedd_config(n_heads=7)
-    with pytest.raises(ConfigError, match="hidden_size 24 over n_heads 8 gives heads of odd size 3"):
+    with pytest.raises(
+        ConfigError, match="hidden_size 24 over n_heads 8 gives heads of odd size 3"
+    ):
         tiny.sedd_config(hidden_size=24, n_heads=8)
 
 
@@ -132,7 +145,7 @@ def test_what_cannot_be_written_is_an_error_of_ours(tmp_path: Path, borrows: boo
     config = tiny.model("llama").config
     config.borrow_embeddings = borrows
     with pytest.raises(StorageError, match=r"cannot write .*file"):
-        SmallCausalLM(config).save_pretrained(tmp_path / "file" / "drafter")
+        SmallLM(config).save_pretrained(tmp_path / "file" / "drafter")
     with pytest.raises(StorageError, match=r"cannot write .*file"):
         tiny.sedd(tiny.sedd_config()).save_pretrained(tmp_path / "file" / "drafter")
 

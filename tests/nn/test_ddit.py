@@ -38,13 +38,19 @@ def turn(vector: Tensor, position: int) -> Tensor:
     for i in range(d // 2):
         angle = position * 1e4 ** (-2 * i / d)
         a, b = vector[i], vector[i + d // 2]
-        out[i], out[i + d // 2] = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+        out[i], out[i + d // 2] = (
+            a * math.cos(angle) - b * math.sin(angle),
+            b * math.cos(angle) + a * math.sin(angle),
+        )
     return out
 
 
 def conditioning(s: dict[str, Tensor], sigma: float) -> Tensor:
     frequencies = [math.exp(-math.log(1e4) * k / 128) for k in range(128)]
-    features = torch.tensor([math.cos(sigma * f) for f in frequencies] + [math.sin(sigma * f) for f in frequencies], dtype=torch.float64)
+    features = torch.tensor(
+        [math.cos(sigma * f) for f in frequencies] + [math.sin(sigma * f) for f in frequencies],
+        dtype=torch.float64,
+    )
     inner = silu(s["sigma_map.mlp.0.weight"] @ features + s["sigma_map.mlp.0.bias"])
     return silu(s["sigma_map.mlp.2.weight"] @ inner + s["sigma_map.mlp.2.bias"])
 
@@ -63,7 +69,15 @@ def attention(s: dict[str, Tensor], name: str, h: Tensor, heads: int) -> Tensor:
     return out @ s[name + "attn_out.weight"].T
 
 
-def reference(state: dict[str, Tensor], ids: list[int], sigma: float, *, blocks: int, heads: int, scale_by_sigma: bool) -> Tensor:
+def reference(
+    state: dict[str, Tensor],
+    ids: list[int],
+    sigma: float,
+    *,
+    blocks: int,
+    heads: int,
+    scale_by_sigma: bool,
+) -> Tensor:
     """The log-score [L, V] of one row, in float64."""
     s = {key: value.double() for key, value in state.items()}
     c = conditioning(s, sigma)
@@ -77,7 +91,9 @@ def reference(state: dict[str, Tensor], ids: list[int], sigma: float, *, blocks:
         h = norm(x, s[name + "norm2.weight"]) * (1 + scale2) + shift2
         h = gelu(h @ s[name + "mlp.0.weight"].T + s[name + "mlp.0.bias"])
         x = x + gate2 * (h @ s[name + "mlp.2.weight"].T + s[name + "mlp.2.bias"])
-    shift, scale = (s["output_layer.adaLN_modulation.weight"] @ c + s["output_layer.adaLN_modulation.bias"]).chunk(2)
+    shift, scale = (
+        s["output_layer.adaLN_modulation.weight"] @ c + s["output_layer.adaLN_modulation.bias"]
+    ).chunk(2)
     h = norm(x, s["output_layer.norm_final.weight"]) * (1 + scale) + shift
     y = h @ s["output_layer.linear.weight"].T + s["output_layer.linear.bias"]
     if scale_by_sigma:
@@ -95,12 +111,21 @@ def test_agrees_with_the_reference(process: str) -> None:
     ids = torch.randint(config.vocab_size, (4, 11), generator=torch.Generator().manual_seed(1))
     if absorb:
         ids[:, ::3] = config.mask_id
-    sigma = torch.tensor([1e-3, 0.3, 2.0, -math.log(1e-3)])  # both sides of expm1's 0.5; the last is t = 1
+    sigma = torch.tensor(
+        [1e-3, 0.3, 2.0, -math.log(1e-3)]
+    )  # both sides of expm1's 0.5; the last is t = 1
     with torch.no_grad():
         got = network(ids, sigma)
     assert got.dtype == torch.float32
     for row in range(4):
-        want = reference(dict(network.state_dict()), ids[row].tolist(), sigma[row].item(), blocks=2, heads=4, scale_by_sigma=absorb)
+        want = reference(
+            dict(network.state_dict()),
+            ids[row].tolist(),
+            sigma[row].item(),
+            blocks=2,
+            heads=4,
+            scale_by_sigma=absorb,
+        )
         assert want.std() > 0.3  # not a network that says nothing
         torch.testing.assert_close(got[row].double(), want, rtol=0, atol=1e-4)
 
@@ -133,7 +158,9 @@ def test_bf16_keeps_the_offset_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "total", "in_blocks"), [(SMALL, 169_627_218, 92_132_352), (MEDIUM, 424_477_010, 321_183_744)], ids=["small", "medium"]
+    ("sizes", "total", "in_blocks"),
+    [(SMALL, 169_627_218, 92_132_352), (MEDIUM, 424_477_010, 321_183_744)],
+    ids=["small", "medium"],
 )
 def test_parameter_counts_of_the_paper(sizes: dict[str, int], total: int, in_blocks: int) -> None:
     with torch.device("meta"):
@@ -143,11 +170,24 @@ def test_parameter_counts_of_the_paper(sizes: dict[str, int], total: int, in_blo
 
 
 def test_state_dict_keys_are_the_authors() -> None:
-    block = ["norm1.weight", "attn_qkv.weight", "attn_out.weight", "norm2.weight", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight"]
+    block = [
+        "norm1.weight",
+        "attn_qkv.weight",
+        "attn_out.weight",
+        "norm2.weight",
+        "mlp.0.weight",
+        "mlp.0.bias",
+        "mlp.2.weight",
+    ]
     block += ["mlp.2.bias", "adaLN_modulation.weight", "adaLN_modulation.bias"]
-    expected = {"vocab_embed.embedding", *(f"sigma_map.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias"))}
+    expected = {
+        "vocab_embed.embedding",
+        *(f"sigma_map.mlp.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")),
+    }
     expected |= {f"blocks.{i}.{name}" for i in range(2) for name in block}
-    expected |= {f"output_layer.{name}" for name in ("norm_final.weight", "linear.weight", "linear.bias")}
+    expected |= {
+        f"output_layer.{name}" for name in ("norm_final.weight", "linear.weight", "linear.bias")
+    }
     expected |= {f"output_layer.adaLN_modulation.{kind}" for kind in ("weight", "bias")}
     assert set(tiny.sedd(tiny.sedd_config()).state_dict()) == expected
 
@@ -156,13 +196,19 @@ def test_untrained_network_is_all_zero() -> None:
     """adaLN and the read-out start at zero: only the offset is left, and 0 at the current token."""
     config = tiny.sedd_config(tokens=23)
     score = SEDD(config).eval()(torch.full((1, 4), 23), torch.tensor([1.0]))
-    torch.testing.assert_close(score[..., :23], torch.full((1, 4, 23), -math.log(math.expm1(1.0)) - math.log(23)))
+    torch.testing.assert_close(
+        score[..., :23], torch.full((1, 4, 23), -math.log(math.expm1(1.0)) - math.log(23))
+    )
     assert (score[..., 23] == 0).all()
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"process": "uniform", "scale_by_sigma": False, "schedule": "geometric", "sigma_max": 9.0}, {**tiny.CACHED, "context_window": 7}],
+    [
+        {},
+        {"process": "uniform", "scale_by_sigma": False, "schedule": "geometric", "sigma_max": 9.0},
+        {**tiny.CACHED, "context_window": 7},
+    ],
     ids=["authors", "uniform", "borrowed"],
 )
 def test_save_and_load_bitwise(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -177,7 +223,10 @@ def test_save_and_load_bitwise(tmp_path: Path, changes: dict[str, Any]) -> None:
         assert torch.equal(state[name], tensor), name
     data = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert (data["target"], data["draft_len"], data["model_type"]) == ("someone", 5, "sedd")
-    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_saved_in_half_precision(tmp_path: Path) -> None:
@@ -201,12 +250,23 @@ def test_loads_the_authors_layout(tmp_path: Path) -> None:
         "ngpus": 8,
         "graph": {"type": "absorb", "report_all": False, "file": "data"},
         "noise": {"type": "loglinear"},
-        "model": {"name": "small", "type": "ddit", "hidden_size": 32, "cond_dim": 16, "n_blocks": 2, "n_heads": 4},
+        "model": {
+            "name": "small",
+            "type": "ddit",
+            "hidden_size": 32,
+            "cond_dim": 16,
+            "n_blocks": 2,
+            "n_heads": 4,
+        },
         "training": {"batch_size": 512},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     again = SEDD.from_pretrained(tmp_path)
-    assert (again.config.length, again.config.scale_by_sigma, again.config.borrow_embeddings) == (1024, True, False)
+    assert (again.config.length, again.config.scale_by_sigma, again.config.borrow_embeddings) == (
+        1024,
+        True,
+        False,
+    )
     ids, sigma = torch.arange(6)[None], torch.tensor([0.4])
     with torch.no_grad():
         assert torch.equal(again(ids, sigma), network(ids, sigma))
@@ -244,8 +304,12 @@ def test_passes_over_a_cache_equal_one_banded_pass() -> None:
             slot = torch.arange(cache.bound)
             mask = ((slot <= at[..., None]) & (slot > at[..., None] - window))[:, None]
             states = network.hidden(ids.gather(1, at), sigma, mask=mask, positions=at, cache=cache)
-            torch.testing.assert_close(states, full.gather(1, at[..., None].expand(-1, -1, tiny.WIDTH)), rtol=0, atol=1e-5)
-            read = read + torch.tensor(advance)  # not all that was written is kept: the rest is overwritten
+            torch.testing.assert_close(
+                states, full.gather(1, at[..., None].expand(-1, -1, tiny.WIDTH)), rtol=0, atol=1e-5
+            )
+            read = read + torch.tensor(
+                advance
+            )  # not all that was written is kept: the rest is overwritten
 
 
 def borrowed(**changes: Any) -> tuple[SEDD, Tensor, Tensor]:
@@ -259,21 +323,29 @@ def test_borrowing_shares_the_targets_memory() -> None:
     network, embedding, head = borrowed()
     assert network.vocab_embed.weight.data_ptr() == embedding.data_ptr()
     assert network.head.data_ptr() == head.data_ptr()
-    assert not {"vocab_embed.weight", "head", "output_layer.linear.weight"} & set(network.state_dict())
-    assert all(p.data_ptr() not in (embedding.data_ptr(), head.data_ptr()) for p in network.parameters())
+    assert not {"vocab_embed.weight", "head", "output_layer.linear.weight"} & set(
+        network.state_dict()
+    )
+    assert all(
+        p.data_ptr() not in (embedding.data_ptr(), head.data_ptr()) for p in network.parameters()
+    )
 
 
 def test_borrowing_equals_owning_the_same_numbers() -> None:
     network, embedding, head = borrowed()
     state = {k: v for k, v in network.state_dict().items() if k != "vocab_embed.mask_embedding"}
-    state["vocab_embed.embedding"] = torch.cat([embedding, network.vocab_embed.mask_embedding.detach()[None]])
+    state["vocab_embed.embedding"] = torch.cat(
+        [embedding, network.vocab_embed.mask_embedding.detach()[None]]
+    )
     state["output_layer.linear.weight"] = torch.cat([head, torch.zeros(1, tiny.WIDTH)])
     state["output_layer.linear.bias"] = torch.zeros(tiny.VOCAB + 1)
     own = SEDD(tiny.sedd_config()).eval()
     own.load_state_dict(state)
     ids, sigma = torch.tensor([[3, 1, tiny.VOCAB, 7, tiny.VOCAB]]), torch.tensor([0.8])
     with torch.no_grad():
-        torch.testing.assert_close(network(ids, sigma)[..., : tiny.VOCAB], own(ids, sigma)[..., : tiny.VOCAB])
+        torch.testing.assert_close(
+            network(ids, sigma)[..., : tiny.VOCAB], own(ids, sigma)[..., : tiny.VOCAB]
+        )
 
 
 def test_draft_vocab_reads_some_columns_of_the_head() -> None:
@@ -282,7 +354,10 @@ def test_draft_vocab_reads_some_columns_of_the_head() -> None:
     whole.load_state_dict({k: v for k, v in network.state_dict().items() if k != "draft_vocab"})
     ids, sigma = torch.tensor([[3, tiny.VOCAB, 7, tiny.VOCAB]]), torch.tensor([0.8])
     with torch.no_grad():
-        few, all_ = network.logits(network.hidden(ids, sigma)), whole.logits(whole.hidden(ids, sigma))
+        few, all_ = (
+            network.logits(network.hidden(ids, sigma)),
+            whole.logits(whole.hidden(ids, sigma)),
+        )
         score = network(ids, sigma)
     assert few.shape == (1, 4, 10)
     assert all_.shape == (1, 4, tiny.VOCAB)
@@ -295,7 +370,11 @@ def test_draft_vocab_reads_some_columns_of_the_head() -> None:
 
 def test_the_mask_embedding_is_read_at_mask_alone() -> None:
     network, _, _ = borrowed()
-    clear, masked, sigma = torch.tensor([[3, 1, 7]]), torch.tensor([[3, tiny.VOCAB, 7]]), torch.tensor([0.8])
+    clear, masked, sigma = (
+        torch.tensor([[3, 1, 7]]),
+        torch.tensor([[3, tiny.VOCAB, 7]]),
+        torch.tensor([0.8]),
+    )
     with torch.no_grad():
         before = network.hidden(clear, sigma), network.hidden(masked, sigma)
         network.vocab_embed.mask_embedding.add_(1.0 + torch.arange(tiny.WIDTH) / 8)
@@ -314,7 +393,9 @@ def test_borrowing_before_the_target_is_there_is_loud() -> None:
 @pytest.mark.parametrize("shape", [(tiny.VOCAB + 1, tiny.WIDTH), (tiny.VOCAB, tiny.WIDTH // 2)])
 def test_borrowing_from_another_size_is_refused(shape: tuple[int, int]) -> None:
     network = tiny.sedd(tiny.sedd_config(borrow_embeddings=True))
-    with pytest.raises(ConfigError, match=rf"{tiny.VOCAB} words x {tiny.WIDTH}.*{shape[0]} x {shape[1]}"):
+    with pytest.raises(
+        ConfigError, match=rf"{tiny.VOCAB} words x {tiny.WIDTH}.*{shape[0]} x {shape[1]}"
+    ):
         network.borrow(torch.zeros(shape), torch.zeros(shape))
 
 
@@ -323,7 +404,10 @@ def test_without_time_conditioning_sigma_is_ignored() -> None:
     for conditioned in (True, False):
         network = tiny.sedd(tiny.sedd_config(time_conditioning=conditioned))
         with torch.no_grad():
-            one, other = network.hidden(ids, torch.tensor([0.1])), network.hidden(ids, torch.tensor([5.0]))
+            one, other = (
+                network.hidden(ids, torch.tensor([0.1])),
+                network.hidden(ids, torch.tensor([5.0])),
+            )
             zero = network.hidden(ids, torch.tensor([0.0]))
         assert torch.equal(one, other) is not conditioned
         assert torch.equal(one, zero) is not conditioned

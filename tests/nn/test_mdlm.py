@@ -23,29 +23,47 @@ FLAT = {
 
 
 def network(**changes: Any) -> SEDD:
-    return tiny.sedd(tiny.sedd_config(**{"scale_by_sigma": False, "output": "denoiser", "time_conditioning": False} | changes))
+    return tiny.sedd(
+        tiny.sedd_config(
+            **{"scale_by_sigma": False, "output": "denoiser", "time_conditioning": False} | changes
+        )
+    )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The layout of the published checkpoints, the rotary table they hold included."""
-    tensors = {f"backbone.{name}": tensor.clone() for name, tensor in network().state_dict().items()}
-    save_file(tensors | {"backbone.rotary_emb.inv_freq": torch.ones(4)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tensors = {
+        f"backbone.{name}": tensor.clone() for name, tensor in network().state_dict().items()
+    }
+    save_file(
+        tensors | {"backbone.rotary_emb.inv_freq": torch.ones(4)},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (tmp_path / "config.json").write_text(json.dumps(FLAT))
     return tmp_path
 
 
 def edit(folder: Path, **changes: Any) -> None:
     config = FLAT | changes
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not ...})
+    )
 
 
 def test_it_is_the_network_it_was_written_from(folder: Path) -> None:
-    loaded, ids, sigma = SEDD.from_pretrained(folder), torch.tensor([[3, tiny.VOCAB, 7, tiny.VOCAB]]), torch.tensor([0.7])
+    loaded, ids, sigma = (
+        SEDD.from_pretrained(folder),
+        torch.tensor([[3, tiny.VOCAB, 7, tiny.VOCAB]]),
+        torch.tensor([0.7]),
+    )
     with torch.no_grad():
         raw = loaded.logits(loaded.hidden(ids, sigma))
         assert torch.equal(raw, network().logits(network().hidden(ids, sigma)))
-        assert torch.equal(raw, loaded.logits(loaded.hidden(ids, 3 * sigma)))  # time_conditioning false: sigma is 0
+        assert torch.equal(
+            raw, loaded.logits(loaded.hidden(ids, 3 * sigma))
+        )  # time_conditioning false: sigma is 0
     assert raw.shape[-1] == tiny.VOCAB + 1 and (raw.gather(-1, ids[..., None]) != 0).all()
 
 
@@ -61,11 +79,21 @@ def test_ours_and_theirs_are_one_network_on_disk(folder: Path, tmp_path: Path) -
     loaded = SEDD.from_pretrained(folder)
     loaded.save_pretrained(tmp_path / "ours")
     again = SEDD.from_pretrained(tmp_path / "ours")
-    assert again.config == loaded.config and load_file(tmp_path / "ours/model.safetensors").keys() == loaded.state_dict().keys()
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), loaded.state_dict().values(), strict=True))
+    assert (
+        again.config == loaded.config
+        and load_file(tmp_path / "ours/model.safetensors").keys() == loaded.state_dict().keys()
+    )
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"steps": 2}, {"order": "any", "steps": 3}, {"order": "any", "sampler": "euler"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"steps": 2}, {"order": "any", "steps": 3}, {"order": "any", "sampler": "euler"}],
+    ids=str,
+)
 def test_a_folder_is_a_drafter(folder: Path, options: dict[str, Any]) -> None:
     target = tiny.target("gpt2")
     drafter = catalog.drafter(str(folder), target.info, options)
@@ -74,13 +102,17 @@ def test_a_folder_is_a_drafter(folder: Path, options: dict[str, Any]) -> None:
     assert bool(rounds[-1].batch.done.all())
 
 
-def test_a_config_without_model_type_is_recognised_by_its_fields_and_relatives_are_not(folder: Path) -> None:
+def test_a_config_without_model_type_is_recognised_by_its_fields_and_relatives_are_not(
+    folder: Path,
+) -> None:
     edit(folder, model_type=...)
     assert SEDD.from_pretrained(folder).config.tokens == tiny.VOCAB
     for relative in ("udlm", "bd3lm"):
         assert not mdlm.recognised(FLAT | {"model_type": relative})
     edit(folder, model_type="udlm")
-    with pytest.raises(ConfigError, match="no drafter format with model_type 'udlm' is known; known are sedd, mdlm"):
+    with pytest.raises(
+        ConfigError, match="no drafter format with model_type 'udlm' is known; known are sedd, mdlm"
+    ):
         catalog.drafter(str(folder), tiny.target("gpt2").info)
 
 
@@ -104,9 +136,15 @@ def test_a_bad_config_is_told(folder: Path, changes: dict[str, Any], told: str) 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda t: t.pop("backbone.output_layer.linear.bias"), r"lacks backbone\.output_layer\.linear\.bias"),
+        (
+            lambda t: t.pop("backbone.output_layer.linear.bias"),
+            r"lacks backbone\.output_layer\.linear\.bias",
+        ),
         (lambda t: t.update({"noise.eps": torch.zeros(1)}), r"has unknown noise\.eps"),
-        (lambda t: t.update({"backbone.sigma_map.mlp.0.bias": torch.zeros(3)}), r"backbone\.sigma_map\.mlp\.0\.bias has shape \[3\]"),
+        (
+            lambda t: t.update({"backbone.sigma_map.mlp.0.bias": torch.zeros(3)}),
+            r"backbone\.sigma_map\.mlp\.0\.bias has shape \[3\]",
+        ),
     ],
 )
 def test_bad_tensors_are_told(folder: Path, change: Callable[[Any], Any], told: str) -> None:

@@ -14,7 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 DEVICE = torch.device("privateuseone")
 HOST = torch.device("cpu")
-ACROSS = {"copy_", "__set__", "backward", "_has_compatible_shallow_copy_type"}  # these may read both sides
+ACROSS = {
+    "copy_",
+    "__set__",
+    "backward",
+    "_has_compatible_shallow_copy_type",
+}  # these may read both sides
 
 
 class SecondDevice(TorchFunctionMode):
@@ -51,7 +56,11 @@ class SecondDevice(TorchFunctionMode):
                 return func(*args, **kwargs)
             args = to
             if wanted is not None and wanted != self.place(args[0]):
-                moved = args[0].clone() if len(args) == 1 and not kwargs else func(*args, **kwargs).clone()
+                moved = (
+                    args[0].clone()
+                    if len(args) == 1 and not kwargs
+                    else func(*args, **kwargs).clone()
+                )
                 self.put(moved, wanted)
                 return moved
         if func == Tensor.cpu:
@@ -72,7 +81,9 @@ class SecondDevice(TorchFunctionMode):
                 self.put(leaf, wanted)
         return out
 
-    def _destination(self, args: Any, wanted: torch.device | None) -> tuple[Any, torch.device | None]:
+    def _destination(
+        self, args: Any, wanted: torch.device | None
+    ) -> tuple[Any, torch.device | None]:
         """`to`'s own arguments without the device, and the device."""
         rest: list[Any] = []
         for argument in args[1:]:
@@ -95,10 +106,14 @@ class SecondDevice(TorchFunctionMode):
             if places[0] == HOST and strangers:
                 raise RuntimeError(f"{name}: a tensor of the host meets one of the second device")
             if any(t.is_floating_point() for t in strangers):
-                raise RuntimeError(f"{name}: a tensor of the second device takes values of the host")
+                raise RuntimeError(
+                    f"{name}: a tensor of the second device takes values of the host"
+                )
             return places[0]
         if any(t.dim() > 0 and place == HOST for t, place in zip(inputs, places, strict=True)):
-            shapes = ", ".join(f"{place.type} {list(t.shape)}" for t, place in zip(inputs, places, strict=True))
+            shapes = ", ".join(
+                f"{place.type} {list(t.shape)}" for t, place in zip(inputs, places, strict=True)
+            )
             raise RuntimeError(f"{name}: tensors of two devices meet: {shapes}")
         return DEVICE
 

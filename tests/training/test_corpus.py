@@ -10,17 +10,20 @@ import torch
 from safetensors.torch import save_file
 
 from specdiff import files
+from specdiff.data import corpus, packing
+from specdiff.data.corpus import Corpus, CorpusWriter, Row
+from specdiff.data.ledger import Ledger
 from specdiff.errors import CorpusError, StorageError, UsageError
-from specdiff.training import corpus, imports
-from specdiff.training.corpus import Corpus, CorpusWriter, Row
-from specdiff.training.tally import Tally
 
 ABOUT = {"target": "toy", "seed": 3}
 VOCAB = 100
 
 
 def rows(count: int, first: int = 0) -> list[Row]:
-    return [Row(torch.arange(i, i + 3 + i % 5) % VOCAB, 1 + i % 3, (0.0, 0.7, 1.0)[i % 3], i) for i in range(first, first + count)]
+    return [
+        Row(torch.arange(i, i + 3 + i % 5) % VOCAB, 1 + i % 3, (0.0, 0.7, 1.0)[i % 3], i)
+        for i in range(first, first + count)
+    ]
 
 
 def writer(folder: Path, **options: Any) -> CorpusWriter:
@@ -34,8 +37,8 @@ def contents(folder: Path) -> dict[int, list[int]]:
     return {found[i].key: found[i].tokens.tolist() for i in range(len(found))}
 
 
-def tally(w: CorpusWriter) -> Tally:
-    return Tally(w, Corpus(w.folder).columns())
+def tally(w: CorpusWriter) -> Ledger:
+    return Ledger(w, Corpus(w.folder).columns())
 
 
 def test_rows_come_back_over_shards_and_runs(tmp_path: Path) -> None:
@@ -45,7 +48,11 @@ def test_rows_come_back_over_shards_and_runs(tmp_path: Path) -> None:
             for row in part:
                 w.add(row)
     found = Corpus(tmp_path / "c")
-    assert len(found) == 40 and found.tokens == sum(len(r.tokens) for r in given) and len(found.shards) > 2
+    assert (
+        len(found) == 40
+        and found.tokens == sum(len(r.tokens) for r in given)
+        and len(found.shards) > 2
+    )
     for i, row in enumerate(given):
         assert torch.equal(found[i].tokens, row.tokens)
         assert (found[i].prompt_length, found[i].key) == (row.prompt_length, row.key)
@@ -85,7 +92,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     try:
-        with pytest.raises(StorageError, match=r"ulimit -f.*1 complete shards are intact: make room"):
+        with pytest.raises(
+            StorageError, match=r"ulimit -f.*1 complete shards are intact: make room"
+        ):
             w.flush()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -96,7 +105,9 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds README.md, but no manifest.json.*choose another --out"):
+    with pytest.raises(
+        UsageError, match=r"holds README.md, but no manifest.json.*choose another --out"
+    ):
         writer(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["README.md"]
 
@@ -106,7 +117,10 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
     [
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),
-        (lambda f: (f / "manifest.json").write_text('{"format": "other-9", "shards": []}'), "other-9"),
+        (
+            lambda f: (f / "manifest.json").write_text('{"format": "other-9", "shards": []}'),
+            "other-9",
+        ),
         (lambda f: (f / "shard-00000.safetensors").unlink(), "lacks shard-00000"),
         (lambda f: (f / "shard-00000.safetensors").write_bytes(b"short"), "cannot be read"),
     ],
@@ -145,7 +159,11 @@ def test_what_was_not_flushed_is_not_counted_either(tmp_path: Path) -> None:
     t.drop(7, "question-empty")
     w.lock.release()  # as if the process were gone
     t = tally(writer(tmp_path))
-    assert t.known == {0} and t.summary()["by_temperature"]["0"]["rows"] == 1 and t.summary()["rows"] == 1
+    assert (
+        t.known == {0}
+        and t.summary()["by_temperature"]["0"]["rows"] == 1
+        and t.summary()["rows"] == 1
+    )
 
 
 def token_file(path: Path, **changes: Any) -> Path:
@@ -164,16 +182,20 @@ def test_import_of_token_rows(tmp_path: Path) -> None:
     for _ in range(2):  # the second time there is nothing to do
         with writer(tmp_path / "c") as w:
             t = tally(w)
-            assert sum(imports.add_rows(imports.read_rows(path, VOCAB), t)) in (9, 0)
+            assert sum(packing.add_rows(packing.read_rows(path, VOCAB), t)) in (9, 0)
             assert t.close()["dropped"] == {"duplicate": 1}
     found = Corpus(tmp_path / "c")
-    assert [(found[i].tokens.tolist(), found[i].prompt_length, found[i].temperature) for i in range(2)] == [
+    assert [
+        (found[i].tokens.tolist(), found[i].prompt_length, found[i].temperature) for i in range(2)
+    ] == [
         ([1, 2, 3], 1, 0.0),
         ([4, 5, 6], 2, pytest.approx(0.7)),
     ]
-    named = imports.read_rows(token_file(path, mode=None, temperatures=torch.tensor([0.5, 0.0, 1.0])), VOCAB)
+    named = packing.read_rows(
+        token_file(path, mode=None, temperatures=torch.tensor([0.5, 0.0, 1.0])), VOCAB
+    )
     assert [r.temperature for r in named] == [0.5, 0.0, 1.0]
-    assert {r.temperature for r in imports.read_rows(token_file(path, mode=None), VOCAB)} == {1.0}
+    assert {r.temperature for r in packing.read_rows(token_file(path, mode=None), VOCAB)} == {1.0}
 
 
 @pytest.mark.parametrize(
@@ -182,22 +204,25 @@ def test_import_of_token_rows(tmp_path: Path) -> None:
         ({"offsets": None}, "needs a one-dimensional tensor 'offsets'"),
         ({"offsets": torch.tensor([0, 3, 6, 8])}, "offsets must rise"),
         ({"prompt_lengths": torch.tensor([1, 4, 1])}, "prompt length lies outside"),
-        ({"tokens": torch.tensor([1, 2, 3, 4, 5, 600, 1, 2, 3])}, "reach 600, but the target's vocabulary has 100"),
+        (
+            {"tokens": torch.tensor([1, 2, 3, 4, 5, 600, 1, 2, 3])},
+            "reach 600, but the target's vocabulary has 100",
+        ),
         ({"mode": torch.tensor([0, 1, 3])}, "mode must be 0"),
         ({"mode": torch.tensor([0, 1])}, "2 temperatures for 3 rows"),
     ],
 )
 def test_token_files_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     with pytest.raises(CorpusError, match=told):
-        imports.read_rows(token_file(tmp_path / "rows.safetensors", **changes), VOCAB)
+        packing.read_rows(token_file(tmp_path / "rows.safetensors", **changes), VOCAB)
 
 
 def test_token_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file"):
-        imports.read_rows(tmp_path / "nowhere", VOCAB)
+        packing.read_rows(tmp_path / "nowhere", VOCAB)
     (tmp_path / "bad").write_bytes(b"no tensors here")
     with pytest.raises(CorpusError, match="cannot be read"):
-        imports.read_rows(tmp_path / "bad", VOCAB)
+        packing.read_rows(tmp_path / "bad", VOCAB)
 
 
 def held_out(folder: Path, share: float = 0.3) -> tuple[list[int], list[int]]:
@@ -246,8 +271,15 @@ def test_counts_are_of_the_rows_named(tmp_path: Path) -> None:
 def test_a_document_lies_in_one_part(tmp_path: Path) -> None:
     """Packed rows: every document has a token of its own, which shows where it is."""
     documents = [[i] * (1 + (7 * i) % 23) for i in range(1, 1000)]
-    with writer(tmp_path, about=ABOUT | {"row_tokens": 16, corpus.PACKED: True}, vocab_size=1000, shard_tokens=500) as w:
-        assert sum(imports.add_rows(imports.packed(documents, 0, 16), tally(w))) == sum(map(len, documents)) + len(documents)
+    with writer(
+        tmp_path,
+        about=ABOUT | {"row_tokens": 16, corpus.PACKED: True},
+        vocab_size=1000,
+        shard_tokens=500,
+    ) as w:
+        assert sum(packing.add_rows(packing.packed(documents, 0, 16), tally(w))) == sum(
+            map(len, documents)
+        ) + len(documents)
     found = Corpus(tmp_path)
     for share in (0.05, 0.5):
         parts = [{t for i in part for t in found[i].tokens.tolist()} for part in found.split(share)]
@@ -258,8 +290,10 @@ def test_a_document_lies_in_one_part(tmp_path: Path) -> None:
 
 def test_one_document_cannot_be_held_out(tmp_path: Path) -> None:
     with writer(tmp_path, about=ABOUT | {"row_tokens": 16, corpus.PACKED: True}) as w:
-        list(imports.add_rows(imports.packed([list(range(90))], 0, 16), tally(w)))
-    with pytest.raises(CorpusError, match="6 rows that share documents; training needs at least 2 apart"):
+        list(packing.add_rows(packing.packed([list(range(90))], 0, 16), tally(w)))
+    with pytest.raises(
+        CorpusError, match="6 rows that share documents; training needs at least 2 apart"
+    ):
         Corpus(tmp_path).split(0.1)
 
 
@@ -282,6 +316,7 @@ def test_a_changed_shard_is_named(tmp_path: Path) -> None:
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(
-        CorpusError, match=rf"shard-00001.safetensors was changed .*{files.digest(path)}, not {found.manifest['shards'][1]['sha256']}"
+        CorpusError,
+        match=rf"shard-00001.safetensors was changed .*{files.digest(path)}, not {found.manifest['shards'][1]['sha256']}",
     ):
         Corpus(tmp_path).verify()

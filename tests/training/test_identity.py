@@ -16,21 +16,29 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from specdiff import cli
+from specdiff.data import generate
+from specdiff.data.corpus import Corpus, CorpusWriter
 from specdiff.errors import CorpusError, StorageError, UsageError
-from specdiff.training import checkpoint, generate, recipe, run
-from specdiff.training.corpus import Corpus, CorpusWriter
-from specdiff.training.run import Plan
+from specdiff.training import checkpoint, prepare, recipe
+from specdiff.training.prepare import Plan
 from specdiff.training.teacher import precompute
 from specdiff.weights import fingerprint
 
 SMALL = ["heads=4", "draft_vocab=40", "context_window=16", "rows=4", "canvas_tokens=16", "warmup=5"]
-BOOKS = ["log_every=1", "save_every=2", "eval_every=1000", "eval_prompts=2", "eval_tokens=8", "steps=6"]
+BOOKS = [
+    "log_every=1",
+    "save_every=2",
+    "eval_every=1000",
+    "eval_prompts=2",
+    "eval_tokens=8",
+    "steps=6",
+]
 CHECKPOINTS = "training/checkpoints"
 
 
 def prepared(target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd") -> Plan:
     r = recipe.load(kind, [*(SMALL if kind == "sedd" else ["rows=4"]), *BOOKS, *changes])
-    return run.prepare(r, model=str(target), data=corpus, out=out, device="cpu")
+    return prepare.prepare(r, model=str(target), data=corpus, out=out, device="cpu")
 
 
 def trained(target: Path, corpus: Path, out: Path, *changes: str, stop: int | None = None) -> None:
@@ -51,7 +59,9 @@ def variant(folder: Path, of: Path) -> Path:
 
 def copied(corpus: Corpus, folder: Path, rows: Iterable[int]) -> Corpus:
     """These rows, in this order."""
-    with CorpusWriter(folder, {"target": "tiny"}, vocab_size=tiny.VOCAB, shard_tokens=300) as writer:
+    with CorpusWriter(
+        folder, {"target": "tiny"}, vocab_size=tiny.VOCAB, shard_tokens=300
+    ) as writer:
         for i in rows:
             writer.add(corpus[i])
     return Corpus(folder)
@@ -67,26 +77,40 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_run_is_resumed_with_its_own_corpus_and_target_only(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_a_run_is_resumed_with_its_own_corpus_and_target_only(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     out = tmp_path / "out"
     trained(target_folder, corpus.folder, out, stop=2)
     other = copied(corpus, tmp_path / "other", range(len(corpus) - 1))
-    with pytest.raises(CorpusError, match=rf"begun with another corpus: SHA-256 {corpus.digest}, not {other.digest}"):
+    with pytest.raises(
+        CorpusError,
+        match=rf"begun with another corpus: SHA-256 {corpus.digest}, not {other.digest}",
+    ):
         prepared(target_folder, other.folder, out)
     changed = variant(tmp_path / "changed", target_folder)
     digests = [fingerprint(folder) for folder in (target_folder, changed)]
-    with pytest.raises(CorpusError, match=rf"begun with another target: SHA-256 {digests[0]}, not {digests[1]}"):
+    with pytest.raises(
+        CorpusError, match=rf"begun with another target: SHA-256 {digests[0]}, not {digests[1]}"
+    ):
         prepared(changed, corpus.folder, out)
     shutil.copytree(corpus.folder, tmp_path / "moved")
     trained(target_folder, tmp_path / "moved", out)  # where it lies is no part of what it is
     assert checkpoint.complete(out / CHECKPOINTS)[-1].name == "00000006"
 
 
-def test_a_corpus_of_another_target_is_pointed_out(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_a_corpus_of_another_target_is_pointed_out(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     identity = generate.identity(str(target_folder))
     changed = variant(tmp_path / "changed", target_folder)
-    for name, known in (("new", identity), ("old", {k: identity[k] for k in ("target", "target_sha256")})):
-        with CorpusWriter(tmp_path / name, {**known, "temperatures": [0.0]}, vocab_size=tiny.VOCAB) as writer:
+    for name, known in (
+        ("new", identity),
+        ("old", {k: identity[k] for k in ("target", "target_sha256")}),
+    ):
+        with CorpusWriter(
+            tmp_path / name, {**known, "temperatures": [0.0]}, vocab_size=tiny.VOCAB
+        ) as writer:
             for i in range(len(corpus)):
                 writer.add(corpus[i])
         with warnings.catch_warnings():
@@ -97,7 +121,9 @@ def test_a_corpus_of_another_target_is_pointed_out(tmp_path: Path, target_folder
         prepared(changed, tmp_path / "new", tmp_path / "other")
 
 
-def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_a_run_of_an_earlier_version_is_resumed(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     trained(target_folder, corpus.folder, tmp_path, stop=2)
     (tmp_path / "training" / "sources.json").unlink()
     trained(target_folder, corpus.folder, tmp_path)
@@ -105,7 +131,9 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, target_folder: P
     assert sources == {"corpus": corpus.digest, "target": fingerprint(target_folder)}
 
 
-def test_features_are_of_this_target_and_these_tokens(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_features_are_of_this_target_and_these_tokens(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     data = tmp_path / "corpus"
     shutil.copytree(corpus.folder, data)
     model, digest = tiny.model("llama"), fingerprint(target_folder)
@@ -123,29 +151,39 @@ def test_features_are_of_this_target_and_these_tokens(tmp_path: Path, target_fol
     stored = load_file(features)
     metadata = Corpus(data).feature_metadata(0, digest)
     save_file(stored, features, metadata=metadata)
-    with pytest.raises(CorpusError, match=r"features-00001.safetensors holds final states with shard_sha256 = "):
+    with pytest.raises(
+        CorpusError, match=r"features-00001.safetensors holds final states with shard_sha256 = "
+    ):
         prepared(target_folder, data, tmp_path / "d")
     save_file(stored, features)
     with pytest.raises(CorpusError, match="with target_weights = unknown, not"):
         prepared(target_folder, data, tmp_path / "e")
 
 
-def test_a_changed_shard_is_not_trained_on(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_a_changed_shard_is_not_trained_on(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     data = tmp_path / "corpus"
     shutil.copytree(corpus.folder, data)
     shard = data / "shard-00000.safetensors"
     tensors = load_file(shard)
     tensors["tokens"] = tensors["tokens"].int().flip(0).to(torch.uint16)
     save_file(tensors, shard)
-    with pytest.raises(CorpusError, match=r"shard-00000.safetensors was changed after it was written"):
+    with pytest.raises(
+        CorpusError, match=r"shard-00000.safetensors was changed after it was written"
+    ):
         prepared(target_folder, data, tmp_path / "out")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
-def test_folders_of_others_are_left_alone(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_folders_of_others_are_left_alone(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "README.md").write_text("my notes")
@@ -153,14 +191,18 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, target_folder: Path, c
     tiny.sedd(tiny.sedd_config()).save_pretrained(drafter)
     for folder in (mine, drafter, corpus.folder):
         before = contents(folder)
-        with pytest.raises(UsageError, match=r"holds .*, but no training/recipe.yaml.*choose another --out"):
+        with pytest.raises(
+            UsageError, match=r"holds .*, but no training/recipe.yaml.*choose another --out"
+        ):
             prepared(target_folder, corpus.folder, folder)
         assert contents(folder) == before
     (tmp_path / "empty").mkdir()
     prepared(target_folder, corpus.folder, tmp_path / "empty")
 
 
-def test_a_target_is_not_trained_in_its_own_folder(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_a_target_is_not_trained_in_its_own_folder(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     target = tmp_path / "target"
     shutil.copytree(target_folder, target)
     for marked in (False, True):
@@ -187,43 +229,78 @@ def test_one_run_at_a_time(tmp_path: Path, target_folder: Path, corpus: Corpus) 
     trained(target_folder, corpus.folder, tmp_path)  # nor does a refused one
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     trained(target_folder, corpus.folder, whole)
     trained(target_folder, corpus.folder, out, stop=2)
     before = contents(out / CHECKPOINTS)
-    exported = {name: (out / name).read_bytes() for name in ("model.safetensors", "config.json", "README.md")}
+    exported = {
+        name: (out / name).read_bytes()
+        for name in ("model.safetensors", "config.json", "README.md")
+    }
     trainer = prepared(target_folder, corpus.folder, out).trainer
-    with largest_file(3000), pytest.raises(StorageError, match=r"ulimit -f.*checkpoint of step 2 is intact: make room, then repeat"):
+    with (
+        largest_file(3000),
+        pytest.raises(
+            StorageError, match=r"ulimit -f.*checkpoint of step 2 is intact: make room, then repeat"
+        ),
+    ):
         list(trainer.run())
     assert contents(out / CHECKPOINTS) == before
     assert {name: (out / name).read_bytes() for name in exported} == exported
     assert not [p for p in out.rglob("*") if p.name.endswith(".partial")]
     trained(target_folder, corpus.folder, out)
-    assert (out / "training" / "log.jsonl").read_text() == (whole / "training" / "log.jsonl").read_text()
+    assert (out / "training" / "log.jsonl").read_text() == (
+        whole / "training" / "log.jsonl"
+    ).read_text()
     last = f"{CHECKPOINTS}/00000006/training.safetensors"
     a, b = load_file(whole / last), load_file(out / last)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_full_disk_is_one_line_of_the_command(
-    tmp_path: Path, target_folder: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    target_folder: Path,
+    corpus: Corpus,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     settings = [part for change in (*SMALL, *BOOKS) for part in ("--set", change)]
     out = tmp_path / "out"
-    arguments = ["--target", str(target_folder), "--data", str(corpus.folder), "--out", str(out), "--device", "cpu", "-q", *settings]
+    arguments = [
+        "--target",
+        str(target_folder),
+        "--data",
+        str(corpus.folder),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        "-q",
+        *settings,
+    ]
     monkeypatch.setattr(sys, "argv", ["specdiff", "train", *arguments])
     capfd.readouterr()
     with largest_file(3000), pytest.raises(SystemExit) as end:
         cli.main()
     (line,) = capfd.readouterr().err.splitlines()
-    assert end.value.code == 1 and line.startswith("specdiff: error: cannot write ") and "there is no checkpoint yet" in line
+    assert (
+        end.value.code == 1
+        and line.startswith("specdiff: error: cannot write ")
+        and "there is no checkpoint yet" in line
+    )
 
 
-def test_training_does_not_depend_on_the_order_of_writing(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_training_does_not_depend_on_the_order_of_writing(
+    tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     losses: list[Any] = []
     for name, order in (("a", range(len(corpus))), ("b", reversed(range(len(corpus))))):
         copied(corpus, tmp_path / name, order)
         trainer = prepared(target_folder, tmp_path / name, tmp_path / f"out-{name}").trainer
-        losses.append([trainer.one_step()["loss"] for _ in range(3)] + [trainer.held_out()["held_out_loss"]])
+        losses.append(
+            [trainer.one_step()["loss"] for _ in range(3)] + [trainer.held_out()["held_out_loss"]]
+        )
     assert losses[0] == losses[1]

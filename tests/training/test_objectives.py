@@ -40,7 +40,9 @@ def slow_divergence(name: str, logits: list[float], logprobs: list[float]) -> fl
     if name == "forward":
         return forward
     if name == "reverse":
-        return math.fsum(a * (math.log(a) - max(b, -30.0)) for a, b in zip(q, logprobs, strict=True))
+        return math.fsum(
+            a * (math.log(a) - max(b, -30.0)) for a, b in zip(q, logprobs, strict=True)
+        )
     if name == "tv":
         return -math.log(common)
     if name == "l1":
@@ -50,7 +52,9 @@ def slow_divergence(name: str, logits: list[float], logprobs: list[float]) -> fl
 
 @pytest.mark.parametrize("schedule", [Loglinear(), Geometric(1e-3, 5.0)])
 @pytest.mark.parametrize("process", [Absorbing(5), Uniform(5)])
-def test_score_entropy_weighs_each_row_by_its_rate(process: Process, schedule: Loglinear | Geometric) -> None:
+def test_score_entropy_weighs_each_row_by_its_rate(
+    process: Process, schedule: Loglinear | Geometric
+) -> None:
     t = torch.tensor([0.2, 0.9], dtype=torch.float64)
     x0 = torch.tensor([[0, 1, 2], [3, 4, 0]])
     x = torch.tensor([[process.states - 1, 1, process.states - 1], [process.states - 1, 4, 1]])
@@ -59,10 +63,15 @@ def test_score_entropy_weighs_each_row_by_its_rate(process: Process, schedule: L
     for b in range(2):
         for i in range(3):
             sigma = schedule.total(t[b]).reshape(1, 1)
-            one = process.score_entropy(log_score[b, i][None, None], sigma, x[b, i].reshape(1, 1), x0[b, i].reshape(1, 1))
-            assert got[b, i].item() == pytest.approx(schedule.rate(t[b]).item() * one.item(), rel=1e-12)
+            one = process.score_entropy(
+                log_score[b, i][None, None], sigma, x[b, i].reshape(1, 1), x0[b, i].reshape(1, 1)
+            )
+            assert got[b, i].item() == pytest.approx(
+                schedule.rate(t[b]).item() * one.item(), rel=1e-12
+            )
     assert torch.autograd.gradcheck(
-        lambda s: objectives.score_entropy(process, schedule, s, t, x, x0).sum(), log_score.clone().requires_grad_()
+        lambda s: objectives.score_entropy(process, schedule, s, t, x, x0).sum(),
+        log_score.clone().requires_grad_(),
     )
 
 
@@ -76,12 +85,19 @@ def test_score_entropy_of_a_denoiser_is_cross_entropy_over_t_up_to_a_constant() 
     for seed in range(3):
         logits = normal(2, 3, C, seed=seed).requires_grad_()
         log_score = logits.log_softmax(-1) - torch.expm1(schedule.total(t)).log()[:, None, None]
-        entropy = objectives.score_entropy(process, schedule, torch.nn.functional.pad(log_score, (0, 1)), t, x, x0)
+        entropy = objectives.score_entropy(
+            process, schedule, torch.nn.functional.pad(log_score, (0, 1)), t, x, x0
+        )
         cross = objectives.denoise(logits, x0, t[:, None].expand(2, 3))
         differences.append((entropy - cross).detach())
-        gradients = [torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0] for loss in (entropy, cross)]
+        gradients = [
+            torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
+            for loss in (entropy, cross)
+        ]
         assert torch.allclose(*gradients, atol=1e-10)
-    assert torch.allclose(differences[0], differences[1], atol=1e-9) and torch.allclose(differences[0], differences[2], atol=1e-9)
+    assert torch.allclose(differences[0], differences[1], atol=1e-9) and torch.allclose(
+        differences[0], differences[2], atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("timed", [True, False])
@@ -92,18 +108,31 @@ def test_denoise_against_a_slow_version(timed: bool) -> None:
     for b in range(2):
         for i in range(3):
             k = int(truth[b, i])
-            slow = 0.0 if k < 0 else -math.log(softmax(logits[b, i].tolist())[k]) / (t[b, i].item() if t is not None else 1)
+            slow = (
+                0.0
+                if k < 0
+                else -math.log(softmax(logits[b, i].tolist())[k])
+                / (t[b, i].item() if t is not None else 1)
+            )
             assert got[b, i].item() == pytest.approx(slow, rel=1e-12)
     got.sum().backward()
-    assert (got[truth < 0] == 0).all() and logits.grad is not None and (logits.grad[truth < 0] == 0).all()
+    assert (
+        (got[truth < 0] == 0).all()
+        and logits.grad is not None
+        and (logits.grad[truth < 0] == 0).all()
+    )
     assert logits.grad.isfinite().all()
-    assert torch.autograd.gradcheck(lambda z: objectives.denoise(z, truth, t), logits.detach().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: objectives.denoise(z, truth, t), logits.detach().requires_grad_()
+    )
 
 
 def test_denoise_takes_any_leading_shape() -> None:
     logits, truth = normal(C), torch.tensor(3)
     assert objectives.denoise(logits, truth).shape == ()
-    assert objectives.denoise(logits[None, None], truth[None, None])[0, 0] == objectives.denoise(logits, truth)
+    assert objectives.denoise(logits[None, None], truth[None, None])[0, 0] == objectives.denoise(
+        logits, truth
+    )
     assert objectives.denoise(logits.new_zeros(0, C), truth.new_zeros(0)).shape == (0,)
 
 
@@ -123,7 +152,9 @@ def test_distill_against_a_slow_version(divergence: str) -> None:
 def test_gradient_of_distill(divergence: str) -> None:
     logprobs = teacher()
     logprobs[0, 0, 2:4] = -INF
-    assert torch.autograd.gradcheck(lambda z: objectives.distill(z, logprobs, divergence), normal(2, 3, C).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: objectives.distill(z, logprobs, divergence), normal(2, 3, C).requires_grad_()
+    )
 
 
 def test_gradient_of_the_hybrid_holds_its_weights_fixed() -> None:
@@ -131,10 +162,15 @@ def test_gradient_of_the_hybrid_holds_its_weights_fixed() -> None:
     trust = torch.exp(-3 * objectives.overlap(logits, logprobs)).detach()
 
     def fixed(z: torch.Tensor) -> torch.Tensor:
-        return trust * objectives.distill(z, logprobs, "forward") + (1 - trust) * (1 - objectives.overlap(z, logprobs))
+        return trust * objectives.distill(z, logprobs, "forward") + (1 - trust) * (
+            1 - objectives.overlap(z, logprobs)
+        )
 
     assert torch.autograd.gradcheck(fixed, logits)
-    grads = [torch.autograd.grad(f.sum(), logits)[0] for f in (fixed(logits), objectives.distill(logits, logprobs, "hybrid"))]
+    grads = [
+        torch.autograd.grad(f.sum(), logits)[0]
+        for f in (fixed(logits), objectives.distill(logits, logprobs, "hybrid"))
+    ]
     assert torch.allclose(*grads, atol=1e-12)
 
 
@@ -151,10 +187,17 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
     assert torch.allclose(got["forward"], P * kl + P * P.log())
     assert torch.allclose(got["reverse"], torch.special.xlogy(q, q / full).sum(-1))
     assert torch.allclose(got["tv"], -a.log())
-    assert torch.allclose(got["l1"] + 1 - P, (full - q).abs().sum(-1)) and torch.allclose(got["l1"] + 1 - P, 2 * (1 - a))
-    assert torch.allclose(got["hybrid"], torch.exp(-3 * a) * got["forward"] + (1 - torch.exp(-3 * a)) * (full - q).abs().sum(-1) / 2)
+    assert torch.allclose(got["l1"] + 1 - P, (full - q).abs().sum(-1)) and torch.allclose(
+        got["l1"] + 1 - P, 2 * (1 - a)
+    )
+    assert torch.allclose(
+        got["hybrid"],
+        torch.exp(-3 * a) * got["forward"] + (1 - torch.exp(-3 * a)) * (full - q).abs().sum(-1) / 2,
+    )
     assert torch.allclose(objectives.overlap(logits, inside.log()), a)
-    best = {d: objectives.distill(renormalised.log(), inside.log(), d) for d in objectives.DIVERGENCES}
+    best = {
+        d: objectives.distill(renormalised.log(), inside.log(), d) for d in objectives.DIVERGENCES
+    }
     assert torch.allclose(best["forward"], P * P.log())
     assert torch.allclose(best["reverse"], -P.log()) and torch.allclose(best["tv"], -P.log())
     assert all((got[d] > best[d]).all() for d in objectives.DIVERGENCES)
@@ -174,7 +217,9 @@ def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> 
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad is not None and logits.grad.isfinite().all()
     assert loss.dtype == dtype and (objectives.overlap(logits, logprobs)[1] == 0)
-    assert logits.grad[0, 1] < 0 and (logits.grad[0, [0, 2, 3, 4, 5]] > 0).sum() >= 4  # towards the one column with mass
+    assert (
+        logits.grad[0, 1] < 0 and (logits.grad[0, [0, 2, 3, 4, 5]] > 0).sum() >= 4
+    )  # towards the one column with mass
     if divergence != "reverse":  # which spreads q over columns that are all ruled out
         assert logits.grad[1].abs().max() < 1e-6
     if divergence in ("forward", "tv"):
@@ -193,7 +238,9 @@ def test_tv_keeps_its_gradient_where_the_overlap_underflows() -> None:
 
 
 def test_an_unknown_divergence_names_the_known() -> None:
-    with pytest.raises(UsageError, match="unknown divergence 'kl': choose one of forward, reverse, tv, hybrid, l1"):
+    with pytest.raises(
+        UsageError, match="unknown divergence 'kl': choose one of forward, reverse, tv, hybrid, l1"
+    ):
         objectives.distill(normal(2, C), normal(2, C), "kl")
 
 
@@ -204,9 +251,16 @@ def test_overlap_against_a_slow_version() -> None:
     for b in range(2):
         for i in range(3):
             pairs = zip(softmax(logits[b, i].tolist()), logprobs[b, i].exp().tolist(), strict=True)
-            assert got[b, i].item() == pytest.approx(math.fsum(min(pair) for pair in pairs), rel=1e-12)
-    assert torch.autograd.gradcheck(lambda z: objectives.overlap(z, logprobs), logits.requires_grad_())
-    assert torch.allclose(objectives.overlap(normal(3, C), normal(3, C).log_softmax(-1)), torch.ones(3, dtype=torch.float64))
+            assert got[b, i].item() == pytest.approx(
+                math.fsum(min(pair) for pair in pairs), rel=1e-12
+            )
+    assert torch.autograd.gradcheck(
+        lambda z: objectives.overlap(z, logprobs), logits.requires_grad_()
+    )
+    assert torch.allclose(
+        objectives.overlap(normal(3, C), normal(3, C).log_softmax(-1)),
+        torch.ones(3, dtype=torch.float64),
+    )
 
 
 def slow_weights(name: str, q: list[float], scale: float) -> list[float]:
@@ -217,7 +271,10 @@ def slow_weights(name: str, q: list[float], scale: float) -> list[float]:
         return [math.exp(-(k - 1) / scale) for k in range(1, G + 1)]
     if name == "streak":
         return [math.prod(q[:i]) for i in range(G)]
-    return [math.fsum(math.prod(0.5 * v + 0.5 for v in q[: m + 1]) for m in range(j, G)) for j in range(G)]
+    return [
+        math.fsum(math.prod(0.5 * v + 0.5 for v in q[: m + 1]) for m in range(j, G))
+        for j in range(G)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -231,7 +288,9 @@ def test_weights_against_a_slow_version(name: str, drafted: int, dtype: torch.dt
     assert got.shape == q.shape and got.dtype == dtype and not got.requires_grad
     for b in range(2):
         for i in range(3):
-            assert got[b, i].tolist() == pytest.approx(slow_weights(name, q[b, i].tolist(), 3.0), rel=1e-6, abs=1e-12)
+            assert got[b, i].tolist() == pytest.approx(
+                slow_weights(name, q[b, i].tolist(), 3.0), rel=1e-6, abs=1e-12
+            )
     assert torch.allclose(objectives.WEIGHTS[name](q[0, 0], 3.0), got[0, 0])
 
 
@@ -242,7 +301,9 @@ def test_the_table_holds_the_four_weights() -> None:
 def test_d_pace_between_its_ends() -> None:
     """a = 1 counts the positions from j on; a = 0 is the gradient of the expected accepted tokens in log q."""
     q = chances(2, 5)
-    assert torch.allclose(objectives.d_pace(q, 1.0), torch.arange(5, 0, -1, dtype=torch.float64).expand(2, 5))
+    assert torch.allclose(
+        objectives.d_pace(q, 1.0), torch.arange(5, 0, -1, dtype=torch.float64).expand(2, 5)
+    )
     log_q = q.log().requires_grad_()
     (gradient,) = torch.autograd.grad(objectives.expected_accepted(log_q.exp()).sum(), log_q)
     assert torch.allclose(objectives.d_pace(q, 0.0), gradient)
@@ -255,5 +316,7 @@ def test_expected_accepted_against_a_slow_version() -> None:
     for b in range(2):
         for i in range(3):
             row = q[b, i].tolist()
-            assert got[b, i].item() == pytest.approx(math.fsum(math.prod(row[: j + 1]) for j in range(4)), rel=1e-12)
+            assert got[b, i].item() == pytest.approx(
+                math.fsum(math.prod(row[: j + 1]) for j in range(4)), rel=1e-12
+            )
     assert torch.autograd.gradcheck(objectives.expected_accepted, q.requires_grad_())

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import tiny
 from specdiff import catalog, cli
+from specdiff.data.corpus import GROUP_BITS, Corpus
+from specdiff.data.packing import packed
 from specdiff.nn.ddit import SEDD
 from specdiff.targets.causal import CausalTarget
-from specdiff.training.corpus import GROUP_BITS, Corpus
-from specdiff.training.imports import packed
 
 GPT2_WORDS = 50257
 
@@ -32,14 +32,24 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("gpt2")
     ends = {"bos_token_id": GPT2_WORDS - 1, "eos_token_id": GPT2_WORDS - 1}
-    GPT2LMHeadModel(GPT2Config(vocab_size=GPT2_WORDS, n_embd=16, n_layer=1, n_head=2, n_positions=128, **ends)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=GPT2_WORDS, n_embd=16, n_layer=1, n_head=2, n_positions=128, **ends)
+    ).save_pretrained(folder)
     return folder
 
 
 def test_packing_joins_and_cuts() -> None:
     rows = list(packed([[1, 2, 3], [], [4, 5], [6, 7, 8, 9]], end=0, length=5))
-    assert [r.tokens.tolist() for r in rows] == [[1, 2, 3, 0, 4], [5, 0], [6, 7, 8, 9, 0]]  # a group ends with its document
-    assert [(r.key >> GROUP_BITS, r.key % (1 << GROUP_BITS), r.prompt_length) for r in rows] == [(1, 0, 0), (1, 1, 0), (2, 0, 0)]
+    assert [r.tokens.tolist() for r in rows] == [
+        [1, 2, 3, 0, 4],
+        [5, 0],
+        [6, 7, 8, 9, 0],
+    ]  # a group ends with its document
+    assert [(r.key >> GROUP_BITS, r.key % (1 << GROUP_BITS), r.prompt_length) for r in rows] == [
+        (1, 0, 0),
+        (1, 1, 0),
+        (2, 0, 0),
+    ]
 
 
 def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Path) -> None:
@@ -62,11 +72,17 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
     )
     summary = invoke(*made, "--verbatim", "--max-model-len", "32")
     assert summary["tokens"] == sum(map(len, texts)) + len(texts)
-    joined = torch.cat([r.tokens for r in (Corpus(corpus)[i] for i in range(len(Corpus(corpus))))]).tolist()
+    joined = torch.cat(
+        [r.tokens for r in (Corpus(corpus)[i] for i in range(len(Corpus(corpus))))]
+    ).tolist()
     assert joined == [token for t in texts for token in (*t, GPT2_WORDS - 1)]
-    assert invoke(*made, "--verbatim", "--max-model-len", "32")["tokens"] == summary["tokens"]  # again: nothing is written twice
+    assert (
+        invoke(*made, "--verbatim", "--max-model-len", "32")["tokens"] == summary["tokens"]
+    )  # again: nothing is written twice
 
-    network = tiny.sedd(tiny.sedd_config(GPT2_WORDS, hidden_size=16, n_heads=2, n_blocks=1, length=32))
+    network = tiny.sedd(
+        tiny.sedd_config(GPT2_WORDS, hidden_size=16, n_heads=2, n_blocks=1, length=32)
+    )
     network.save_pretrained(checkpoint)
     sizes = [
         "rows=2",
@@ -81,7 +97,18 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
     ]
     settings = [part for s in (*sizes, f"init={checkpoint}") for part in ("--set", s)]
     told = invoke(
-        "train", "--target", str(gpt2), "--data", str(corpus), "--out", str(out), "--recipe", "sedd-finetune", "--device", "cpu", *settings
+        "train",
+        "--target",
+        str(gpt2),
+        "--data",
+        str(corpus),
+        "--out",
+        str(out),
+        "--recipe",
+        "sedd-finetune",
+        "--device",
+        "cpu",
+        *settings,
     )
     assert told["step"] == 6 and told["held_out_loss"] > 0 and told["tau_at_1"] >= 1
     tuned = SEDD.from_pretrained(out)
@@ -92,7 +119,9 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
 
 
 def test_finetuning_the_target_itself(gpt2: Path, tmp_path: Path) -> None:
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"prompt": [7, 8, 9, 10] * 8}) + "\n" for _ in range(20)))
+    (tmp_path / "texts.jsonl").write_text(
+        "".join(json.dumps({"prompt": [7, 8, 9, 10] * 8}) + "\n" for _ in range(20))
+    )
     corpus, out = tmp_path / "corpus", tmp_path / "tuned"
     invoke(
         "data",
@@ -110,9 +139,35 @@ def test_finetuning_the_target_itself(gpt2: Path, tmp_path: Path) -> None:
         "--max-model-len",
         "24",
     )
-    settings = [part for s in ("rows=4", "steps=30", "warmup=2", "lr=1e-2", "eval_every=15", "save_dtype=float32") for part in ("--set", s)]
-    invoke("train", "--target", str(gpt2), "--data", str(corpus), "--out", str(out), "--recipe", "target", "--device", "cpu", *settings)
-    curve = [json.loads(line) for line in (out / "training" / "curve.jsonl").read_text().splitlines()]
+    settings = [
+        part
+        for s in (
+            "rows=4",
+            "steps=30",
+            "warmup=2",
+            "lr=1e-2",
+            "eval_every=15",
+            "save_dtype=float32",
+        )
+        for part in ("--set", s)
+    ]
+    invoke(
+        "train",
+        "--target",
+        str(gpt2),
+        "--data",
+        str(corpus),
+        "--out",
+        str(out),
+        "--recipe",
+        "target",
+        "--device",
+        "cpu",
+        *settings,
+    )
+    curve = [
+        json.loads(line) for line in (out / "training" / "curve.jsonl").read_text().splitlines()
+    ]
     assert curve[1]["held_out_loss"] < curve[0]["held_out_loss"] < 10.9  # ln of the vocabulary
     again = catalog.target(str(out), torch.float32, torch.device("cpu"))[0]
     assert again.info.vocab_size == GPT2_WORDS

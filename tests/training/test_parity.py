@@ -8,19 +8,27 @@ import torch
 from transformers import PreTrainedModel
 
 import tiny
+from specdiff.data.corpus import Corpus, pad
 from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import CorpusError
 from specdiff.models.cache import RaggedCache
-from specdiff.models.causal import RaggedModel
+from specdiff.models.ragged import RaggedModel
 from specdiff.targets.causal import CausalTarget
-from specdiff.training import networks, recipe
-from specdiff.training.corpus import Corpus, pad
-from specdiff.training.sedd import SEDDTask
+from specdiff.training import initialize, recipe
+from specdiff.training.score_entropy_task import SEDDTask
 from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, precompute
 from specdiff.types import Batch, Context, SamplingParams
 
 TOLERANCE = 1e-4
-SIZES = ["heads=4", "draft_vocab=20", "context_window=12", "rows=6", "canvas_tokens=24", "objective=denoise", "dropout=0.5"]
+SIZES = [
+    "heads=4",
+    "draft_vocab=20",
+    "context_window=12",
+    "rows=6",
+    "canvas_tokens=24",
+    "objective=denoise",
+    "dropout=0.5",
+]
 
 
 def shaken(network: torch.nn.Module, seed: int = 3) -> None:
@@ -47,7 +55,7 @@ def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, 
     """Many canvases in one pass, against one canvas at a time over the cache, revealed tokens included."""
     r = recipe.load("sedd", [*SIZES, f"draft_lens=[{draft_len}]", f"init={init}", "revealed=0.5"])
     target = CausalTarget(tiny.copy_of(model), "tiny")
-    network = networks.sedd(r, corpus, range(40), model)
+    network = initialize.sedd(r, corpus, range(40), model)
     shaken(network)
     task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
     made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
@@ -74,14 +82,25 @@ def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, 
 @pytest.mark.parametrize("draft_len", [1, 5])
 def test_bidirectional_window(corpus: Corpus, model: PreTrainedModel, draft_len: int) -> None:
     """A drafting-shaped row of training is the canvas that drafting builds, time included."""
-    r = recipe.load("sedd", [*SIZES, "attention=bidirectional", "time_conditioning=true", "length=40", f"draft_lens=[{draft_len}]"])
+    r = recipe.load(
+        "sedd",
+        [
+            *SIZES,
+            "attention=bidirectional",
+            "time_conditioning=true",
+            "length=40",
+            f"draft_lens=[{draft_len}]",
+        ],
+    )
     target = CausalTarget(tiny.copy_of(model), "tiny")
-    network = networks.sedd(r, corpus, range(40), model)
+    network = initialize.sedd(r, corpus, range(40), model)
     shaken(network)
     task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
     made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        states = network.hidden(made["x"], task.schedule.total(made["t"]), mask=made["real"][:, None, None])
+        states = network.hidden(
+            made["x"], task.schedule.total(made["t"]), mask=made["real"][:, None, None]
+        )
         trained = network.logits(states)
     denoiser = SEDDDenoiser(network, target.info, window=12)
     for b in range(6):
@@ -90,15 +109,24 @@ def test_bidirectional_window(corpus: Corpus, model: PreTrainedModel, draft_len:
         batch = batch_at([made["ids"][b, : anchor + 1]])
         canvas = torch.full((1, draft_len), network.config.tokens)
         with torch.inference_mode():
-            decoded = denoiser.denoise(context_of(batch), denoiser.open(1, 64), canvas, torch.zeros(1, draft_len, dtype=torch.bool))
-        assert (decoded[0][:, network.draft_vocab] - trained[b, first : first + draft_len]).abs().max() <= TOLERANCE
+            decoded = denoiser.denoise(
+                context_of(batch),
+                denoiser.open(1, 64),
+                canvas,
+                torch.zeros(1, draft_len, dtype=torch.bool),
+            )
+        assert (
+            decoded[0][:, network.draft_vocab] - trained[b, first : first + draft_len]
+        ).abs().max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("init", ["null", "target"])
 def test_autoregressive(corpus: Corpus, model: PreTrainedModel, init: str) -> None:
     """One causal pass over whole rows, against the drafter's cache fed round by round."""
-    r = recipe.load("autoregressive", ["blocks=2", "draft_vocab=20", "objective=denoise", f"init={init}"])
-    network = networks.autoregressive(r, corpus, range(40), model).eval()
+    r = recipe.load(
+        "autoregressive", ["blocks=2", "draft_vocab=20", "objective=denoise", f"init={init}"]
+    )
+    network = initialize.autoregressive(r, corpus, range(40), model).eval()
     shaken(network)
     rows = [corpus[i].tokens for i in range(40, 44)]
     with torch.no_grad():
@@ -114,8 +142,10 @@ def test_autoregressive(corpus: Corpus, model: PreTrainedModel, init: str) -> No
 
 def test_whole_target_as_its_own_drafter(corpus: Corpus, model: PreTrainedModel) -> None:
     """All of the target's layers, copied by name, are the target: its law must come out exactly."""
-    r = recipe.load("autoregressive", ["blocks=2", "draft_vocab=null", "init=target", "objective=denoise"])
-    network = networks.autoregressive(r, corpus, range(40), model).eval()
+    r = recipe.load(
+        "autoregressive", ["blocks=2", "draft_vocab=null", "init=target", "objective=denoise"]
+    )
+    network = initialize.autoregressive(r, corpus, range(40), model).eval()
     row = corpus[0].tokens[None]
     with torch.no_grad():
         assert (network.logits(network.hidden(row)) - model(row).logits).abs().max() <= TOLERANCE

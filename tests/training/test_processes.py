@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from specdiff.training.corpus import Corpus
+from specdiff.data.corpus import Corpus
 
-SIZES = ["heads=4", "draft_vocab=40", "context_window=16", "rows=4", "canvas_tokens=16", "warmup=5", "ema=0.9", "dropout=0.2"]
+SIZES = [
+    "heads=4",
+    "draft_vocab=40",
+    "context_window=16",
+    "rows=4",
+    "canvas_tokens=16",
+    "warmup=5",
+    "ema=0.9",
+    "dropout=0.2",
+]
 BOOKS = ["log_every=1", "save_every=2", "eval_every=1000", "eval_prompts=2", "eval_tokens=8"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 LOG, LAST = "training/log.jsonl", "training/checkpoints/{:08d}/training.safetensors"
@@ -18,12 +27,28 @@ LOG, LAST = "training/log.jsonl", "training/checkpoints/{:08d}/training.safetens
 
 def command(target: Path, corpus: Corpus, out: Path, *changes: str) -> list[str]:
     settings = [part for change in (*SIZES, *BOOKS, *changes) for part in ("--set", change)]
-    return ["specdiff", "train", "--target", str(target), "--data", str(corpus.folder), "--out", str(out), "--device", "cpu", *settings]
+    return [
+        "specdiff",
+        "train",
+        "--target",
+        str(target),
+        "--data",
+        str(corpus.folder),
+        "--out",
+        str(out),
+        "--device",
+        "cpu",
+        *settings,
+    ]
 
 
 def run(arguments: list[str], processes: int = 1) -> None:
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launch, "-m", *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    launch = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", *arguments], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -102,13 +127,17 @@ def test_fifty_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_pat
     survives(target_folder, corpus, tmp_path, steps=400, kills=50)
 
 
-def test_two_processes_are_twice_the_accumulation(target_folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+def test_two_processes_are_twice_the_accumulation(
+    target_folder: Path, corpus: Corpus, tmp_path: Path
+) -> None:
     """DDP over gloo: the same batches, the same losses, the same drafter; and it resumes as one process too."""
     no_dropout = ("steps=6", "dropout=0")  # dropout's draws belong to a process
     run(command(target_folder, corpus, tmp_path / "two", *no_dropout), processes=2)
     run(command(target_folder, corpus, tmp_path / "one", *no_dropout, "accumulation=2"))
     assert (tmp_path / "two" / LOG).read_text() == (tmp_path / "one" / LOG).read_text()
-    assert equal_files(tmp_path / "two" / "model.safetensors", tmp_path / "one" / "model.safetensors")
+    assert equal_files(
+        tmp_path / "two" / "model.safetensors", tmp_path / "one" / "model.safetensors"
+    )
 
 
 SHARDED = """
@@ -168,6 +197,14 @@ def test_sharded_state_is_the_plain_one(tmp_path: Path) -> None:
     accelerate itself shards on accelerators only, so its own FSDP2 path is run by scripts/gpu.
     """
     (tmp_path / "sharded.py").write_text(SHARDED)
-    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "sharded.py")]
-    done = subprocess.run([sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    arguments = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "sharded.py"),
+    ]
+    done = subprocess.run(
+        [sys.executable, *arguments], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -31,7 +31,10 @@ def test_every_packaged_recipe_reads_back(tmp_path: Path) -> None:
         (["attention=bidirectional", "process=uniform"], r"no MASK"),
         (["attention=bidirectional", "objective=score_entropy"], r"draft_vocab: null"),
         (["kind=target"], r"objective: denoise"),
-        (["kind=autoregressive", "objective=score_entropy", "draft_vocab=null"], r"diffusion network"),
+        (
+            ["kind=autoregressive", "objective=score_entropy", "draft_vocab=null"],
+            r"diffusion network",
+        ),
         (["draft_lens=[]"], r"draft_lens"),
         (["draft_lens=[0]"], r"draft_lens.0 = 0"),
         (["seed=8388608"], r"seed = 8388608: .*less than 8388608"),
@@ -48,7 +51,11 @@ def test_bad_changes(changes: list[str], told: str) -> None:
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no recipe 'magic'; known are autoregressive, sedd"):
         recipe.load("magic")
-    for text, told in (("- a\n", "key: value lines"), ("a: [", "not valid YAML"), ("kind: sedd\nsize: 3\n", "unknown key 'size'")):
+    for text, told in (
+        ("- a\n", "key: value lines"),
+        ("a: [", "not valid YAML"),
+        ("kind: sedd\nsize: 3\n", "unknown key 'size'"),
+    ):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(UsageError, match=told):
             recipe.load(str(tmp_path / "r.yaml"))

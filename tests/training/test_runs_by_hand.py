@@ -12,21 +12,29 @@ from transformers import PreTrainedModel
 
 import tiny
 from specdiff import SpeculativeLM, catalog, decode, verify
+from specdiff.data import generate
+from specdiff.data.corpus import Corpus, CorpusWriter, Row
+from specdiff.data.generate import Settings
+from specdiff.data.ledger import Ledger
+from specdiff.data.sources import Opening, Prompt
 from specdiff.diffusion.process import Absorbing, Uniform
 from specdiff.diffusion.schedule import Loglinear
 from specdiff.noise import Noise, Purpose, row_seed
 from specdiff.targets.causal import CausalTarget
-from specdiff.training import canvases, evaluation, generate, networks, recipe, run
-from specdiff.training.corpus import Corpus, CorpusWriter, Row
-from specdiff.training.generate import Settings
-from specdiff.training.prompts import Opening, Prompt
+from specdiff.training import canvases, evaluation, initialize, prepare, recipe
 from specdiff.training.state import State
-from specdiff.training.tally import Tally
 from specdiff.training.trainer import learning_rate
 from specdiff.types import Batch, SamplingParams
 
 DRAWS = 40_000
-SMALL = ["blocks=1", "draft_vocab=20", "context_window=6", "draft_lens=[2]", "canvas_tokens=4", "rows=2"]
+SMALL = [
+    "blocks=1",
+    "draft_vocab=20",
+    "context_window=6",
+    "draft_lens=[2]",
+    "canvas_tokens=4",
+    "rows=2",
+]
 BOOKS = ["log_every=1", "save_every=1000", "eval_every=1000", "eval_prompts=3", "eval_tokens=6"]
 SHARE = "held_out=0.3"
 
@@ -40,15 +48,19 @@ def near(count: int, chance: float) -> bool:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """20 rows; row i repeats tokens 2i and 2i + 1, which no other row has."""
     folder = tmp_path_factory.mktemp("rows")
-    with CorpusWriter(folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB, shard_tokens=60) as writer:
+    with CorpusWriter(
+        folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB, shard_tokens=60
+    ) as writer:
         for i in range(20):
             writer.add(Row(torch.tensor([2 * i, 2 * i + 1] * (3 + i % 4)), 3, 0.0, i))
     return Corpus(folder)
 
 
-def plan_of(kind: str, corpus: Corpus, target_folder: Path, out: Path, *changes: str) -> run.Plan:
+def plan_of(
+    kind: str, corpus: Corpus, target_folder: Path, out: Path, *changes: str
+) -> prepare.Plan:
     r = recipe.load(kind, [*SMALL, *BOOKS, SHARE, *changes])
-    return run.prepare(r, model=str(target_folder), data=corpus.folder, out=out, device="cpu")
+    return prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=out, device="cpu")
 
 
 # ---- draws ----
@@ -115,9 +127,13 @@ def test_crops() -> None:
 # ---- rows ----
 
 
-def test_which_rows_a_run_sees(corpus: Corpus, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_rows_a_run_sees(
+    corpus: Corpus, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Steps draw from the training rows, all of them in time; the held-out loss goes once through the held-out rows."""
-    trainer = plan_of("sedd", corpus, target_folder, tmp_path, "steps=40", "objective=denoise").trainer
+    trainer = plan_of(
+        "sedd", corpus, target_folder, tmp_path, "steps=40", "objective=denoise"
+    ).trainer
     rows: list[int] = []
     prepare = trainer.task.prepare
 
@@ -172,12 +188,22 @@ def shake(network: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sedd", "autoregressive"])
-def test_the_draft_vocabulary_is_of_the_training_rows(kind: str, corpus: Corpus, target_folder: Path, tmp_path: Path) -> None:
+def test_the_draft_vocabulary_is_of_the_training_rows(
+    kind: str, corpus: Corpus, target_folder: Path, tmp_path: Path
+) -> None:
     """Exactly their tokens, and the read-out of a new network says how often each occurs."""
     training, _ = corpus.split(0.3)
     counts = Counter(token for row in training for token in corpus[row].tokens.tolist())
     words = sorted(counts)
-    plan = plan_of(kind, corpus, target_folder, tmp_path, f"draft_vocab={len(words)}", "objective=denoise", "init=null")
+    plan = plan_of(
+        kind,
+        corpus,
+        target_folder,
+        tmp_path,
+        f"draft_vocab={len(words)}",
+        "objective=denoise",
+        "init=null",
+    )
     network = plan.trainer.task.network
     assert network.draft_vocab.tolist() == words
     if kind == "sedd":
@@ -187,14 +213,18 @@ def test_the_draft_vocabulary_is_of_the_training_rows(kind: str, corpus: Corpus,
         total = sum(counts.values())
         for word, chance in zip(words, law, strict=True):
             assert chance == pytest.approx(counts[word] / total, abs=0.03)
-        wanted = networks.unigram_shift(network.head, torch.tensor([counts[word] for word in words]))
+        wanted = initialize.unigram_shift(
+            network.head, torch.tensor([counts[word] for word in words])
+        )
         assert torch.allclose(shift, wanted, atol=1e-5)
 
 
 # ---- measuring ----
 
 
-def test_it_is_measured_on_held_out_prompts(corpus: Corpus, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_measured_on_held_out_prompts(
+    corpus: Corpus, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls: list[dict[str, Any]] = []
 
     def listening(folder: str, **options: Any) -> dict[str, Any]:
@@ -214,16 +244,26 @@ def test_it_is_measured_on_held_out_prompts(corpus: Corpus, target_folder: Path,
 
 def test_held_out_prompts(tmp_path: Path) -> None:
     """A row's prompt; a row without one, or without an answer, lends its first half. Never more prompts than rows."""
-    with CorpusWriter(tmp_path, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB) as writer:
+    with CorpusWriter(
+        tmp_path, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB
+    ) as writer:
         for key, prompt_length in enumerate([2, 0, 5, 1]):
             writer.add(Row(torch.arange(key, key + 5), prompt_length, 0.0, key))
     prompts = evaluation.held_out_prompts(Corpus(tmp_path), range(4), 9)
     assert prompts == [[0, 1], [1, 2], [2, 3], [3]]
 
 
-def test_acceptance(model: PreTrainedModel, corpus: Corpus, target_folder: Path, tmp_path: Path) -> None:
+def test_acceptance(
+    model: PreTrainedModel, corpus: Corpus, target_folder: Path, tmp_path: Path
+) -> None:
     """Rounds of the decode loop counted one by one, greedy and sampled, of the folder's own drafter."""
-    changes = ["objective=denoise", "draft_vocab=null", "init=target", "draft_len=3", "save_dtype=float32"]
+    changes = [
+        "objective=denoise",
+        "draft_vocab=null",
+        "init=target",
+        "draft_len=3",
+        "save_dtype=float32",
+    ]
     plan_of("autoregressive", corpus, target_folder, tmp_path, *changes).trainer.save()
     target = CausalTarget(tiny.copy_of(model), "tiny")
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
@@ -264,7 +304,9 @@ def test_the_learning_rate() -> None:
     r = recipe.load("sedd", ["lr=2", "warmup=4", "steps=8", "final_lr=0.1"])
     rates = [learning_rate(r, step) for step in range(9)]
     half = math.sqrt(0.5)
-    assert rates == pytest.approx([0.5, 1, 1.5, 2, 2, 0.2 + 0.9 * (1 + half), 1.1, 0.2 + 0.9 * (1 - half), 0.2])
+    assert rates == pytest.approx(
+        [0.5, 1, 1.5, 2, 2, 0.2 + 0.9 * (1 + half), 1.1, 0.2 + 0.9 * (1 - half), 0.2]
+    )
 
 
 def test_the_moving_average() -> None:
@@ -287,7 +329,16 @@ def test_the_moving_average() -> None:
 
 def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> None:
     """AdamW written out: mean gradient of the accumulated batches, clipped as one vector, decay of matrices alone."""
-    changes = ["objective=denoise", "ema=0.9", "accumulation=2", "clip=0.5", "lr=0.01", "warmup=2", "steps=5", "weight_decay=0.1"]
+    changes = [
+        "objective=denoise",
+        "ema=0.9",
+        "accumulation=2",
+        "clip=0.5",
+        "lr=0.01",
+        "warmup=2",
+        "steps=5",
+        "weight_decay=0.1",
+    ]
     trainer = plan_of("sedd", corpus, target_folder, tmp_path, *changes).trainer
     shake(trainer.task.network)
     parameters = {name: p for name, p in trainer.task.named_parameters() if p.requires_grad}
@@ -319,11 +370,15 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
                 values[name] = values[name] * (1 - rates[step - 1] * 0.1)
             mean, spread = first[name] / (1 - beta1**step), second[name] / (1 - beta2**step)
             values[name] = values[name] - rates[step - 1] * mean / (spread.sqrt() + 1e-8)
-            torch.testing.assert_close(parameters[name].detach(), values[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                parameters[name].detach(), values[name], rtol=1e-4, atol=1e-5
+            )
         for name, value in values.items():
             decay = min(0.9, (1 + step) / (10 + step))
             average[name] = decay * average[name] + (1 - decay) * value
-            torch.testing.assert_close(trainer.state.average[name], average[name], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                trainer.state.average[name], average[name], rtol=1e-4, atol=1e-5
+            )
             exported = trainer.state.network()[name.removeprefix("network.")]
             torch.testing.assert_close(exported, average[name], rtol=1e-4, atol=1e-5)
         assert record["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
@@ -349,13 +404,17 @@ class Numbered:
 
 
 @pytest.mark.parametrize("opening", [None, Opening(3)])
-def test_a_row_is_drawn_with_its_own_seed(opening: Opening | None, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_row_is_drawn_with_its_own_seed(
+    opening: Opening | None, model: PreTrainedModel, tmp_path: Path
+) -> None:
     """Each token is the first whose cumulative probability exceeds the uniform of (row seed, position)."""
     settings = Settings(seed=5, max_tokens=10, temperatures=(0.7,), shares=(1.0,))
     lm = SpeculativeLM(CausalTarget(tiny.copy_of(model), "tiny"), "none", None, max_len=64)
     source = Numbered(opening)
-    with CorpusWriter(tmp_path, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB) as writer:
-        tally = Tally(writer, [])
+    with CorpusWriter(
+        tmp_path, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB
+    ) as writer:
+        tally = Ledger(writer, [])
         for _ in generate.generate(lm, source, tally, settings, tokens=10_000, rows=3):
             pass
         tally.close()

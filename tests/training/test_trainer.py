@@ -12,13 +12,21 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
 from specdiff import catalog
+from specdiff.data.corpus import Corpus
 from specdiff.errors import CorpusError, MissingExtraError, UsageError, WeightsError
 from specdiff.targets.causal import CausalTarget
-from specdiff.training import checkpoint, recipe, run
-from specdiff.training.corpus import Corpus
+from specdiff.training import checkpoint, prepare, recipe
 
 TINY = {
-    "sedd": ["heads=4", "draft_vocab=40", "context_window=16", "rows=4", "canvas_tokens=16", "warmup=5", "lr=3e-3"],
+    "sedd": [
+        "heads=4",
+        "draft_vocab=40",
+        "context_window=16",
+        "rows=4",
+        "canvas_tokens=16",
+        "warmup=5",
+        "lr=3e-3",
+    ],
     "autoregressive": ["draft_vocab=40", "rows=4", "warmup=5", "lr=3e-3", "init=null"],
     "target": ["rows=4", "warmup=5", "lr=1e-3"],
 }
@@ -26,10 +34,12 @@ OWN_EMBEDDINGS = ["borrow_embeddings=false", "draft_vocab=null", "hidden_size=32
 BOOKS = ["log_every=1", "save_every=5", "eval_every=1000", "eval_prompts=2", "eval_tokens=8"]
 
 
-def trained(kind: str, out: Path, target: Path, corpus: Corpus, *changes: str, stop: int | None = None) -> list[dict[str, Any]]:
+def trained(
+    kind: str, out: Path, target: Path, corpus: Corpus, *changes: str, stop: int | None = None
+) -> list[dict[str, Any]]:
     """Run (or go on with) a run; its log."""
     r = recipe.load(kind, [*TINY[kind], *BOOKS, *changes])
-    plan = run.prepare(r, model=str(target), data=corpus.folder, out=out, device="cpu")
+    plan = prepare.prepare(r, model=str(target), data=corpus.folder, out=out, device="cpu")
     for progress in plan.trainer.run():
         if stop is not None and progress.step >= stop:
             break
@@ -41,9 +51,37 @@ def trained(kind: str, out: Path, target: Path, corpus: Corpus, *changes: str, s
     [
         ("sedd", []),
         ("sedd", ["objective=denoise", "weights=streak"]),
-        ("sedd", ["divergence=forward", "weights=d_pace", "truth_share=0.5", "auxiliary=0", "init=target"]),
-        ("sedd", ["attention=bidirectional", "length=24", "drafting_share=0.5", "time_conditioning=true", "rows=24"]),
-        ("sedd", ["attention=bidirectional", "length=24", "objective=denoise", "drafting_share=0", *OWN_EMBEDDINGS, "rows=24"]),
+        (
+            "sedd",
+            [
+                "divergence=forward",
+                "weights=d_pace",
+                "truth_share=0.5",
+                "auxiliary=0",
+                "init=target",
+            ],
+        ),
+        (
+            "sedd",
+            [
+                "attention=bidirectional",
+                "length=24",
+                "drafting_share=0.5",
+                "time_conditioning=true",
+                "rows=24",
+            ],
+        ),
+        (
+            "sedd",
+            [
+                "attention=bidirectional",
+                "length=24",
+                "objective=denoise",
+                "drafting_share=0",
+                *OWN_EMBEDDINGS,
+                "rows=24",
+            ],
+        ),
         ("autoregressive", []),
         ("autoregressive", ["objective=denoise", "init=target"]),
         ("target", []),
@@ -51,15 +89,27 @@ def trained(kind: str, out: Path, target: Path, corpus: Corpus, *changes: str, s
     ids=lambda v: " ".join(v) if isinstance(v, list) else v,
 )
 def test_learns_and_leaves_a_folder_that_runs(
-    kind: str, changes: list[str], tmp_path: Path, target_folder: Path, model: PreTrainedModel, corpus: Corpus
+    kind: str,
+    changes: list[str],
+    tmp_path: Path,
+    target_folder: Path,
+    model: PreTrainedModel,
+    corpus: Corpus,
 ) -> None:
     log = trained(kind, tmp_path, target_folder, corpus, "steps=80", "eval_every=80", *changes)
     losses = [entry["loss"] for entry in log]
     assert sum(losses[-20:]) < 0.9 * sum(losses[:20])
-    (curve,) = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
+    (curve,) = [
+        json.loads(line)
+        for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
+    ]
     assert curve["step"] == 80 and curve["held_out_loss"] > 0
     card = (tmp_path / "README.md").read_text()
-    assert "specdiff train" in card and f"kind: {kind}" in card and str(corpus.tokens) in card.replace(",", "")
+    assert (
+        "specdiff train" in card
+        and f"kind: {kind}" in card
+        and str(corpus.tokens) in card.replace(",", "")
+    )
     if kind == "target":
         AutoModelForCausalLM.from_pretrained(tmp_path)
         return
@@ -72,18 +122,45 @@ def test_learns_and_leaves_a_folder_that_runs(
 
 
 @pytest.mark.parametrize("process", ["absorb", "uniform"])
-def test_score_entropy_pretraining_and_finetuning(process: str, tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_score_entropy_pretraining_and_finetuning(
+    process: str, tmp_path: Path, target_folder: Path, corpus: Corpus
+) -> None:
     """The paper's own way, from scratch and then from that checkpoint, its moving average being what is exported."""
-    sizes = ["blocks=1", "hidden_size=32", "heads=4", "length=24", "rows=16", "accumulation=1", "warmup=5", "lr=1e-2", f"process={process}"]
-    books = ["log_every=1", "save_every=50", "eval_every=1000", "eval_prompts=2", "eval_tokens=4", "draft_len=4", "ema=0.9"]
+    sizes = [
+        "blocks=1",
+        "hidden_size=32",
+        "heads=4",
+        "length=24",
+        "rows=16",
+        "accumulation=1",
+        "warmup=5",
+        "lr=1e-2",
+        f"process={process}",
+    ]
+    books = [
+        "log_every=1",
+        "save_every=50",
+        "eval_every=1000",
+        "eval_prompts=2",
+        "eval_tokens=4",
+        "draft_len=4",
+        "ema=0.9",
+    ]
     r = recipe.load("sedd-pretrain", [*sizes, *books, "steps=100"])
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "a", device="cpu")
+    plan = prepare.prepare(
+        r, model=str(target_folder), data=corpus.folder, out=tmp_path / "a", device="cpu"
+    )
     before = plan.trainer.held_out()["held_out_loss"]
     for _ in plan.trainer.run():
         pass
     after = plan.trainer.held_out()["held_out_loss"]
     assert after < 0.95 * before
-    assert json.loads((tmp_path / "a" / "training" / "curve.jsonl").read_text().splitlines()[-1])["tau_at_1"] >= 1
+    assert (
+        json.loads((tmp_path / "a" / "training" / "curve.jsonl").read_text().splitlines()[-1])[
+            "tau_at_1"
+        ]
+        >= 1
+    )
     exported = load_file(tmp_path / "a" / "model.safetensors")
     last = checkpoint.complete(tmp_path / "a" / "training" / "checkpoints")[-1]
     tensors, _ = checkpoint.read(last)
@@ -91,9 +168,16 @@ def test_score_entropy_pretraining_and_finetuning(process: str, tmp_path: Path, 
     assert torch.equal(exported[name], tensors[f"e.network.{name}"])
     assert not torch.equal(exported[name], tensors[f"m.network.{name}"])
     r = recipe.load("sedd-finetune", [*sizes, *books, "steps=5", f"init={tmp_path / 'a'}"])
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "b", device="cpu")
-    assert plan.trainer.held_out()["held_out_loss"] < 0.95 * before  # it starts where the other ended, not from scratch
-    assert [(p.step, bool(p.evaluated)) for p in plan.trainer.run()] == [*((s, False) for s in range(1, 6)), (5, True)]
+    plan = prepare.prepare(
+        r, model=str(target_folder), data=corpus.folder, out=tmp_path / "b", device="cpu"
+    )
+    assert (
+        plan.trainer.held_out()["held_out_loss"] < 0.95 * before
+    )  # it starts where the other ended, not from scratch
+    assert [(p.step, bool(p.evaluated)) for p in plan.trainer.run()] == [
+        *((s, False) for s in range(1, 6)),
+        (5, True),
+    ]
 
 
 def test_resuming_is_exact(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
@@ -112,20 +196,34 @@ def test_time_limit_saves_and_goes_on(tmp_path: Path, target_folder: Path, corpu
     r = recipe.load("sedd", [*TINY["sedd"], *BOOKS, "steps=8"])
     steps = []
     for _ in range(3):
-        plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path, device="cpu")
+        plan = prepare.prepare(
+            r, model=str(target_folder), data=corpus.folder, out=tmp_path, device="cpu"
+        )
         steps += [p.step for p in plan.trainer.run(max_seconds=0)]
     assert steps == [1, 2, 3]
-    assert [p.name for p in checkpoint.complete(tmp_path / "training" / "checkpoints")] == ["00000002", "00000003"]
+    assert [p.name for p in checkpoint.complete(tmp_path / "training" / "checkpoints")] == [
+        "00000002",
+        "00000003",
+    ]
 
 
 def test_stopped_while_measuring(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
     """The step was saved before it was measured, so only the measurement is made up for."""
     log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2", stop=2)
-    assert [entry["step"] for entry in log] == [1, 2] and not (tmp_path / "training" / "curve.jsonl").exists()
+    assert [entry["step"] for entry in log] == [1, 2] and not (
+        tmp_path / "training" / "curve.jsonl"
+    ).exists()
     log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2")
-    curve = [json.loads(line) for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4] and [point["step"] for point in curve] == [2, 4]
-    assert trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2") == log  # finished: nothing runs again
+    curve = [
+        json.loads(line)
+        for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
+    ]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4] and [
+        point["step"] for point in curve
+    ] == [2, 4]
+    assert (
+        trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2") == log
+    )  # finished: nothing runs again
 
 
 def test_half_written_checkpoints_do_not_count(tmp_path: Path) -> None:
@@ -149,22 +247,51 @@ def test_refusals(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
     with pytest.raises(CorpusError, match=r"vocabulary of 48.*has 50"):
         trained("sedd", tmp_path / "c", other, corpus, "steps=5")
     with pytest.raises(CorpusError, match="specdiff data"):
-        run.prepare(recipe.load("sedd"), model=str(target_folder), data=tmp_path / "nothing", out=tmp_path / "d", device="cpu")
+        prepare.prepare(
+            recipe.load("sedd"),
+            model=str(target_folder),
+            data=tmp_path / "nothing",
+            out=tmp_path / "d",
+            device="cpu",
+        )
 
 
-def test_tensorboard_and_trackio(tmp_path: Path, target_folder: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_and_trackio(
+    tmp_path: Path, target_folder: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     r = recipe.load("sedd", [*TINY["sedd"], *BOOKS, "steps=3"])
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path, device="cpu", log_to="tensorboard")
-    losses = [p.record["loss"] for p in plan.trainer.run() if not p.evaluated]
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
-        str(tmp_path / "training" / "tensorboard")
+    plan = prepare.prepare(
+        r,
+        model=str(target_folder),
+        data=corpus.folder,
+        out=tmp_path,
+        device="cpu",
+        log_to="tensorboard",
     )
+    losses = [p.record["loss"] for p in plan.trainer.run() if not p.evaluated]
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    ).EventAccumulator(str(tmp_path / "training" / "tensorboard"))
     events.Reload()
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses)
     assert [e.step for e in events.Scalars("tau_at_0")] == [3]
     with pytest.raises(UsageError, match="known are none, tensorboard, trackio"):
-        run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "b", device="cpu", log_to="magic")
+        prepare.prepare(
+            r,
+            model=str(target_folder),
+            data=corpus.folder,
+            out=tmp_path / "b",
+            device="cpu",
+            log_to="magic",
+        )
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(MissingExtraError, match="pip install trackio"):
-        run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "c", device="cpu", log_to="trackio")
+        prepare.prepare(
+            r,
+            model=str(target_folder),
+            data=corpus.folder,
+            out=tmp_path / "c",
+            device="cpu",
+            log_to="trackio",
+        )

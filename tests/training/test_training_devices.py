@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 import tiny
 from specdiff import SpeculativeLM
+from specdiff.data.corpus import Corpus, CorpusWriter
+from specdiff.data.generate import Settings, generate
+from specdiff.data.ledger import Ledger
+from specdiff.data.sources import Opening, Prompt
 from specdiff.targets.causal import CausalTarget
-from specdiff.training import networks, recipe, run
-from specdiff.training.corpus import Corpus, CorpusWriter
-from specdiff.training.generate import Settings, generate
-from specdiff.training.prompts import Opening, Prompt
-from specdiff.training.tally import Tally
+from specdiff.training import initialize, prepare, recipe
 from specdiff.training.teacher import PrecomputedTeacher, precompute
 
 SIZES = ["blocks=1", "draft_vocab=24", "context_window=12", "rows=2", "canvas_tokens=8"]
@@ -41,13 +41,15 @@ class There(Accelerator):
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
     """The second device, on, and runs placed there."""
-    monkeypatch.setattr(run, "accelerator_for", lambda recipe, device: There(cpu=True))
+    monkeypatch.setattr(prepare, "accelerator_for", lambda recipe, device: There(cpu=True))
     with SecondDevice() as mode:
         yield mode
 
 
 @pytest.fixture(scope="module")
-def taught(corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught(
+    corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The corpus with the target's states beside it."""
     folder = tmp_path_factory.mktemp("taught") / "corpus"
     shutil.copytree(corpus.folder, folder)
@@ -61,10 +63,25 @@ def store_states(model: PreTrainedModel, folder: Path) -> None:
 
 def test_the_device_itself(device: SecondDevice) -> None:
     here, there = torch.ones(3), torch.ones(3, device=DEVICE)
-    assert (here.device, there.device, there[1:].device, there.cpu().device) == (HOST, DEVICE, DEVICE, HOST)
-    assert (there + here.to(DEVICE)).device == (there * here[0]).device == torch.zeros_like(there).device == DEVICE
+    assert (here.device, there.device, there[1:].device, there.cpu().device) == (
+        HOST,
+        DEVICE,
+        DEVICE,
+        HOST,
+    )
+    assert (
+        (there + here.to(DEVICE)).device
+        == (there * here[0]).device
+        == torch.zeros_like(there).device
+        == DEVICE
+    )
     assert there[torch.tensor([0, 2])].tolist() == [1, 1]
-    for meet in (lambda: there + here, lambda: torch.cat([there, here]), lambda: torch.dot(here, there), lambda: here[there.long()]):
+    for meet in (
+        lambda: there + here,
+        lambda: torch.cat([there, here]),
+        lambda: torch.dot(here, there),
+        lambda: here[there.long()],
+    ):
         with pytest.raises(RuntimeError, match=r"two devices meet|of the second device"):
             meet()
     with pytest.raises(RuntimeError, match="a generator of the host"):
@@ -98,32 +115,41 @@ def test_a_run(
 ) -> None:
     """A forecast, then a run that is measured and resumed: the losses of the host."""
     r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "host", device="cpu")
+    plan = prepare.prepare(
+        r, model=str(target_folder), data=corpus.folder, out=tmp_path / "host", device="cpu"
+    )
     wanted = records(plan, r.steps)
     request.getfixturevalue("device")
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "forecast")
+    plan = prepare.prepare(
+        r, model=str(target_folder), data=corpus.folder, out=tmp_path / "forecast"
+    )
     assert plan.target.info.device == DEVICE
     assert {p.device for p in plan.trainer.task.parameters()} == {DEVICE}
     assert {b.device for b in plan.trainer.task.buffers()} == {DEVICE}
-    assert run.forecast(plan)["tokens_per_step"] > 0
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
+    assert prepare.forecast(plan)["tokens_per_step"] > 0
+    plan = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
     measured = records(plan, 1)
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
+    plan = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
     assert plan.trainer.step == 1
     measured += records(plan, r.steps)
     assert [m["loss"] for m in measured] == pytest.approx([w["loss"] for w in wanted], rel=1e-6)
-    curve, host = (json.loads((tmp_path / name / "training" / "curve.jsonl").read_text()) for name in ("there", "host"))
+    curve, host = (
+        json.loads((tmp_path / name / "training" / "curve.jsonl").read_text())
+        for name in ("there", "host")
+    )
     for name in host.keys() - {"minutes"}:
         assert curve[name] == pytest.approx(host[name], rel=1e-4)
 
 
-def records(plan: run.Plan, last: int) -> list[dict[str, Any]]:
+def records(plan: prepare.Plan, last: int) -> list[dict[str, Any]]:
     """What is logged up to step `last`, and measured there where that is due."""
     logged = []
     for progress in plan.trainer.run():
         if progress.evaluated is None:
             logged.append(progress.record)
-        if progress.step == last and (progress.evaluated is not None or last < plan.trainer.recipe.steps):
+        if progress.step == last and (
+            progress.evaluated is not None or last < plan.trainer.recipe.steps
+        ):
             break
     return logged
 
@@ -152,28 +178,43 @@ def test_in_half_precision(
     r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
 
     def losses(out: str) -> list[float]:
-        plan = run.prepare(r, model=str(tmp_path / "target"), data=corpus.folder, out=tmp_path / out, device="cpu")
+        plan = prepare.prepare(
+            r, model=str(tmp_path / "target"), data=corpus.folder, out=tmp_path / out, device="cpu"
+        )
         if stored:
             plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
         return [record["loss"] for record in records(plan, r.steps)]
 
     host = losses("host")
-    monkeypatch.setattr(run, "accelerator_for", lambda recipe, device: There(cpu=True, mixed_precision="bf16"))
-    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # it keeps the first precision of a process
+    monkeypatch.setattr(
+        prepare, "accelerator_for", lambda recipe, device: There(cpu=True, mixed_precision="bf16")
+    )
+    monkeypatch.setattr(
+        AcceleratorState, "_shared_state", {}
+    )  # it keeps the first precision of a process
     with SecondDevice():
         assert losses("there") == pytest.approx(host, rel=0.05, abs=0.05)
 
 
 @pytest.mark.parametrize("kind", ["sedd", "autoregressive"])
-def test_states_from_the_disk(kind: str, device: SecondDevice, tmp_path: Path, target_folder: Path, corpus: Corpus, taught: Path) -> None:
+def test_states_from_the_disk(
+    kind: str,
+    device: SecondDevice,
+    tmp_path: Path,
+    target_folder: Path,
+    corpus: Corpus,
+    taught: Path,
+) -> None:
     r = recipe.load(kind, [*SMALL, *BOOKS, "init=null"])
-    plan = run.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path)
+    plan = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path)
     plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
     assert plan.trainer.one_step()["loss"] > 0
     assert plan.trainer.held_out()["held_out_loss"] > 0
 
 
-def test_states_are_computed_where_the_target_is(device: SecondDevice, tmp_path: Path, corpus: Corpus, taught: Path) -> None:
+def test_states_are_computed_where_the_target_is(
+    device: SecondDevice, tmp_path: Path, corpus: Corpus, taught: Path
+) -> None:
     """The very states that the host computes, read back by a drafter's task."""
     folder = tmp_path / "corpus"
     shutil.copytree(corpus.folder, folder)
@@ -185,10 +226,13 @@ def test_states_are_computed_where_the_target_is(device: SecondDevice, tmp_path:
 
 
 def test_word_frequencies_where_the_head_is(device: SecondDevice) -> None:
-    head, counts = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)), torch.arange(1, 10)
-    shift = networks.unigram_shift(head.to(DEVICE), counts)
+    head, counts = (
+        torch.randn(9, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(1, 10),
+    )
+    shift = initialize.unigram_shift(head.to(DEVICE), counts)
     assert shift.device == DEVICE
-    assert torch.equal(shift.cpu(), networks.unigram_shift(head, counts))
+    assert torch.equal(shift.cpu(), initialize.unigram_shift(head, counts))
 
 
 class Prompts:
@@ -204,16 +248,24 @@ class Prompts:
         return (Prompt(key, tuple(range(key + 1))) for key in range(3) if key not in known)
 
 
-def test_a_corpus_is_written_there(device: SecondDevice, tmp_path: Path, model: PreTrainedModel) -> None:
+def test_a_corpus_is_written_there(
+    device: SecondDevice, tmp_path: Path, model: PreTrainedModel
+) -> None:
     """The rows of the host, opening and answer drawn at several temperatures."""
     texts = {}
     for place in (HOST, DEVICE):
-        lm = SpeculativeLM(CausalTarget(tiny.copy_of(model).to(place), "tiny"), "ngram", None, max_len=32)
+        lm = SpeculativeLM(
+            CausalTarget(tiny.copy_of(model).to(place), "tiny"), "ngram", None, max_len=32
+        )
         assert lm.target.info.device == place
         folder = tmp_path / place.type
-        with CorpusWriter(folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB) as writer:
-            tally = Tally(writer, [])
-            for _ in generate(lm, Prompts(), tally, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2):
+        with CorpusWriter(
+            folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB
+        ) as writer:
+            tally = Ledger(writer, [])
+            for _ in generate(
+                lm, Prompts(), tally, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2
+            ):
                 pass
             tally.close()
         rows = [Corpus(folder)[i] for i in range(3)]

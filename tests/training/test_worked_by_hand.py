@@ -10,17 +10,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 import tiny
+from specdiff.data.corpus import Corpus, CorpusWriter, Row
 from specdiff.errors import UnsupportedModelError
 from specdiff.nn.ddit import SEDD
-from specdiff.training import networks, recipe
-from specdiff.training.autoregressive import AutoregressiveTask
-from specdiff.training.corpus import Corpus, CorpusWriter, Row
+from specdiff.training import initialize, recipe
+from specdiff.training.causal_task import AutoregressiveTask
 from specdiff.training.recipe import Recipe
-from specdiff.training.sedd import SEDDTask
-from specdiff.training.target import TargetTask
+from specdiff.training.score_entropy_task import SEDDTask
+from specdiff.training.target_task import TargetTask
 from specdiff.training.teacher import OnlineTeacher
 
 VOCAB = 12
@@ -30,7 +36,13 @@ PROMPTS = [4, 2, 1]
 NEAR = 2e-5
 SMALL = ["blocks=1", f"draft_vocab={WORDS}", "heads=4", "dropout=0"]
 CANVASES = [*SMALL, "context_window=3", "draft_lens=[3]", "canvas_tokens=18", "revealed=0.4"]
-WINDOWS = [*SMALL, "attention=bidirectional", "time_conditioning=true", "context_window=4", "draft_lens=[3]"]
+WINDOWS = [
+    *SMALL,
+    "attention=bidirectional",
+    "time_conditioning=true",
+    "context_window=4",
+    "draft_lens=[3]",
+]
 SCORES = ["objective=score_entropy", "draft_vocab=null"]
 
 SIZES: dict[str, Any] = {
@@ -81,13 +93,17 @@ def accepted(logits: list[float], p: list[float] | None, truth: int, vocab: list
     return math.fsum(min(q[column], p[token]) for column, token in enumerate(vocab))
 
 
-def loss_of(logits: list[float], p: list[float] | None, truth: int, vocab: list[int], r: Recipe) -> float:
+def loss_of(
+    logits: list[float], p: list[float] | None, truth: int, vocab: list[int], r: Recipe
+) -> float:
     """One position: cross-entropy, or a divergence from the target's law mixed with it. A token outside costs nothing."""
     q = softmax(logits)
     cross_entropy = -math.log(q[vocab.index(truth)]) if truth in vocab else 0.0
     if p is None:
         return cross_entropy
-    forward = math.fsum(p[token] * math.log(p[token] / q[column]) for column, token in enumerate(vocab))
+    forward = math.fsum(
+        p[token] * math.log(p[token] / q[column]) for column, token in enumerate(vocab)
+    )
     divergence = forward
     if r.divergence == "hybrid":
         overlap = accepted(logits, p, truth, vocab)
@@ -126,7 +142,7 @@ def shaken(network: torch.nn.Module) -> None:
 
 
 def sedd_task(r: Recipe, corpus: Corpus, model: PreTrainedModel) -> SEDDTask:
-    network = networks.sedd(r, corpus, range(3), model)
+    network = initialize.sedd(r, corpus, range(3), model)
     shaken(network)
     head = model.get_output_embeddings().weight.detach()
     teacher = OnlineTeacher(model) if r.objective == "distill" else None
@@ -188,7 +204,9 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
     sums, weights, first, accepts, following = [], [], [], [], []
     beyond = revealed_canvases = 0
     for b, row in enumerate(ROWS):
-        for anchor, revealed in zip(batch["anchors"][b].tolist(), batch["revealed"][b].tolist(), strict=True):
+        for anchor, revealed in zip(
+            batch["anchors"][b].tolist(), batch["revealed"][b].tolist(), strict=True
+        ):
             true = row[anchor + 1 : anchor + 4]
             canvas = [true[k] if k < revealed else mask for k in range(3)]
             _, logits = on_canvas(task, row[: anchor + 1], canvas)
@@ -201,7 +219,11 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
                     q.append(1.0)
                     losses.append(None)
                 else:
-                    p = law_after(model, row[: anchor + 1 + k]) if r.objective == "distill" else None
+                    p = (
+                        law_after(model, row[: anchor + 1 + k])
+                        if r.objective == "distill"
+                        else None
+                    )
                     q.append(accepted(logits[k], p, true[k], vocab))
                     losses.append(loss_of(logits[k], p, true[k], vocab, r))
             for weight, value in zip(weights_of(q, r), losses, strict=True):
@@ -235,7 +257,9 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
     ],
     ids=" ".join,
 )
-def test_a_window_as_it_is_drafted(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
+def test_a_window_as_it_is_drafted(
+    changes: list[str], corpus: Corpus, model: PreTrainedModel
+) -> None:
     r = recipe.load("sedd", [*WINDOWS, *changes])
     task = sedd_task(r, corpus, model)
     vocab, mask = vocab_of(task.network), VOCAB
@@ -265,7 +289,9 @@ def test_a_window_as_it_is_drafted(changes: list[str], corpus: Corpus, model: Pr
     assert records["expected_tau"].item() == pytest.approx(1 + mean(accepts), rel=NEAR)
 
 
-@pytest.mark.parametrize("changes", [["objective=denoise"], ["divergence=forward", "truth_share=0.2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "changes", [["objective=denoise"], ["divergence=forward", "truth_share=0.2"]], ids=" ".join
+)
 def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
     """The sum over masked positions of loss / t, over all positions: the bound of MDLM, per token."""
     r = recipe.load("sedd", [*WINDOWS, "drafting_share=0", "length=5", *changes])
@@ -323,7 +349,9 @@ def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) ->
                 count += 1
             if not inside or token != VOCAB:
                 continue
-            offset = math.log(math.expm1(sigma)) + math.log(VOCAB)  # the authors' parametrization of an absorbing score
+            offset = math.log(math.expm1(sigma)) + math.log(
+                VOCAB
+            )  # the authors' parametrization of an absorbing score
             log_score = [v - offset for v in logits[i]]
             truth = row[start + i]
             entropy = math.fsum(math.exp(v) for v in log_score)
@@ -339,7 +367,7 @@ def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) ->
 )
 def test_autoregressive(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
     r = recipe.load("autoregressive", ["blocks=1", f"draft_vocab={WORDS}", "init=null", *changes])
-    network = networks.autoregressive(r, corpus, range(3), model)
+    network = initialize.autoregressive(r, corpus, range(3), model)
     shaken(network)
     head = model.get_output_embeddings().weight.detach()
     teacher = OnlineTeacher(model) if r.objective == "distill" else None
@@ -364,7 +392,9 @@ def test_the_target_itself(corpus: Corpus, model: PreTrainedModel) -> None:
     task = TargetTask(recipe.load("target"), corpus, model, None)
     with torch.no_grad():
         loss, _ = task(task.prepare(range(3), torch.Generator()), 0.0)
-    losses = [-math.log(law_after(model, row[:i])[row[i]]) for row in ROWS for i in range(1, len(row))]
+    losses = [
+        -math.log(law_after(model, row[:i])[row[i]]) for row in ROWS for i in range(1, len(row))
+    ]
     assert loss.item() == pytest.approx(mean(losses), rel=NEAR)
 
 
@@ -373,7 +403,9 @@ def test_the_target_itself(corpus: Corpus, model: PreTrainedModel) -> None:
 
 def test_draft_lengths_are_drawn_from_the_list(corpus: Corpus, model: PreTrainedModel) -> None:
     """Each entry as often, and as many canvases as fit the tokens."""
-    r = recipe.load("sedd", [*CANVASES, "objective=denoise", "draft_lens=[2,4,4,7]", "canvas_tokens=9"])
+    r = recipe.load(
+        "sedd", [*CANVASES, "objective=denoise", "draft_lens=[2,4,4,7]", "canvas_tokens=9"]
+    )
     task = sedd_task(r, corpus, model)
     counts = {2: 0, 4: 0, 7: 0}
     for seed in range(400):
@@ -400,16 +432,19 @@ def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedMode
 # ---- where a network begins ----
 
 
-@pytest.mark.parametrize(("blocks", "layers", "wanted"), [(1, 2, [0]), (2, 30, [0, 29]), (4, 10, [0, 3, 6, 9]), (3, 3, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("blocks", "layers", "wanted"),
+    [(1, 2, [0]), (2, 30, [0, 29]), (4, 10, [0, 3, 6, 9]), (3, 3, [0, 1, 2])],
+)
 def test_layers_are_spread(blocks: int, layers: int, wanted: list[int]) -> None:
-    assert networks._spread(blocks, layers) == wanted
+    assert initialize._spread(blocks, layers) == wanted
 
 
 def test_a_small_model_begins_with_the_target_s_first_and_last_layer(corpus: Corpus) -> None:
     config = LlamaConfig(**SIZES, num_hidden_layers=4, num_key_value_heads=2)
     target = LlamaForCausalLM(config)
     r = recipe.load("autoregressive", ["blocks=2", "draft_vocab=null"])
-    own = networks.autoregressive(r, corpus, range(3), target).net.state_dict()
+    own = initialize.autoregressive(r, corpus, range(3), target).net.state_dict()
     source = target.state_dict()
     assert sum(name.startswith("model.layers.") for name in own) == 2 * 9
     for name, tensor in own.items():
@@ -420,18 +455,22 @@ def test_a_small_model_begins_with_the_target_s_first_and_last_layer(corpus: Cor
 def test_a_block_begins_with_the_target_s_attention(corpus: Corpus) -> None:
     """The same states in, the same out: query heads find their group's keys, and positions turn alike."""
     torch.manual_seed(0)
-    target = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=3, num_key_value_heads=2)).eval()
+    target = LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_hidden_layers=3, num_key_value_heads=2)
+    ).eval()
     for parameter in target.parameters():
         parameter.data.normal_(std=0.3)  # norms too, which are all alike at first
     r = recipe.load("sedd", ["blocks=2", f"draft_vocab={WORDS}", "heads=4", "init=target"])
-    network = networks.sedd(r, corpus, range(3), target)
+    network = initialize.sedd(r, corpus, range(3), target)
     L = 7
     states = torch.randn(1, L, 32)
     positions = torch.arange(L)[None]
     causal = torch.ones(L, L, dtype=torch.bool).tril()[None, None]
     angle = positions[..., None] * torch.tensor([10_000.0 ** (-2 * i / 8) for i in range(4)])
     turns = target.model.rotary_emb(states, positions)
-    for block, layer in zip(network.blocks, (target.model.layers[0], target.model.layers[2]), strict=True):
+    for block, layer in zip(
+        network.blocks, (target.model.layers[0], target.model.layers[2]), strict=True
+    ):
         with torch.no_grad():
             ours = block.attn_out(block.attend(states, angle, causal, None))
             wanted, _ = layer.self_attn(states, turns, None)
@@ -444,7 +483,7 @@ def test_a_block_begins_with_the_target_s_attention(corpus: Corpus) -> None:
 
 def test_a_new_network_is_open(corpus: Corpus, model: PreTrainedModel) -> None:
     """Gates at 1, the target's final norm at a tenth, a MASK embedding of the table's size, and all of it carries gradients."""
-    network = networks.sedd(recipe.load("sedd", CANVASES), corpus, range(3), model)
+    network = initialize.sedd(recipe.load("sedd", CANVASES), corpus, range(3), model)
     norm = model.get_parameter("model.norm.weight")
     assert torch.allclose(network.output_layer.norm_final.weight, 0.1 * norm)
     for block in network.blocks:
@@ -457,14 +496,26 @@ def test_a_new_network_is_open(corpus: Corpus, model: PreTrainedModel) -> None:
     assert 0.5 < spread / table.std() < 1.5
 
 
-def test_an_earlier_network_goes_on_with_this_run_s_own_settings(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) -> None:
+def test_an_earlier_network_goes_on_with_this_run_s_own_settings(
+    corpus: Corpus, model: PreTrainedModel, tmp_path: Path
+) -> None:
     """Its weights, but not its dropout, and the output that the new objective makes of it; what is exported drafts without."""
-    first = sedd_task(recipe.load("sedd", [*WINDOWS, *SCORES, "length=7", "dropout=0.3"]), corpus, model)
+    first = sedd_task(
+        recipe.load("sedd", [*WINDOWS, *SCORES, "length=7", "dropout=0.3"]), corpus, model
+    )
     first.export(tmp_path, first.network.state_dict())
     assert SEDD.from_pretrained(tmp_path).config.dropout == 0
-    changes = [*WINDOWS, "objective=denoise", "draft_vocab=null", "length=7", "dropout=0.4", f"init={tmp_path}", "save_dtype=float32"]
+    changes = [
+        *WINDOWS,
+        "objective=denoise",
+        "draft_vocab=null",
+        "length=7",
+        "dropout=0.4",
+        f"init={tmp_path}",
+        "save_dtype=float32",
+    ]
     r = recipe.load("sedd", changes)
-    second = networks.sedd(r, corpus, range(3), model)
+    second = initialize.sedd(r, corpus, range(3), model)
     assert (first.network.config.output, second.config.output) == ("score", "denoiser")
     assert {block.dropout for block in second.blocks} == {0.4}
     for name, tensor in first.network.state_dict().items():
@@ -477,9 +528,13 @@ def test_a_target_that_changes_its_logits_cannot_teach() -> None:
         OnlineTeacher(CohereForCausalLM(config))
 
 
-@pytest.mark.parametrize("texts", [[[8, 9, 8, 9], [9, 8]], [[3], [8]]], ids=["words outside", "single tokens"])
+@pytest.mark.parametrize(
+    "texts", [[[8, 9, 8, 9], [9, 8]], [[3], [8]]], ids=["words outside", "single tokens"]
+)
 @pytest.mark.parametrize("kind", ["canvases", "windows", "scores", "autoregressive", "target"])
-def test_a_batch_that_teaches_nothing(kind: str, texts: list[list[int]], model: PreTrainedModel, tmp_path: Path) -> None:
+def test_a_batch_that_teaches_nothing(
+    kind: str, texts: list[list[int]], model: PreTrainedModel, tmp_path: Path
+) -> None:
     """Where no token counts, the loss and its gradients are numbers still."""
     rows = [*texts, *([[0, 1, 2, 3, 4, 5, 6, 7]] * 3)]
     with CorpusWriter(tmp_path, {"target": "tiny", "source": "test"}, vocab_size=VOCAB) as writer:
@@ -490,8 +545,10 @@ def test_a_batch_that_teaches_nothing(kind: str, texts: list[list[int]], model: 
     if kind == "target":
         task = TargetTask(recipe.load("target"), corpus, tiny.copy_of(model), None)
     elif kind == "autoregressive":
-        r = recipe.load("autoregressive", ["blocks=1", f"draft_vocab={WORDS}", "objective=denoise", "init=null"])
-        network = networks.autoregressive(r, corpus, range(2, 5), model)
+        r = recipe.load(
+            "autoregressive", ["blocks=1", f"draft_vocab={WORDS}", "objective=denoise", "init=null"]
+        )
+        network = initialize.autoregressive(r, corpus, range(2, 5), model)
         task = AutoregressiveTask(r, corpus, network, None, None, {})
     else:
         changes = {
@@ -500,7 +557,7 @@ def test_a_batch_that_teaches_nothing(kind: str, texts: list[list[int]], model: 
             "scores": [*WINDOWS, *SCORES, "length=7"],
         }
         r = recipe.load("sedd", changes[kind])
-        network = networks.sedd(r, corpus, range(2, 5), model)
+        network = initialize.sedd(r, corpus, range(2, 5), model)
         task = SEDDTask(r, corpus, network, None, None, {})
     loss, records = task(task.prepare(range(2), torch.Generator().manual_seed(0)), 0.0)
     assert loss.isfinite()

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from specdiff import catalog
 from specdiff.errors import UnsupportedModelError
-from specdiff.models.causal import load_model
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.models.ragged import load_model
+from specdiff.nn.small_lm import SmallLM
 from specdiff.types import TargetInfo
 
 
@@ -38,15 +38,23 @@ def assistant(spec: str, info: TargetInfo) -> PreTrainedModel:
     """The causal LM behind an autoregressive drafter spec. Raises UnsupportedModelError where it is not one, or what loading raises."""
     folder: Path | None = catalog.trained_folder(spec, info)
     if folder is None:
-        raise UnsupportedModelError(f"the drafter {spec!r} is no causal LM that transformers could run as an assistant")
-    small = SmallCausalLM.from_pretrained(folder, dtype=info.dtype)
+        raise UnsupportedModelError(
+            f"the drafter {spec!r} is no causal LM that transformers could run as an assistant"
+        )
+    small = SmallLM.from_pretrained(folder, dtype=info.dtype)
     if small.vocab_size != info.vocab_size:
-        raise UnsupportedModelError(f"the drafter writes {small.vocab_size} words, but the target {info.vocab_size}")
+        raise UnsupportedModelError(
+            f"the drafter writes {small.vocab_size} words, but the target {info.vocab_size}"
+        )
     net: Any = small.net
     if small.borrows:
-        assert info.embedding is not None and info.head is not None  # else our own drafter would have been refused
+        assert (
+            info.embedding is not None and info.head is not None
+        )  # else our own drafter would have been refused
         small.borrow(info.embedding, info.head)
     if small.draft_vocab_size is not None:
-        net.set_output_embeddings(SpreadHead(net.get_output_embeddings(), small.draft_vocab, small.vocab_size))
+        net.set_output_embeddings(
+            SpreadHead(net.get_output_embeddings(), small.draft_vocab, small.vocab_size)
+        )
     made: PreTrainedModel = net.to(info.device).eval()
     return made

@@ -48,7 +48,9 @@ def unbroken() -> Iterator[None]:
 class Ours(Decoder):
     """Our loop around a drafter, built anew for each number of steps (None: the drafter takes none)."""
 
-    def __init__(self, target: Target[Any], build: Callable[[Mapping[str, Any]], Drafter[Any]]) -> None:
+    def __init__(
+        self, target: Target[Any], build: Callable[[Mapping[str, Any]], Drafter[Any]]
+    ) -> None:
         self.target, self.build = target, build
         self.built: dict[int | None, Drafter[Any]] = {}
 
@@ -61,13 +63,22 @@ class Ours(Decoder):
     def run(self, cell: Cell, ask: Ask) -> Run:
         """Raises DrafterError if the drafter broke on the way."""
         drafter = self.drafter(cell.steps)
-        params = [SamplingParams(max_tokens=n, temperature=ask.temperature, stop_token_ids=ask.stop_ids) for n in ask.limits]
+        params = [
+            SamplingParams(max_tokens=n, temperature=ask.temperature, stop_token_ids=ask.stop_ids)
+            for n in ask.limits
+        ]
         batch = Batch.of(ask.prompts, params, ask.seeds, device=self.target.info.device)
         length = Controller(drafter.draft_len) if cell.draft_len == "auto" else cell.draft_len
         assert not isinstance(length, str)
         with unbroken():
             watch = Watch(self.target.info.device)
-            for r in decode.decode(self.target, drafter, batch, verifier=verifier(cell.verifier or "token"), draft_len=length):
+            for r in decode.decode(
+                self.target,
+                drafter,
+                batch,
+                verifier=verifier(cell.verifier or "token"),
+                draft_len=length,
+            ):
                 watch.add(r)
             return watch.run(len(ask.prompts))
 
@@ -75,9 +86,13 @@ class Ours(Decoder):
 class Theirs(Decoder):
     """transformers' generate on its own copy of the model, in its own attention. kind: see plan.Entry."""
 
-    def __init__(self, model: PreTrainedModel, kind: str, assistant: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, kind: str, assistant: PreTrainedModel | None = None
+    ) -> None:
         self.model, self.kind, self.assistant = model, kind, assistant
-        model.generation_config = GenerationConfig()  # generate would fill up what it is not told from the model's own defaults
+        model.generation_config = (
+            GenerationConfig()
+        )  # generate would fill up what it is not told from the model's own defaults
 
     def run(self, cell: Cell, ask: Ask) -> Run:
         """Raises UsageError for a batch where transformers speculates, which it does for one row only."""
@@ -91,11 +106,17 @@ class Theirs(Decoder):
         streamer = _FirstToken()
         model: Any = self.model
         begin = time.perf_counter()
-        out = model.generate(ids, attention_mask=mask, generation_config=_config(ask), streamer=streamer, **extra)
+        out = model.generate(
+            ids, attention_mask=mask, generation_config=_config(ask), streamer=streamer, **extra
+        )
         new = out[:, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - begin
         tokens = [_until(row[:n], ask.stop_ids) for row, n in zip(new, ask.limits, strict=True)]
-        first = (streamer.at - begin, streamer.count) if streamer.count else (seconds, sum(map(len, tokens)))
+        first = (
+            (streamer.at - begin, streamer.count)
+            if streamer.count
+            else (seconds, sum(map(len, tokens)))
+        )
         return Run(tokens, seconds, *first)
 
 
@@ -124,9 +145,18 @@ class _FirstToken(BaseStreamer):
 
 def _config(ask: Ask) -> GenerationConfig:
     """Temperature and ends, and nothing that would make it another law."""
-    heat = {"do_sample": True, "temperature": ask.temperature, "top_k": 0, "top_p": 1.0} if ask.temperature else {"do_sample": False}
+    heat = (
+        {"do_sample": True, "temperature": ask.temperature, "top_k": 0, "top_p": 1.0}
+        if ask.temperature
+        else {"do_sample": False}
+    )
     ends = list(ask.stop_ids) or None
-    return GenerationConfig(**heat, max_new_tokens=max(ask.limits), eos_token_id=ends, pad_token_id=ends[0] if ends else 0)
+    return GenerationConfig(
+        **heat,
+        max_new_tokens=max(ask.limits),
+        eos_token_id=ends,
+        pad_token_id=ends[0] if ends else 0,
+    )
 
 
 def _left_padded(ask: Ask, device: torch.device) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:

@@ -40,12 +40,20 @@ def differences(first: Record, second: Record) -> Iterator[dict[str, Any]]:
         for field in ("model", "dtype", "max_tokens", "prompts"):
             a, b = parts[part].get(field), others[part].get(field)
             if a != b:
-                told = {"first": len(a or ()), "second": len(b or ())} if field == "prompts" else {"first": a, "second": b}
+                told = (
+                    {"first": len(a or ()), "second": len(b or ())}
+                    if field == "prompts"
+                    else {"first": a, "second": b}
+                )
                 yield {"what": f"{part}: {field}", **told}
 
 
 def _cells(run: Record) -> dict[tuple[Any, ...], Record]:
-    return {(part["name"], *_same(cell)): {"part": part["name"], **cell} for part in run["parts"] for cell in part["cells"]}
+    return {
+        (part["name"], *_same(cell)): {"part": part["name"], **cell}
+        for part in run["parts"]
+        for cell in part["cells"]
+    }
 
 
 def _same(cell: Record) -> list[Any]:
@@ -65,11 +73,18 @@ def _row(a: Record, b: Record) -> dict[str, Any]:
     speed = _ratio(a["tokens_per_second"], b["tokens_per_second"])
     gain = _ratio(_speedup(a), _speedup(b))
     tau = _ratio(_over_tasks(a), _over_tasks(b))
-    told = {"tokens_per_second": speed, "speedup_vs_vanilla": gain, "tau": tau, "alpha": _ratio(_bare(a["alpha"]), _bare(b["alpha"]))}
+    told = {
+        "tokens_per_second": speed,
+        "speedup_vs_vanilla": gain,
+        "tau": tau,
+        "alpha": _ratio(_bare(a["alpha"]), _bare(b["alpha"])),
+    }
     failed = [name for name, cell in (("first", a), ("second", b)) if cell["status"] == "failed"]
     return {
         **_named(b),
-        "before": {name: a[name] for name in SETTING} if any(a[name] != b[name] for name in SETTING) else None,
+        "before": {name: a[name] for name in SETTING}
+        if any(a[name] != b[name] for name in SETTING)
+        else None,
         **told,
         "verdict": verdict(speed, "faster", "slower"),
         "tau_verdict": verdict(tau, "longer", "shorter"),
@@ -87,7 +102,11 @@ def _over_tasks(cell: Record) -> dict[str, float] | None:
     known = [task["tau"] for task in cell["tasks"].values() if task["tau"] is not None]
     if cell["tau"] is None:
         return None
-    return _bare(cell["tau"]) if len(known) < 2 else {"median": cell["tau"], "min": min(known), "max": max(known)}
+    return (
+        _bare(cell["tau"])
+        if len(known) < 2
+        else {"median": cell["tau"], "min": min(known), "max": max(known)}
+    )
 
 
 def _bare(value: float | None) -> dict[str, float] | None:
@@ -99,8 +118,17 @@ def _ratio(a: Mapping[str, float] | None, b: Mapping[str, float] | None) -> dict
     if not a or not b or not a["median"]:
         return None
     known = "min" in a and "min" in b and a["min"] > 0
-    spread = {"min": b["min"] / a["max"], "max": b["max"] / a["min"]} if known else {"min": None, "max": None}
-    return {"first": a["median"], "second": b["median"], "ratio": b["median"] / a["median"], **spread}
+    spread = (
+        {"min": b["min"] / a["max"], "max": b["max"] / a["min"]}
+        if known
+        else {"min": None, "max": None}
+    )
+    return {
+        "first": a["median"],
+        "second": b["median"],
+        "ratio": b["median"] / a["median"],
+        **spread,
+    }
 
 
 def verdict(ratio: Mapping[str, Any] | None, more: str, less: str) -> str | None:
@@ -112,5 +140,9 @@ def verdict(ratio: Mapping[str, Any] | None, more: str, less: str) -> str | None
 
 def middle(found: Record) -> float | None:
     """The median over the cells of the main table of the ratio of tokens/s; None if there are none."""
-    known = [row["tokens_per_second"]["ratio"] for row in found["cells"] if row["stage"] == "main" and row["tokens_per_second"]]
+    known = [
+        row["tokens_per_second"]["ratio"]
+        for row in found["cells"]
+        if row["stage"] == "main" and row["tokens_per_second"]
+    ]
     return statistics.median(known) if known else None

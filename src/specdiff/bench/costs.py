@@ -50,7 +50,12 @@ def reachable(contexts: Sequence[int], positions: int) -> list[int]:
 
 
 def round_seconds(
-    target: Target[Any], drafter: Drafter[Any], context: int, draft_lens: Sequence[int], times: int, seed: int
+    target: Target[Any],
+    drafter: Drafter[Any],
+    context: int,
+    draft_lens: Sequence[int],
+    times: int,
+    seed: int,
 ) -> dict[int, dict[str, list[float]]]:
     """{K: {"draft": seconds, "score": seconds}} of `times` rounds each, after two that warm up; fewer where the margin is used up."""
     info = target.info
@@ -58,13 +63,25 @@ def round_seconds(
     prompt = torch.randint(info.vocab_size, (context,), generator=generator).tolist()
     room = min(MARGIN, info.max_positions - context)
     found: dict[int, dict[str, list[float]]] = {k: {"draft": [], "score": []} for k in draft_lens}
-    watched = (WaitingTarget(target), WaitingDrafter(drafter, info.device)) if info.device.type == "cuda" else (target, drafter)
+    watched = (
+        (WaitingTarget(target), WaitingDrafter(drafter, info.device))
+        if info.device.type == "cuda"
+        else (target, drafter)
+    )
     slots = context + MARGIN + max(draft_lens) + 1
-    run: decode.Run | None = None
+    run: decode.DecodeState | None = None
     for i in range(times + 2):
         for k in draft_lens:
-            if run is None or bool(run.batch.done.all()):  # the margin is used up: begin again, one round to warm up
-                batch = Batch.of([prompt], [SamplingParams(max_tokens=room)], [seed], slots=slots, device=info.device)
+            if run is None or bool(
+                run.batch.done.all()
+            ):  # the margin is used up: begin again, one round to warm up
+                batch = Batch.of(
+                    [prompt],
+                    [SamplingParams(max_tokens=room)],
+                    [seed],
+                    slots=slots,
+                    device=info.device,
+                )
                 run = decode.start(*watched, batch, slots=slots)
                 decode.admit(run, torch.arange(1, device=info.device))
                 decode.raise_if_failed(decode.step(run, k))
@@ -82,18 +99,30 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def target_curve(target: Target[Any], context: int, widths: Sequence[int], times: int, seed: int) -> Iterator[dict[str, Any]]:
+def target_curve(
+    target: Target[Any], context: int, widths: Sequence[int], times: int, seed: int
+) -> Iterator[dict[str, Any]]:
     """T_target(n): seconds of one scoring pass over n positions behind `context` others."""
     found = round_seconds(target, Blank(), context, [n - 1 for n in widths], times, seed)
-    return ({"context": context, "n": k + 1, "seconds": spread(s["score"])} for k, s in found.items())
+    return (
+        {"context": context, "n": k + 1, "seconds": spread(s["score"])} for k, s in found.items()
+    )
 
 
 def draft_curve(
-    target: Target[Any], drafter: Drafter[Any], context: int, draft_lens: Sequence[int], times: int, seed: int
+    target: Target[Any],
+    drafter: Drafter[Any],
+    context: int,
+    draft_lens: Sequence[int],
+    times: int,
+    seed: int,
 ) -> Iterator[dict[str, Any]]:
     """T_draft(gamma): seconds of one draft of gamma tokens behind `context` committed ones."""
     found = round_seconds(target, drafter, context, draft_lens, times, seed)
-    return ({"context": context, "draft_len": k, "seconds": spread(s["draft"])} for k, s in found.items())
+    return (
+        {"context": context, "draft_len": k, "seconds": spread(s["draft"])}
+        for k, s in found.items()
+    )
 
 
 @dataclass(slots=True)
@@ -114,7 +143,9 @@ class Overlap:
         if K:
             shared = overlaps(draft, p[:, :K]).tolist()
             sizes = [K] * len(shared) if draft.size is None else draft.size.tolist()
-            for row, (size, n) in enumerate(zip(sizes, verification.accepted.tolist(), strict=True)):
+            for row, (size, n) in enumerate(
+                zip(sizes, verification.accepted.tolist(), strict=True)
+            ):
                 for k in range(min(size, n + 1)):
                     self._count(k, k < n, shared[row][k])
         return verification
@@ -131,7 +162,9 @@ class Overlap:
     def positions(self) -> list[dict[str, Any]]:
         """One entry a draft position."""
         rows = zip(self.reached, self.accepted, self.overlap, strict=True)
-        return [{"reached": n, "accepted": a, "acceptance": a / n, "overlap": o / n} for n, a, o in rows]
+        return [
+            {"reached": n, "accepted": a, "acceptance": a / n, "overlap": o / n} for n, a, o in rows
+        ]
 
 
 def overlaps(draft: Draft, p: Float[Tensor, "B K V"]) -> Float[Tensor, "B K"]:
@@ -142,7 +175,11 @@ def overlaps(draft: Draft, p: Float[Tensor, "B K V"]) -> Float[Tensor, "B K"]:
 
 
 def conditional(
-    target: Target[Any], drafter: Drafter[Any], batches: Sequence[Batch], verifier: Verifier, draft_len: int | None
+    target: Target[Any],
+    drafter: Drafter[Any],
+    batches: Sequence[Batch],
+    verifier: Verifier,
+    draft_len: int | None,
 ) -> list[dict[str, Any]]:
     """The positions of `draft_len`, over all batches."""
     counting = Overlap(verifier)

@@ -8,7 +8,18 @@ from matplotlib.axes import Axes
 
 from specdiff.bench.figures import Cell, Part, by_heat, names
 from specdiff.bench.plan import HF, VANILLA
-from specdiff.bench.svg import DASHES, INK, MARKERS, Drawing, colours, legend, panels, powers, short, whiskers
+from specdiff.bench.svg import (
+    DASHES,
+    INK,
+    MARKERS,
+    Drawing,
+    colours,
+    legend,
+    panels,
+    powers,
+    short,
+    whiskers,
+)
 
 Point = tuple[float, float, Mapping[str, float] | None]  # x, y, its spread
 NO_SWEEPS = "the sweeps of draft length and diffusion steps were not run (they are left out by --quick), or not finished"
@@ -21,11 +32,21 @@ def _line(panel: Axes, points: Sequence[Point], middle: str = "median", **look: 
     points = sorted((((apart * x if s else x), y, s) for x, y, s in points), key=lambda p: p[0])
     spreads = [s for _, _, s in points if s is not None]
     errors = whiskers(spreads, middle) if len(spreads) == len(points) else None
-    panel.errorbar([x for x, _, _ in points], [y for _, y, _ in points], yerr=errors, elinewidth=0.8, capsize=2, **look)
+    panel.errorbar(
+        [x for x, _, _ in points],
+        [y for _, y, _ in points],
+        yerr=errors,
+        elinewidth=0.8,
+        capsize=2,
+        **look,
+    )
 
 
 def _drafting(part: Part) -> dict[float, list[Cell]]:
-    heats = {heat: [c for c in rows if c["baseline"] not in (HF, VANILLA)] for heat, rows in by_heat(part, "sweep").items()}
+    heats = {
+        heat: [c for c in rows if c["baseline"] not in (HF, VANILLA)]
+        for heat, rows in by_heat(part, "sweep").items()
+    }
     return {heat: rows for heat, rows in heats.items() if rows}
 
 
@@ -38,14 +59,18 @@ def _grouped(rows: Sequence[Cell], key: Callable[[Cell], Any]) -> dict[Any, list
 
 def _looks() -> Any:
     """Marker and dashes of one line after another; colour alone never tells two apart."""
-    return ({"marker": m, "linestyle": d} for m, d in zip(cycle(MARKERS), cycle(DASHES), strict=False))
+    return (
+        {"marker": m, "linestyle": d} for m, d in zip(cycle(MARKERS), cycle(DASHES), strict=False)
+    )
 
 
 def _shades(count: int) -> list[tuple[float, ...]]:
     """Ordered colours that are seen on white and on black."""
     import matplotlib as mpl
 
-    return [tuple(mpl.colormaps["plasma"](0.38 + 0.44 * i / max(1, count - 1))) for i in range(count)]
+    return [
+        tuple(mpl.colormaps["plasma"](0.38 + 0.44 * i / max(1, count - 1))) for i in range(count)
+    ]
 
 
 def figure2(part: Part) -> Drawing | str:
@@ -53,22 +78,44 @@ def figure2(part: Part) -> Drawing | str:
     heats = {}
     for heat, rows in _drafting(part).items():
         lines = _grouped(rows, lambda c: (c["baseline"], c["draft_len"]))
-        heats[heat] = {k: cells for k, cells in lines.items() if len({c["steps"] for c in cells if c["steps"]}) > 1}
+        heats[heat] = {
+            k: cells
+            for k, cells in lines.items()
+            if len({c["steps"] for c in cells if c["steps"]}) > 1
+        }
     heats = {heat: lines for heat, lines in heats.items() if lines}
     if not heats:
-        return NO_SWEEPS if not _drafting(part) else "no drafter was swept over more than one number of diffusion steps"
+        return (
+            NO_SWEEPS
+            if not _drafting(part)
+            else "no drafter was swept over more than one number of diffusion steps"
+        )
     figure, axes = panels(len(heats), 2, 0.7 + 2.6 * len(heats))
     said, shades = [], _shades(len({k for lines in heats.values() for k in lines}))
     for row, (heat, lines) in zip(axes, heats.items(), strict=True):
-        for ((name, length), cells), look, shade in zip(lines.items(), _looks(), shades, strict=False):
+        for ((name, length), cells), look, shade in zip(
+            lines.items(), _looks(), shades, strict=False
+        ):
             named: dict[str, Any] = {"label": f"{short(name)} K={length}", "color": shade, **look}
-            _line(row[0], [(c["steps"], c["alpha"], None) for c in cells if c["alpha"] is not None], **named)
+            _line(
+                row[0],
+                [(c["steps"], c["alpha"], None) for c in cells if c["alpha"] is not None],
+                **named,
+            )
             told = [(c["steps"], c["speedup_vs_vanilla"]) for c in cells if c["speedup_vs_vanilla"]]
             _line(row[1], [(s, r["ratio"], r) for s, r in told], "ratio", **named)
-            said += [f"{name} K={length}, {c['steps']} steps: alpha {c['alpha']:.2f}" for c in cells if c["alpha"] is not None]
+            said += [
+                f"{name} K={length}, {c['steps']} steps: alpha {c['alpha']:.2f}"
+                for c in cells
+                if c["alpha"] is not None
+            ]
         row[1].axhline(1, color=INK, linewidth=1, linestyle="--")
         for panel, wanted in zip(row, ("acceptance rate alpha", FACTOR), strict=True):
-            powers(panel, (c["steps"] for cells in lines.values() for c in cells), "diffusion steps (network passes per draft)")
+            powers(
+                panel,
+                (c["steps"] for cells in lines.values() for c in cells),
+                "diffusion steps (network passes per draft)",
+            )
             panel.set_ylim(bottom=0)
             panel.set_ylabel(wanted)
             panel.set_title(f"temperature {heat:g}", loc="left")
@@ -84,8 +131,12 @@ def gamma(part: Part) -> Drawing | str:
     figure, axes = panels(1, len(heats), 3.6, sharey=True)
     known, said = colours(names(part)), []
     for panel, (heat, rows) in zip(axes[0], heats.items(), strict=True):
-        for ((name, steps), cells), look in zip(_grouped(rows, lambda c: (c["baseline"], c["steps"])).items(), _looks(), strict=False):
-            told = [(c["draft_len"], c["speedup_vs_vanilla"]) for c in cells if c["speedup_vs_vanilla"]]
+        for ((name, steps), cells), look in zip(
+            _grouped(rows, lambda c: (c["baseline"], c["steps"])).items(), _looks(), strict=False
+        ):
+            told = [
+                (c["draft_len"], c["speedup_vs_vanilla"]) for c in cells if c["speedup_vs_vanilla"]
+            ]
             passes = "" if steps is None else ", 1 pass" if steps == 1 else f", {steps} passes"
             points: list[Point] = [(length, r["ratio"], r) for length, r in told]
             _line(panel, points, "ratio", label=short(name) + passes, color=known[name], **look)
@@ -112,12 +163,28 @@ def costs(part: Part) -> Drawing | str:
     middle = _middle([p["context"] for p in draft])
     lines = _lines([p for p in draft if p["context"] == middle])
     for ((name, steps), told), look in zip(lines.items(), _looks(), strict=False):
-        _line(row[1], [_cost(p, "draft_len") for p in told], color=known[name], label=_draft_label(name, steps), **look)
+        _line(
+            row[1],
+            [_cost(p, "draft_len") for p in told],
+            color=known[name],
+            label=_draft_label(name, steps),
+            **look,
+        )
     _finish(row[0], [p["n"] for p in target], "tokens scored in one pass, n", "T_target(n), ms")
-    _finish(row[1], [p["draft_len"] for p in draft], f"draft length K, behind {middle} tokens", "T_draft(K), ms")
+    _finish(
+        row[1],
+        [p["draft_len"] for p in draft],
+        f"draft length K, behind {middle} tokens",
+        "T_draft(K), ms",
+    )
     for panel in row:
-        panel.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, handlelength=2.6, columnspacing=1)
-    ends = [f"{p['n']} tokens behind {p['context']}: {1000 * p['seconds']['median']:.1f} ms" for p in target]
+        panel.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, handlelength=2.6, columnspacing=1
+        )
+    ends = [
+        f"{p['n']} tokens behind {p['context']}: {1000 * p['seconds']['median']:.1f} ms"
+        for p in target
+    ]
     return Drawing(figure, "Cost of scoring and of drafting: " + "; ".join(ends))
 
 
@@ -128,18 +195,38 @@ def contexts(part: Part) -> Drawing | str:
         return "costs were measured behind fewer than two lengths of context"
     figure, (row,) = panels(1, 2, 3.7)
     known, widths = colours(names(part)), sorted({p["n"] for p in target})
-    chosen = list(dict.fromkeys([*widths[:1], *widths[len(widths) // 2 : len(widths) // 2 + 1], *widths[-1:]]))
+    chosen = list(
+        dict.fromkeys([*widths[:1], *widths[len(widths) // 2 : len(widths) // 2 + 1], *widths[-1:]])
+    )
     for n, shade, look in zip(chosen, _shades(len(chosen)), _looks(), strict=False):
-        _line(row[0], [_cost(p, "context") for p in target if p["n"] == n], color=shade, label=f"scoring {n} token{'s' * (n > 1)}", **look)
+        _line(
+            row[0],
+            [_cost(p, "context") for p in target if p["n"] == n],
+            color=shade,
+            label=f"scoring {n} token{'s' * (n > 1)}",
+            **look,
+        )
     length = _middle([p["draft_len"] for p in draft])
     lines = _lines([p for p in draft if p["draft_len"] == length])
     for ((name, steps), points), look in zip(lines.items(), _looks(), strict=False):
-        _line(row[1], [_cost(p, "context") for p in points], color=known[name], label=_draft_label(name, steps), **look)
+        _line(
+            row[1],
+            [_cost(p, "context") for p in points],
+            color=known[name],
+            label=_draft_label(name, steps),
+            **look,
+        )
     _finish(row[0], [p["context"] for p in target], "context, tokens", "T_target(n), ms")
     _finish(row[1], [p["context"] for p in draft], "context, tokens", f"T_draft({length}), ms")
     for panel in row:
-        panel.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, handlelength=2.6, columnspacing=1)
-    ends = [f"{p['n']} tokens behind {p['context']}: {1000 * p['seconds']['median']:.1f} ms" for p in target if p["n"] in chosen]
+        panel.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1), ncols=2, handlelength=2.6, columnspacing=1
+        )
+    ends = [
+        f"{p['n']} tokens behind {p['context']}: {1000 * p['seconds']['median']:.1f} ms"
+        for p in target
+        if p["n"] in chosen
+    ]
     return Drawing(figure, "Cost against context: " + "; ".join(ends))
 
 
@@ -183,12 +270,32 @@ def batches(part: Part) -> Drawing | str:
     known, said = colours(names(part)), []
     for panel, (heat, entries) in zip(axes[0], heats.items(), strict=True):
         for entry, look in zip(entries, _looks(), strict=False):
-            at = [(s["batch"], s["tokens_per_second"]) for s in entry["sizes"] if s["tokens_per_second"]]
+            at = [
+                (s["batch"], s["tokens_per_second"])
+                for s in entry["sizes"]
+                if s["tokens_per_second"]
+            ]
             told = even(entry)
-            _line(panel, [(b, v, None) for b, v in at], color=known[entry["baseline"]], label=short(entry["baseline"]) + told, **look)
+            _line(
+                panel,
+                [(b, v, None) for b, v in at],
+                color=known[entry["baseline"]],
+                label=short(entry["baseline"]) + told,
+                **look,
+            )
             lost = [(b, v) for b, v in at if b == entry["break_even"]]
-            panel.plot([b for b, _ in lost], [v for _, v in lost], marker="o", markersize=11, fillstyle="none", color=INK, linestyle="none")
-            said.append(f"{entry['baseline']}{told}: " + ", ".join(f"{v:.0f} at {b}" for b, v in at))
+            panel.plot(
+                [b for b, _ in lost],
+                [v for _, v in lost],
+                marker="o",
+                markersize=11,
+                fillstyle="none",
+                color=INK,
+                linestyle="none",
+            )
+            said.append(
+                f"{entry['baseline']}{told}: " + ", ".join(f"{v:.0f} at {b}" for b, v in at)
+            )
         powers(panel, (s["batch"] for e in entries for s in e["sizes"]), "batch, rows")
         panel.set_ylim(bottom=0)
         panel.set_title(f"temperature {heat:g}", loc="left")
@@ -203,6 +310,16 @@ def even(entry: Mapping[str, Any]) -> str:
         return ""
     if entry["break_even"] is not None:
         return f" (no gain from batch {entry['break_even']})"
-    known = [s["batch"] for s in entry["sizes"] if s["tokens_per_second"] and s["vanilla_tokens_per_second"]]
+    known = [
+        s["batch"]
+        for s in entry["sizes"]
+        if s["tokens_per_second"] and s["vanilla_tokens_per_second"]
+    ]
     whole = len(known) == len(entry["sizes"])
-    return " (pays at every size)" if whole else f" (pays up to batch {max(known)}, then not measured)" if known else ""
+    return (
+        " (pays at every size)"
+        if whole
+        else f" (pays up to batch {max(known)}, then not measured)"
+        if known
+        else ""
+    )

@@ -18,9 +18,22 @@ def draw(rows: Sequence[Mapping[str, Any]], verifiers: Sequence[str]) -> Drawing
         at = [y + apart * (i - (len(verifiers) - 1) / 2) for y in range(len(rows))]
         least, most = zip(*(row["distance"][verifier] for row in rows), strict=True)
         off = [row["error"] or 0.0 for row in rows]
-        look: Any = {"color": COLOURS[verifier], "marker": MARKERS[i], "linestyle": "none", "markersize": 4}
+        look: Any = {
+            "color": COLOURS[verifier],
+            "marker": MARKERS[i],
+            "linestyle": "none",
+            "markersize": 4,
+        }
         axes.hlines(at, least, most, color=COLOURS[verifier], linewidth=2.2)
-        axes.errorbar(most, at, xerr=[[0.0] * len(off), off], elinewidth=0.8, capsize=2, label=verifier, **look)
+        axes.errorbar(
+            most,
+            at,
+            xerr=[[0.0] * len(off), off],
+            elinewidth=0.8,
+            capsize=2,
+            label=verifier,
+            **look,
+        )
         axes.plot(least, at, **look)
     axes.set_xscale("symlog", linthresh=FINEST, linscale=0.5)
     axes.set_xlim(-FINEST / 8, 1)
@@ -28,7 +41,9 @@ def draw(rows: Sequence[Mapping[str, Any]], verifiers: Sequence[str]) -> Drawing
     axes.set_xticks([], minor=True)
     axes.axvline(0, color=INK, linewidth=1, linestyle="--")
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_yticks(range(len(rows)), [("biased: " if row["biased"] else "") + row["draft"] for row in rows])
+    axes.set_yticks(
+        range(len(rows)), [("biased: " if row["biased"] else "") + row["draft"] for row in rows]
+    )
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("total variation from the target's law (0: lawful)")
     legend(figure, [axes], columns=3)

@@ -19,10 +19,15 @@ COARSE = 0.5  # the same for 8 or 11 bits of mantissa
 ENDED = -1
 
 
-def divergences(loaded: Session, ask: Ask, names: Sequence[str], answers: Mapping[Cell, Run | str]) -> list[dict[str, Any]]:
+def divergences(
+    loaded: Session, ask: Ask, names: Sequence[str], answers: Mapping[Cell, Run | str]
+) -> list[dict[str, Any]]:
     """The first difference of each answer from the reference's (transformers' own, else plain decoding's), row by row."""
     whole = {cell: run for cell, run in answers.items() if isinstance(run, Run)}
-    reference = next((run for name in (HF, VANILLA) for cell, run in whole.items() if cell.baseline == name), None)
+    reference = next(
+        (run for name in (HF, VANILLA) for cell, run in whole.items() if cell.baseline == name),
+        None,
+    )
     if reference is None:
         return []
     found, judge = [], loaded.decoders.get(HF)
@@ -32,7 +37,12 @@ def divergences(loaded: Session, ask: Ask, names: Sequence[str], answers: Mappin
             if at is not None:
                 pair = [t[at] if at < len(t) else ENDED for t in (own, theirs)]
                 told = {**cell.as_dict(), "prompt": names[row], "position": at, "tokens": pair}
-                found.append(told | _gap(judge, [*ask.prompts[row], *theirs[:at]], pair, loaded.lm.target.info.dtype))
+                found.append(
+                    told
+                    | _gap(
+                        judge, [*ask.prompts[row], *theirs[:at]], pair, loaded.lm.target.info.dtype
+                    )
+                )
     return found
 
 
@@ -43,7 +53,9 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 
 @torch.inference_mode()
-def _gap(judge: Decoder | None, ids: Sequence[int], pair: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+def _gap(
+    judge: Decoder | None, ids: Sequence[int], pair: Sequence[int], dtype: torch.dtype
+) -> dict[str, Any]:
     """How far the target's two largest logits lie apart behind `ids`, by transformers' own forward pass.
 
     A near tie is one of the two tokens that differ: neither may lie far below the largest.
@@ -52,7 +64,9 @@ def _gap(judge: Decoder | None, ids: Sequence[int], pair: Sequence[int], dtype: 
     if not isinstance(judge, Theirs):
         return unknown
     try:
-        logits = judge.model(torch.tensor([list(ids)], device=judge.model.device)).logits[0, -1].float()
+        logits = (
+            judge.model(torch.tensor([list(ids)], device=judge.model.device)).logits[0, -1].float()
+        )
     except RuntimeError:  # out of memory: the difference is told all the same
         return unknown
     top = logits.topk(2)

@@ -45,7 +45,14 @@ def _bars(axes: Axes, rows: Sequence[Cell], field: str, known: Mapping[str, str]
     for i, _, ratio in at:
         end = max(ratio["max"], ratio["ratio"])
         beside = 1.0 if end < 1 < end + 0.25 * right else end  # not across the line of no change
-        axes.annotate(f"{ratio['ratio']:.2f}x", (beside, i), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.annotate(
+            f"{ratio['ratio']:.2f}x",
+            (beside, i),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
     axes.axvline(1, color=INK, linewidth=1, linestyle="--")
     axes.grid(visible=False, axis="y")
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -56,30 +63,52 @@ def _bars(axes: Axes, rows: Sequence[Cell], field: str, known: Mapping[str, str]
 def speedups(part: Part) -> Drawing | str:
     """Bars with the least and largest of single turns; 1 is the reference."""
     fields = {"speedup_vs_hf": "hf", "speedup_vs_vanilla": "ours-vanilla"}
-    heats = {heat: [c for c in rows if any(c[f] for f in fields)] for heat, rows in by_heat(part, "main").items()}
+    heats = {
+        heat: [c for c in rows if any(c[f] for f in fields)]
+        for heat, rows in by_heat(part, "main").items()
+    }
     heats = {heat: rows for heat, rows in heats.items() if rows}
     if not heats:
         return "no cell of the main comparison was measured together with a reference"
     high = [len(rows) for rows in heats.values()]
-    figure, axes = panels(len(heats), 2, 0.5 + sum(0.75 + 0.27 * n for n in high), sharey="row", gridspec_kw={"height_ratios": high})
+    figure, axes = panels(
+        len(heats),
+        2,
+        0.5 + sum(0.75 + 0.27 * n for n in high),
+        sharey="row",
+        gridspec_kw={"height_ratios": high},
+    )
     known, said = colours(names(part)), []
     for row, (heat, rows) in zip(axes, heats.items(), strict=True):
         for panel, (field, reference) in zip(row, fields.items(), strict=True):
             _bars(panel, rows, field, known)
             panel.set_title(f"against {reference}, temperature {heat:g}", loc="left")
             panel.set_xlabel("speed-up (ratio of tokens/s); 1 = no change")
-            said += [f"{label(c)} {c[field]['ratio']:.2f} against {reference} at temperature {heat:g}" for c in rows if c[field]]
+            said += [
+                f"{label(c)} {c[field]['ratio']:.2f} against {reference} at temperature {heat:g}"
+                for c in rows
+                if c[field]
+            ]
     return Drawing(figure, "Speed-up bars: " + "; ".join(said))
 
 
 def stages(part: Part) -> Drawing | str:
     """Milliseconds a token, by what they were spent on; transformers' own runs are not split."""
-    heats = {heat: [c for c in rows if c["tokens"] and c["seconds"].get("total")] for heat, rows in by_heat(part, "main").items()}
+    heats = {
+        heat: [c for c in rows if c["tokens"] and c["seconds"].get("total")]
+        for heat, rows in by_heat(part, "main").items()
+    }
     heats = {heat: rows for heat, rows in heats.items() if rows}
     if not heats:
         return "no cell of the main comparison has its time told"
     high = [len(rows) for rows in heats.values()]
-    figure, axes = panels(len(heats), 1, 0.6 + sum(0.6 + 0.27 * n for n in high), sharex=True, gridspec_kw={"height_ratios": high})
+    figure, axes = panels(
+        len(heats),
+        1,
+        0.6 + sum(0.6 + 0.27 * n for n in high),
+        sharex=True,
+        gridspec_kw={"height_ratios": high},
+    )
     said = []
     for (panel,), (heat, rows) in zip(axes, heats.items(), strict=True):
         begin = [0.0] * len(rows)
@@ -91,7 +120,10 @@ def stages(part: Part) -> Drawing | str:
         panel.set_yticks(range(len(rows)), [label(c) for c in rows])
         panel.grid(visible=False, axis="y")
         panel.set_title(f"temperature {heat:g}", loc="left")
-        said += [f"{label(c)} {total:.1f} ms at temperature {heat:g}" for c, total in zip(rows, begin, strict=True)]
+        said += [
+            f"{label(c)} {total:.1f} ms at temperature {heat:g}"
+            for c, total in zip(rows, begin, strict=True)
+        ]
     axes[-1][0].set_xlabel("milliseconds per token")
     legend(figure, axes[0], columns=7)
     return Drawing(figure, "Time per token by stage: " + "; ".join(said))
@@ -107,7 +139,9 @@ def _stage(cell: Cell, stage: str) -> float:
 
 def positions(part: Part) -> Drawing | str:
     """The share of tokens accepted at each place of the draft, of those that were reached."""
-    heats = {heat: [c for c in rows if c["per_position"]] for heat, rows in by_heat(part, "main").items()}
+    heats = {
+        heat: [c for c in rows if c["per_position"]] for heat, rows in by_heat(part, "main").items()
+    }
     heats = {heat: rows for heat, rows in heats.items() if rows}
     if not heats:
         return "no drafter's acceptance was counted"
@@ -115,11 +149,21 @@ def positions(part: Part) -> Drawing | str:
     known, said = colours(names(part)), []
     for panel, (heat, rows) in zip(axes[0], heats.items(), strict=True):
         for i, cell in enumerate(rows):
-            at = [(k, p) for k, (p, n) in enumerate(zip(cell["per_position"], cell["reached"], strict=True), start=1) if n >= FEW]
+            at = [
+                (k, p)
+                for k, (p, n) in enumerate(
+                    zip(cell["per_position"], cell["reached"], strict=True), start=1
+                )
+                if n >= FEW
+            ]
             auto = cell["draft_len"] == "auto"
             panel.plot([k for k, _ in at], [p for _, p in at], color=known[cell["baseline"]], linestyle="--" if auto else "-",
                        marker=MARKERS[i % len(MARKERS)], fillstyle="none" if auto else "full", label=label(cell))  # fmt: skip
-            said += [f"{label(cell)} at temperature {heat:g}: {at[0][1]:.0%} at the first position"] if at else []
+            said += (
+                [f"{label(cell)} at temperature {heat:g}: {at[0][1]:.0%} at the first position"]
+                if at
+                else []
+            )
         shares(panel, f"temperature {heat:g}")
     axes[0][0].set_ylabel("share accepted, of those reached")
     legend(figure, axes[0], columns=3)
@@ -162,11 +206,23 @@ def conditional(part: Part) -> Drawing | str:
             linestyle="none",
             label="accepted",
         )
-        shares(panel, f"{short(entry['baseline'])} K={entry['draft_len']}, temperature {entry['temperature']:g}")
-        apart = max((abs(p["acceptance"] - p["overlap"]) for _, p in at if None not in (p["acceptance"], p["overlap"])), default=0.0)
+        shares(
+            panel,
+            f"{short(entry['baseline'])} K={entry['draft_len']}, temperature {entry['temperature']:g}",
+        )
+        apart = max(
+            (
+                abs(p["acceptance"] - p["overlap"])
+                for _, p in at
+                if None not in (p["acceptance"], p["overlap"])
+            ),
+            default=0.0,
+        )
         said.append(f"{entry['baseline']}: at most {apart:.3f} apart")
     for spare in [a for row in axes for a in row][len(told) :]:
         spare.set_visible(False)
     axes[0][0].set_ylabel("share of those reached")
     legend(figure, axes[0], columns=2)
-    return Drawing(figure, "Share accepted beside one minus the total variation: " + "; ".join(said))
+    return Drawing(
+        figure, "Share accepted beside one minus the total variation: " + "; ".join(said)
+    )

@@ -55,7 +55,9 @@ def joules(device: torch.device) -> Callable[[], float] | None:
 
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+            handle = pynvml.nvmlDeviceGetHandleByUUID(
+                f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            )
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
     if device.type == "cpu":

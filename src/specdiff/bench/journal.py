@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specdiff import files, strict
+from specdiff import files, strict_json
 from specdiff.errors import UsageError
 
 NAME = "journal.jsonl"
@@ -20,13 +20,17 @@ class Journal:
     Raises UsageError for a folder that holds one already, unless `resume` is set and the settings are the same.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any], *, resume: bool
+    ) -> None:
         self.path, self.records = folder / NAME, list[dict[str, Any]]()
         wanted = json.loads(json.dumps(settings))
         if self.path.exists():
             self.records = _read(self.path)
         if len(self.records) > 1 and not resume:
-            raise UsageError(f"{folder} holds a benchmark already; go on with it by --resume, or choose another --out")
+            raise UsageError(
+                f"{folder} holds a benchmark already; go on with it by --resume, or choose another --out"
+            )
         if len(self.records) > 1:
             _same(self.records[0]["settings"], wanted, folder)
             return
@@ -36,7 +40,7 @@ class Journal:
 
     def add(self, record: Mapping[str, Any]) -> dict[str, Any]:
         """Append one record; it is on the disk when this returns. Raises StorageError."""
-        line = strict.dumps(record)
+        line = strict_json.dumps(record)
         files.append_line(self.path, line)
         kept: dict[str, Any] = json.loads(line)
         self.records.append(kept)

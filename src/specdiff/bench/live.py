@@ -28,7 +28,9 @@ class Screen:
             seconds = (time.monotonic() - self.begin) * (event.total - event.done) / here
             self.left = f", about {remaining(seconds)} left"
         told = results.fold(records, finished=False)
-        shown = [table.main(p, width) for p in told["parts"] if p["name"] == event.part and p["cells"]]
+        shown = [
+            table.main(p, width) for p in told["parts"] if p["name"] == event.part and p["cells"]
+        ]
         share = min(1.0, event.done / max(event.total, 1e-9))
         full = round(WIDTH * share)
         bar = f"{'━' * full}{'·' * (WIDTH - full)} {100 * share:3.0f} %  {event.part}: {event.title}{self.left}"

@@ -11,7 +11,11 @@ Spread = dict[str, float]
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Median with minimum and maximum of what is known; None of nothing."""
     known = [v for v in values if v is not None]
-    return {"median": statistics.median(known), "min": min(known), "max": max(known)} if known else None
+    return (
+        {"median": statistics.median(known), "min": min(known), "max": max(known)}
+        if known
+        else None
+    )
 
 
 def rate(run: Record) -> float | None:
@@ -25,18 +29,32 @@ def decode_rate(run: Record) -> float | None:
     return tokens / seconds if tokens > 0 and seconds > 0 else None
 
 
-def speedup(runs: Sequence[Record], references: Sequence[Record | None], of: Any) -> dict[str, float] | None:
+def speedup(
+    runs: Sequence[Record], references: Sequence[Record | None], of: Any
+) -> dict[str, float] | None:
     """Ratio of the two medians over the turns both were in; min and max are those of single turns, `faster` how many were above 1."""
-    pairs = [(of(run), of(other)) for run, other in zip(runs, references, strict=True) if other is not None]
+    pairs = [
+        (of(run), of(other))
+        for run, other in zip(runs, references, strict=True)
+        if other is not None
+    ]
     known = [(a, b) for a, b in pairs if a and b]
     if not known:
         return None
     ratios = [a / b for a, b in known]
     ratio = statistics.median(a for a, _ in known) / statistics.median(b for _, b in known)
-    return {"ratio": ratio, "min": min(ratios), "max": max(ratios), "turns": len(known), "faster": sum(r > 1 for r in ratios)}
+    return {
+        "ratio": ratio,
+        "min": min(ratios),
+        "max": max(ratios),
+        "turns": len(known),
+        "faster": sum(r > 1 for r in ratios),
+    }
 
 
-def speeds(runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]) -> dict[str, Any]:
+def speeds(
+    runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]
+) -> dict[str, Any]:
     """What a stopwatch tells. `hf` and `vanilla` are the same turns' references."""
     decoding = [r for r in runs if decode_rate(r) is not None]
     return {
@@ -58,12 +76,27 @@ def _rows(run: Record) -> int:
 def acceptance(runs: Sequence[Record]) -> dict[str, Any]:
     """What became of the drafts, summed over all turns; all None for transformers' own, which do not tell."""
     counted = [r for r in runs if r["counts"]]
-    names = ("tau", "tau_before_loop", "alpha", "accepted_per_draft", "per_position", "reached", "rounds", "plain_rounds")
+    names = (
+        "tau",
+        "tau_before_loop",
+        "alpha",
+        "accepted_per_draft",
+        "per_position",
+        "reached",
+        "rounds",
+        "plain_rounds",
+    )
     if not counted:
         return dict.fromkeys(names)
-    total = {n: sum(r["counts"][n] for r in counted) for n in ("rounds", "plain_rounds", "tokens", "drafted", "accepted")}
+    total = {
+        n: sum(r["counts"][n] for r in counted)
+        for n in ("rounds", "plain_rounds", "tokens", "drafted", "accepted")
+    }
     reached, kept = (_columns([r["counts"][n] for r in counted]) for n in ("reached", "kept"))
-    drafts, rounds = total["rounds"] - total["plain_rounds"], sum(r["fresh_rounds"] for r in counted)
+    drafts, rounds = (
+        total["rounds"] - total["plain_rounds"],
+        sum(r["fresh_rounds"] for r in counted),
+    )
     return {
         "tau": total["tokens"] / total["rounds"] if total["rounds"] else None,
         "tau_before_loop": sum(r["fresh_tokens"] for r in counted) / rounds if rounds else None,
@@ -81,7 +114,12 @@ def _columns(rows: Sequence[Sequence[int]]) -> list[int]:
     return [sum(row[k] for row in rows if k < len(row)) for k in range(width)]
 
 
-def limits(runs: Sequence[Record], vanilla: Sequence[Record | None], tau: float | None, measured: float | None) -> dict[str, Any]:
+def limits(
+    runs: Sequence[Record],
+    vanilla: Sequence[Record | None],
+    tau: float | None,
+    measured: float | None,
+) -> dict[str, Any]:
     """Break-even tau = a mean round / a plain one; the limit of free drafting = tau T_target(1) / T_target(K+1); its share reached.
 
     Medians over the turns of each run's median, all of the same turns. Where a drafter leaves some rounds plain (it found nothing, or
@@ -92,7 +130,11 @@ def limits(runs: Sequence[Record], vanilla: Sequence[Record | None], tau: float 
     mean, scoring = _mean(runs, "round"), _mean(runs, "score")
     even = mean / single if mean and single else None
     limit = tau * one / scoring if tau and one and scoring else None
-    return {"break_even_tau": even, "free_limit": limit, "free_fraction": measured / limit if measured and limit else None}
+    return {
+        "break_even_tau": even,
+        "free_limit": limit,
+        "free_fraction": measured / limit if measured and limit else None,
+    }
 
 
 def _mean(runs: Sequence[Record], what: str) -> float | None:
@@ -101,7 +143,9 @@ def _mean(runs: Sequence[Record], what: str) -> float | None:
     if drafting is None or plain is None:
         return drafting
     counted = [r["counts"] for r in runs if r["counts"]]
-    share: float = sum(c["plain_rounds"] for c in counted) / max(1, sum(c["rounds"] for c in counted))
+    share: float = sum(c["plain_rounds"] for c in counted) / max(
+        1, sum(c["rounds"] for c in counted)
+    )
     return drafting * (1 - share) + plain * share
 
 
@@ -117,16 +161,24 @@ def totals(runs: Sequence[Record]) -> dict[str, Any]:
         for stage, value in ((run["counts"] or {}).get("seconds") or {}).items():
             stages[stage] = stages.get(stage, 0.0) + value
     marks = [r["memory"] for r in runs if r["memory"]]
-    peak = {"kind": marks[0]["kind"], **{n: max(m[n] for m in marks) for n in ("peak", "growth")}} if marks else None
+    peak = (
+        {"kind": marks[0]["kind"], **{n: max(m[n] for m in marks) for n in ("peak", "growth")}}
+        if marks
+        else None
+    )
     spent = [r for r in runs if r["joules"] is not None]
     return {
         "seconds": stages | {"total": sum(r["seconds"] for r in runs)},
         "memory": peak,
-        "joules_per_token": sum(r["joules"] for r in spent) / max(1, sum(r["size"] for r in spent)) if spent else None,
+        "joules_per_token": sum(r["joules"] for r in spent) / max(1, sum(r["size"] for r in spent))
+        if spent
+        else None,
     }
 
 
-def tasks(runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]) -> dict[str, Any]:
+def tasks(
+    runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]
+) -> dict[str, Any]:
     """The main figures of each task by itself."""
     found: dict[str, Any] = {}
     for task in dict.fromkeys(r["task"] for r in runs):
@@ -142,10 +194,19 @@ def tasks(runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence
     return found
 
 
-def cell(runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]) -> dict[str, Any]:
+def cell(
+    runs: Sequence[Record], hf: Sequence[Record | None], vanilla: Sequence[Record | None]
+) -> dict[str, Any]:
     """Every figure of the cells of results.json."""
     fast, accepted = speeds(runs, hf, vanilla), acceptance(runs)
     gained = fast["decode_speedup_vs_vanilla"]  # the prompt's own pass is no part of the bound
     bounds = limits(runs, vanilla, accepted["tau"], gained["ratio"] if gained else None)
     whole = {"turns": len(runs), "tokens": sum(r["size"] for r in runs)}
-    return {**whole, **fast, **accepted, **bounds, **totals(runs), "tasks": tasks(runs, hf, vanilla)}
+    return {
+        **whole,
+        **fast,
+        **accepted,
+        **bounds,
+        **totals(runs),
+        "tasks": tasks(runs, hf, vanilla),
+    }

@@ -50,13 +50,18 @@ def warm(loaded: Session) -> None:
 
 
 def _tuning(loaded: Session) -> Iterator[Unit]:
-    prompts, most = loaded.prompts[:TUNING_PROMPTS], min(loaded.settings.tuning_tokens, loaded.part.max_tokens)
+    prompts, most = (
+        loaded.prompts[:TUNING_PROMPTS],
+        min(loaded.settings.tuning_tokens, loaded.part.max_tokens),
+    )
     finals = loaded.prompts[TUNING_PROMPTS : TUNING_PROMPTS + FINAL_PROMPTS]
     heats, drafting = loaded.settings.temperatures, loaded.entries(drafting=True)
     for heat in heats if loaded.settings.tune_each else heats[:1]:
         for entry in loaded.entries():
             points = len(loaded.grid(entry))
-            if points > 1 or (entry in drafting and len(drafting) > 1):  # which is the fastest must be known of all
+            if points > 1 or (
+                entry in drafting and len(drafting) > 1
+            ):  # which is the fastest must be known of all
                 work = partial(measure.tune, loaded, entry, heat, prompts, finals, most)
                 title = f"tuning {entry.name} at temperature {heat:g}"
                 yield Unit(f"tune/{heat:g}/{entry.name}", title, points * len(prompts) * most, work)
@@ -75,9 +80,13 @@ def main_cells(loaded: Session, heat: float) -> list[Cell]:
 def sweep_cells(loaded: Session, heat: float) -> list[Cell]:
     """All settings of each drafter with a network, and what they are compared with. (Prompt lookup's are in its tuning.)"""
     entries = {e.name: e for e in loaded.entries()}
-    plain = [loaded.cell("sweep", entries[name], heat, 1) for name in (HF, VANILLA) if name in entries]
+    plain = [
+        loaded.cell("sweep", entries[name], heat, 1) for name in (HF, VANILLA) if name in entries
+    ]
     swept = [e for e in loaded.entries(drafting=True) if e.spec != "ngram"]
-    return plain + [loaded.cell("sweep", e, heat, 1, chosen) for e in swept for chosen in _swept(loaded, e.name)]
+    return plain + [
+        loaded.cell("sweep", e, heat, 1, chosen) for e in swept for chosen in _swept(loaded, e.name)
+    ]
 
 
 def _swept(loaded: Session, name: str) -> list[tuple[int | None, int | None]]:
@@ -85,11 +94,19 @@ def _swept(loaded: Session, name: str) -> list[tuple[int | None, int | None]]:
     own = loaded.grid(entry)[0][0]
     free = replace(entry, draft_len=None, steps=None)
     points = loaded.grid(free)
-    fixed = [(own, steps) for steps in dict.fromkeys(s for _, s in points) if (own, steps) not in points]
+    fixed = [
+        (own, steps) for steps in dict.fromkeys(s for _, s in points) if (own, steps) not in points
+    ]
     return [*points, *fixed]
 
 
-def _turns(loaded: Session, stage: str, heat: float, count: int, cells: Callable[[Session, float], list[Cell]]) -> Iterator[Unit]:
+def _turns(
+    loaded: Session,
+    stage: str,
+    heat: float,
+    count: int,
+    cells: Callable[[Session, float], list[Cell]],
+) -> Iterator[Unit]:
     """Turns over the first `count` prompts, all of them so often that a ratio has its alternations."""
     prompts = loaded.prompts[:count]
     times = max(loaded.settings.times if stage == "main" else 1, -(-ALTERNATIONS // len(prompts)))
@@ -101,7 +118,14 @@ def _turns(loaded: Session, stage: str, heat: float, count: int, cells: Callable
         yield Unit(f"{stage}/{heat:g}/{repetition}/{place}", title, weight, work)
 
 
-def _turn(loaded: Session, cells: Callable[[Session, float], list[Cell]], heat: float, place: int, repetition: int, at: int) -> Any:
+def _turn(
+    loaded: Session,
+    cells: Callable[[Session, float], list[Cell]],
+    heat: float,
+    place: int,
+    repetition: int,
+    at: int,
+) -> Any:
     return measure.turn(loaded, cells(loaded, heat), [loaded.prompts[place]], repetition, rotate=at)
 
 
@@ -117,10 +141,18 @@ def _sweeps(loaded: Session) -> Iterator[Unit]:
 
 def _conditional(loaded: Session) -> Iterator[Unit]:
     sample = loaded.prompts[: loaded.settings.sample]
-    heat = next((t for t in reversed(loaded.settings.temperatures) if t > 0), loaded.settings.temperatures[0])
+    heat = next(
+        (t for t in reversed(loaded.settings.temperatures) if t > 0),
+        loaded.settings.temperatures[0],
+    )
     for entry in loaded.entries(drafting=True):
         work = partial(measure.conditional, loaded, entry, heat, sample)
-        yield Unit(f"conditional/{entry.name}", f"acceptance of {entry.name}", 0.7 * len(sample) * loaded.part.max_tokens, work)
+        yield Unit(
+            f"conditional/{entry.name}",
+            f"acceptance of {entry.name}",
+            0.7 * len(sample) * loaded.part.max_tokens,
+            work,
+        )
 
 
 def _costs(loaded: Session) -> Iterator[Unit]:
@@ -132,7 +164,12 @@ def _costs(loaded: Session) -> Iterator[Unit]:
         for entry in loaded.entries(drafting=True):
             for steps in dict.fromkeys(steps for _, steps in loaded.grid(entry)):
                 work = partial(measure.draft_cost, loaded, entry, context, steps, COST_TIMES)
-                yield Unit(f"cost/{context}/{entry.name}/{steps}", f"cost of {entry.name} behind {context} tokens", 2 * weight, work)
+                yield Unit(
+                    f"cost/{context}/{entry.name}/{steps}",
+                    f"cost of {entry.name} behind {context} tokens",
+                    2 * weight,
+                    work,
+                )
 
 
 def _batches(loaded: Session) -> Iterator[Unit]:
@@ -143,11 +180,20 @@ def _batches(loaded: Session) -> Iterator[Unit]:
     for size in loaded.settings.batch:
         for at in range(ALTERNATIONS):
             rows = [loaded.prompts[(at * size + i) % len(loaded.prompts)] for i in range(size)]
-            work = partial(_batch_turn, loaded, [e.name for e in able], heat, size, rows, at, tokens)
+            work = partial(
+                _batch_turn, loaded, [e.name for e in able], heat, size, rows, at, tokens
+            )
             weight = len(able) * tokens * (1 + size / 4)
-            yield Unit(f"batch/{heat:g}/{size}/{at}", f"batch {size}: turn {at + 1} of {ALTERNATIONS}", weight, work)
+            yield Unit(
+                f"batch/{heat:g}/{size}/{at}",
+                f"batch {size}: turn {at + 1} of {ALTERNATIONS}",
+                weight,
+                work,
+            )
 
 
-def _batch_turn(loaded: Session, names: list[str], heat: float, size: int, rows: list[Any], at: int, tokens: int) -> dict[str, Any]:
+def _batch_turn(
+    loaded: Session, names: list[str], heat: float, size: int, rows: list[Any], at: int, tokens: int
+) -> dict[str, Any]:
     cells = [loaded.cell("batch", e, heat, size) for e in loaded.entries() if e.name in names]
     return measure.turn(loaded, cells, rows, at, rotate=at, max_tokens=tokens)

@@ -9,18 +9,31 @@ from typing import Any
 
 from specdiff.bench.plan import ASSISTED, HF, VANILLA, Entry, Part, Settings, chosen, named
 from specdiff.bench.suites import Text
-from specdiff.records import SETS
+from specdiff.data.records import SETS
 
 SUITE = "paper"
 TARGETS = {"gpt2-xl": "openai-community/gpt2-xl", "gpt-neo-2.7B": "EleutherAI/gpt-neo-2.7B"}
 DRAFTERS = {"autoregressive": "openai-community/gpt2", "sedd": "louaaron/sedd-small"}
 SPECULATION = 5  # draft length of standard speculation
-DATASETS = {"cnn_dailymail": (40, 1024), "openwebtext": (45, 1024), "lm1b": (30, 100)}  # SEDD's draft length, tokens to generate
+DATASETS = {
+    "cnn_dailymail": (40, 1024),
+    "openwebtext": (45, 1024),
+    "lm1b": (30, 100),
+}  # SEDD's draft length, tokens to generate
 PREFIX = {"lm1b": 16}  # tokens of a document to go on from; elsewhere 128
 REPORTED = {  # Table 2: speed-up over plain decoding, data set -> target -> method
-    "cnn_dailymail": {"gpt2-xl": {"autoregressive": 2.95, "sedd": 7.59}, "gpt-neo-2.7B": {"autoregressive": 4.50, "sedd": 8.73}},
-    "openwebtext": {"gpt2-xl": {"autoregressive": 3.16, "sedd": 4.79}, "gpt-neo-2.7B": {"autoregressive": 3.38, "sedd": 5.50}},
-    "lm1b": {"gpt2-xl": {"autoregressive": 1.70, "sedd": 2.35}, "gpt-neo-2.7B": {"autoregressive": 2.47, "sedd": 3.25}},
+    "cnn_dailymail": {
+        "gpt2-xl": {"autoregressive": 2.95, "sedd": 7.59},
+        "gpt-neo-2.7B": {"autoregressive": 4.50, "sedd": 8.73},
+    },
+    "openwebtext": {
+        "gpt2-xl": {"autoregressive": 3.16, "sedd": 4.79},
+        "gpt-neo-2.7B": {"autoregressive": 3.38, "sedd": 5.50},
+    },
+    "lm1b": {
+        "gpt2-xl": {"autoregressive": 1.70, "sedd": 2.35},
+        "gpt-neo-2.7B": {"autoregressive": 2.47, "sedd": 3.25},
+    },
 }
 NOTES = (
     "the published weights; the paper finetunes targets and drafters on each data set before it measures",
@@ -32,7 +45,10 @@ VERSIONS = "the paper's figures are those of its first versions (up to 8.7x); it
 
 
 def parts(
-    settings: Settings, targets: Mapping[str, str], drafters: Mapping[str, str], texts: Mapping[str, tuple[Text, ...]] | None = None
+    settings: Settings,
+    targets: Mapping[str, str],
+    drafters: Mapping[str, str],
+    texts: Mapping[str, tuple[Text, ...]] | None = None,
 ) -> list[Part]:
     """Every data set with every target. `targets` and `drafters` say where the weights are; `texts` stand for the data sets."""
     return [
@@ -65,7 +81,13 @@ def _entries(settings: Settings, drafters: Mapping[str, str], draft_len: int) ->
     lengths = {"autoregressive": SPECULATION, "sedd": draft_len}
     steps = settings.steps[0]
     ours = (
-        Entry(n, "ours", spec, draft_len=settings.draft_len or lengths.get(n), steps=steps if n == "sedd" else None)
+        Entry(
+            n,
+            "ours",
+            spec,
+            draft_len=settings.draft_len or lengths.get(n),
+            steps=steps if n == "sedd" else None,
+        )
         for n, spec in {**drafters, **given}.items()
     )
     assistant = {**drafters, **given}["autoregressive"]
@@ -82,8 +104,16 @@ def compare(measured: Sequence[Mapping[str, Any]], *, smoke: bool) -> dict[str, 
     """
     first = [row for part in measured for row in _table2(part)]
     second = [row for part in measured for row in _appendix(part)]
-    notes = [*NOTES, VERSIONS, "Appendix A of the paper: its figures are not part of this package, so only ours are shown"]
-    tiny = ["smoke: tiny random models on random tokens; the path is real, the figures mean nothing"] if smoke else []
+    notes = [
+        *NOTES,
+        VERSIONS,
+        "Appendix A of the paper: its figures are not part of this package, so only ours are shown",
+    ]
+    tiny = (
+        ["smoke: tiny random models on random tokens; the path is real, the figures mean nothing"]
+        if smoke
+        else []
+    )
     return {"table2": first, "appendix_a": second, "notes": [*tiny, *notes]}
 
 
@@ -91,23 +121,54 @@ def _table2(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     dataset, _, target = part["name"].partition("/")
     reported = REPORTED.get(dataset, {}).get(target, {})
     rows = []
-    for baseline in dict.fromkeys([*DRAFTERS, *(b["name"] for b in part["baselines"] if b["kind"] == "ours" and b["spec"] != "none")]):
-        known = (c for c in part["cells"] if c["stage"] == "main" and c["baseline"] == baseline and c["draft_len"] != "auto")
+    for baseline in dict.fromkeys(
+        [
+            *DRAFTERS,
+            *(b["name"] for b in part["baselines"] if b["kind"] == "ours" and b["spec"] != "none"),
+        ]
+    ):
+        known = (
+            c
+            for c in part["cells"]
+            if c["stage"] == "main" and c["baseline"] == baseline and c["draft_len"] != "auto"
+        )
         cell = next(known, None)
-        told = {"target": target, "dataset": dataset, "baseline": baseline, "paper": reported.get(baseline)}
+        told = {
+            "target": target,
+            "dataset": dataset,
+            "baseline": baseline,
+            "paper": reported.get(baseline),
+        }
         rows.append(told | _figures(cell) | {"why": cell["why"] if cell else _why(part, baseline)})
     return rows
 
 
 def _why(part: Mapping[str, Any], baseline: str) -> str:
-    return str(part["missing"] or next((b["why"] for b in part["baselines"] if b["name"] == baseline and b["why"]), "not measured yet"))
+    return str(
+        part["missing"]
+        or next(
+            (b["why"] for b in part["baselines"] if b["name"] == baseline and b["why"]),
+            "not measured yet",
+        )
+    )
 
 
 def _appendix(part: Mapping[str, Any]) -> list[dict[str, Any]]:
     dataset, _, target = part["name"].partition("/")
-    swept = [c for c in part["cells"] if c["stage"] == "sweep" and c["baseline"] not in (HF, VANILLA)]
+    swept = [
+        c for c in part["cells"] if c["stage"] == "sweep" and c["baseline"] not in (HF, VANILLA)
+    ]
     where = {"target": target, "dataset": dataset, "paper": None}
-    return [{**where, "baseline": c["baseline"], "steps": c["steps"], "alpha": c["alpha"], **_figures(c)} for c in swept]
+    return [
+        {
+            **where,
+            "baseline": c["baseline"],
+            "steps": c["steps"],
+            "alpha": c["alpha"],
+            **_figures(c),
+        }
+        for c in swept
+    ]
 
 
 def _figures(cell: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -6,11 +6,15 @@ from typing import Any
 
 from specdiff.bench.suites import Text
 from specdiff.errors import UsageError
-from specdiff.lm import DTYPES
+from specdiff.text.lm import DTYPES
 from specdiff.verify import VERIFIERS
 
 HF, ASSISTED, LOOKUP, VANILLA = "hf", "hf-assisted", "hf-prompt-lookup", "ours-vanilla"
-OURS = {"autoregressive": "autoregressive", "sedd": "sedd", "ngram": "ngram"}  # name -> drafter spec, measured unless replaced
+OURS = {
+    "autoregressive": "autoregressive",
+    "sedd": "sedd",
+    "ngram": "ngram",
+}  # name -> drafter spec, measured unless replaced
 NAME = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
 
 
@@ -60,7 +64,9 @@ class Settings:
             _demand(name, getattr(self, name), len(getattr(self, name)) > 0, "one value at least")
         for heat in self.temperatures:
             _demand("temperatures", heat, 0 <= heat < float("inf"), "finite numbers >= 0")
-        _demand("verifier", self.verifier, self.verifier in VERIFIERS, f"one of {', '.join(VERIFIERS)}")
+        _demand(
+            "verifier", self.verifier, self.verifier in VERIFIERS, f"one of {', '.join(VERIFIERS)}"
+        )
         _demand("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         named(self.drafters)
 
@@ -136,8 +142,14 @@ def entries(settings: Settings) -> tuple[Entry, ...]:
     """The baselines of a part: transformers' three, plain decoding, the built-in drafters, and those that were named."""
     given = named(settings.drafters)
     fixed = settings.draft_len
-    theirs = (Entry(HF, HF), Entry(ASSISTED, ASSISTED, (OURS | given)["autoregressive"], required=False), Entry(LOOKUP, LOOKUP))
-    ours = (Entry(n, "ours", s, draft_len=fixed, required=n in given) for n, s in (OURS | given).items())
+    theirs = (
+        Entry(HF, HF),
+        Entry(ASSISTED, ASSISTED, (OURS | given)["autoregressive"], required=False),
+        Entry(LOOKUP, LOOKUP),
+    )
+    ours = (
+        Entry(n, "ours", s, draft_len=fixed, required=n in given) for n, s in (OURS | given).items()
+    )
     return chosen((*theirs, Entry(VANILLA, "ours", "none"), *ours), settings.only)
 
 
@@ -146,5 +158,7 @@ def chosen(listed: tuple[Entry, ...], only: tuple[str, ...]) -> tuple[Entry, ...
     known = [entry.name for entry in listed]
     for name in only:
         if name not in known:
-            raise UsageError(f"--only {name!r} is no baseline of this suite; known are {', '.join(known)}")
+            raise UsageError(
+                f"--only {name!r} is no baseline of this suite; known are {', '.join(known)}"
+            )
     return tuple(entry for entry in listed if not only or entry.name in (HF, VANILLA, *only))

@@ -31,19 +31,31 @@ CAPTIONS = {  # of figures, in their order: title, and how to read it
         "Draft length: standard speculation against diffusion",
         "Below the dashed line drafting costs more than it gains; whiskers: single turns.",
     ),
-    "positions": ("Acceptance by position", "Of the tokens that were reached; positions reached fewer than 5 times are left out."),
+    "positions": (
+        "Acceptance by position",
+        "Of the tokens that were reached; positions reached fewer than 5 times are left out.",
+    ),
     "conditional": (
         "Acceptance beside theory",
         "Accepted given reached, beside the mean of 1 - TV(p, q) over the same positions: the most that any rule accepts which looks at "
         "one token at a time. Dots off the line are chance, or an error.",
     ),
-    "costs": ("Cost of a pass", "Medians with least and largest of repeated measurements, batch 1."),
-    "contexts": ("Cost against context", "The same measurements over the tokens that are already there."),
+    "costs": (
+        "Cost of a pass",
+        "Medians with least and largest of repeated measurements, batch 1.",
+    ),
+    "contexts": (
+        "Cost against context",
+        "The same measurements over the tokens that are already there.",
+    ),
     "batches": (
         "Throughput against batch",
         "All rows together; a ring marks the first batch at which drafting is no faster than ours-vanilla.",
     ),
-    "stages": ("Time by stage", "Of one token, over all turns; transformers' own runs are not split. Shorter is faster."),
+    "stages": (
+        "Time by stage",
+        "Of one token, over all turns; transformers' own runs are not split. Shorter is faster.",
+    ),
 }
 
 
@@ -64,8 +76,17 @@ def write(folder: Path, told: Record) -> Path:
 
 def page(told: Record) -> str:
     """The page of a run, whole or partial. Raises MissingExtraError."""
-    parts = [_part(part, f"p{i}") | ({"summary": []} if told["settings"]["smoke"] else {}) for i, part in enumerate(told["parts"])]
-    return render("report.html", told=told, parts=parts, problems=results.problems(told), drafters=_drafters(told))
+    parts = [
+        _part(part, f"p{i}") | ({"summary": []} if told["settings"]["smoke"] else {})
+        for i, part in enumerate(told["parts"])
+    ]
+    return render(
+        "report.html",
+        told=told,
+        parts=parts,
+        problems=results.problems(told),
+        drafters=_drafters(told),
+    )
 
 
 def render(template: str, **told: Any) -> str:
@@ -75,7 +96,13 @@ def render(template: str, **told: Any) -> str:
     except ImportError:
         raise missing("Jinja2") from None
     where = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    pages = jinja2.Environment(loader=where, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages = jinja2.Environment(
+        loader=where,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     return pages.get_template(template).render(**told)
 
 
@@ -106,15 +133,26 @@ def _row(cell: Record) -> dict[str, Any]:
 
 
 def _main(part: Record) -> list[Record]:
-    return sorted((cell for cell in part["cells"] if cell["stage"] == "main"), key=lambda cell: cell["temperature"])
+    return sorted(
+        (cell for cell in part["cells"] if cell["stage"] == "main"),
+        key=lambda cell: cell["temperature"],
+    )
 
 
 def tasks(part: Record) -> dict[str, Any] | None:
     """Each drafter's speed-up over plain decoding, a column for each task; None where there are no two tasks."""
-    cells = [c for c in _main(part) if c["tau"] is not None and any(t["speedup_vs_vanilla"] for t in c["tasks"].values())]
+    cells = [
+        c
+        for c in _main(part)
+        if c["tau"] is not None and any(t["speedup_vs_vanilla"] for t in c["tasks"].values())
+    ]
     heads = list(dict.fromkeys(task for c in cells for task in c["tasks"]))
     ratios = [
-        (f"{summary.named(c)}, T={c['temperature']:g}", [(c["tasks"].get(h) or {}).get("speedup_vs_vanilla") for h in heads]) for c in cells
+        (
+            f"{summary.named(c)}, T={c['temperature']:g}",
+            [(c["tasks"].get(h) or {}).get("speedup_vs_vanilla") for h in heads],
+        )
+        for c in cells
     ]
     return {"heads": heads, "rows": ratios} if len(heads) > 1 else None
 
@@ -148,5 +186,14 @@ def grouped(outputs: Sequence[Record]) -> list[tuple[str, list[Record]]]:
 
 def _drafters(told: Record) -> list[str]:
     """Name and specification of what drafted, over all parts."""
-    ours = [b for part in told["parts"] for b in part["baselines"] if b["kind"] == "ours" and b["spec"] not in (None, "none")]
-    return list(dict.fromkeys(b["name"] if b["name"] == b["spec"] else f"{b['name']} = {b['spec']}" for b in ours))
+    ours = [
+        b
+        for part in told["parts"]
+        for b in part["baselines"]
+        if b["kind"] == "ours" and b["spec"] not in (None, "none")
+    ]
+    return list(
+        dict.fromkeys(
+            b["name"] if b["name"] == b["spec"] else f"{b['name']} = {b['spec']}" for b in ours
+        )
+    )

@@ -48,7 +48,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from specdiff import files, strict
+from specdiff import files, strict_json
 from specdiff.bench import metrics, paper
 from specdiff.bench.plan import HF, VANILLA
 from specdiff.unicode import valid
@@ -63,23 +63,35 @@ def fold(records: Sequence[Mapping[str, Any]], *, finished: bool) -> dict[str, A
     """The whole of results.json. `finished`: nothing is left to be measured."""
     begin = records[0]
     parts = {r["part"]: r for r in records if r["kind"] == "part"}  # the last one counts
-    measured = [_part(about, [r for r in records if r.get("part") == name]) for name, about in parts.items()]
+    measured = [
+        _part(about, [r for r in records if r.get("part") == name]) for name, about in parts.items()
+    ]
     return {
         "schema": SCHEMA,
         "status": "complete" if finished else "partial",
         **{name: begin[name] for name in ("suite", "command", "settings")},
-        "environment": next((r["environment"] for r in reversed(parts.values()) if "environment" in r), None),
+        "environment": next(
+            (r["environment"] for r in reversed(parts.values()) if "environment" in r), None
+        ),
         "seconds": sum(r.get("took", 0.0) for r in records),
         "parts": measured,
-        "paper": paper.compare(measured, smoke=begin["settings"]["smoke"]) if begin["suite"] == paper.SUITE else None,
+        "paper": paper.compare(measured, smoke=begin["settings"]["smoke"])
+        if begin["suite"] == paper.SUITE
+        else None,
     }
 
 
 def _part(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    of = {kind: [r for r in records if r["kind"] == kind] for kind in ("tune", "turn", "cost", "conditional")}
+    of = {
+        kind: [r for r in records if r["kind"] == kind]
+        for kind in ("tune", "turn", "cost", "conditional")
+    }
     empty: dict[str, Any] = {"prompts": [], "baselines": [], "dtype": None}
     named = ("model", "dataset", "notes", "missing", "prompts", "baselines", "max_tokens", "dtype")
-    curves = {kind: [_point(r, p) for r in of["cost"] if r["of"] == kind for p in r.get("points", ())] for kind in ("target", "draft")}
+    curves = {
+        kind: [_point(r, p) for r in of["cost"] if r["of"] == kind for p in r.get("points", ())]
+        for kind in ("target", "draft")
+    }
     found = cells(of["turn"])
     return {
         "name": about["part"],
@@ -91,7 +103,11 @@ def _part(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dic
         "batches": batches(found),
         "divergences": [d for r in of["turn"] for d in r["divergences"]],
         "outputs": [shown for r in of["turn"] for shown in _outputs(r)],
-        "failures": [{"what": r["key"], "why": r["why"]} for r in [*of["cost"], *of["conditional"]] if r.get("why")],
+        "failures": [
+            {"what": r["key"], "why": r["why"]}
+            for r in [*of["cost"], *of["conditional"]]
+            if r.get("why")
+        ],
     }
 
 
@@ -100,7 +116,11 @@ def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _point(record: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
-    named = {} if record["of"] == "target" else {"baseline": record["baseline"], "steps": record["steps"]}
+    named = (
+        {}
+        if record["of"] == "target"
+        else {"baseline": record["baseline"], "steps": record["steps"]}
+    )
     return named | dict(point)
 
 
@@ -109,7 +129,13 @@ def _outputs(turn: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
         if "pieces" in run:
             own = {name: run["cell"][name] for name in ("baseline", "draft_len", "temperature")}
             text = "".join(piece for piece, _ in run["pieces"])
-            yield {"prompt": turn["prompt"], "task": turn["task"], **own, "text": text, "pieces": run["pieces"]}
+            yield {
+                "prompt": turn["prompt"],
+                "task": turn["task"],
+                **own,
+                "text": text,
+                "pieces": run["pieces"],
+            }
 
 
 def cells(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -121,18 +147,35 @@ def cells(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [_cell(dict(zip(KEY, key, strict=True)), listed) for key, listed in found.items()]
 
 
-def _cell(key: dict[str, Any], listed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
+def _cell(
+    key: dict[str, Any], listed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> dict[str, Any]:
     able = [(turn, run) for turn, run in listed if "why" not in run]
     runs = [{**run, "task": turn["task"]} for turn, run in able]
     theirs, plain = ([_reference(turn, name) for turn, _ in able] for name in (HF, VANILLA))
-    wrong = [d for turn, _ in able for d in turn["divergences"] if all(d[name] == key[name] for name in KEY)]
+    wrong = [
+        d
+        for turn, _ in able
+        for d in turn["divergences"]
+        if all(d[name] == key[name] for name in KEY)
+    ]
     why = next((run["why"] for _, run in listed if "why" in run), None) or _wrong(wrong)
-    exact = 1 - len(wrong) / (len(able) * key["batch"]) if key["temperature"] == 0 and able else None
-    return {**key, "status": "failed" if why else "ok", "why": why, "exact": exact, **metrics.cell(runs, theirs, plain)}
+    exact = (
+        1 - len(wrong) / (len(able) * key["batch"]) if key["temperature"] == 0 and able else None
+    )
+    return {
+        **key,
+        "status": "failed" if why else "ok",
+        "why": why,
+        "exact": exact,
+        **metrics.cell(runs, theirs, plain),
+    }
 
 
 def _reference(turn: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    return next((run for run in turn["runs"] if run["cell"]["baseline"] == name and "why" not in run), None)
+    return next(
+        (run for run in turn["runs"] if run["cell"]["baseline"] == name and "why" not in run), None
+    )
 
 
 def _wrong(divergences: Sequence[Mapping[str, Any]]) -> str | None:
@@ -150,14 +193,26 @@ def batches(listed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for cell in listed:
         if cell["stage"] == "batch":
             speed = cell["tokens_per_second"]
-            found.setdefault((cell["baseline"], cell["temperature"]), {})[cell["batch"]] = speed["median"] if speed else None
+            found.setdefault((cell["baseline"], cell["temperature"]), {})[cell["batch"]] = (
+                speed["median"] if speed else None
+            )
     told = []
     for (baseline, heat), sizes in found.items():
         plain = found.get((VANILLA, heat), {})
-        rows = [{"batch": b, "tokens_per_second": s, "vanilla_tokens_per_second": plain.get(b)} for b, s in sorted(sizes.items())]
+        rows = [
+            {"batch": b, "tokens_per_second": s, "vanilla_tokens_per_second": plain.get(b)}
+            for b, s in sorted(sizes.items())
+        ]
         lost = (b for b, s in sorted(sizes.items()) if s and (v := plain.get(b)) and s <= v)
         drafting = baseline not in (HF, VANILLA)
-        told.append({"baseline": baseline, "temperature": heat, "sizes": rows, "break_even": next(lost, None) if drafting else None})
+        told.append(
+            {
+                "baseline": baseline,
+                "temperature": heat,
+                "sizes": rows,
+                "break_even": next(lost, None) if drafting else None,
+            }
+        )
     return told
 
 
@@ -167,11 +222,24 @@ def problems(results: Mapping[str, Any]) -> list[str]:
     for part in results["parts"]:
         if part["missing"]:
             found.append(f"{part['name']}: {part['missing']}")
-        found += [f"{part['name']}: {b['name']}: {b['why']}" for b in part["baselines"] if b["status"] == "failed"]
-        found += [f"{part['name']}: tuning {t['baseline']}: {t['why']}" for t in part["tuning"] if t["why"]]
+        found += [
+            f"{part['name']}: {b['name']}: {b['why']}"
+            for b in part["baselines"]
+            if b["status"] == "failed"
+        ]
+        found += [
+            f"{part['name']}: tuning {t['baseline']}: {t['why']}"
+            for t in part["tuning"]
+            if t["why"]
+        ]
         bad = [c for c in part["cells"] if c["status"] == "failed"]
-        failed = [c for c in bad if c["stage"] != "sweep" or c["exact"] not in (None, 1)]  # a sweep may ask for drafts that are too long
-        found += [f"{part['name']}: {c['stage']}, {c['baseline']}, batch {c['batch']}: {c['why']}" for c in failed]
+        failed = [
+            c for c in bad if c["stage"] != "sweep" or c["exact"] not in (None, 1)
+        ]  # a sweep may ask for drafts that are too long
+        found += [
+            f"{part['name']}: {c['stage']}, {c['baseline']}, batch {c['batch']}: {c['why']}"
+            for c in failed
+        ]
         found += [f"{f['what']}: {f['why']}" for f in part["failures"]]
     return list(dict.fromkeys(found))
 
@@ -183,20 +251,28 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         | {"cells": [_without(cell, *PLAIN) for cell in part["cells"]]}
         for part in results["parts"]
     ]
-    return {name: results[name] for name in ("schema", "status", "suite", "environment", "paper")} | {"parts": parts}
+    return {
+        name: results[name] for name in ("schema", "status", "suite", "environment", "paper")
+    } | {"parts": parts}
 
 
 def write(folder: Path, results: Mapping[str, Any]) -> None:
     """results.json and results.csv, each whole or not at all. Raises StorageError."""
-    files.write_json(folder / "results.json", strict.plain(results))
+    files.write_json(folder / "results.json", strict_json.plain(results))
     files.write_text(folder / "results.csv", valid(table(results)))
 
 
 def table(results: Mapping[str, Any]) -> str:
     """One line a cell."""
-    rows = [{"part": p["name"]} | _flat(_without(cell, *PLAIN)) for p in results["parts"] for cell in p["cells"]]
+    rows = [
+        {"part": p["name"]} | _flat(_without(cell, *PLAIN))
+        for p in results["parts"]
+        for cell in p["cells"]
+    ]
     out = io.StringIO()
-    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()

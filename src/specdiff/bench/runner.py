@@ -49,27 +49,54 @@ def run(settings: Settings, parts: Sequence[Part], journal: Journal) -> Iterator
 
 def read(part: Part, settings: Settings) -> list[suites.Text]:
     """A part's texts. Raises UsageError naming file and line, or what a data set lacks."""
-    return suites.spread(part.texts, settings.prompts) if part.texts is not None else suites.read(part.suite, settings.prompts)
+    return (
+        suites.spread(part.texts, settings.prompts)
+        if part.texts is not None
+        else suites.read(part.suite, settings.prompts)
+    )
 
 
 def _add(journal: Journal, part: Part, told: dict[str, Any]) -> dict[str, Any]:
     """The part's own record; a resumed run may know better than the first, and the last one counts."""
-    about = {"part": part.name, "model": part.model, "dataset": part.dataset, "max_tokens": part.max_tokens, "notes": list(part.notes)}
-    return journal.add({"kind": "part", "key": f"{part.name}/part", **about, "missing": None, **told})
+    about = {
+        "part": part.name,
+        "model": part.model,
+        "dataset": part.dataset,
+        "max_tokens": part.max_tokens,
+        "notes": list(part.notes),
+    }
+    return journal.add(
+        {"kind": "part", "key": f"{part.name}/part", **about, "missing": None, **told}
+    )
 
 
 def _described(loaded: Session, journal: Journal) -> dict[str, Any]:
     told = [
-        {"name": e.name, "kind": e.kind, "spec": e.spec, "why": (why := loaded.problems.get(e.name))}
+        {
+            "name": e.name,
+            "kind": e.kind,
+            "spec": e.spec,
+            "why": (why := loaded.problems.get(e.name)),
+        }
         | {"status": "ok" if why is None else "failed" if e.required else "missing"}
         for e in loaded.part.entries
     ]
     prompts = [{"id": p.id, "task": p.task, "tokens": len(p.ids)} for p in loaded.prompts]
     dtype = str(loaded.lm.target.info.dtype).removeprefix("torch.")
     where = environment.describe(loaded.lm.target.info.device)
-    before = [r for r in journal.records if r["key"] == f"{loaded.part.name}/part" and r["missing"] is None]
+    before = [
+        r
+        for r in journal.records
+        if r["key"] == f"{loaded.part.name}/part" and r["missing"] is None
+    ]
     notes = [*loaded.notes, *(note for r in before[-1:] for note in _changes(r, where))]
-    return {"notes": notes, "prompts": prompts, "baselines": told, "dtype": dtype, "environment": where}
+    return {
+        "notes": notes,
+        "prompts": prompts,
+        "baselines": told,
+        "dtype": dtype,
+        "environment": where,
+    }
 
 
 def _changes(before: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[str]:
@@ -94,7 +121,9 @@ def _measure(loaded: Session, journal: Journal) -> Iterator[Event]:
         if unit.key not in known:
             yield Event(name, unit.title, done, total, skipped)
             begin = time.perf_counter()
-            record = journal.add({"key": unit.key, "part": name, **unit.work(), "took": time.perf_counter() - begin})
+            record = journal.add(
+                {"key": unit.key, "part": name, **unit.work(), "took": time.perf_counter() - begin}
+            )
             loaded.learn(record)
             yield Event(name, unit.title, done + unit.weight, total, skipped, record)
         done += unit.weight

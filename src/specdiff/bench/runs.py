@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdiff.bench.gauges import Memory
-from specdiff.loops import fresh
+from specdiff.repetition import fresh
 from specdiff.stats import Stats
 from specdiff.types import Round
 
@@ -53,7 +53,11 @@ class Run:
 
     def as_record(self) -> dict[str, Any]:
         """Plain numbers, for the journal; the tokens themselves only as their count."""
-        return {name: value for name, value in asdict(self).items() if name not in ("tokens", "from_draft")} | {"size": self.size}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("tokens", "from_draft")
+        } | {"size": self.size}
 
     @property
     def size(self) -> int:
@@ -88,7 +92,17 @@ class Watch:
             torch.cuda.synchronize()  # here the loop waits anyway, to learn which rows are done
         v, now = r.verification, time.perf_counter()
         drafted = r.draft.tokens.shape[1]
-        self.rounds.append(_Seen(r.emitted, v.accepted, v.tokens, r.draft.size, drafted, dict(r.seconds), now - self.last))
+        self.rounds.append(
+            _Seen(
+                r.emitted,
+                v.accepted,
+                v.tokens,
+                r.draft.size,
+                drafted,
+                dict(r.seconds),
+                now - self.last,
+            )
+        )
         self.last = now
         if len(self.rounds) == 1:
             self.first = self.last
@@ -96,11 +110,21 @@ class Watch:
     def run(self, rows: int) -> Run:
         """All rounds as one Run of `rows` rows."""
         seconds = time.perf_counter() - self.begin
-        total, tokens, drafted = Stats(), [list[int]() for _ in range(rows)], [list[bool]() for _ in range(rows)]
+        total, tokens, drafted = (
+            Stats(),
+            [list[int]() for _ in range(rows)],
+            [list[bool]() for _ in range(rows)],
+        )
         lengths: list[list[int]] = [[] for _ in range(rows)]
         for seen in self.rounds:
             sizes = [seen.drafted] * rows if seen.size is None else seen.size.tolist()
-            told = zip(seen.emitted.tolist(), seen.accepted.tolist(), seen.tokens.tolist(), sizes, strict=True)
+            told = zip(
+                seen.emitted.tolist(),
+                seen.accepted.tolist(),
+                seen.tokens.tolist(),
+                sizes,
+                strict=True,
+            )
             for row, (n, accepted, new, size) in enumerate(told):
                 if n:
                     total.add(size, accepted, n, {})
@@ -126,13 +150,20 @@ class Watch:
         )
 
     def _medians(self) -> dict[str, float | None]:
-        later = self.rounds[1:]  # the first one allocates, and a drafter reads the whole prompt in it
-        kinds = {"draft": [s for s in later if s.drafted], "plain": [s for s in later if not s.drafted]}
+        later = self.rounds[
+            1:
+        ]  # the first one allocates, and a drafter reads the whole prompt in it
+        kinds = {
+            "draft": [s for s in later if s.drafted],
+            "plain": [s for s in later if not s.drafted],
+        }
         found: dict[str, float | None] = {}
         for kind, rounds in kinds.items():
             found[f"{kind}_round"] = statistics.median(s.took for s in rounds) if rounds else None
             told = rounds and not self.on_gpu
-            found[f"{kind}_score"] = statistics.median(s.seconds["score"] for s in rounds) if told else None
+            found[f"{kind}_score"] = (
+                statistics.median(s.seconds["score"] for s in rounds) if told else None
+            )
         return found
 
 

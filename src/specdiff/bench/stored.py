@@ -18,17 +18,25 @@ def read(folder: Path) -> dict[str, Any]:
     """The results in a folder, or in the file itself. Raises UsageError naming the file and what is wrong with it."""
     file = folder / "results.json" if folder.is_dir() else folder
     if not file.is_file():
-        raise UsageError(f"no results in {folder}: there is no {file.name}; `specdiff bench --out {folder}` writes it")
+        raise UsageError(
+            f"no results in {folder}: there is no {file.name}; `specdiff bench --out {folder}` writes it"
+        )
     try:
         told = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is damaged ({error}); measure again, or take the folder of another run") from None
+        raise UsageError(
+            f"{file} is damaged ({error}); measure again, or take the folder of another run"
+        ) from None
     schema = told.get("schema") if isinstance(told, dict) else None
     if schema != SCHEMA:
-        raise UsageError(f"{file} has schema {schema!r}, and this version reads {SCHEMA}; use the specdiff that wrote it, or measure again")
+        raise UsageError(
+            f"{file} has schema {schema!r}, and this version reads {SCHEMA}; use the specdiff that wrote it, or measure again"
+        )
     lacking = next(_lacking(told), None)
     if lacking:
-        raise UsageError(f"{file} is damaged ({lacking}); measure again, or take the folder of another run")
+        raise UsageError(
+            f"{file} is damaged ({lacking}); measure again, or take the folder of another run"
+        )
     return dict(told)
 
 

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from specdiff import files
+from specdiff.data.records import SETS, Record, prompt_of, read_dataset, read_jsonl
 from specdiff.errors import UsageError
-from specdiff.lm import SpeculativeLM
-from specdiff.records import SETS, Record, prompt_of, read_dataset, read_jsonl
+from specdiff.text.lm import SpeculativeLM
 
 EMBEDDED = Path(__file__).parent / "prompts" / "embedded.jsonl"
-FILES = {"jsonl": ("messages", "prompt"), "humaneval": ("prompt",), "gsm8k": ("question",)}  # kind -> fields, most telling first
+FILES = {
+    "jsonl": ("messages", "prompt"),
+    "humaneval": ("prompt",),
+    "gsm8k": ("question",),
+}  # kind -> fields, most telling first
 CODE = "Complete this Python function. Answer with the code only.\n\n{}"
 DOCUMENTS = 64  # of a data set, where no number is given
 ROOM = 8  # tokens a prompt must leave to be generated
@@ -62,7 +66,10 @@ def read(suite: str, count: int | None = None) -> list[Text]:
     if kind == "dataset":
         field = SETS[where][2]
         rows = islice(read_dataset(where), count or DOCUMENTS)
-        return [Text(f"{where}-{i}", where, row.value[field], document=True) for i, row in enumerate(rows)]
+        return [
+            Text(f"{where}-{i}", where, row.value[field], document=True)
+            for i, row in enumerate(rows)
+        ]
     file, kind = (EMBEDDED, "jsonl") if suite == "embedded" else (Path(where).expanduser(), kind)
     texts = [_text(record, kind, i) for i, record in enumerate(read_jsonl(file))]
     if not texts:
@@ -98,14 +105,18 @@ def encode(texts: Sequence[Text], lm: SpeculativeLM, prefix: int) -> tuple[list[
         if 0 < len(ids) <= lm.max_len - ROOM:
             prompts.append(Prompt(text.id, text.task, tuple(ids)))
         else:
-            notes.append(f"prompt {text.id} has {len(ids)} tokens of the {lm.max_len} there is room for: left out")
+            notes.append(
+                f"prompt {text.id} has {len(ids)} tokens of the {lm.max_len} there is room for: left out"
+            )
     return prompts, notes
 
 
 def _ids(text: Text, lm: SpeculativeLM, prefix: int) -> list[int]:
     if isinstance(text.body, str):
         if lm.tokenizer is None:
-            raise UsageError(f'prompt {text.id} is text, and this model has no tokenizer; give token ids: {{"prompt": [1, 2, 3]}}')
+            raise UsageError(
+                f'prompt {text.id} is text, and this model has no tokenizer; give token ids: {{"prompt": [1, 2, 3]}}'
+            )
         if text.document:
             return lm.raw_ids(text.body)[:prefix]
         if getattr(lm.tokenizer, "chat_template", None):

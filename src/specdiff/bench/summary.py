@@ -15,7 +15,11 @@ def sentences(part: Mapping[str, Any]) -> Iterator[str]:
     main = [c for c in part["cells"] if c["stage"] == "main" and c["status"] == "ok"]
     for heat in sorted({c["temperature"] for c in main}):
         rows = [c for c in main if c["temperature"] == heat]
-        drafting = [c for c in rows if c["baseline"] not in (HF, VANILLA, *THEIRS) and c["speedup_vs_vanilla"]]
+        drafting = [
+            c
+            for c in rows
+            if c["baseline"] not in (HF, VANILLA, *THEIRS) and c["speedup_vs_vanilla"]
+        ]
         ranked = sorted(drafting, key=lambda c: -c["speedup_vs_vanilla"]["ratio"])
         begin = f"At temperature {heat:g}, "
         if not ranked:
@@ -24,12 +28,18 @@ def sentences(part: Mapping[str, Any]) -> Iterator[str]:
         best, *others = ranked
         yield begin + f"the best of our drafters is {named(best)}: {against(best)}"
         if others:
-            yield "The others, against plain decoding in our engine: " + "; ".join(f"{named(c)} {times(c)}" for c in others) + "."
+            yield (
+                "The others, against plain decoding in our engine: "
+                + "; ".join(f"{named(c)} {times(c)}" for c in others)
+                + "."
+            )
         yield from _beside(best, rows)
 
 
 def named(cell: Cell) -> str:
-    return str(cell["baseline"]) + ("" if cell["draft_len"] is None else f" (K={cell['draft_len']})")
+    return str(cell["baseline"]) + (
+        "" if cell["draft_len"] is None else f" (K={cell['draft_len']})"
+    )
 
 
 def times(cell: Cell) -> str:
@@ -61,7 +71,11 @@ def against(cell: Cell) -> str:
     ratio = cell["speedup_vs_vanilla"]
     spread = f"{ratio['ratio']:.2f}x plain decoding in our engine ({ratio['min']:.2f} to {ratio['max']:.2f}), {agreed(ratio)}"
     tau, needed = cell["tau"], cell["break_even_tau"]
-    rounds = "" if tau is None or needed is None else f" It writes {tau:.2f} tokens a round and needs {needed:.2f} to break even."
+    rounds = (
+        ""
+        if tau is None or needed is None
+        else f" It writes {tau:.2f} tokens a round and needs {needed:.2f} to break even."
+    )
     said = {
         "faster": f"{spread}.",
         "slower": f"{spread}. A slow-down: plain decoding is the better choice here.",
@@ -74,7 +88,11 @@ def _beside(best: Cell, rows: list[Cell]) -> Iterator[str]:
     """How it stands against transformers, and how much of that is the engine's."""
     if best["speedup_vs_hf"]:
         plain = next((c for c in rows if c["baseline"] == VANILLA and c["speedup_vs_hf"]), None)
-        share = "" if plain is None else f"; our engine without any drafter is {plain['speedup_vs_hf']['ratio']:.2f}x"
+        share = (
+            ""
+            if plain is None
+            else f"; our engine without any drafter is {plain['speedup_vs_hf']['ratio']:.2f}x"
+        )
         yield f"Against transformers' generate it is {best['speedup_vs_hf']['ratio']:.2f}x{share}."
     quick = [c for c in rows if c["baseline"] in THEIRS and c["speedup_vs_hf"]]
     if quick:

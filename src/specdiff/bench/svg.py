@@ -44,7 +44,9 @@ def style() -> AbstractContextManager[None]:
     return mpl.rc_context(STYLE)
 
 
-def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[list[Axes]]]:
+def panels(
+    rows: int, columns: int, height: float, **options: Any
+) -> tuple[Figure, list[list[Axes]]]:
     """An empty figure of `height` inches."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False, **options)]
@@ -76,23 +78,36 @@ def powers(axes: Axes, values: Iterable[float], label: str) -> None:
 
 def whiskers(spreads: Sequence[Mapping[str, float]], middle: str) -> list[list[float]]:
     """How far each minimum and maximum lies from the middle; a middle of pooled turns may lie outside of them."""
-    return [[max(0.0, s[middle] - s["min"]) for s in spreads], [max(0.0, s["max"] - s[middle]) for s in spreads]]
+    return [
+        [max(0.0, s[middle] - s["min"]) for s in spreads],
+        [max(0.0, s["max"] - s[middle]) for s in spreads],
+    ]
 
 
 def legend(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
     """One legend for all panels, above them."""
     found: dict[str, Any] = {}
-    for handle, label in (pair for a in axes for pair in zip(*a.get_legend_handles_labels(), strict=True)):
+    for handle, label in (
+        pair for a in axes for pair in zip(*a.get_legend_handles_labels(), strict=True)
+    ):
         found.setdefault(label, handle)
     if found:
-        figure.legend(list(found.values()), list(found), loc="outside upper left", ncols=columns, handlelength=2.6)
+        figure.legend(
+            list(found.values()),
+            list(found),
+            loc="outside upper left",
+            ncols=columns,
+            handlelength=2.6,
+        )
 
 
 def inline(drawing: Drawing, name: str) -> str:
     """The drawing as an <svg> element for the body of a page, its ids beginning with `name`. No colour of text is in it."""
     out = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a name in a script the font has not: a box stands for it
+        warnings.filterwarnings(
+            "ignore", message="Glyph"
+        )  # a name in a script the font has not: a box stands for it
         drawing.figure.savefig(out, format="svg")
     text = out.getvalue()
     text = text[text.index("<svg") :]

@@ -7,7 +7,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {  # name -> of results.json's cell, what is shown
+COLUMNS: dict[
+    str, Callable[[Mapping[str, Any]], str]
+] = {  # name -> of results.json's cell, what is shown
     "baseline": lambda c: c["baseline"],
     "T": lambda c: f"{c['temperature']:g}",
     "K": lambda c: str(c["draft_len"] or ""),
@@ -35,7 +37,12 @@ LEGEND = (
 
 def main(part: Mapping[str, Any], width: int) -> Table:
     """The main comparison of one part: a line a cell; the columns that fit."""
-    table = Table(title=f"{part['name']}: {part['model']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=f"{part['name']}: {part['model']}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     shown = COLUMNS if width >= WIDE else {name: COLUMNS[name] for name in FEW}
     for name in shown:
         table.add_column(name, justify="left" if name == "baseline" else "right", no_wrap=True)
@@ -45,14 +52,21 @@ def main(part: Mapping[str, Any], width: int) -> Table:
             if heat not in (None, cell["temperature"]):
                 table.add_section()
             heat = cell["temperature"]
-            table.add_row(*(show(cell) for show in shown.values()), style="red" if cell["status"] == "failed" else None)
+            table.add_row(
+                *(show(cell) for show in shown.values()),
+                style="red" if cell["status"] == "failed" else None,
+            )
     return table
 
 
 def absent(part: Mapping[str, Any]) -> list[str]:
     """Why a part, or a baseline of it, is not in the table; failed cells too."""
     told = [f"{b['name']}: {b['why']}" for b in part["baselines"] if b["status"] != "ok"]
-    failed = [f"{c['stage']} {c['baseline']}, batch {c['batch']}: {c['why']}" for c in part["cells"] if c["status"] == "failed"]
+    failed = [
+        f"{c['stage']} {c['baseline']}, batch {c['batch']}: {c['why']}"
+        for c in part["cells"]
+        if c["status"] == "failed"
+    ]
     return [*([part["missing"]] if part["missing"] else []), *told, *failed]
 
 
@@ -70,24 +84,71 @@ def _number(value: float | None) -> str:
 
 def paper(told: Mapping[str, Any]) -> Table:
     """Table 2, ours beside the paper's."""
-    table = Table(title="Table 2: speed-up over plain decoding", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("data set", "target", "drafter", "K", "paper", "ours vs hf", "ours vs our plain", "accepted per draft", ""):
-        table.add_column(name, justify="left" if name in ("data set", "target", "drafter", "") else "right")
+    table = Table(
+        title="Table 2: speed-up over plain decoding", title_justify="left", box=SIMPLE_HEAD
+    )
+    for name in (
+        "data set",
+        "target",
+        "drafter",
+        "K",
+        "paper",
+        "ours vs hf",
+        "ours vs our plain",
+        "accepted per draft",
+        "",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("data set", "target", "drafter", "") else "right"
+        )
     for row in told["table2"]:
         ours = [_number(row[name]) for name in ("vs_hf", "vs_vanilla", "accepted_per_draft")]
         known = f"{row['paper']:.2f}" if row["paper"] else "not known"
-        table.add_row(row["dataset"], row["target"], row["baseline"], str(row["draft_len"] or ""), known, *ours, row["why"] or "")
+        table.add_row(
+            row["dataset"],
+            row["target"],
+            row["baseline"],
+            str(row["draft_len"] or ""),
+            known,
+            *ours,
+            row["why"] or "",
+        )
     return table
 
 
 def appendix(told: Mapping[str, Any]) -> Table:
     """Every setting of the sweeps; Appendix A's own figures are not known."""
-    table = Table(title="Appendix A: settings (ours; the paper's figures are not known here)", title_justify="left", box=SIMPLE_HEAD)
-    for name in ("data set", "target", "drafter", "K", "steps", "alpha", "accepted per draft", "vs hf", "vs our plain"):
-        table.add_column(name, justify="left" if name in ("data set", "target", "drafter") else "right")
+    table = Table(
+        title="Appendix A: settings (ours; the paper's figures are not known here)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for name in (
+        "data set",
+        "target",
+        "drafter",
+        "K",
+        "steps",
+        "alpha",
+        "accepted per draft",
+        "vs hf",
+        "vs our plain",
+    ):
+        table.add_column(
+            name, justify="left" if name in ("data set", "target", "drafter") else "right"
+        )
     for row in told["appendix_a"]:
-        ours = [_number(row[name]) for name in ("alpha", "accepted_per_draft", "vs_hf", "vs_vanilla")]
-        table.add_row(row["dataset"], row["target"], row["baseline"], str(row["draft_len"] or ""), str(row["steps"] or ""), *ours)
+        ours = [
+            _number(row[name]) for name in ("alpha", "accepted_per_draft", "vs_hf", "vs_vanilla")
+        ]
+        table.add_row(
+            row["dataset"],
+            row["target"],
+            row["baseline"],
+            str(row["draft_len"] or ""),
+            str(row["steps"] or ""),
+            *ours,
+        )
     return table
 
 

@@ -23,7 +23,11 @@ class WaitingTarget(Target[Any]):
         return self.inner.open(rows, slots, taps)
 
     def admit(
-        self, cache: Any, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+        self,
+        cache: Any,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
         return self.inner.admit(cache, rows, prompts, kept)
 

@@ -23,9 +23,7 @@ from specdiff.types import Context, Draft
 SMALL = 12  # a vocabulary up to this size has a class per token; larger ones are hashed
 BITS = 6
 HIGHEST = 3.0  # what the polynomials reach
-CONTRACT = (
-    "Draft.probs[k] must be P(x_k | x_<k, R_k), R_k being all that was used to compute rows 0..k of it (README, 'What lossless means here')"
-)
+CONTRACT = "Draft.probs[k] must be P(x_k | x_<k, R_k), R_k being all that was used to compute rows 0..k of it (README, 'What lossless means here')"
 CAUSES = {
     "law": (
         "do not follow the probabilities reported for it",
@@ -72,7 +70,11 @@ class Sums:
     def add(self, f: Float[Tensor, "B F"], d: Float[Tensor, "B P"]) -> None:
         self.f, self.ff, self.fd = self.f + f.sum(0), self.ff + f.square().sum(0), self.fd + f.T @ d
         self.d, self.n = self.d + d.sum(0), self.n + len(f)
-        self.peak = torch.maximum(self.peak, torch.cat([f.abs(), torch.zeros_like(f[:1])]).amax(0)) if len(f) else self.peak
+        self.peak = (
+            torch.maximum(self.peak, torch.cat([f.abs(), torch.zeros_like(f[:1])]).amax(0))
+            if len(f)
+            else self.peak
+        )
 
     def scores(self) -> Float[Tensor, "F P"]:
         """z = sum((f - mean) d) / sqrt(sum (f - mean)^2), shrunk by Freedman's bound: few or uneven drafts cannot raise an alarm."""
@@ -81,7 +83,10 @@ class Sums:
         spread = self.ff - n * mean.square()
         constant = spread <= 1e-9 * self.ff.clamp(min=1e-30)
         spread = torch.where(constant, self.ff, spread).clamp(min=1e-12)[:, None]
-        z = torch.where(constant[:, None], self.fd, self.fd - mean[:, None] * self.d) / spread.sqrt()
+        z = (
+            torch.where(constant[:, None], self.fd, self.fd - mean[:, None] * self.d)
+            / spread.sqrt()
+        )
         heaviest = HIGHEST * (self.peak + mean.abs() * ~constant)[:, None] / spread.sqrt()
         return z.abs() / (1 + heaviest * z.abs() / 3).sqrt()
 
@@ -103,7 +108,11 @@ class Scores:
         tokens, q = draft.tokens[rows].cpu(), draft.probs[rows].double().cpu()
         shapes = polynomials(transforms(tokens, q, self.generator))
         before = self._before(context, rows, shapes)
-        size = tokens.new_full((len(tokens),), tokens.shape[1]) if draft.size is None else draft.size[rows].cpu()
+        size = (
+            tokens.new_full((len(tokens),), tokens.shape[1])
+            if draft.size is None
+            else draft.size[rows].cpu()
+        )
         classes = self._classes()
         anchors = classes[context.batch.anchor[rows].cpu()]
         ratio = noise.uniform(Purpose.RATIO, tokens.shape[1])[rows].double().cpu() * 2 - 1
@@ -114,22 +123,34 @@ class Scores:
             one = torch.ones(len(tokens), 1, dtype=torch.float64)
             features = {
                 "law": torch.cat([one, anchors, laws[:, k]], 1),
-                "ancestors": torch.cat([classes[tokens[:, :k]].flatten(1), shapes[:, :k, :, :2].flatten(1)], 1),
+                "ancestors": torch.cat(
+                    [classes[tokens[:, :k]].flatten(1), shapes[:, :k, :, :2].flatten(1)], 1
+                ),
                 "earlier laws": laws[:, :k].flatten(1),
                 "past rounds": before[:, k],
                 "verifier": torch.cat([ratio[:, k : k + 1], ratio[:, :1], residual], 1),
             }
             for kind, f in features.items():
                 d = shapes[counted, k].flatten(1)
-                self.sums.setdefault((kind, tokens.shape[1], k), Sums.empty(f.shape[1], d.shape[1])).add(f[counted], d)
+                self.sums.setdefault(
+                    (kind, tokens.shape[1], k), Sums.empty(f.shape[1], d.shape[1])
+                ).add(f[counted], d)
 
     def _classes(self) -> Float[Tensor, "V C"]:
         """Centred: a class is as often above as below 0."""
         if self.vocab_size <= SMALL:
             return torch.eye(self.vocab_size, dtype=torch.float64)
-        return torch.randint(2, (self.vocab_size, BITS), generator=torch.Generator().manual_seed(1)).double() * 2 - 1
+        return (
+            torch.randint(
+                2, (self.vocab_size, BITS), generator=torch.Generator().manual_seed(1)
+            ).double()
+            * 2
+            - 1
+        )
 
-    def _before(self, context: Context, rows: Int[Tensor, "R"], shapes: Float[Tensor, "R K O D"]) -> Float[Tensor, "R K F"]:
+    def _before(
+        self, context: Context, rows: Int[Tensor, "R"], shapes: Float[Tensor, "R K O D"]
+    ) -> Float[Tensor, "R K F"]:
         """The first two polynomials of what the round before drew for the same absolute position (0: nothing)."""
         found = torch.zeros_like(shapes[..., :2])
         starts, seeds = context.batch.length[rows].tolist(), context.batch.seed[rows].tolist()
@@ -143,10 +164,21 @@ class Scores:
     def findings(self) -> Iterator[Finding]:
         """One Finding a kind of feature, over all positions."""
         if not self.sums:
-            yield Finding("contract", True, "the drafts are point masses (or none): nothing they could be drawn from wrongly")
+            yield Finding(
+                "contract",
+                True,
+                "the drafts are point masses (or none): nothing they could be drawn from wrongly",
+            )
             return
         for kind in CAUSES:
-            yield self._finding(kind, {(K, k): s.scores() for (name, K, k), s in self.sums.items() if name == kind and s.f.numel()})
+            yield self._finding(
+                kind,
+                {
+                    (K, k): s.scores()
+                    for (name, K, k), s in self.sums.items()
+                    if name == kind and s.f.numel()
+                },
+            )
 
     def _finding(self, kind: str, scores: dict[tuple[int, int], Float[Tensor, "F P"]]) -> Finding:
         name = f"contract: {kind}"
@@ -157,13 +189,17 @@ class Scores:
         K, k = at = max(worst, key=worst.__getitem__)
         drafts = self.sums[kind, K, k].n
         if worst[at] <= threshold:
-            return Finding(name, True, f"{tests} scores over up to {drafts} drafts", worst[at], threshold)
+            return Finding(
+                name, True, f"{tests} scores over up to {drafts} drafts", worst[at], threshold
+            )
         what, why = CAUSES[kind]
         message = f"position {k}'s tokens {what}: {why} (score {worst[at]:.1f} over {drafts} drafts of {K}). {CONTRACT}"
         return Finding(name, False, message, worst[at], threshold)
 
 
-def transforms(tokens: Int[Tensor, "B K"], q: Float[Tensor, "B K V"], generator: torch.Generator) -> Float[Tensor, "B K O"]:
+def transforms(
+    tokens: Int[Tensor, "B K"], q: Float[Tensor, "B K V"], generator: torch.Generator
+) -> Float[Tensor, "B K O"]:
     """The randomised transform under three rankings of the vocabulary: by id, by probability, shuffled. Ties are one atom."""
     V = q.shape[-1]
     shuffled = torch.randperm(V, generator=torch.Generator().manual_seed(2)).double()
@@ -172,7 +208,9 @@ def transforms(tokens: Int[Tensor, "B K"], q: Float[Tensor, "B K V"], generator:
     for rank in (torch.arange(V).double().expand_as(q), -q, shuffled.expand_as(q)):
         own = rank.gather(-1, tokens[..., None])
         below, atom = (q * (rank < own)).sum(-1), (q * (rank == own)).sum(-1)
-        found.append(below + atom * torch.rand(tokens.shape, dtype=torch.float64, generator=generator))
+        found.append(
+            below + atom * torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
+        )
     return torch.stack(found, dim=-1).clamp(0, 1)
 
 

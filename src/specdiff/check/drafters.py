@@ -12,8 +12,8 @@ from torch import Tensor
 from specdiff import decode, engine
 from specdiff.check.contract import Scores
 from specdiff.check.findings import FALSE_ALARMS, Finding
+from specdiff.check.goodness_of_fit import compare, law, texts
 from specdiff.check.recording import Drafted, Record, Watched, differing, drafts, run
-from specdiff.check.texts import compare, law, texts
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.guarded import FAULTS, faults, shaped
 from specdiff.engine import Request
@@ -34,7 +34,11 @@ ASKED = (
     SamplingParams(max_tokens=7, temperature=0),
     SamplingParams(max_tokens=10, top_p=0.8),
 )
-LAWS = (SamplingParams(max_tokens=4), SamplingParams(max_tokens=3, temperature=0.6), SamplingParams(max_tokens=3, top_k=2))
+LAWS = (
+    SamplingParams(max_tokens=4),
+    SamplingParams(max_tokens=3, temperature=0.6),
+    SamplingParams(max_tokens=3, top_k=2),
+)
 LONG_LAW = SamplingParams(max_tokens=7)  # long enough for what goes wrong late in a draft
 Build = Callable[[TargetInfo], Drafter[Any]]
 
@@ -52,27 +56,37 @@ class Subject:
         return isinstance(self.target, TableTarget)
 
 
-def requests(target: Target[Any], count: int, asked: Sequence[SamplingParams] = ASKED, seed: int = 5) -> list[Request]:
+def requests(
+    target: Target[Any], count: int, asked: Sequence[SamplingParams] = ASKED, seed: int = 5
+) -> list[Request]:
     """Prompts of one to nine random tokens."""
     generator = torch.Generator().manual_seed(7)
     V = target.info.vocab_size
-    prompts = [torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)]
+    prompts = [
+        torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)
+    ]
     return [Request(p, asked[i % len(asked)], row_seed(seed, i)) for i, p in enumerate(prompts)]
 
 
-def check_drafter(subject: Subject, verifiers: Mapping[str, Verifier], *, quick: bool = False) -> Iterator[Finding]:
+def check_drafter(
+    subject: Subject, verifiers: Mapping[str, Verifier], *, quick: bool = False
+) -> Iterator[Finding]:
     """Every finding about a drafter, each as it is known; drafts that cannot be read end it early, for they prove nothing further."""
     drafter = subject.build(subject.target.info)
     sound, lengths = True, list[int]()
     for finding in soundness(drafter, subject.target, lengths):
-        sound &= finding.passed or finding.name == "possible"  # a lie, which the contract's checks explain
+        sound &= (
+            finding.passed or finding.name == "possible"
+        )  # a lie, which the contract's checks explain
         yield finding
     if not sound:
         return
     yield from steadiness(drafter, subject.target)
     longest = max(lengths)
     yield from contract(drafter, subject.target, 300 if quick else 2000, longest)
-    yield from (_laws(subject.build, verifiers, 5000 if quick else 50_000, longest) if subject.toy else ())
+    yield from (
+        _laws(subject.build, verifiers, 5000 if quick else 50_000, longest) if subject.toy else ()
+    )
     yield greedy(drafter, subject.target, verifiers)
     yield survives(drafter, subject.target)
 
@@ -83,14 +97,18 @@ class _Seen:
 
     vocab_size: int
     rounds: int = 0
-    counts: Int[Tensor, "4"] = field(default_factory=lambda: torch.zeros(len(FAULTS), dtype=torch.long))
+    counts: Int[Tensor, "4"] = field(
+        default_factory=lambda: torch.zeros(len(FAULTS), dtype=torch.long)
+    )
     impossible: int = 0
 
     def look(self, context: Context, noise: Noise, draft: Draft, draft_len: int) -> None:
         shaped(draft, context.batch, draft_len, self.vocab_size)
         live = ~context.batch.done
         half = draft.probs is not None and draft.probs.dtype in (torch.float16, torch.bfloat16)
-        found = faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)[live].flatten().cpu()
+        found = (
+            faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)[live].flatten().cpu()
+        )
         self.rounds += 1
         self.counts += found.bincount(minlength=len(FAULTS))
         if draft.probs is not None and not bool(found.any()):
@@ -110,7 +128,14 @@ def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -
     refused = []
     for draft_len in lengths:
         try:
-            run(target, drafter, requests(target, 5), _with_length(seen, draft_len), draft_len=draft_len, rows=3)
+            run(
+                target,
+                drafter,
+                requests(target, 5),
+                _with_length(seen, draft_len),
+                draft_len=draft_len,
+                rows=3,
+            )
             accepted.append(draft_len)
         except UsageError as error:
             if draft_len == drafter.draft_len:
@@ -120,16 +145,32 @@ def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -
         except TargetError:
             raise
         except Exception as error:
-            what = str(error) if isinstance(error, DrafterError) else f"raised {type(error).__name__}: {error}"
+            what = (
+                str(error)
+                if isinstance(error, DrafterError)
+                else f"raised {type(error).__name__}: {error}"
+            )
             yield Finding("drafts", False, f"with draft_len {draft_len} it {what}")
             return
     beside = f"; it refuses {refused}" if refused else ""
     yield Finding("drafts", True, f"{seen.rounds} rounds with draft_len {lengths}{beside}")
     for place, name in enumerate(("tokens", "probabilities", "size"), start=1):
         wrong = int(seen.counts[place])
-        yield Finding(name, not wrong, f"it {FAULTS[place]}, at {wrong} positions" if wrong else "sound at every position", wrong, 0)
+        yield Finding(
+            name,
+            not wrong,
+            f"it {FAULTS[place]}, at {wrong} positions" if wrong else "sound at every position",
+            wrong,
+            0,
+        )
     lie = f"{seen.impossible} tokens have probability 0 in the very law they are said to be drawn from"
-    yield Finding("possible", not seen.impossible, lie if seen.impossible else "every token has a chance in its law", seen.impossible, 0)
+    yield Finding(
+        "possible",
+        not seen.impossible,
+        lie if seen.impossible else "every token has a chance in its law",
+        seen.impossible,
+        0,
+    )
 
 
 def _with_length(seen: _Seen, draft_len: int) -> Callable[[Context, Noise, Draft], None]:
@@ -152,7 +193,10 @@ def steadiness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
     yield _same(
         "batches",
         alone,
-        [drafts(target, drafter, some, draft_len=K, rows=len(asked)) for some in (asked, asked[::-1])],
+        [
+            drafts(target, drafter, some, draft_len=K, rows=len(asked))
+            for some in (asked, asked[::-1])
+        ],
         "a row's draft depends on the other rows of its batch, or on its place among them: it may use its own text, state and noise only",
     )
     yield _same(
@@ -179,7 +223,13 @@ def _same(name: str, one: Record, others: Sequence[Record], otherwise: str) -> F
     return Finding(name, False, f"{otherwise} ({share:.0%} of the drafts differ)", share, few)
 
 
-def _fresh(target: Target[Any], drafter: Drafter[Any], record: Record, asked: Sequence[Request], draft_len: int) -> Record:
+def _fresh(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    record: Record,
+    asked: Sequence[Request],
+    draft_len: int,
+) -> Record:
     """The recorded drafts once more, each by a row that is admitted with the whole text, in the same round's noise."""
     found: Record = {}
 
@@ -192,15 +242,29 @@ def _fresh(target: Target[Any], drafter: Drafter[Any], record: Record, asked: Se
     params = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): r.params for r in asked}
     for seed, number in [key for key in record if key[1] > 0][:40]:
         text = record[seed, number].text
-        batch = Batch.of([text], [params[seed]], [seed], slots=len(text) + 2 * draft_len + 2, device=target.info.device)
+        batch = Batch.of(
+            [text],
+            [params[seed]],
+            [seed],
+            slots=len(text) + 2 * draft_len + 2,
+            device=target.info.device,
+        )
         batch = replace(batch, round=batch.round + number)
-        state = decode.start(target, Watched(drafter, keep), batch, verifier=match, slots=len(text) + 2 * draft_len + 2)
+        state = decode.start(
+            target,
+            Watched(drafter, keep),
+            batch,
+            verifier=match,
+            slots=len(text) + 2 * draft_len + 2,
+        )
         decode.admit(state, torch.arange(1, device=target.info.device))
         decode.step(state, draft_len)
     return found
 
 
-def contract(drafter: Drafter[Any], target: Target[Any], rows: int, longest: int = LARGE) -> Iterator[Finding]:
+def contract(
+    drafter: Drafter[Any], target: Target[Any], rows: int, longest: int = LARGE
+) -> Iterator[Finding]:
     """See `specdiff.check.contract`; of drafts as long as the drafter likes, and of the longest. A real target gets as many texts
     as are affordable, fewer of the longest drafts."""
     small = target.info.vocab_size <= 64
@@ -209,31 +273,61 @@ def contract(drafter: Drafter[Any], target: Target[Any], rows: int, longest: int
     own = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
     for draft_len in sorted({own, longest} if drafter.draft_len else {own}):
         count = rows if small else rows // (25 if draft_len == own else 50)
-        asked = requests(target, count, sampled, seed=5 + draft_len)  # draws of its own for each length
-        run(target, drafter, asked, scores.look, draft_len=draft_len, rows=rows if small else 8, verifier=token)
+        asked = requests(
+            target, count, sampled, seed=5 + draft_len
+        )  # draws of its own for each length
+        run(
+            target,
+            drafter,
+            asked,
+            scores.look,
+            draft_len=draft_len,
+            rows=rows if small else 8,
+            verifier=token,
+        )
     yield from scores.findings()
 
 
-def _laws(build: Build, verifiers: Mapping[str, Verifier], count: int, longest: int) -> Iterator[Finding]:
+def _laws(
+    build: Build, verifiers: Mapping[str, Verifier], count: int, longest: int
+) -> Iterator[Finding]:
     target = TableTarget.random(3, seed=4)
     drafter = build(target.info)
     for name, verifier in verifiers.items():
         yield of_the_target(f"law under {name}", target, drafter, verifier, count, longest)
 
 
-def of_the_target(name: str, target: TableTarget, drafter: Drafter[Any], verifier: Verifier, count: int, longest: int = LARGE) -> Finding:
+def of_the_target(
+    name: str,
+    target: TableTarget,
+    drafter: Drafter[Any],
+    verifier: Verifier,
+    count: int,
+    longest: int = LARGE,
+) -> Finding:
     """Monte Carlo through the real loop: do whole texts have the chances the target gives them, with short and with long drafts?"""
     short, long = min(LAW_LEN, longest), min(LONG_LAW_LEN, longest)
     trials = [(params, short, count) for params in LAWS] + [(LONG_LAW, long, count // 2)]
 
     def fit(params: SamplingParams, draft_len: int, count: int) -> float:
-        return compare(texts(target, drafter, verifier, params, count=count, rows=count, draft_len=draft_len), law(target, params))
+        return compare(
+            texts(target, drafter, verifier, params, count=count, rows=count, draft_len=draft_len),
+            law(target, params),
+        )
 
-    p, worst = min(((fit(*trial), i) for i, trial in enumerate(trials)), key=lambda outcome: outcome[0])
+    p, worst = min(
+        ((fit(*trial), i) for i, trial in enumerate(trials)), key=lambda outcome: outcome[0]
+    )
     params, draft_len, size = trials[worst]
     threshold = FALSE_ALARMS / len(trials)
     if p >= threshold:
-        return Finding(name, True, f"{sum(size for _, _, size in trials)} texts have the target's law (p-value)", p, threshold)
+        return Finding(
+            name,
+            True,
+            f"{sum(size for _, _, size in trials)} texts have the target's law (p-value)",
+            p,
+            threshold,
+        )
     found = (
         f"temperature {params.temperature}, top_k {params.top_k}, draft_len {draft_len}: {size} texts of {params.max_tokens} tokens, "
         f"G-test p = {p:.1e}"
@@ -242,15 +336,31 @@ def of_the_target(name: str, target: TableTarget, drafter: Drafter[Any], verifie
     return Finding(name, False, message, p, threshold)
 
 
-def greedy(drafter: Drafter[Any], target: Target[Any], verifiers: Mapping[str, Verifier]) -> Finding:
+def greedy(
+    drafter: Drafter[Any], target: Target[Any], verifiers: Mapping[str, Verifier]
+) -> Finding:
     """At temperature 0 every text is plain decoding's."""
-    asked = [replace(r, params=SamplingParams(max_tokens=16, temperature=0)) for r in requests(target, 4)]
+    asked = [
+        replace(r, params=SamplingParams(max_tokens=16, temperature=0)) for r in requests(target, 4)
+    ]
     plain = written(target, NoDrafter(), asked, match)
-    wrong = [name for name, verifier in verifiers.items() if written(target, drafter, asked, verifier) != plain]
+    wrong = [
+        name
+        for name, verifier in verifiers.items()
+        if written(target, drafter, asked, verifier) != plain
+    ]
     if not wrong:
         return Finding("greedy", True, "at temperature 0 the tokens are plain decoding's")
-    near = "" if target.info.dtype in (torch.float32, torch.float64) else "; in low precision near-ties do this, check in float32"
-    return Finding("greedy", False, f"at temperature 0 the tokens are not plain decoding's under {', '.join(wrong)}{near}")
+    near = (
+        ""
+        if target.info.dtype in (torch.float32, torch.float64)
+        else "; in low precision near-ties do this, check in float32"
+    )
+    return Finding(
+        "greedy",
+        False,
+        f"at temperature 0 the tokens are not plain decoding's under {', '.join(wrong)}{near}",
+    )
 
 
 class _Failing(Drafter[Any]):
@@ -281,11 +391,21 @@ def survives(drafter: Drafter[Any], target: Target[Any]) -> Finding:
     asked = requests(target, 6)
     plain = written(target, NoDrafter(), asked, match)
     if written(target, _Failing(drafter), asked, match) == plain:
-        return Finding("faults", True, "rounds it fails in become plain ones, and later requests are drafted for")
-    return Finding("faults", False, "after a round in which it raised, the texts are not the target's own: its state does not survive that")
+        return Finding(
+            "faults",
+            True,
+            "rounds it fails in become plain ones, and later requests are drafted for",
+        )
+    return Finding(
+        "faults",
+        False,
+        "after a round in which it raised, the texts are not the target's own: its state does not survive that",
+    )
 
 
-def written(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: Verifier) -> dict[int, list[int]]:
+def written(
+    target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: Verifier
+) -> dict[int, list[int]]:
     """The engine's texts, two rows at a time, drafts as long as the drafter likes. Raises TargetError where the target failed."""
     found: dict[int, list[int]] = {}
 
@@ -294,7 +414,14 @@ def written(target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request]
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        served = engine.serve(target, Watched(drafter, look), asked, verifier=verifier, draft_len=drafter.draft_len, rows=2)
+        served = engine.serve(
+            target,
+            Watched(drafter, look),
+            asked,
+            verifier=verifier,
+            draft_len=drafter.draft_len,
+            rows=2,
+        )
         for turn in served:
             for error in turn.errors().values():
                 raise TargetError(error)

@@ -65,7 +65,13 @@ Record = dict[tuple[int, int], Drafted]  # by (seed, round)
 
 
 def drafts(
-    target: Target[Any], drafter: Drafter[Any], requests: Sequence[engine.Request], *, draft_len: int, rows: int, verifier: Verifier = match
+    target: Target[Any],
+    drafter: Drafter[Any],
+    requests: Sequence[engine.Request],
+    *,
+    draft_len: int,
+    rows: int,
+    verifier: Verifier = match,
 ) -> Record:
     """Every draft of the requests, `rows` at a time through the engine. Under `match` the texts do not depend on the drafter, so
     the drafts of two runs continue the same texts. Raises what the drafter raises."""
@@ -73,12 +79,18 @@ def drafts(
 
     def keep(context: Context, noise: Noise, draft: Draft) -> None:
         batch = context.batch
-        sizes = [draft.tokens.shape[1]] * len(batch.length) if draft.size is None else draft.size.tolist()
+        sizes = (
+            [draft.tokens.shape[1]] * len(batch.length)
+            if draft.size is None
+            else draft.size.tolist()
+        )
         for row, size in enumerate(sizes):
             if not batch.done[row]:
                 text = tuple(batch.ids[row, : batch.length[row]].tolist())
                 law = None if draft.probs is None else draft.probs[row, :size].double().cpu()
-                record[int(batch.seed[row]), int(batch.round[row])] = Drafted(text, draft.tokens[row, :size].tolist(), law)
+                record[int(batch.seed[row]), int(batch.round[row])] = Drafted(
+                    text, draft.tokens[row, :size].tolist(), law
+                )
 
     run(target, drafter, requests, keep, draft_len=draft_len, rows=rows, verifier=verifier)
     return record
@@ -98,8 +110,12 @@ def run(
     and TargetError where the target failed."""
     watched = Watched(drafter, look)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # the loop's own word about a faulty drafter
-        for turn in engine.serve(target, watched, requests, verifier=verifier, draft_len=draft_len, rows=rows):
+        warnings.simplefilter(
+            "ignore", RuntimeWarning
+        )  # the loop's own word about a faulty drafter
+        for turn in engine.serve(
+            target, watched, requests, verifier=verifier, draft_len=draft_len, rows=rows
+        ):
             if watched.raised:
                 raise watched.raised[0]
             for error in turn.errors().values():
@@ -108,7 +124,9 @@ def run(
 
 def differing(one: Record, two: Record) -> float:
     """The share of drafts that continue the same text but are not the same: other tokens, or laws that are off by 1e-3."""
-    pairs = [(one[key], two[key]) for key in one.keys() & two.keys() if one[key].text == two[key].text]
+    pairs = [
+        (one[key], two[key]) for key in one.keys() & two.keys() if one[key].text == two[key].text
+    ]
     return sum(not _alike(a, b) for a, b in pairs) / max(len(pairs), 1)
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff import engine
+from specdiff.check.doubles import Hinted
 from specdiff.check.drafters import requests, written
 from specdiff.check.findings import Finding
-from specdiff.check.toys import Hinted
 from specdiff.drafters.base import NoDrafter
 from specdiff.engine import Request
 from specdiff.targets.base import Target
@@ -22,10 +22,21 @@ from specdiff.types import Batch, Draft, SamplingParams, TargetOutput, Verificat
 from specdiff.verify import match
 
 K, ROWS = 4, 3
-LENGTHS = (2, 9, 33, 130, 520)  # of rows that stand side by side, as far as the target has positions
+LENGTHS = (
+    2,
+    9,
+    33,
+    130,
+    520,
+)  # of rows that stand side by side, as far as the target has positions
 STRETCH = 24  # drafted tokens, far enough to reach over what changes on the way
 ASKED = (SamplingParams(max_tokens=12), SamplingParams(max_tokens=8, temperature=0))
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}  # of the logits' spread
+TOLERANCE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-3,
+    torch.float16: 3e-2,
+    torch.bfloat16: 1e-1,
+}  # of the logits' spread
 
 
 class Watched(Target[Any]):
@@ -40,7 +51,11 @@ class Watched(Target[Any]):
         return self.inner.open(rows, slots, taps)
 
     def admit(
-        self, cache: Any, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+        self,
+        cache: Any,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
         self.reused += int(kept.sum())
         return self.inner.admit(cache, rows, prompts, kept)
@@ -49,7 +64,9 @@ class Watched(Target[Any]):
         output = self.inner.score(cache, batch, draft)
         for row in (~batch.done).nonzero()[:, 0].tolist():
             text = batch.ids[row, : batch.length[row]].tolist()
-            self.seen.append((text, draft.tokens[row].tolist(), output.logits[row].detach().double().cpu()))
+            self.seen.append(
+                (text, draft.tokens[row].tolist(), output.logits[row].detach().double().cpu())
+            )
         return output
 
     def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
@@ -64,7 +81,14 @@ def check_target(target: Target[Any], *, quick: bool = False) -> Iterator[Findin
     asked = requests(target, 5 if quick else 9, ASKED)
     try:
         watched = served(target, [asked])
-        reusing = served(target, [wave for i in range(0, len(asked), ROWS) for wave in continued(target, asked[i : i + ROWS])])
+        reusing = served(
+            target,
+            [
+                wave
+                for i in range(0, len(asked), ROWS)
+                for wave in continued(target, asked[i : i + ROWS])
+            ],
+        )
     except Exception as error:
         yield Finding("scores", False, f"it raised {type(error).__name__}: {error}")
         return
@@ -100,10 +124,15 @@ def served(target: Target[Any], waves: Sequence[Sequence[Request]]) -> Watched:
             yield from wave
 
     texts = _texts(target, everything)
-    known = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): text for r, text in zip(everything, texts, strict=True)}
+    known = {
+        int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): text
+        for r, text in zip(everything, texts, strict=True)
+    }
     hinted = Hinted(known, target.info.vocab_size)
     slots = max(len(r.prompt) + r.params.max_tokens for r in everything)
-    for turn in engine.serve(watched, hinted, stream(), verifier=match, draft_len=K, rows=ROWS, slots=slots):
+    for turn in engine.serve(
+        watched, hinted, stream(), verifier=match, draft_len=K, rows=ROWS, slots=slots
+    ):
         running -= len(turn.ended)
     return watched
 
@@ -118,7 +147,11 @@ def scores(watched: Watched) -> Finding:
     V = watched.info.vocab_size
     for _, draft, logits in watched.seen:
         if logits.shape != (len(draft) + 1, V):
-            return Finding("scores", False, f"{len(draft)} draft tokens got logits {list(logits.shape)}, not {[len(draft) + 1, V]}")
+            return Finding(
+                "scores",
+                False,
+                f"{len(draft)} draft tokens got logits {list(logits.shape)}, not {[len(draft) + 1, V]}",
+            )
         if bool(logits.isnan().any()) or bool((logits == torch.inf).any()):
             return Finding("scores", False, "it gives logits that are NaN or infinite")
     return Finding("scores", True, f"{len(watched.seen)} rows of logits, all numbers")
@@ -128,7 +161,13 @@ def history(watched: Watched) -> Finding:
     """Rejected drafts and neighbours must not show."""
     worst, allowed = apart(watched), _allowed(watched)
     if worst <= allowed:
-        return Finding("history", True, f"{len(watched.seen)} rows score as they do in a new cache", worst, allowed)
+        return Finding(
+            "history",
+            True,
+            f"{len(watched.seen)} rows score as they do in a new cache",
+            worst,
+            allowed,
+        )
     message = (
         f"a row's logits are not those of the same tokens in a new cache (off by {worst:.2g} of their spread): entries of rejected "
         "drafts, of an earlier request, or of neighbours show, so the law that is preserved is not the model's"
@@ -155,11 +194,19 @@ def _allowed(watched: Watched) -> float:
 
 def apart(watched: Watched) -> float:
     """How far logits are from those of the same row, once more, in a cache of its own that never saw anything else."""
-    return max((distance(logits, alone(watched.inner, text, draft)) for text, draft, logits in watched.seen), default=0.0)
+    return max(
+        (
+            distance(logits, alone(watched.inner, text, draft))
+            for text, draft, logits in watched.seen
+        ),
+        default=0.0,
+    )
 
 
 @torch.inference_mode()
-def alone(target: Target[Any], text: Sequence[int], draft: Sequence[int] = ()) -> Float[Tensor, "N V"]:
+def alone(
+    target: Target[Any], text: Sequence[int], draft: Sequence[int] = ()
+) -> Float[Tensor, "N V"]:
     """What a target scores in a new cache that holds this row and nothing else."""
     device = target.info.device
     batch = Batch.of([text], [SamplingParams(max_tokens=len(draft) + 1)], [0], device=device)
@@ -183,9 +230,19 @@ def lengths(target: Target[Any], *, quick: bool = False) -> Finding:
     try:
         worst = stretched(target, LENGTHS[:-1] if quick else LENGTHS)
     except Exception as error:
-        return Finding("lengths", False, f"with rows of very different length it raised {type(error).__name__}: {error}")
+        return Finding(
+            "lengths",
+            False,
+            f"with rows of very different length it raised {type(error).__name__}: {error}",
+        )
     if worst <= allowed:
-        return Finding("lengths", True, "rows of very different length, in two streams, score as they do alone", worst, allowed)
+        return Finding(
+            "lengths",
+            True,
+            "rows of very different length, in two streams, score as they do alone",
+            worst,
+            allowed,
+        )
     message = (
         f"logits depend on how long the neighbors or the draft are, or on what another stream read meanwhile (off by {worst:.2g} "
         f"of their spread): each position must be scored as if the text ended there and nothing else were in the cache"
@@ -200,9 +257,14 @@ def stretched(target: Target[Any], wanted: Sequence[int]) -> float:
     room = target.info.max_positions - STRETCH - 1
     sizes = sorted({max(1, min(size, room)) for size in wanted})
     width = sizes[-1] + STRETCH
-    ids = torch.randint(target.info.vocab_size, (len(sizes), width), generator=torch.Generator().manual_seed(11))
+    ids = torch.randint(
+        target.info.vocab_size, (len(sizes), width), generator=torch.Generator().manual_seed(11)
+    )
     texts = [row[: size + STRETCH].tolist() for row, size in zip(ids, sizes, strict=True)]
-    expected = [torch.cat([alone(target, text[:size]), alone(target, text)]) for text, size in zip(texts, sizes, strict=True)]
+    expected = [
+        torch.cat([alone(target, text[:size]), alone(target, text)])
+        for text, size in zip(texts, sizes, strict=True)
+    ]
 
     def stream(rows: Sequence[int]) -> Iterator[Float[Tensor, "B N V"]]:
         """The prompts are read, a draft is rejected, the text itself is scored as a draft: a step at a time."""
@@ -212,7 +274,12 @@ def stretched(target: Target[Any], wanted: Sequence[int]) -> float:
         cache = target.open(len(rows), width + 1)
         places = torch.arange(len(rows), device=device)
         right = torch.tensor([texts[row][sizes[row] :] for row in rows], device=device)
-        target.admit(cache, places, [torch.tensor(prompt, device=device) for prompt in prompts], torch.zeros_like(places))
+        target.admit(
+            cache,
+            places,
+            [torch.tensor(prompt, device=device) for prompt in prompts],
+            torch.zeros_like(places),
+        )
         for draft in ((right + 1) % target.info.vocab_size, right):
             yield target.score(cache, batch, Draft(draft)).logits.double().cpu()
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from specdiff.check.doubles import TableDrafter
 from specdiff.check.drafters import of_the_target, requests, written
 from specdiff.check.findings import Finding
-from specdiff.check.toys import TableDrafter
 from specdiff.drafters.base import NoDrafter
 from specdiff.noise import Noise
 from specdiff.targets.table import TableTarget
@@ -31,7 +31,9 @@ def check_verifier(verifier: Verifier, *, quick: bool = False) -> Iterator[Findi
     yield rows_apart(verifier)
     target, count = TableTarget.random(V, seed=4), 5000 if quick else 30_000
     yield of_the_target("law with probabilities", target, TableDrafter(V), verifier, count)
-    yield of_the_target("law with point masses", target, TableDrafter(V, point=True), verifier, count)
+    yield of_the_target(
+        "law with point masses", target, TableDrafter(V, point=True), verifier, count
+    )
     yield greedy(verifier)
 
 
@@ -41,7 +43,9 @@ def _cases(draft_len: int, point: bool) -> tuple[Draft, Float[Tensor, "B N V"], 
     batch = Batch.of([[i % V] for i in range(ROWS)], [SamplingParams()] * ROWS, range(ROWS))
     noise, context = Noise.of(batch), Context(batch, None, torch.zeros_like(batch.length), None)
     draft = TableDrafter(V, point=point).propose(context, None, noise, draft_len)
-    p = torch.softmax(2 * torch.randn(ROWS, draft_len + 1, V, dtype=torch.float64, generator=generator), dim=-1)
+    p = torch.softmax(
+        2 * torch.randn(ROWS, draft_len + 1, V, dtype=torch.float64, generator=generator), dim=-1
+    )
     p = p * ((torch.rand(p.shape, generator=generator) < 0.7) | (p == p.amax(-1, keepdim=True)))
     return draft, p / p.sum(-1, keepdim=True), noise
 
@@ -76,8 +80,14 @@ def well_formed(verifier: Verifier) -> Finding:
         except Exception as error:
             wrong = f"it raised {type(error).__name__}: {error}"
         if wrong:
-            return Finding("well formed", False, f"drafts of {K} {'point masses' if point else 'tokens'}: {wrong}")
-    return Finding("well formed", True, "drafts of 0, 1, 3 and 24 tokens, soft and point masses, ragged")
+            return Finding(
+                "well formed",
+                False,
+                f"drafts of {K} {'point masses' if point else 'tokens'}: {wrong}",
+            )
+    return Finding(
+        "well formed", True, "drafts of 0, 1, 3 and 24 tokens, soft and point masses, ragged"
+    )
 
 
 def rows_apart(verifier: Verifier) -> Finding:
@@ -92,9 +102,15 @@ def rows_apart(verifier: Verifier) -> Finding:
         Noise(noise.seed[some], noise.round[some], noise.position[some]),
     )
     if not torch.equal(whole.tokens, again.tokens):
-        return Finding("rows apart", False, "the same draft and noise gave another outcome: draw from `noise` only")
+        return Finding(
+            "rows apart",
+            False,
+            "the same draft and noise gave another outcome: draw from `noise` only",
+        )
     if not torch.equal(whole.tokens[some], part.tokens):
-        return Finding("rows apart", False, "a row's outcome depends on the other rows of its batch")
+        return Finding(
+            "rows apart", False, "a row's outcome depends on the other rows of its batch"
+        )
     return Finding("rows apart", True, f"{ROWS} rows, and a third of them in reverse")
 
 
@@ -102,5 +118,11 @@ def greedy(verifier: Verifier) -> Finding:
     """At temperature 0 the texts are plain decoding's."""
     target = TableTarget.random(V, seed=4)
     asked = requests(target, 8, [SamplingParams(max_tokens=20, temperature=0)])
-    same = written(target, TableDrafter(V), asked, verifier) == written(target, NoDrafter(), asked, match)
-    return Finding("greedy", same, "at temperature 0 the tokens are " + ("" if same else "not ") + "plain decoding's")
+    same = written(target, TableDrafter(V), asked, verifier) == written(
+        target, NoDrafter(), asked, match
+    )
+    return Finding(
+        "greedy",
+        same,
+        "at temperature 0 the tokens are " + ("" if same else "not ") + "plain decoding's",
+    )

@@ -15,19 +15,21 @@ from typer.core import TyperCommand, TyperGroup
 import specdiff
 from specdiff.cli import terminal
 from specdiff.cli.bench import bench
-from specdiff.cli.bench_more import compare, law, report
+from specdiff.cli.bench_report import compare, law, report
 from specdiff.cli.chat import chat
 from specdiff.cli.check import check
 from specdiff.cli.data import data
 from specdiff.cli.env import env
 from specdiff.cli.generate import generate
-from specdiff.cli.messages import complain, warn
+from specdiff.cli.reporting import complain, warn
 from specdiff.cli.sample import sample
 from specdiff.cli.train import train
 from specdiff.errors import UsageError
 from specdiff.unicode import valid
 
-CommandLineError = cast("type[typer.BadParameter]", typer.BadParameter.__mro__[1])  # click's UsageError, which typer does not export
+CommandLineError = cast(
+    "type[typer.BadParameter]", typer.BadParameter.__mro__[1]
+)  # click's UsageError, which typer does not export
 OPTION = re.compile(r"--?[a-z][a-z0-9-]*(=.*)?", re.DOTALL)
 
 
@@ -63,7 +65,9 @@ app = typer.Typer(
 )
 for verb in (generate, chat, sample, check, data, train, env):
     app.command(cls=Verb)(verb)
-benchmark = typer.Typer(cls=Verbs, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]})
+benchmark = typer.Typer(
+    cls=Verbs, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+)
 benchmark.callback(invoke_without_command=True)(bench)
 for beside in (report, compare, law):
     benchmark.command(cls=Verb)(beside)
@@ -95,8 +99,13 @@ def _guarded(arguments: list[str], debug: bool) -> int:
         return 130
     except CommandLineError as error:
         error.show()
-        if type(error) is not typer.BadParameter and _looks_like_a_prompt(arguments):  # not the value of an option
-            print("A prompt that begins with '-' goes after '--', or into 'specdiff generate -' as a pipe.", file=sys.stderr)
+        if type(error) is not typer.BadParameter and _looks_like_a_prompt(
+            arguments
+        ):  # not the value of an option
+            print(
+                "A prompt that begins with '-' goes after '--', or into 'specdiff generate -' as a pipe.",
+                file=sys.stderr,
+            )
         return error.exit_code
     except Exception as error:
         complain(terminal.output_error(error) or error, debug=debug)
@@ -125,7 +134,9 @@ def _debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 def _readable(argument: str) -> str:
     """An argument with U+FFFD for bytes that are no text; the path of a file whose name holds such bytes stays as it is."""
-    flag, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    flag, equals, value = (
+        argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    )
     return argument if os.path.lexists(value) else f"{valid(flag)}{equals}{valid(value)}"
 
 
@@ -133,17 +144,26 @@ def _looks_like_a_prompt(arguments: list[str]) -> bool:
     """Whether `generate` was called with a prompt that was read as an option: "-5 + 3", or a lone "-hello"."""
     if not arguments or arguments[0] != "generate" or "--" in arguments:
         return False
-    dashed = [argument for argument in arguments[1:] if argument.startswith("-") and argument != "-"]
-    return any(not OPTION.fullmatch(argument) for argument in dashed) or (len(dashed) == len(arguments) - 1 == 1)
+    dashed = [
+        argument for argument in arguments[1:] if argument.startswith("-") and argument != "-"
+    ]
+    return any(not OPTION.fullmatch(argument) for argument in dashed) or (
+        len(dashed) == len(arguments) - 1 == 1
+    )
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", allow_from_autoenv=False)] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", allow_from_autoenv=False),
+    ] = False,
     debug: Annotated[
         bool,
         typer.Option(
-            "--debug", help="Show the traceback of an error; before or after the verb, or SPECDIFF_DEBUG=1.", allow_from_autoenv=False
+            "--debug",
+            help="Show the traceback of an error; before or after the verb, or SPECDIFF_DEBUG=1.",
+            allow_from_autoenv=False,
         ),
     ] = False,
 ) -> None:
@@ -154,5 +174,9 @@ def root(
 
 def verbs() -> list[str]:
     """The names of all commands; the first is the default one."""
-    single = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
+    single = [
+        command.callback.__name__
+        for command in app.registered_commands
+        if command.callback is not None
+    ]
     return [*single, *(str(group.name) for group in app.registered_groups)]

@@ -25,35 +25,85 @@ PATIENCE = 10  # seconds between two writes of the files, for who looks at them 
 QUICK: dict[str, Any] = {"prompts": 5, "max_tokens": 24, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (256,),
                          "widths": (1, 2, 4, 8, 16), "sweeps": False, "sample": 2, "tuning_tokens": 16,
                          "tune_each": False}  # fmt: skip
-PAPER: dict[str, Any] = {"temperatures": (1.0,), "max_tokens": 1024, "prompts": 16, "gammas": (5, 10, 20, 30, 40, 50)}
+PAPER: dict[str, Any] = {
+    "temperatures": (1.0,),
+    "max_tokens": 1024,
+    "prompts": 16,
+    "gammas": (5, 10, 20, 30, 40, 50),
+}
 SMOKE: dict[str, Any] = {"max_tokens": 8, "prompts": 2, "gammas": (2, 40), "steps": (1, 2), "batch": (1, 2), "contexts": (16,),
                          "widths": (1, 2, 8)}  # fmt: skip
 
 
 def bench(
     ctx: typer.Context,
-    suite: Annotated[str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")] = "embedded",
-    model: Annotated[str | None, typer.Option(help="The target: hub id, folder, file.gguf or built-in name.")] = None,
-    drafter: Annotated[list[str] | None, typer.Option(help="One more drafter, as SPEC or NAME=SPEC; may be given again.")] = None,
-    only: Annotated[str, typer.Option(help="Leave out all but NAME,NAME,...; hf and ours-vanilla always run.")] = "",
-    quick: Annotated[bool, typer.Option("--quick", help="A table in minutes: 5 prompts, 24 tokens, no sweeps.")] = False,
+    suite: Annotated[
+        str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")
+    ] = "embedded",
+    model: Annotated[
+        str | None, typer.Option(help="The target: hub id, folder, file.gguf or built-in name.")
+    ] = None,
+    drafter: Annotated[
+        list[str] | None,
+        typer.Option(help="One more drafter, as SPEC or NAME=SPEC; may be given again."),
+    ] = None,
+    only: Annotated[
+        str, typer.Option(help="Leave out all but NAME,NAME,...; hf and ours-vanilla always run.")
+    ] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A table in minutes: 5 prompts, 24 tokens, no sweeps.")
+    ] = False,
     temperatures: Annotated[str, typer.Option(help="T,T,...; default 0,1 (paper: 1).")] = "",
-    max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer; default 64.")] = None,
-    prompts: Annotated[int | None, typer.Option(help="So many prompts, spread over the suite's tasks; default all.")] = None,
-    times: Annotated[int | None, typer.Option(help="Turns on each prompt; at least 5 turns are taken in all.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer; default 64.")
+    ] = None,
+    prompts: Annotated[
+        int | None,
+        typer.Option(help="So many prompts, spread over the suite's tasks; default all."),
+    ] = None,
+    times: Annotated[
+        int | None, typer.Option(help="Turns on each prompt; at least 5 turns are taken in all.")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes N,N,...; default 1,2,4,8,16,32.")] = "",
-    gammas: Annotated[str, typer.Option(help="Draft lengths to tune and sweep over, K,K,...; default 2,4,8,16.")] = "",
-    steps: Annotated[str, typer.Option(help="Network passes per draft to tune and sweep over, T,T,...; default 1,2,4.")] = "",
+    gammas: Annotated[
+        str, typer.Option(help="Draft lengths to tune and sweep over, K,K,...; default 2,4,8,16.")
+    ] = "",
+    steps: Annotated[
+        str,
+        typer.Option(
+            help="Network passes per draft to tune and sweep over, T,T,...; default 1,2,4."
+        ),
+    ] = "",
     verifier: Annotated[str, typer.Option(help="token, block, match or match-gumbel.")] = "token",
-    draft_len: Annotated[int | None, typer.Option(help="One draft length for all; default: each drafter's best is found.")] = None,
+    draft_len: Annotated[
+        int | None,
+        typer.Option(help="One draft length for all; default: each drafter's best is found."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="Folder of results.json, results.csv and report.html; default bench-SUITE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with what --out holds, by the same settings.")] = False,
-    smoke: Annotated[bool, typer.Option("--smoke", help="Suite paper on tiny random models: only to see that it runs.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a summary as one JSON object instead of the table.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No live table and no notes.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of results.json, results.csv and report.html; default bench-SUITE."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --out holds, by the same settings.")
+    ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke", help="Suite paper on tiny random models: only to see that it runs."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", help="Print a summary as one JSON object instead of the table."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No live table and no notes.")
+    ] = False,
 ) -> None:
     """Measure drafters against plain decoding and transformers' own ways, all in one process, taking turns on the same prompts.
 
@@ -75,11 +125,25 @@ def bench(
         "times": times,
     }
     base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})
-    fixed = {"suite": suite, "drafters": tuple(drafter or ()), "verifier": verifier, "draft_len": draft_len, "seed": seed}
-    fixed |= {"only": tuple(filter(None, only.split(","))), "device": device, "dtype": dtype, "smoke": smoke, "model": model or ""}
+    fixed = {
+        "suite": suite,
+        "drafters": tuple(drafter or ()),
+        "verifier": verifier,
+        "draft_len": draft_len,
+        "seed": seed,
+    }
+    fixed |= {
+        "only": tuple(filter(None, only.split(","))),
+        "device": device,
+        "dtype": dtype,
+        "smoke": smoke,
+        "model": model or "",
+    }
     quiet_libraries()
     folder = out or Path(f"bench-{suite.partition(':')[0]}" + ("-smoke" if smoke else ""))
-    settings, parts = _plan(base | {n: v for n, v in chosen.items() if v is not None} | fixed, folder)
+    settings, parts = _plan(
+        base | {n: v for n, v in chosen.items() if v is not None} | fixed, folder
+    )
     from specdiff import files
     from specdiff.bench.journal import Journal
 
@@ -96,10 +160,14 @@ def bench(
 
 def _alone(ctx: typer.Context) -> None:
     """The other verbs measure nothing, so nothing that says what to measure may stand before them."""
-    given = [name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
+    given = [
+        name for name in ctx.params if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
+    ]
     if given:
         flag = "--" + given[0].removeprefix("as_").replace("_", "-")
-        raise UsageError(f"{flag} is for measuring; leave it out, or give it behind {ctx.invoked_subcommand} if that has it")
+        raise UsageError(
+            f"{flag} is for measuring; leave it out, or give it behind {ctx.invoked_subcommand} if that has it"
+        )
 
 
 def _numbers(flag: str, text: str, kind: Callable[[str], float]) -> tuple[float, ...] | None:
@@ -117,8 +185,16 @@ def _plan(values: dict[str, Any], folder: Path) -> "tuple[Settings, list[Part]]"
 
     digest = suites.check(values["suite"])
     if values["suite"] != paper.SUITE:
-        settings = Settings(**values | {"model": values["model"] or DEFAULT_MODEL, "suite_sha256": digest})
-        own = Part(values["suite"].partition(":")[0], settings.model, settings.suite, entries(settings), settings.max_tokens)
+        settings = Settings(
+            **values | {"model": values["model"] or DEFAULT_MODEL, "suite_sha256": digest}
+        )
+        own = Part(
+            values["suite"].partition(":")[0],
+            settings.model,
+            settings.suite,
+            entries(settings),
+            settings.max_tokens,
+        )
         runner.read(own, settings)
         return settings, [own]
     settings = Settings(**values)
@@ -129,7 +205,9 @@ def _plan(values: dict[str, Any], folder: Path) -> "tuple[Settings, list[Part]]"
     return settings, paper.parts(settings, targets, drafters, smoke.texts())
 
 
-def _watch(settings: "Settings", parts: "list[Part]", journal: "Journal", folder: Path, notes: "Console") -> bool:
+def _watch(
+    settings: "Settings", parts: "list[Part]", journal: "Journal", folder: Path, notes: "Console"
+) -> bool:
     """Measure behind a live table. Returns whether it was cut short."""
     from rich.live import Live
 
@@ -141,7 +219,9 @@ def _watch(settings: "Settings", parts: "list[Part]", journal: "Journal", folder
         # drawn between measurements only: a thread that draws would be measured too
         with Live(console=notes, auto_refresh=False, transient=True) as live:
             for event in runner.run(settings, parts, journal):
-                if event.record is not None and time.monotonic() - written > PATIENCE:  # the journal has it already
+                if (
+                    event.record is not None and time.monotonic() - written > PATIENCE
+                ):  # the journal has it already
                     results.write(folder, results.fold(journal.records, finished=False))
                     written = time.monotonic()
                 if notes.is_terminal:
@@ -165,7 +245,9 @@ def _page(told: dict[str, Any], folder: Path, notes: "Console") -> None:
         notes.print(f"report: {written}", soft_wrap=True)
 
 
-def _tell(journal: "Journal", folder: Path, notes: "Console", *, as_json: bool, finished: bool) -> None:
+def _tell(
+    journal: "Journal", folder: Path, notes: "Console", *, as_json: bool, finished: bool
+) -> None:
     """Write the results, print them, and end as they deserve: 130 if cut short, 1 if anything failed."""
     from specdiff.bench import results, table
 

@@ -7,10 +7,16 @@ from typing import Any
 
 import typer
 
-from specdiff.cli import declared as d
+from specdiff.cli import params as d
 from specdiff.cli import terminal
-from specdiff.cli.options import draft_length, given, json_object, quiet_libraries, sampling_defaults
-from specdiff.cli.session import Session
+from specdiff.cli.chat_repl import Session
+from specdiff.cli.options import (
+    draft_length,
+    given,
+    json_object,
+    quiet_libraries,
+    sampling_defaults,
+)
 
 
 def chat(
@@ -59,18 +65,26 @@ def chat(
         "model_options": json_object("--model-options", model_options),
         **sampling_defaults(generation_config),
     }
-    chosen = given({"steps": steps, "order": order, "sampler": sampler, "draft_temperature": draft_temperature})
+    chosen = given(
+        {"steps": steps, "order": order, "sampler": sampler, "draft_temperature": draft_temperature}
+    )
     terminal.prepare_input()
     quiet_libraries()
     import specdiff
 
     notes = terminal.notes()
     with terminal.status(notes, f"loading {model}"):
-        lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=chosen, **places)
-        lm.render([{"role": "user", "content": "?"}])  # a model that cannot converse is told before anything is typed
+        lm = specdiff.load(
+            model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=chosen, **places
+        )
+        lm.render(
+            [{"role": "user", "content": "?"}]
+        )  # a model that cannot converse is told before anything is typed
     conversation = specdiff.Conversation(lm, system)
     about = {"model": model, "drafter": drafter}
-    session = Session(conversation, settings, about, terminal.page(), notes, quiet, debug=bool(ctx.obj))
+    session = Session(
+        conversation, settings, about, terminal.page(), notes, quiet, debug=bool(ctx.obj)
+    )
     try:
         session.run(_lines(quiet))
     except KeyboardInterrupt:
@@ -84,9 +98,11 @@ def _lines(quiet: bool) -> Iterator[str]:
             yield from (line.rstrip("\r\n") for line in sys.stdin)
             return
         with suppress(ImportError):
-            import readline  # noqa: F401  (input() uses it once it is imported)
+            import readline  # noqa: F401
         if not quiet:
-            print("!help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
+            print(
+                "!help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr
+            )
         while True:
             yield _typed()
     except (EOFError, KeyboardInterrupt):

@@ -18,18 +18,39 @@ RATIO_AND_MATCH = ("token", "block", "match")
 
 def check(
     drafter: Annotated[
-        str | None, typer.Argument(help="./file.py:Class[:json], module:Class[:json], a folder or hub id, sedd, autoregressive, none.")
+        str | None,
+        typer.Argument(
+            help="./file.py:Class[:json], module:Class[:json], a folder or hub id, sedd, autoregressive, none."
+        ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="The target to draft for. Default: a toy, or the one the drafter was trained for.")
+        str | None,
+        typer.Option(
+            help="The target to draft for. Default: a toy, or the one the drafter was trained for."
+        ),
     ] = None,
     verifier: Annotated[
-        str | None, typer.Option(help="Name or ./file.py:function: check it (with a drafter: check the drafter under it).")
+        str | None,
+        typer.Option(
+            help="Name or ./file.py:function: check it (with a drafter: check the drafter under it)."
+        ),
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Check this target: hub id, folder, built-in name, ./file.py:Class, table.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="Check this target: hub id, folder, built-in name, ./file.py:Class, table."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    recipes: Annotated[bool, typer.Option("--recipes", help="Instead: which ways of making a draft are lawful, enumerated.")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: coarse bugs only.")] = False,
+    recipes: Annotated[
+        bool,
+        typer.Option(
+            "--recipes", help="Instead: which ways of making a draft are lawful, enumerated."
+        ),
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer samples: coarse bugs only.")
+    ] = False,
 ) -> None:
     """Check that DRAFTER (or --verifier, or --target) leaves the target's law as it is. Exit code 1 if a check fails.
 
@@ -37,12 +58,18 @@ def check(
     """
     if recipes:
         if drafter or verifier or target:
-            raise UsageError("--recipes enumerates toy drafts of its own; leave out the drafter, --verifier and --target")
+            raise UsageError(
+                "--recipes enumerates toy drafts of its own; leave out the drafter, --verifier and --target"
+            )
         return _recipes(as_json)
     if drafter is None and verifier is None and target is None:
-        raise UsageError("nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, or --target SPEC, or --recipes")
+        raise UsageError(
+            "nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, or --target SPEC, or --recipes"
+        )
     if drafter is None and model is not None:
-        raise UsageError("--model is the target a drafter is checked with; to check a target itself give --target")
+        raise UsageError(
+            "--model is the target a drafter is checked with; to check a target itself give --target"
+        )
     quiet_libraries()
     found: list[Finding] = []
     progress = not as_json and sys.stderr.isatty()
@@ -62,7 +89,9 @@ def check(
     raise typer.Exit(0 if passed else 1)
 
 
-def _findings(drafter: str | None, model: str | None, verifier: str | None, target: str | None, quick: bool) -> "Iterator[Finding]":
+def _findings(
+    drafter: str | None, model: str | None, verifier: str | None, target: str | None, quick: bool
+) -> "Iterator[Finding]":
     import torch
 
     from specdiff import catalog
@@ -71,7 +100,13 @@ def _findings(drafter: str | None, model: str | None, verifier: str | None, targ
 
     cpu = torch.device("cpu")
     if target is not None:
-        toy = TableTarget.random(5) if target == "table" else catalog.custom_target(target) if ":" in target else None
+        toy = (
+            TableTarget.random(5)
+            if target == "table"
+            else catalog.custom_target(target)
+            if ":" in target
+            else None
+        )
         yield from check_target(toy or catalog.target(target, torch.float32, cpu)[0], quick=quick)
     if drafter is None:
         if verifier is not None:
@@ -79,21 +114,32 @@ def _findings(drafter: str | None, model: str | None, verifier: str | None, targ
         return
     names = RATIO_AND_MATCH if verifier is None else (verifier,)
     trained_for = model or catalog.target_of(drafter)
-    chosen = {} if trained_for is None else {"target": catalog.target(trained_for, torch.float32, cpu)[0]}
+    chosen = (
+        {}
+        if trained_for is None
+        else {"target": catalog.target(trained_for, torch.float32, cpu)[0]}
+    )
     subject = Subject(lambda info: catalog.drafter(drafter, info), **chosen)
     yield from check_drafter(subject, {name: catalog.verifier(name) for name in names}, quick=quick)
 
 
 def _recipes(as_json: bool) -> None:
     """The table of docs/exactness.md: total variation from the target's law, least and most over random cases."""
-    from specdiff.check.recipes import table
+    from specdiff.check.constructions import table
 
     if as_json:
-        terminal.print_json([{"draft": name, "lawful": lawful, "distance": found} for name, lawful, found in table()])
+        terminal.print_json(
+            [
+                {"draft": name, "lawful": lawful, "distance": found}
+                for name, lawful, found in table()
+            ]
+        )
         return
     print("| a draft made by | `token` | `block` | `match` |\n|---|---|---|---|")
     for name, lawful, found in table():
-        cells = ["0" if most < 1e-12 else f"{least:.3f} to {most:.2f}" for least, most in found.values()]
+        cells = [
+            "0" if most < 1e-12 else f"{least:.3f} to {most:.2f}" for least, most in found.values()
+        ]
         print(" | ".join([f"| {name if lawful else f'**{name}**'}", *cells]) + " |")
 
 
@@ -107,7 +153,9 @@ def _show(found: "Iterable[Finding]") -> None:
         for f in found:
             print(f"{'passed' if f.passed else 'FAILED'}  {f.name}: {f.message}")
         return
-    table = Table("check", "", "what was seen", "statistic", "threshold", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "check", "", "what was seen", "statistic", "threshold", box=None, padding=(0, 2, 0, 0)
+    )
     for f in found:
         numbers = ["" if x is None else f"{x:.3g}" for x in (f.statistic, f.threshold)]
         outcome = Text("passed", style="green") if f.passed else Text("FAILED", style="red")

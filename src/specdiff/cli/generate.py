@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import declared as d
+from specdiff.cli import params as d
 from specdiff.cli import terminal
-from specdiff.cli.options import biases, draft_length, given, json_object, quiet_libraries, sampling_defaults, token_ids
-from specdiff.cli.streaming import footer, show
+from specdiff.cli.options import (
+    biases,
+    draft_length,
+    given,
+    json_object,
+    quiet_libraries,
+    sampling_defaults,
+    token_ids,
+)
+from specdiff.cli.stream import footer, show
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdiff.generation import Generation, Piece
-    from specdiff.lm import SpeculativeLM
+    from specdiff.text.generation import Chunk, Generation
+    from specdiff.text.lm import SpeculativeLM
 
 
 def generate(
@@ -42,10 +50,17 @@ def generate(
     logit_bias: Annotated[str, typer.Option(help="ID=VALUE,... with values in [-100, 100].")] = "",
     allowed_token_ids: Annotated[str, typer.Option(help="ID,...: no other tokens.")] = "",
     stop: d.Stop = None,
-    logprobs: Annotated[int | None, typer.Option(help="With --json: log probabilities, and so many alternatives (<= 20).")] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: log probabilities, and so many alternatives (<= 20)."),
+    ] = None,
     seed: d.Seed = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")] = False,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past the end of text.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="No chat template: continue the prompt as it is.")
+    ] = False,
     system: d.System = None,
     device: d.Device = "auto",
     drafter_device: d.DrafterDevice = None,
@@ -54,8 +69,12 @@ def generate(
     generation_config: d.GenerationConfig = "auto",
     max_model_len: d.MaxModelLen = 2048,
     show_accepted: d.ShowAccepted = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Decode plainly too; compare tokens and speed.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Decode plainly too; compare tokens and speed.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of streaming.")
+    ] = False,
     quiet: d.Quiet = False,
 ) -> None:
     """Answer PROMPT, streaming.
@@ -64,8 +83,15 @@ def generate(
     """
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
-        raise UsageError("the prompt is empty; give some text, or pipe it into 'specdiff generate -'")
-    chosen = {"steps": steps, "order": order, "sampler": sampler, "draft_temperature": draft_temperature}
+        raise UsageError(
+            "the prompt is empty; give some text, or pipe it into 'specdiff generate -'"
+        )
+    chosen = {
+        "steps": steps,
+        "order": order,
+        "sampler": sampler,
+        "draft_temperature": draft_temperature,
+    }
     options = given({
         "max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
         "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
@@ -83,7 +109,14 @@ def generate(
 
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}"):
-        lm = specdiff.load(model, drafter, dtype=dtype, max_len=max_model_len, drafter_options=given(chosen), **places)
+        lm = specdiff.load(
+            model,
+            drafter,
+            dtype=dtype,
+            max_len=max_model_len,
+            drafter_options=given(chosen),
+            **places,
+        )
         lm.encode(text, raw=raw, system=system)  # a bad prompt is told before anything is generated
     out = None if as_json else terminal.page()
     begin = time.perf_counter()
@@ -124,9 +157,11 @@ def _standard_input() -> str:
     return sys.stdin.read()
 
 
-def _stream(pieces: "Iterator[Piece]", out: "Console | None", show_accepted: bool) -> tuple["Generation", bool]:
+def _stream(
+    pieces: "Iterator[Chunk]", out: "Console | None", show_accepted: bool
+) -> tuple["Generation", bool]:
     """Print as it comes. Ctrl-C keeps what was generated. Returns the answer, and whether it was cut short."""
-    from specdiff.generation import Generation
+    from specdiff.text.generation import Generation
 
     answer = Generation()
     interrupted = False
@@ -144,9 +179,11 @@ def _stream(pieces: "Iterator[Piece]", out: "Console | None", show_accepted: boo
     return answer, interrupted
 
 
-def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "Generation", seconds: float) -> dict[str, Any]:
+def _compare(
+    lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "Generation", seconds: float
+) -> dict[str, Any]:
     """Alternate plain and speculative runs in this process; tokens per second of each, medians."""
-    from specdiff.lm import SpeculativeLM
+    from specdiff.text.lm import SpeculativeLM
 
     plain = SpeculativeLM(lm.target, "none", lm.tokenizer, lm.max_len)
 
@@ -154,7 +191,10 @@ def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "G
         begin = time.perf_counter()
         return run(), time.perf_counter() - begin
 
-    rates: dict[str, list[float]] = {"plain": [], "speculative": [len(answer.token_ids) / max(seconds, 1e-9)]}
+    rates: dict[str, list[float]] = {
+        "plain": [],
+        "speculative": [len(answer.token_ids) / max(seconds, 1e-9)],
+    }
     without = answer
     for _ in range(2):
         without, took = timed(lambda: plain.generate(text, **options | {"draft_len": None}))
@@ -166,7 +206,10 @@ def _compare(lm: "SpeculativeLM", text: str, options: dict[str, Any], answer: "G
     differs = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
     if differs is None and len(answer.token_ids) != len(without.token_ids):
         differs = min(len(answer.token_ids), len(without.token_ids))
-    ratio, drafted_always = speed["speculative"] / speed["plain"], answer.stats.drafted > 0 and not answer.stats.plain_rounds
+    ratio, drafted_always = (
+        speed["speculative"] / speed["plain"],
+        answer.stats.drafted > 0 and not answer.stats.plain_rounds,
+    )
     return {
         "plain_tokens_per_second": speed["plain"],
         "speculative_tokens_per_second": speed["speculative"],

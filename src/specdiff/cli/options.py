@@ -63,4 +63,6 @@ def draft_length(text: str) -> int | str | None:
     try:
         return int(text)
     except ValueError:
-        raise UsageError(f"--draft-len must be a whole number of at least 1 or 'auto', not {text!r}") from None
+        raise UsageError(
+            f"--draft-len must be a whole number of at least 1 or 'auto', not {text!r}"
+        ) from None

@@ -12,8 +12,13 @@ from specdiff.cli.options import quiet_libraries
 
 
 def sample(
-    drafter: Annotated[str, typer.Option(help="A SEDD or MDLM drafter: a folder, a hub id, or sedd.")] = "sedd",
-    model: Annotated[str, typer.Option(help="The target that judges: hub id, folder, file.gguf or built-in name.")] = "smollm2-135m",
+    drafter: Annotated[
+        str, typer.Option(help="A SEDD or MDLM drafter: a folder, a hub id, or sedd.")
+    ] = "sedd",
+    model: Annotated[
+        str,
+        typer.Option(help="The target that judges: hub id, folder, file.gguf or built-in name."),
+    ] = "smollm2-135m",
     prefix: Annotated[str, typer.Option(help="Text in front.")] = "",
     suffix: Annotated[str, typer.Option(help="Text behind (needs a bidirectional network).")] = "",
     length: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
@@ -32,7 +37,7 @@ def sample(
     """
     quiet_libraries()
     import specdiff
-    from specdiff.infill import infill
+    from specdiff.text.sample import infill
 
     lm = specdiff.load(model, drafter, device=device, dtype=dtype)
     made = infill(
@@ -41,8 +46,20 @@ def sample(
     judged = [s.perplexity for s in made if s.perplexity is not None]
     typical = math.exp(sum(map(math.log, judged)) / len(judged)) if judged else None
     if as_json:
-        terminal.print_json({"samples": [asdict(s) for s in made], "perplexity": typical, "model": model, "drafter": drafter})
+        terminal.print_json(
+            {
+                "samples": [asdict(s) for s in made],
+                "perplexity": typical,
+                "model": model,
+                "drafter": drafter,
+            }
+        )
         return
-    print("\n\n".join(s.text if s.text is not None else " ".join(map(str, s.token_ids)) for s in made))
+    print(
+        "\n\n".join(s.text if s.text is not None else " ".join(map(str, s.token_ids)) for s in made)
+    )
     if typical is not None and not quiet:
-        print(f"perplexity under {model}: {typical:.1f} (geometric mean of {len(judged)})", file=sys.stderr)
+        print(
+            f"perplexity under {model}: {typical:.1f} (geometric mean of {len(judged)})",
+            file=sys.stderr,
+        )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from specdiff import strict
+from specdiff import strict_json
 from specdiff.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def _occupy(number: int) -> None:
 def prepare_input() -> None:
     """Decode a pipe as UTF-8, with U+FFFD for anything else. Raises UsageError where it is closed."""
     if sys.stdin is None:
-        raise UsageError("standard input is closed; pipe some text into it, or redirect it from a file")
+        raise UsageError(
+            "standard input is closed; pipe some text into it, or redirect it from a file"
+        )
     if not isinstance(sys.stdin, io.TextIOWrapper):
         return
     if sys.stdin.isatty():
@@ -52,14 +54,22 @@ def prepare_input() -> None:
 
 def output_error(error: Exception) -> StorageError | None:
     """What to report instead of `error` where standard output is what failed; what is left to write is then dropped."""
-    may_be_output = isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None
+    may_be_output = (
+        isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None
+    )
     try:
         sys.stdout.flush()
         if may_be_output:
-            print(flush=True)  # an unbuffered stream has forgotten what it could not write, so try it again
+            print(
+                flush=True
+            )  # an unbuffered stream has forgotten what it could not write, so try it again
     except OSError as refusal:
         drop_output()
-        return StorageError(f"cannot write to standard output: {refusal.strerror}") if may_be_output else None
+        return (
+            StorageError(f"cannot write to standard output: {refusal.strerror}")
+            if may_be_output
+            else None
+        )
     return None
 
 
@@ -72,7 +82,7 @@ def drop_output() -> None:
 
 def print_json(value: Any) -> None:
     """Print one strict JSON object."""
-    print(strict.dumps(value))
+    print(strict_json.dumps(value))
 
 
 def page(width: int | None = None) -> "Console":
@@ -89,7 +99,9 @@ def _console(*, stderr: bool, quiet: bool, width: int | None) -> "Console":
     """No markup and no emoji codes: names and answers may hold [/x] or :smile:."""
     from rich.console import Console
 
-    return Console(stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False)
+    return Console(
+        stderr=stderr, quiet=quiet, width=width, highlight=False, markup=False, emoji=False
+    )
 
 
 @contextmanager

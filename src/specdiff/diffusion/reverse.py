@@ -21,17 +21,27 @@ CHUNK = 64  # positions whose laws exist at a time, so that a long canvas over a
 
 
 def analytic(
-    process: Process, score: Float[Tensor, "B L V"], x: Int[Tensor, "B L"], dsigma: Float[Tensor, "B 1"]
+    process: Process,
+    score: Float[Tensor, "B L V"],
+    x: Int[Tensor, "B L"],
+    dsigma: Float[Tensor, "B 1"],
 ) -> Float[Tensor, "B L V"]:
     """Tweedie tau-leaping (SEDD, section 4.2): the law of x a noise dsigma earlier, staggered score times transition.
 
     With a learned score a probability can come out negative (absorbing: that of staying MASK): clamped, renormalised.
     """
-    probs = (process.staggered_score(score, dsigma) * process.transp_transition(x, dsigma)).clamp(min=0)
+    probs = (process.staggered_score(score, dsigma) * process.transp_transition(x, dsigma)).clamp(
+        min=0
+    )
     return probs / probs.sum(-1, keepdim=True)
 
 
-def euler(process: Process, score: Float[Tensor, "B L V"], x: Int[Tensor, "B L"], dsigma: Float[Tensor, "B 1"]) -> Float[Tensor, "B L V"]:
+def euler(
+    process: Process,
+    score: Float[Tensor, "B L V"],
+    x: Int[Tensor, "B L"],
+    dsigma: Float[Tensor, "B 1"],
+) -> Float[Tensor, "B L V"]:
     """One Euler step of the reverse process (SEDD, eq. 17): stay, plus dsigma = Delta sigma'(t) times the reverse rates.
 
     Too long a step gives staying a negative probability: clamped, renormalised.
@@ -41,9 +51,16 @@ def euler(process: Process, score: Float[Tensor, "B L V"], x: Int[Tensor, "B L"]
     return probs / probs.sum(-1, keepdim=True)
 
 
-def denoise(process: Process, score: Float[Tensor, "B L V"], x: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"]) -> Float[Tensor, "B L W"]:
+def denoise(
+    process: Process,
+    score: Float[Tensor, "B L V"],
+    x: Int[Tensor, "B L"],
+    sigma: Float[Tensor, "B 1"],
+) -> Float[Tensor, "B L W"]:
     """The closing step to sigma = 0: an analytic step over all the noise that is left, over the W tokens (no MASK column)."""
-    probs = (process.staggered_score(score, sigma) * process.transp_transition(x, sigma))[..., : process.tokens].clamp(min=0)
+    probs = (process.staggered_score(score, sigma) * process.transp_transition(x, sigma))[
+        ..., : process.tokens
+    ].clamp(min=0)
     return probs / probs.sum(-1, keepdim=True)
 
 
@@ -80,9 +97,14 @@ def sample(
     for i, now in enumerate(times):
         then = times[i + 1] if i + 1 < passes else None
         found = log_score(canvas, schedule.total(now))
-        parts = zip(*(torch.split(y, CHUNK, dim=1) for y in (found, canvas, uniform(i))), strict=True)
+        parts = zip(
+            *(torch.split(y, CHUNK, dim=1) for y in (found, canvas, uniform(i))), strict=True
+        )
         # in float64: at high noise scores differ from 1 by less than a step over that noise multiplies their difference
-        drawn = [draw(_law(process, schedule, s.to(exact).exp(), held, now, then, sampler, shape), u) for s, held, u in parts]
+        drawn = [
+            draw(_law(process, schedule, s.to(exact).exp(), held, now, then, sampler, shape), u)
+            for s, held, u in parts
+        ]
         canvas = torch.where(free, torch.cat(drawn, dim=1), x)
     return canvas
 
@@ -102,9 +124,13 @@ def _law(
     if then is None:
         probs = denoise(process, score, x, sigma[:, None])
         return probs if shape is None else _shaped(probs, process.tokens, shape)
-    dsigma = schedule.rate(now) * (now - then) if sampler == "euler" else sigma - schedule.total(then)
+    dsigma = (
+        schedule.rate(now) * (now - then) if sampler == "euler" else sigma - schedule.total(then)
+    )
     probs = SAMPLERS[sampler](process, score, x, dsigma[:, None])
-    settled = isinstance(process, Absorbing)  # its tokens stay once revealed; the uniform process's may still change
+    settled = isinstance(
+        process, Absorbing
+    )  # its tokens stay once revealed; the uniform process's may still change
     return _shaped(probs, process.tokens, shape) if settled and shape is not None else probs
 
 
@@ -112,4 +138,6 @@ def _shaped(probs: Float[Tensor, "B L V"], tokens: int, shape: Shape) -> Float[T
     """Reshape the law among tokens; how likely there is one at all (and not MASK still) stays."""
     clean = probs[..., :tokens]
     total = clean.sum(-1, keepdim=True)
-    return torch.cat([torch.where(total > 0, shape(clean) * total, clean), probs[..., tokens:]], dim=-1)
+    return torch.cat(
+        [torch.where(total > 0, shape(clean) * total, clean), probs[..., tokens:]], dim=-1
+    )

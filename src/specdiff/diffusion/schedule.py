@@ -53,5 +53,7 @@ class Geometric:
         """The t with 1 - e^-sigma(t) = share, clamped to [0, 1]."""
         if share >= 1:
             return 1.0
-        t = math.log(-math.log1p(-share) / self.sigma_min) / math.log(self.sigma_max / self.sigma_min)
+        t = math.log(-math.log1p(-share) / self.sigma_min) / math.log(
+            self.sigma_max / self.sigma_min
+        )
         return min(1.0, max(0.0, t))

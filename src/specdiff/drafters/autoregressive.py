@@ -18,12 +18,12 @@ from specdiff.drafters.denoising import checked_temperature, tempered
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
-from specdiff.models.causal import RaggedModel
-from specdiff.models.probe import self_test
-from specdiff.nn.causal import SmallCausalLM
+from specdiff.models.ragged import RaggedModel
+from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
+from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import draw, law
+from specdiff.sampling import distribution, draw
 from specdiff.types import Batch, Context, Draft, TargetInfo
 from specdiff.weights import CONFIG, locate, positive, read_config
 
@@ -49,7 +49,7 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
 
     def __init__(
         self,
-        model: SmallCausalLM,
+        model: SmallLM,
         target: TargetInfo,
         *,
         draft_len: int = DRAFT_LEN,
@@ -60,18 +60,28 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         self.draft_len, self.draft_temperature = draft_len, checked_temperature(draft_temperature)
         if model.borrows:
             if target.embedding is None or target.head is None:
-                raise DrafterError(f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer")
+                raise DrafterError(
+                    f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer"
+                )
             model.borrow(target.embedding, target.head)
         stream_weights(model)
-        self.model, self.device, self.vocab_size = model.to(target.device).eval(), target.device, target.vocab_size
+        self.model, self.device, self.vocab_size = (
+            model.to(target.device).eval(),
+            target.device,
+            target.vocab_size,
+        )
         try:
             self.ragged = RaggedModel(model.net)
             self.error = self_test(self.ragged)
         except UnsupportedModelError as error:
-            raise DrafterError(f"the drafter's network cannot draft from cached keys and values: {error}") from error
+            raise DrafterError(
+                f"the drafter's network cannot draft from cached keys and values: {error}"
+            ) from error
 
     def open(self, rows: int, slots: int) -> AutoregressiveState:
-        return AutoregressiveState(RaggedCache(rows, slots), torch.full((rows, slots), NOTHING, device=self.device))
+        return AutoregressiveState(
+            RaggedCache(rows, slots), torch.full((rows, slots), NOTHING, device=self.device)
+        )
 
     def admit(self, state: AutoregressiveState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.read[rows] = NOTHING
@@ -79,9 +89,13 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
     def release(self, state: AutoregressiveState, rows: Int[Tensor, "R"]) -> None:
         return None
 
-    def propose(self, context: Context, state: AutoregressiveState, noise: Noise, draft_len: int) -> Draft:
+    def propose(
+        self, context: Context, state: AutoregressiveState, noise: Noise, draft_len: int
+    ) -> Draft:
         """The tokens committed since the last round in one pass, then one pass a token; each is drawn from the row handed on."""
-        asked = replace(context.batch, params=tempered(context.batch.params, self.draft_temperature))
+        asked = replace(
+            context.batch, params=tempered(context.batch.params, self.draft_temperature)
+        )
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         logits = self._catch_up(context.batch, state)
         tokens: list[Tensor] = []
@@ -90,7 +104,11 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
             if k:
                 at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
                 logits = self._pass(state, tokens[-1], at)
-            q = law(self._spread(logits), asked, torch.cat(tokens, dim=1) if tokens else context.batch.ids[:, :0])
+            q = distribution(
+                self._spread(logits),
+                asked,
+                torch.cat(tokens, dim=1) if tokens else context.batch.ids[:, :0],
+            )
             tokens.append(draw(q, uniform[:, k : k + 1]))
             probs.append(q)
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))
@@ -101,21 +119,31 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         What lies behind the first slot of another token was computed from a rejected draft: it is forgotten here, or a later
         token that happens to be the same would find it.
         """
-        width = min(batch.ids.shape[1], state.cache.slots)  # a batch may be wider than its rows can grow
+        width = min(
+            batch.ids.shape[1], state.cache.slots
+        )  # a batch may be wider than its rows can grow
         before_anchor = torch.arange(width, device=self.device) < batch.length[:, None] - 1
         same = (state.read[:, :width] == batch.ids[:, :width]) & before_anchor
         known = same.long().cumprod(1).sum(1)
         state.read[torch.arange(state.cache.slots, device=self.device) >= known[:, None]] = NOTHING
-        behind = int((batch.length - known).max())  # rows that are less far behind re-read tokens: same keys, same values
-        at = (batch.length[:, None] - behind + torch.arange(behind, device=self.device)).clamp(min=0)
+        behind = int(
+            (batch.length - known).max()
+        )  # rows that are less far behind re-read tokens: same keys, same values
+        at = (batch.length[:, None] - behind + torch.arange(behind, device=self.device)).clamp(
+            min=0
+        )
         for start in range(0, behind, CHUNK):
             part = at[:, start : start + CHUNK]
             logits = self._pass(state, batch.ids.gather(1, part), part)
         return logits  # of the anchor, which ends every row
 
-    def _pass(self, state: AutoregressiveState, ids: Int[Tensor, "B N"], at: Int[Tensor, "B N"]) -> Float[Tensor, "B 1 C"]:
+    def _pass(
+        self, state: AutoregressiveState, ids: Int[Tensor, "B N"], at: Int[Tensor, "B N"]
+    ) -> Float[Tensor, "B 1 C"]:
         state.read.scatter_(1, at, ids)
-        return self.ragged.forward(state.cache, known_ids(ids, self.model.vocab_size, self.vocab_size), at, last=1)[0]
+        return self.ragged.forward(
+            state.cache, known_ids(ids, self.model.vocab_size, self.vocab_size), at, last=1
+        )[0]
 
     def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
         """Over the target's vocabulary: what the draft vocabulary lacks cannot be drawn."""
@@ -126,14 +154,22 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
 
 
 def autoregressive(
-    target: TargetInfo, folder: str | Path, agrees: Agreement = never, *, draft_temperature: float = 1.0
+    target: TargetInfo,
+    folder: str | Path,
+    agrees: Agreement = never,
+    *,
+    draft_temperature: float = 1.0,
 ) -> AutoregressiveDrafter:
     """A causal LM's folder or hub id as a drafter; `agrees` is asked where its vocabulary is of another size.
 
     Raises ConfigError, WeightsError or DrafterError naming what does not fit.
     """
     path = locate(folder)
-    model = SmallCausalLM.from_pretrained(path, dtype=target.dtype)
-    draft_len = positive({"draft_len": DRAFT_LEN, **read_config(path)}, "draft_len", str(path / CONFIG))
+    model = SmallLM.from_pretrained(path, dtype=target.dtype)
+    draft_len = positive(
+        {"draft_len": DRAFT_LEN, **read_config(path)}, "draft_len", str(path / CONFIG)
+    )
     padded = model.vocab_size != target.vocab_size and agrees(model.vocab_size)
-    return AutoregressiveDrafter(model, target, draft_len=draft_len, draft_temperature=draft_temperature, padded=padded)
+    return AutoregressiveDrafter(
+        model, target, draft_len=draft_len, draft_temperature=draft_temperature, padded=padded
+    )

@@ -15,7 +15,7 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import draw, law
+from specdiff.sampling import distribution, draw
 from specdiff.types import Context, Draft, Params
 
 DenoiserState = TypeVar("DenoiserState")
@@ -25,7 +25,9 @@ ORDERS = ("one-shot", "left-to-right")
 class Denoiser(Protocol[DenoiserState]):
     """What SEDD and block networks have in common: a canvas, partly revealed, to logits of the clean tokens."""
 
-    mask_id: int | None  # None: noise is no token of its own, so nothing tells what is still to be revealed
+    mask_id: (
+        int | None
+    )  # None: noise is no token of its own, so nothing tells what is still to be revealed
     draft_len: int
     taps: tuple[int, ...]
 
@@ -36,7 +38,11 @@ class Denoiser(Protocol[DenoiserState]):
     def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None: ...
 
     def denoise(
-        self, context: Context, state: DenoiserState, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
+        self,
+        context: Context,
+        state: DenoiserState,
+        canvas: Int[Tensor, "B K"],
+        revealed: Bool[Tensor, "B K"],
     ) -> Float[Tensor, "B K V"]: ...
 
 
@@ -49,7 +55,12 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     """
 
     def __init__(
-        self, denoiser: Denoiser[DenoiserState], *, steps: int = 1, order: str | None = None, draft_temperature: float = 1.0
+        self,
+        denoiser: Denoiser[DenoiserState],
+        *,
+        steps: int = 1,
+        order: str | None = None,
+        draft_temperature: float = 1.0,
     ) -> None:
         order = order or ("one-shot" if steps == 1 else "left-to-right")
         if order not in ORDERS:
@@ -57,11 +68,19 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         if steps < 1:
             raise UsageError(f"steps must be at least 1, not {steps}")
         if order == "one-shot" and steps != 1:
-            raise UsageError(f"order 'one-shot' is one network pass; steps={steps} needs order 'left-to-right'")
+            raise UsageError(
+                f"order 'one-shot' is one network pass; steps={steps} needs order 'left-to-right'"
+            )
         if denoiser.mask_id is None:
-            raise UsageError(f"order {order!r} reveals MASK tokens, and a drafter of the uniform process has none; it takes order 'any'")
+            raise UsageError(
+                f"order {order!r} reveals MASK tokens, and a drafter of the uniform process has none; it takes order 'any'"
+            )
         self.mask_id = denoiser.mask_id
-        self.denoiser, self.steps, self.draft_temperature = denoiser, steps, checked_temperature(draft_temperature)
+        self.denoiser, self.steps, self.draft_temperature = (
+            denoiser,
+            steps,
+            checked_temperature(draft_temperature),
+        )
         self.taps, self.draft_len = denoiser.taps, denoiser.draft_len
 
     def open(self, rows: int, slots: int) -> DenoiserState:
@@ -73,20 +92,28 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None:
         self.denoiser.release(state, rows)
 
-    def propose(self, context: Context, state: DenoiserState, noise: Noise, draft_len: int) -> Draft:
+    def propose(
+        self, context: Context, state: DenoiserState, noise: Noise, draft_len: int
+    ) -> Draft:
         """One pass a group; every token is drawn from exactly the row of probabilities that is handed on.
 
         A group's penalties count the tokens of earlier groups, not of its own: those are drawn at once, and q says what they were
         drawn from.
         """
-        asked = replace(context.batch, params=tempered(context.batch.params, self.draft_temperature))
+        asked = replace(
+            context.batch, params=tempered(context.batch.params, self.draft_temperature)
+        )
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
         probs: list[Tensor] = []
-        for group in torch.arange(draft_len, device=canvas.device).tensor_split(min(self.steps, draft_len)):
+        for group in torch.arange(draft_len, device=canvas.device).tensor_split(
+            min(self.steps, draft_len)
+        ):
             revealed = torch.arange(draft_len, device=canvas.device) < group[0]
             logits = self.denoiser.denoise(context, state, canvas, revealed.expand_as(canvas))
-            q = law(logits[:, group], asked, canvas[:, : sum(earlier.shape[1] for earlier in probs)])
+            q = distribution(
+                logits[:, group], asked, canvas[:, : sum(earlier.shape[1] for earlier in probs)]
+            )
             canvas = canvas.index_copy(1, group, draw(q, uniform[:, group]))
             probs.append(q)
         return Draft(canvas, torch.cat(probs, dim=1))
@@ -103,4 +130,8 @@ def tempered(params: Params, factor: float) -> Params:
     """The request's parameters with the draft temperature multiplied in (0: greedy)."""
     if factor == 1.0:
         return params
-    return replace(params, temperature=params.temperature * factor, active=params.active | {"temperature", "greedy"})
+    return replace(
+        params,
+        temperature=params.temperature * factor,
+        active=params.active | {"temperature", "greedy"},
+    )

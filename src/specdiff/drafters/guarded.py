@@ -40,11 +40,11 @@ class GuardedState:
     inner: Any
     off: Bool[Tensor, "B"]
     news: Int[Tensor, "2"] | None = None
-    resting: bool = False
+    disabled: bool = False
     warned: bool = False
 
 
-class Guarded(Drafter[GuardedState]):
+class GuardedDrafter(Drafter[GuardedState]):
     """`inner`, watched: for any lawful drafter the same tokens and probabilities. Warns once a run, naming drafter and fault.
 
     A UsageError passes: it says what the caller can mend. So does all that is no Exception, like an interrupt.
@@ -59,7 +59,7 @@ class Guarded(Drafter[GuardedState]):
 
     def admit(self, state: GuardedState, context: Context, rows: Int[Tensor, "R"]) -> None:
         self._read(state)
-        state.off, state.resting = state.off.to(rows.device).index_fill(0, rows, False), False
+        state.off, state.disabled = state.off.to(rows.device).index_fill(0, rows, False), False
         try:
             self.inner.admit(state.inner, context, rows)
         except UsageError:
@@ -83,7 +83,7 @@ class Guarded(Drafter[GuardedState]):
 
     def propose(self, context: Context, state: GuardedState, noise: Noise, draft_len: int) -> Draft:
         self._read(state)
-        if state.resting:
+        if state.disabled:
             return Draft.empty(context.batch)
         try:
             draft = self.inner.propose(context, state.inner, noise, draft_len)
@@ -92,8 +92,14 @@ class Guarded(Drafter[GuardedState]):
         except UsageError:
             raise
         except Exception as error:
-            state.off, state.resting = torch.ones_like(context.batch.done), True
-            self._warn(state, str(error) if isinstance(error, DrafterError) else f"raised {type(error).__name__}: {error}", error)
+            state.off, state.disabled = torch.ones_like(context.batch.done), True
+            self._warn(
+                state,
+                str(error)
+                if isinstance(error, DrafterError)
+                else f"raised {type(error).__name__}: {error}",
+                error,
+            )
             return Draft.empty(context.batch)
 
     def _sound(self, batch: Batch, state: GuardedState, draft: Draft) -> Draft:
@@ -103,25 +109,27 @@ class Guarded(Drafter[GuardedState]):
         size = draft.tokens.shape[1] if draft.size is None else draft.size.long()
         sound = (fault == 0).long().cumprod(1).sum(1)
         worst = torch.where(batch.done | off, 0, fault.amax(1))
-        known = draft.tokens.clamp(0, self.vocab_size - 1)  # behind the cut, but the target still looks its embedding up
-        cut = replace(draft, tokens=known, size=torch.where(off, 0, sound.clamp(max=size).clamp(min=0)))
+        known = draft.tokens.clamp(
+            0, self.vocab_size - 1
+        )  # behind the cut, but the target still looks its embedding up
+        cut = replace(
+            draft, tokens=known, size=torch.where(off, 0, sound.clamp(max=size).clamp(min=0))
+        )
         state.off = off | (worst > 0)
         state.news = torch.stack([worst.amax(), (state.off | batch.done).all().long()])
         return cut
 
     def _read(self, state: GuardedState) -> None:
         if state.news is not None:
-            worst, resting = state.news.tolist()
-            state.news, state.resting = None, bool(resting)
+            worst, disabled = state.news.tolist()
+            state.news, state.disabled = None, bool(disabled)
             if worst:
                 self._warn(state, FAULTS[worst], None)
 
     def _warn(self, state: GuardedState, fault: str, cause: Exception | None) -> None:
         if not state.warned:
             state.warned = True
-            told = (
-                f"the drafter {type(self.inner).__name__} {fault}; it rests, and decoding goes on plainly (its law is the target's still)"
-            )
+            told = f"the drafter {type(self.inner).__name__} {fault}; it rests, and decoding goes on plainly (its law is the target's still)"
             warning = RuntimeWarning(told)
             warning.__cause__ = cause
             warnings.warn(warning, stacklevel=2)
@@ -134,13 +142,19 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
     if draft.parents is not None:
         raise DrafterError("drafted a tree (Draft.parents), which no target scores; draft a chain")
     rows, home = len(batch.length), batch.ids.device
-    for name, part in (("tokens", draft.tokens), ("probabilities", draft.probs), ("a size", draft.size)):
+    for name, part in (
+        ("tokens", draft.tokens),
+        ("probabilities", draft.probs),
+        ("a size", draft.size),
+    ):
         if part is not None and part.layout is not torch.strided:
             raise DrafterError(f"gave {name} of layout {part.layout}, not dense")
         if part is not None and part.device != home:
             raise DrafterError(f"gave {name} on {part.device}; the batch is on {home}")
     if draft.tokens.dim() != 2 or len(draft.tokens) != rows or draft.tokens.shape[1] > draft_len:
-        raise DrafterError(f"gave tokens of shape {list(draft.tokens.shape)}; expected [{rows}, at most {draft_len}]")
+        raise DrafterError(
+            f"gave tokens of shape {list(draft.tokens.shape)}; expected [{rows}, at most {draft_len}]"
+        )
     if draft.tokens.dtype != torch.long:
         raise DrafterError(f"gave tokens of type {draft.tokens.dtype}, not torch.int64")
     wanted = (*draft.tokens.shape, vocab_size)
@@ -149,7 +163,9 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
             f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; expected floats {list(wanted)}"
         )
     if draft.size is not None and (draft.size.shape != (rows,) or draft.size.dtype not in INTEGERS):
-        raise DrafterError(f"gave a size of shape {list(draft.size.shape)} and type {draft.size.dtype}; expected integers [{rows}]")
+        raise DrafterError(
+            f"gave a size of shape {list(draft.size.shape)} and type {draft.size.dtype}; expected integers [{rows}]"
+        )
 
 
 def faults(draft: Draft, vocab_size: int, tolerance: float = TOLERANCE) -> Int[Tensor, "B K"]:

@@ -24,7 +24,9 @@ class NGramDrafter(Drafter[None]):
 
     def __init__(self, target: TargetInfo, *, longest: int = 4, shortest: int = 1) -> None:
         if not 1 <= shortest <= longest:
-            raise UsageError(f"ngram needs 1 <= shortest <= longest, not shortest={shortest} and longest={longest}")
+            raise UsageError(
+                f"ngram needs 1 <= shortest <= longest, not shortest={shortest} and longest={longest}"
+            )
         self.longest, self.shortest = longest, shortest
 
     def open(self, rows: int, slots: int) -> None:
@@ -52,13 +54,17 @@ class NGramDrafter(Drafter[None]):
     def _match(self, batch: Batch) -> Int[Tensor, "B"]:
         """Where what follows the best match begins; 0 where there is none."""
         ids, length = batch.ids, batch.length[:, None]
-        place = torch.arange(ids.shape[1], device=ids.device)  # `place` follows the candidate: its last token is at place - 1
+        place = torch.arange(
+            ids.shape[1], device=ids.device
+        )  # `place` follows the candidate: its last token is at place - 1
         run = torch.zeros_like(ids)
         agrees = (place > 0) & (place < length)
         for n in range(1, self.longest + 1):
             suffix = ids.gather(1, (length - n).clamp(min=0))
             agrees = agrees & (place >= n) & (ids.roll(n, dims=1) == suffix)
             run += agrees
-        rank = torch.where(run >= self.shortest, run * len(place) + place, 0)  # longest first, then most recent
+        rank = torch.where(
+            run >= self.shortest, run * len(place) + place, 0
+        )  # longest first, then most recent
         best = rank.max(1)
         return best.indices.masked_fill(best.values == 0, 0)

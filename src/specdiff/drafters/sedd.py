@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
-from specdiff.drafters.anyorder import AnyOrderDrafter
+from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.denoising import ORDERS, DenoisingDrafter
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import ConfigError, DrafterError, UsageError
@@ -47,27 +47,49 @@ class SEDDDenoiser:
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, model: SEDD, target: TargetInfo, *, window: int | None = None, draft_len: int = 8, padded: bool = False) -> None:
+    def __init__(
+        self,
+        model: SEDD,
+        target: TargetInfo,
+        *,
+        window: int | None = None,
+        draft_len: int = 8,
+        padded: bool = False,
+    ) -> None:
         config = model.config
         demand_vocabulary(config.tokens, target, padded=padded and not config.borrow_embeddings)
         self.cached = config.attention == "causal-context"
         if window is not None and window < 1:
             raise UsageError(f"window must be at least 1, not {window}")
         if self.cached and window not in (None, config.context_window):
-            raise UsageError(f"window={window}, but this drafter was trained with a fixed context of {config.context_window}")
+            raise UsageError(
+                f"window={window}, but this drafter was trained with a fixed context of {config.context_window}"
+            )
         if self.cached and config.time_conditioning:
-            raise DrafterError("this drafter's context is cached, so it cannot depend on time: its config needs time_conditioning false")
+            raise DrafterError(
+                "this drafter's context is cached, so it cannot depend on time: its config needs time_conditioning false"
+            )
         fits = None if self.cached else config.length
-        self.window = config.context_window if self.cached else min(window or WINDOW, config.length - 1)
+        self.window = (
+            config.context_window if self.cached else min(window or WINDOW, config.length - 1)
+        )
         if config.borrow_embeddings:
             if target.embedding is None or target.head is None:
-                raise DrafterError(f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer")
+                raise DrafterError(
+                    f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer"
+                )
             model = model.borrow(target.embedding, target.head)
         stream_weights(model)
         self.model, self.longest, self.device = model.to(target.device).eval(), fits, target.device
         self.mask_id, self.draft_len, self.vocab_size = config.mask_id, draft_len, target.vocab_size
-        self.process: Process = Absorbing(config.tokens) if config.process == "absorb" else Uniform(config.tokens)
-        self.schedule: Schedule = Loglinear() if config.schedule == "loglinear" else Geometric(config.sigma_min, config.sigma_max)
+        self.process: Process = (
+            Absorbing(config.tokens) if config.process == "absorb" else Uniform(config.tokens)
+        )
+        self.schedule: Schedule = (
+            Loglinear()
+            if config.schedule == "loglinear"
+            else Geometric(config.sigma_min, config.sigma_max)
+        )
 
     def open(self, rows: int, slots: int) -> SEDDState:
         read = torch.zeros(rows, dtype=torch.long, device=self.device)
@@ -80,10 +102,18 @@ class SEDDDenoiser:
         return None
 
     def denoise(
-        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], revealed: Bool[Tensor, "B K"]
+        self,
+        context: Context,
+        state: SEDDState,
+        canvas: Int[Tensor, "B K"],
+        revealed: Bool[Tensor, "B K"],
     ) -> Float[Tensor, "B K V"]:
         """Logits of the clean tokens: softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels)."""
-        sigma = None if self.cached else self.schedule.total(self._time(context, canvas.shape[1], (~revealed).sum(1)))
+        sigma = (
+            None
+            if self.cached
+            else self.schedule.total(self._time(context, canvas.shape[1], (~revealed).sum(1)))
+        )
         logits = self._logits(context, state, canvas, sigma)
         if self.model.config.draft_vocab_size is not None:
             full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
@@ -95,13 +125,21 @@ class SEDDDenoiser:
         return self._time(context, draft_len, torch.full_like(context.batch.length, draft_len))
 
     def log_score(
-        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]
+        self,
+        context: Context,
+        state: SEDDState,
+        canvas: Int[Tensor, "B K"],
+        sigma: Float[Tensor, "B"],
     ) -> Float[Tensor, "B K V"]:
         """The log-score of the canvas's positions, where the context is clean and the canvas has noise sigma."""
         return self.model.log_score(self._logits(context, state, canvas, sigma), canvas, sigma)
 
     def _logits(
-        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"] | None
+        self,
+        context: Context,
+        state: SEDDState,
+        canvas: Int[Tensor, "B K"],
+        sigma: Float[Tensor, "B"] | None,
     ) -> Float[Tensor, "B K C"]:
         """Raw network output at the canvas; a cached context knows no time."""
         words = self.model.config.tokens
@@ -121,45 +159,79 @@ class SEDDDenoiser:
         room = WINDOW if self.longest is None else self.longest - draft_len
         return min(self.window or room, room)
 
-    def _time(self, context: Context, draft_len: int, noised: Int[Tensor, "B"]) -> Float[Tensor, "B"]:
+    def _time(
+        self, context: Context, draft_len: int, noised: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B"]:
         """The time whose expected share of noise is that of the canvas, padding apart."""
         if self.longest is not None and self.longest <= draft_len:
-            raise UsageError(f"draft_len {draft_len} does not fit this drafter's canvas of {self.longest} positions")
+            raise UsageError(
+                f"draft_len {draft_len} does not fit this drafter's canvas of {self.longest} positions"
+            )
         share = noised / (context.batch.length.clamp(max=self._room(draft_len)) + draft_len)
-        return torch.tensor([self.schedule.time_of_masked_share(s) for s in share.tolist()], device=share.device)
+        return torch.tensor(
+            [self.schedule.time_of_masked_share(s) for s in share.tolist()], device=share.device
+        )
 
-    def _cached(self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"]) -> Float[Tensor, "B L H"]:
+    def _cached(
+        self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"]
+    ) -> Float[Tensor, "B L H"]:
         """Feed the tokens committed since the last pass, and the canvas behind them."""
         batch, cache = context.batch, state.cache
         assert cache is not None
-        behind = int((batch.length - state.read).max())  # rows that are less far behind re-read tokens: same keys, same values
+        behind = int(
+            (batch.length - state.read).max()
+        )  # rows that are less far behind re-read tokens: same keys, same values
         while behind > CHUNK:
-            at = (batch.length[:, None] - behind + torch.arange(CHUNK, device=canvas.device)).clamp(min=0)
+            at = (batch.length[:, None] - behind + torch.arange(CHUNK, device=canvas.device)).clamp(
+                min=0
+            )
             self._pass(cache, batch.ids.gather(1, at), at, causal(at, cache.slots, self.window))
             behind -= CHUNK
-        old = (batch.length[:, None] - behind + torch.arange(behind, device=canvas.device)).clamp(min=0)
-        new = (batch.length[:, None] + torch.arange(canvas.shape[1], device=canvas.device)).clamp(max=cache.slots - 1)
+        old = (batch.length[:, None] - behind + torch.arange(behind, device=canvas.device)).clamp(
+            min=0
+        )
+        new = (batch.length[:, None] + torch.arange(canvas.shape[1], device=canvas.device)).clamp(
+            max=cache.slots - 1
+        )
         slot = torch.arange(cache.slots, device=canvas.device)
         first = (batch.length - (self.window or cache.slots))[:, None]
         block = (slot >= first) & (slot < batch.length[:, None] + canvas.shape[1])
-        mask = torch.cat([causal(old, cache.slots, self.window), block[:, None, None].expand(-1, 1, canvas.shape[1], -1)], dim=2)
+        mask = torch.cat(
+            [
+                causal(old, cache.slots, self.window),
+                block[:, None, None].expand(-1, 1, canvas.shape[1], -1),
+            ],
+            dim=2,
+        )
         state.read.copy_(batch.length)
-        return self._pass(cache, torch.cat([batch.ids.gather(1, old), canvas], 1), torch.cat([old, new], 1), mask)
+        return self._pass(
+            cache, torch.cat([batch.ids.gather(1, old), canvas], 1), torch.cat([old, new], 1), mask
+        )
 
     def _pass(
-        self, cache: RaggedCache, ids: Int[Tensor, "B L"], at: Int[Tensor, "B L"], mask: Bool[Tensor, "B 1 L S"]
+        self,
+        cache: RaggedCache,
+        ids: Int[Tensor, "B L"],
+        at: Int[Tensor, "B L"],
+        mask: Bool[Tensor, "B 1 L S"],
     ) -> Float[Tensor, "B L H"]:
         cache.place(at)
         sigma = torch.zeros(len(ids), device=ids.device)
-        return self.model.hidden(ids, sigma, mask=mask[..., : cache.bound], positions=at, cache=cache)
+        return self.model.hidden(
+            ids, sigma, mask=mask[..., : cache.bound], positions=at, cache=cache
+        )
 
-    def _windowed(self, context: Context, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B L H"]:
+    def _windowed(
+        self, context: Context, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B L H"]:
         """The whole canvas and what it sees in one bidirectional pass."""
         batch = context.batch
         W = min(self._room(canvas.shape[1]), int(batch.length.max()))
         at = batch.length[:, None] - W + torch.arange(W, device=canvas.device)
         ids = torch.cat([batch.ids.gather(1, at.clamp(min=0)), canvas], dim=1)
-        real = torch.cat([at >= 0, torch.ones_like(canvas, dtype=torch.bool)], dim=1)  # short rows are padded on the left
+        real = torch.cat(
+            [at >= 0, torch.ones_like(canvas, dtype=torch.bool)], dim=1
+        )  # short rows are padded on the left
         positions = (real.cumsum(1) - 1).clamp(min=0)
         return self.model.hidden(ids, sigma, mask=real[:, None, None], positions=positions)
 
@@ -194,8 +266,17 @@ def sedd(
     padded = tokens != target.vocab_size and agrees(tokens)
     denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len, padded=padded)
     if order == "any" or (order is None and denoiser.mask_id is None):
-        demand_vocabulary(tokens, target, padded=False)  # its process runs over all of its own tokens
-        return AnyOrderDrafter(denoiser, steps=steps, sampler=sampler or "analytic", draft_temperature=draft_temperature)
+        demand_vocabulary(
+            tokens, target, padded=False
+        )  # its process runs over all of its own tokens
+        return AnyOrderDrafter(
+            denoiser,
+            steps=steps,
+            sampler=sampler or "analytic",
+            draft_temperature=draft_temperature,
+        )
     if sampler is not None:
-        raise UsageError(f"sampler {sampler!r} runs the reverse process, which only order 'any' does")
+        raise UsageError(
+            f"sampler {sampler!r} runs the reverse process, which only order 'any' does"
+        )
     return DenoisingDrafter(denoiser, steps=steps, order=order, draft_temperature=draft_temperature)

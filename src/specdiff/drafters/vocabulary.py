@@ -14,7 +14,9 @@ from torch import Tensor
 from specdiff.errors import DrafterError
 from specdiff.types import TargetInfo
 
-Agreement = Callable[[int], bool]  # of a vocabulary's size: does the target's tokenizer give these ids the same meaning?
+Agreement = Callable[
+    [int], bool
+]  # of a vocabulary's size: does the target's tokenizer give these ids the same meaning?
 
 
 def never(vocab_size: int) -> bool:

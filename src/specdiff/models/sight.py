@@ -20,7 +20,10 @@ from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 
 Mask = Float[Tensor, "R 1 N S"] | dict[str, Float[Tensor, "R 1 N S"]]
-FULL, SLIDING = "full_attention", "sliding_attention"  # transformers' names of the layer types that keys at positions serve
+FULL, SLIDING = (
+    "full_attention",
+    "sliding_attention",
+)  # transformers' names of the layer types that keys at positions serve
 
 REFUSED = {
     **dict.fromkeys(("bloom", "mpt"), "biases attention by distance on its own (alibi), taking a cache's rows to be of one length"),
@@ -31,8 +34,18 @@ REFUSED = {
 }  # fmt: skip
 
 
-SERVED_ROPE = ("default", "linear", "llama3", "proportional", "yarn")  # rope types that turn a position the same way always
-FIXED_NTK = ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text")  # call it dynamic, but an `alpha` fixes their frequencies
+SERVED_ROPE = (
+    "default",
+    "linear",
+    "llama3",
+    "proportional",
+    "yarn",
+)  # rope types that turn a position the same way always
+FIXED_NTK = (
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "hunyuan_vl_text",
+)  # call it dynamic, but an `alpha` fixes their frequencies
 
 
 def refuse(config: PretrainedConfig) -> None:
@@ -40,7 +53,11 @@ def refuse(config: PretrainedConfig) -> None:
     text = config.get_text_config()
     alibi = REFUSED["bloom"] if getattr(text, "alibi", False) else None
     kinds = sorted(set(getattr(text, "layer_types", None) or ()) - {FULL, SLIDING})
-    layers = f"has layers of type {', '.join(kinds)}, where only full and sliding attention are served" if kinds else None
+    layers = (
+        f"has layers of type {', '.join(kinds)}, where only full and sliding attention are served"
+        if kinds
+        else None
+    )
     encodes = "encodes its prompt apart from its answer" if config.is_encoder_decoder else None
     why = REFUSED.get(config.model_type) or alibi or encodes or layers or _rope(text)
     if why is not None:
@@ -85,7 +102,9 @@ class Sight(ABC):
         """How many positions, its own included, a sliding layer sees; None where no layer slides."""
 
     @abstractmethod
-    def looking(self, at: Int[Tensor, "R N"], slots: int, dtype: torch.dtype) -> AbstractContextManager[Mask]:
+    def looking(
+        self, at: Int[Tensor, "R N"], slots: int, dtype: torch.dtype
+    ) -> AbstractContextManager[Mask]:
         """What to hand the model as its attention mask for queries at slots `at` over the first `slots`; call it inside."""
 
     @abstractmethod
@@ -115,7 +134,11 @@ class ConfiguredSight(Sight):
     @contextmanager
     def looking(self, at: Int[Tensor, "R N"], slots: int, dtype: torch.dtype) -> Iterator[Mask]:
         near = masks.additive(masks.causal(at, slots, self.window), dtype)
-        yield {FULL: masks.additive(masks.causal(at, slots), dtype), SLIDING: near} if self.mixed else near
+        yield (
+            {FULL: masks.additive(masks.causal(at, slots), dtype), SLIDING: near}
+            if self.mixed
+            else near
+        )
 
     @contextmanager
     def narrowed(self, window: int) -> Iterator[None]:
@@ -181,4 +204,8 @@ class GPTNeoSight(Sight):
 
 def sight_of(model: PreTrainedModel) -> Sight:
     """The sight of a model's family."""
-    return GPTNeoSight(model) if model.config.model_type == "gpt_neo" else ConfiguredSight(model.config)
+    return (
+        GPTNeoSight(model)
+        if model.config.model_type == "gpt_neo"
+        else ConfiguredSight(model.config)
+    )

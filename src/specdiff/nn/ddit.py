@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from specdiff import weights
 from specdiff.errors import ConfigError, WeightsError
 from specdiff.nn import mdlm
-from specdiff.nn.config import SEDDConfig
 from specdiff.nn.linear import linear
+from specdiff.nn.sedd_config import SEDDConfig
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of sigma
 
@@ -57,7 +57,11 @@ class BorrowedEmbedding(nn.Module):
 
     def forward(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
         masked = ids == len(self.weight)
-        return torch.where(masked[..., None], self.mask_embedding, F.embedding(ids.masked_fill(masked, 0), self.weight).float())
+        return torch.where(
+            masked[..., None],
+            self.mask_embedding,
+            F.embedding(ids.masked_fill(masked, 0), self.weight).float(),
+        )
 
 
 class SigmaEmbedding(nn.Module):
@@ -69,7 +73,9 @@ class SigmaEmbedding(nn.Module):
 
     def forward(self, sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C"]:
         half = FREQUENCIES // 2
-        frequency = torch.exp(-math.log(1e4) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half)
+        frequency = torch.exp(
+            -math.log(1e4) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half
+        )
         angle = sigma[:, None].float() * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         conditioning: Tensor = F.silu(self.mlp(features.to(next(self.mlp.parameters()).dtype)))
@@ -105,7 +111,9 @@ class Block(nn.Module):
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)
         self.norm2 = LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim)
+        )
         self.adaLN_modulation = nn.Linear(config.cond_dim, 6 * dim)
         nn.init.zeros_(self.adaLN_modulation.weight)
         nn.init.zeros_(self.adaLN_modulation.bias)
@@ -118,9 +126,13 @@ class Block(nn.Module):
         mask: Bool[Tensor, "B 1 L S"] | None,
         cache: KeyValueStore | None,
     ) -> Float[Tensor, "B L H"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(conditioning)[:, None].chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(conditioning)[
+            :, None
+        ].chunk(6, dim=-1)
         h = (self.norm1(x) * (1 + scale1) + shift1).to(self.attn_qkv.weight.dtype)
-        x = x + gate1 * F.dropout(self.attn_out(self.attend(h, angle, mask, cache)), self.dropout, self.training)
+        x = x + gate1 * F.dropout(
+            self.attn_out(self.attend(h, angle, mask, cache)), self.dropout, self.training
+        )
         h = (self.norm2(x) * (1 + scale2) + shift2).to(self.attn_qkv.weight.dtype)
         out: Tensor = x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
         return out
@@ -132,7 +144,9 @@ class Block(nn.Module):
         mask: Bool[Tensor, "B 1 L S"] | None,
         cache: KeyValueStore | None,
     ) -> Float[Tensor, "B L H"]:
-        q, k, v = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # layout (three, head, dim)
+        q, k, v = (
+            self.attn_qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # layout (three, head, dim)
         q, k = rotate(q, angle), rotate(k, angle)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
@@ -156,7 +170,9 @@ class OutputLayer(nn.Module):
         nn.init.zeros_(self.adaLN_modulation.weight)
         nn.init.zeros_(self.adaLN_modulation.bias)
 
-    def forward(self, x: Float[Tensor, "B L H"], conditioning: Float[Tensor, "B C"]) -> Float[Tensor, "B L H"]:
+    def forward(
+        self, x: Float[Tensor, "B L H"], conditioning: Float[Tensor, "B C"]
+    ) -> Float[Tensor, "B L H"]:
         shift, scale = self.adaLN_modulation(conditioning)[:, None].chunk(2, dim=-1)
         normed: Tensor = self.norm_final(x) * (1 + scale) + shift
         return normed
@@ -192,12 +208,20 @@ class SEDD(nn.Module):
         foreign = mdlm.recognised(data)
         config = mdlm.config(data, where) if foreign else SEDDConfig.from_json(data, where)
         model = cls(config)
-        weights.load_into(model, path, ignore=("rotary_emb.inv_freq",), prefix=mdlm.PREFIX if foreign else "")
-        if config.draft_vocab_size is not None and not bool(((model.draft_vocab >= 0) & (model.draft_vocab < config.tokens)).all()):
-            raise WeightsError(f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of {config.tokens}")
+        weights.load_into(
+            model, path, ignore=("rotary_emb.inv_freq",), prefix=mdlm.PREFIX if foreign else ""
+        )
+        if config.draft_vocab_size is not None and not bool(
+            ((model.draft_vocab >= 0) & (model.draft_vocab < config.tokens)).all()
+        ):
+            raise WeightsError(
+                f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of {config.tokens}"
+            )
         return model.to(dtype).eval()
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any) -> None:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any
+    ) -> None:
         """Write `config.json` (with `extra` keys) and `model.safetensors` atomically."""
         weights.save(self, Path(folder), {**self.config.to_json(), **extra}, dtype)
 
@@ -214,7 +238,11 @@ class SEDD(nn.Module):
             )
         assert isinstance(self.vocab_embed, BorrowedEmbedding)
         self.vocab_embed.weight = embedding.detach()
-        rows = head.detach() if self.config.draft_vocab_size is None else head.detach()[self.draft_vocab.to(head.device)]
+        rows = (
+            head.detach()
+            if self.config.draft_vocab_size is None
+            else head.detach()[self.draft_vocab.to(head.device)]
+        )
         self.register_buffer("head", rows, persistent=False)
         return self
 
@@ -231,9 +259,13 @@ class SEDD(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         size = self.config.hidden_size // self.config.n_heads
-        frequency = 1e-4 ** (torch.arange(0, size, 2, device=ids.device, dtype=torch.float32) / size)
+        frequency = 1e-4 ** (
+            torch.arange(0, size, 2, device=ids.device, dtype=torch.float32) / size
+        )
         angle = positions[..., None].float() * frequency
-        conditioning = self.sigma_map(sigma if self.config.time_conditioning else torch.zeros_like(sigma))
+        conditioning = self.sigma_map(
+            sigma if self.config.time_conditioning else torch.zeros_like(sigma)
+        )
         x = self.vocab_embed(ids).float()  # the residual stream stays in fp32
         for block in self.blocks:
             x = block(x, conditioning, angle, mask, cache)
@@ -248,19 +280,28 @@ class SEDD(nn.Module):
         return linear(hidden.to(self.head.dtype), self.head).float()
 
     def forward(
-        self, ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"], mask: Bool[Tensor, "B 1 L L"] | None = None
+        self,
+        ids: Int[Tensor, "B L"],
+        sigma: Float[Tensor, "B"],
+        mask: Bool[Tensor, "B 1 L L"] | None = None,
     ) -> Float[Tensor, "B L V"]:
         """The log-score log s_theta(x, sigma)_y (SEDD section 3), zero at each position's current token."""
         return self.log_score(self.logits(self.hidden(ids, sigma, mask=mask)), ids, sigma)
 
-    def log_score(self, logits: Float[Tensor, "B L C"], ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B L V"]:
+    def log_score(
+        self, logits: Float[Tensor, "B L C"], ids: Int[Tensor, "B L"], sigma: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B L V"]:
         """The log-score at positions that hold `ids`, from their raw output.
 
         A denoiser's is that of its law: s = p / (e^sigma - 1) at MASK (Ou et al. 2024), whatever the scale of its logits.
         """
         score = logits
         if self.config.borrow_embeddings:
-            columns = self.draft_vocab if self.config.draft_vocab_size is not None else slice(0, self.config.tokens)
+            columns = (
+                self.draft_vocab
+                if self.config.draft_vocab_size is not None
+                else slice(0, self.config.tokens)
+            )
             full = score.new_full((*score.shape[:-1], self.config.vocab_size), -torch.inf)
             full[..., columns] = score
             score = full
@@ -270,5 +311,9 @@ class SEDD(nn.Module):
             clean = score[..., : self.config.tokens].log_softmax(-1) - torch.expm1(s).log()
             score = F.pad(clean, (0, 1))
         elif self.config.scale_by_sigma:
-            score = score - torch.where(s < 0.5, torch.expm1(s), s.exp() - 1).log() - math.log(self.config.vocab_size - 1)
+            score = (
+                score
+                - torch.where(s < 0.5, torch.expm1(s), s.exp() - 1).log()
+                - math.log(self.config.vocab_size - 1)
+            )
         return score.scatter(-1, ids[..., None], 0.0)

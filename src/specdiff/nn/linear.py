@@ -11,24 +11,39 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-FEW = range(2, 17)  # where it wins: one row has a matrix-vector kernel of its own, and many rows are bound by arithmetic
+FEW = range(
+    2, 17
+)  # where it wins: one row has a matrix-vector kernel of its own, and many rows are bound by arithmetic
 
 
-def linear(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None = None) -> Float[Tensor, "*rows O"]:
+def linear(
+    x: Float[Tensor, "*rows I"],
+    weight: Float[Tensor, "O I"],
+    bias: Float[Tensor, "O"] | None = None,
+) -> Float[Tensor, "*rows O"]:
     """`F.linear`, by the faster order of operands."""
     rows = x.numel() // x.shape[-1]
     if rows not in FEW or x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
-    out = torch.mm(weight, flat.t()) if bias is None else torch.addmm(bias[:, None], weight, flat.t())
+    out = (
+        torch.mm(weight, flat.t()) if bias is None else torch.addmm(bias[:, None], weight, flat.t())
+    )
     return out.t().contiguous().view(*x.shape[:-1], -1)
 
 
 def stream_weights(model: nn.Module) -> None:
     """Let every float32 CPU `nn.Linear` of `model` compute this way; its weights stay where and what they are."""
     for module in model.modules():
-        hooked = "forward" in vars(module)  # accelerate brings offloaded weights in by such a forward of its own
-        if type(module) is nn.Linear and not hooked and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        hooked = "forward" in vars(
+            module
+        )  # accelerate brings offloaded weights in by such a forward of its own
+        if (
+            type(module) is nn.Linear
+            and not hooked
+            and module.weight.device.type == "cpu"
+            and module.weight.dtype == torch.float32
+        ):
             vars(module)["forward"] = MethodType(_forward, module)
 
 

@@ -9,26 +9,41 @@ from typing import Any
 
 from specdiff import weights
 from specdiff.errors import ConfigError
-from specdiff.nn.config import SEDDConfig
+from specdiff.nn.sedd_config import SEDDConfig
 
 PREFIX = "backbone."
 
 
 def recognised(data: Mapping[str, Any]) -> bool:
     """Is this MDLM's config.json? (Its relatives UDLM and BD3LM share the fields, not the network, and say so in `model_type`.)"""
-    return bool(data.get("model_type", "mdlm" if {"hidden_dim", "model_length"} <= data.keys() else None) == "mdlm")
+    return bool(
+        data.get("model_type", "mdlm" if {"hidden_dim", "model_length"} <= data.keys() else None)
+        == "mdlm"
+    )
 
 
 def config(data: Mapping[str, Any], where: str) -> SEDDConfig:
     """The network a flat config describes. Raises ConfigError naming a missing or bad field."""
     vocab, hidden, blocks, heads, cond, length = (
-        weights.positive(data, key, where) for key in ("vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim", "model_length")
+        weights.positive(data, key, where)
+        for key in ("vocab_size", "hidden_dim", "n_blocks", "n_heads", "cond_dim", "model_length")
     )
     if vocab < 2:
         raise ConfigError(f"{where}: vocab_size counts MASK, so it must be at least 2, not {vocab}")
     if hidden % heads:
         raise ConfigError(f"{where}: hidden_dim {hidden} is not a multiple of n_heads {heads}")
-    timed = weights.field({"time_conditioning": False, **data}, "time_conditioning", bool, where)  # their own default
+    timed = weights.field(
+        {"time_conditioning": False, **data}, "time_conditioning", bool, where
+    )  # their own default
     return SEDDConfig(
-        vocab - 1, hidden, blocks, heads, cond, length, dropout=0.0, scale_by_sigma=False, time_conditioning=timed, output="denoiser"
+        vocab - 1,
+        hidden,
+        blocks,
+        heads,
+        cond,
+        length,
+        dropout=0.0,
+        scale_by_sigma=False,
+        time_conditioning=timed,
+        output="denoiser",
     )

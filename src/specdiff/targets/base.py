@@ -27,7 +27,11 @@ class Target(ABC, Generic[Cache]):
 
     @abstractmethod
     def admit(
-        self, cache: Cache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+        self,
+        cache: Cache,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
         """Fill `rows` with prompt[:-1]; returns its features, right-padded, where there are taps.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff.models.cache import RaggedCache
-from specdiff.models.causal import RaggedModel, home, lock_of
-from specdiff.models.probe import self_test
+from specdiff.models.ragged import RaggedModel, home, lock_of
+from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
@@ -54,11 +54,19 @@ class CausalTarget(Target[CausalCache]):
         return CausalCache(RaggedCache(rows, slots), tuple(taps))
 
     def admit(
-        self, cache: CausalCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+        self,
+        cache: CausalCache,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
         unread = [prompt[k:-1] for prompt, k in zip(prompts, kept.tolist(), strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(unread, batch_first=True)  # padding is overwritten by later rounds
-        at = (kept[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(max=cache.store.slots - 1)
+        ids = torch.nn.utils.rnn.pad_sequence(
+            unread, batch_first=True
+        )  # padding is overwritten by later rounds
+        at = (kept[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(
+            max=cache.store.slots - 1
+        )
         features = [
             self.ragged.forward(cache.store, i, a, selected=rows, taps=cache.taps, last=1)[1]
             for i, a in zip(ids.split(CHUNK, dim=1), at.split(CHUNK, dim=1), strict=True)
@@ -67,13 +75,17 @@ class CausalTarget(Target[CausalCache]):
         tapped = [f for f in features if f is not None]
         if not cache.taps:
             return None
-        empty = ids.new_zeros(len(ids), 0, self.info.hidden_size * len(cache.taps), dtype=self.info.dtype)
+        empty = ids.new_zeros(
+            len(ids), 0, self.info.hidden_size * len(cache.taps), dtype=self.info.dtype
+        )
         return torch.cat(tapped, dim=1) if tapped else empty
 
     def score(self, cache: CausalCache, batch: Batch, draft: Draft) -> TargetOutput:
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
         at = batch.length[:, None] - 1 + torch.arange(ids.shape[1], device=ids.device)
-        logits, features = self.ragged.forward(cache.store, ids, at.clamp(max=cache.store.slots - 1), taps=cache.taps)
+        logits, features = self.ragged.forward(
+            cache.store, ids, at.clamp(max=cache.store.slots - 1), taps=cache.taps
+        )
         return TargetOutput(logits, features)
 
     def keep(self, cache: CausalCache, batch: Batch, verification: Verification) -> None:
@@ -106,24 +118,37 @@ def attached(model: PreTrainedModel, name: str = "") -> CausalTarget:
 
 def _facts(model: PreTrainedModel) -> tuple[Any, ...]:
     """All that a target is made from: equal as long as it still holds."""
-    attention = tuple(part.config._attn_implementation for part in model.modules() if isinstance(part, PreTrainedModel))
+    attention = tuple(
+        part.config._attn_implementation
+        for part in model.modules()
+        if isinstance(part, PreTrainedModel)
+    )
     tensors = tuple(_identity(tensor) for tensor in chain(model.parameters(), model.buffers()))
     return repr(model.config.to_dict()), attention, tensors
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """Which numbers a tensor holds, without reading them: where they lie, and how often they were written to."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)  # a packed (quantized) tensor has no address of its own
+    plain = type(tensor) in (
+        Tensor,
+        torch.nn.Parameter,
+    )  # a packed (quantized) tensor has no address of its own
     place = tensor.data_ptr() if plain else id(tensor)
     writes = 0 if tensor.is_inference() else tensor._version
     return place, writes, tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
-def _table(layer: torch.nn.Module | None, kind: type[torch.nn.Module]) -> Float[Tensor, "V D"] | None:
+def _table(
+    layer: torch.nn.Module | None, kind: type[torch.nn.Module]
+) -> Float[Tensor, "V D"] | None:
     """The plain matrix of a layer, for drafters to borrow; None where there is a bias, or it is packed (quantised) or offloaded."""
     parts = {} if layer is None else dict(layer.named_parameters(recurse=False))
     weight = parts.get("weight")
     if not isinstance(layer, kind) or weight is None or "bias" in parts:
         return None
-    plain = type(weight) is torch.nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+    plain = (
+        type(weight) is torch.nn.Parameter
+        and weight.is_floating_point()
+        and weight.device.type != "meta"
+    )
     return weight.detach() if plain else None

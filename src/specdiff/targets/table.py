@@ -36,21 +36,38 @@ class TableTarget(Target[TableCache]):
     @classmethod
     def random(cls, vocab_size: int, seed: int = 0, sharpness: float = 1.5) -> Self:
         generator = torch.Generator().manual_seed(seed)
-        return cls(sharpness * torch.randn(vocab_size, vocab_size, vocab_size, dtype=torch.float64, generator=generator))
+        return cls(
+            sharpness
+            * torch.randn(
+                vocab_size, vocab_size, vocab_size, dtype=torch.float64, generator=generator
+            )
+        )
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> TableCache:
-        return TableCache(torch.zeros(rows, slots, dtype=torch.long, device=self.table.device), len(taps))
+        return TableCache(
+            torch.zeros(rows, slots, dtype=torch.long, device=self.table.device), len(taps)
+        )
 
     def admit(
-        self, cache: TableCache, rows: Int[Tensor, "R"], prompts: Sequence[Int[Tensor, "L"]], kept: Int[Tensor, "R"]
+        self,
+        cache: TableCache,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        kept: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
         for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
             cache.slots[row, k : len(prompt) - 1] = prompt[k:-1]
-        seen = torch.nn.utils.rnn.pad_sequence([prompt[:-1] for prompt in prompts], batch_first=True)
+        seen = torch.nn.utils.rnn.pad_sequence(
+            [prompt[:-1] for prompt in prompts], batch_first=True
+        )
         return self._features(cache, seen)
 
     def score(self, cache: TableCache, batch: Batch, draft: Draft) -> TargetOutput:
-        at = batch.length[:, None] - 1 + torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)
+        at = (
+            batch.length[:, None]
+            - 1
+            + torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)
+        )
         at = at.clamp(max=cache.slots.shape[1] - 1)
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
         cache.slots.scatter_(1, at, ids)
@@ -64,9 +81,15 @@ class TableTarget(Target[TableCache]):
     def release(self, cache: TableCache, rows: Int[Tensor, "R"]) -> None:
         return None
 
-    def _features(self, cache: TableCache, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"] | None:
+    def _features(
+        self, cache: TableCache, ids: Int[Tensor, "B N"]
+    ) -> Float[Tensor, "B N D"] | None:
         """One-hot tokens stand for hidden states, once per tap."""
-        return torch.nn.functional.one_hot(ids, self.info.vocab_size).double().repeat(1, 1, cache.taps) if cache.taps else None
+        return (
+            torch.nn.functional.one_hot(ids, self.info.vocab_size).double().repeat(1, 1, cache.taps)
+            if cache.taps
+            else None
+        )
 
     def law(self, prompt: Sequence[int], length: int) -> dict[tuple[int, ...], float]:
         """Every continuation of `length` tokens with its exact probability at temperature 1."""

@@ -22,12 +22,16 @@ class Canvases:
     ids: Int[Tensor, "B T"]
     positions: Int[Tensor, "B T"]
     mask: Bool[Tensor, "B 1 T T"]
-    slot: Int[Tensor, "B N G"]  # absolute positions of the canvas tokens; those at or beyond a row's length are padding
+    slot: Int[
+        Tensor, "B N G"
+    ]  # absolute positions of the canvas tokens; those at or beyond a row's length are padding
     hidden: Bool[Tensor, "B N G"]  # MASK, not revealed
     inside: Bool[Tensor, "B N G"]
 
 
-def pick_anchors(lengths: Int[Tensor, "B"], prompts: Int[Tensor, "B"], count: int, generator: torch.Generator) -> Int[Tensor, "B N"]:
+def pick_anchors(
+    lengths: Int[Tensor, "B"], prompts: Int[Tensor, "B"], count: int, generator: torch.Generator
+) -> Int[Tensor, "B N"]:
     """Anchors (the last clean token a canvas sees), uniform over the answer, with at least one token left behind each."""
     u = torch.rand(len(lengths), count, generator=generator)
     anywhere = torch.rand(len(lengths), count, generator=generator) < EVERYWHERE
@@ -36,10 +40,16 @@ def pick_anchors(lengths: Int[Tensor, "B"], prompts: Int[Tensor, "B"], count: in
     return (first + u * (lengths[:, None] - 1 - first)).long()
 
 
-def pick_revealed(shape: torch.Size, draft_len: int, share: float, generator: torch.Generator) -> Int[Tensor, "B N"]:
+def pick_revealed(
+    shape: torch.Size, draft_len: int, share: float, generator: torch.Generator
+) -> Int[Tensor, "B N"]:
     """How many leading tokens of each canvas are revealed: none, or for that share up to half, as between left-to-right passes."""
     partly = torch.rand(shape, generator=generator) < share
-    return torch.randint(1, max(2, draft_len // 2 + 1), shape, generator=generator) * partly * (draft_len > 1)
+    return (
+        torch.randint(1, max(2, draft_len // 2 + 1), shape, generator=generator)
+        * partly
+        * (draft_len > 1)
+    )
 
 
 def lay_out(
@@ -59,7 +69,9 @@ def lay_out(
     true = ids.gather(1, slot.clamp(max=L - 1).flatten(1)).view(B, N, draft_len)
     hidden = (index >= revealed[..., None]).expand_as(slot)
     clean = torch.arange(L, device=device).expand(B, L)
-    newest = torch.cat([clean, anchors.repeat_interleave(draft_len, 1)], 1)[..., None]  # the last clean token each position sees
+    newest = torch.cat([clean, anchors.repeat_interleave(draft_len, 1)], 1)[
+        ..., None
+    ]  # the last clean token each position sees
     key = torch.arange(L, device=device)
     past = (key <= newest) & (key > newest - (window or L + 1))
     canvas = torch.arange(N, device=device).repeat_interleave(draft_len)
@@ -84,11 +96,17 @@ class Corrupted:
     t: Float[Tensor, "B"]
     real: Bool[Tensor, "B L"]  # not padding
     start: Int[Tensor, "B"]  # where the crop begins in its row
-    drafted: Int[Tensor, "B L"]  # 0, 1, ... along the hidden end of a drafting-shaped row; -1 elsewhere
+    drafted: Int[
+        Tensor, "B L"
+    ]  # 0, 1, ... along the hidden end of a drafting-shaped row; -1 elsewhere
 
 
 def crop(
-    ids: Int[Tensor, "B S"], lengths: Int[Tensor, "B"], width: int, start: Int[Tensor, "B"], end: Int[Tensor, "B"]
+    ids: Int[Tensor, "B S"],
+    lengths: Int[Tensor, "B"],
+    width: int,
+    start: Int[Tensor, "B"],
+    end: Int[Tensor, "B"],
 ) -> tuple[Tensor, Tensor]:
     """Tokens start..end-1 of each row at the left of a [B, width] canvas, and which of it is real."""
     at = start[:, None] + torch.arange(width, device=ids.device)
@@ -135,4 +153,6 @@ def as_drafted(
     known = canvas & (at < lengths[:, None])
     share = draft_len / real.sum(1)
     t = torch.tensor([schedule.time_of_masked_share(s) for s in share.tolist()])
-    return Corrupted(x0, torch.where(canvas, mask_id, x0), t, real, start, torch.where(known, behind, -1))
+    return Corrupted(
+        x0, torch.where(canvas, mask_id, x0), t, real, start, torch.where(known, behind, -1)
+    )

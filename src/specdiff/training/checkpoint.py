@@ -39,7 +39,9 @@ def complete(folder: Path) -> list[Path]:
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint's tensors and state. Raises WeightsError naming the file."""
     try:
-        return load_file(path / "training.safetensors"), json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return load_file(path / "training.safetensors"), json.loads(
+            (path / "state.json").read_text(encoding="utf-8")
+        )
     except Exception as error:
         raise WeightsError(
             f"{path} is marked complete but cannot be read ({error}); delete that folder to resume from an older one"

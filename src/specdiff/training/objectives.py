@@ -17,7 +17,9 @@ from specdiff.diffusion.schedule import Schedule
 from specdiff.errors import UsageError
 
 DIVERGENCES = ("forward", "reverse", "tv", "hybrid", "l1")
-LOG_FLOOR = -30.0  # stands for a teacher's -inf where it would be summed: 50k columns at e^-30 weigh 5e-9
+LOG_FLOOR = (
+    -30.0
+)  # stands for a teacher's -inf where it would be summed: 50k columns at e^-30 weigh 5e-9
 
 
 def score_entropy(
@@ -32,20 +34,30 @@ def score_entropy(
 
     Its sum over positions, in the mean over uniform t, bounds the negative log-likelihood.
     """
-    return schedule.rate(t)[:, None] * process.score_entropy(log_score, schedule.total(t)[:, None], x, x0)
+    return schedule.rate(t)[:, None] * process.score_entropy(
+        log_score, schedule.total(t)[:, None], x, x0
+    )
 
 
-def denoise(logits: Float[Tensor, "*N C"], truth: Int[Tensor, "*N"], t: Float[Tensor, "*N"] | None = None) -> Float[Tensor, "*N"]:
+def denoise(
+    logits: Float[Tensor, "*N C"], truth: Int[Tensor, "*N"], t: Float[Tensor, "*N"] | None = None
+) -> Float[Tensor, "*N"]:
     """-log q(truth), over t when given: the masked-diffusion bound (MDLM, Sahoo et al. 2024; Ou et al. 2024).
 
     A negative truth (padding, or a token outside the draft vocabulary) costs exactly 0 and has no gradient.
     """
     target = truth.clamp(min=-1)
-    loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-1, reduction="none").reshape(truth.shape)
-    return loss if t is None else loss / t.masked_fill(truth < 0, 1)  # padding may have no time: 0/0
+    loss = F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-1, reduction="none"
+    ).reshape(truth.shape)
+    return (
+        loss if t is None else loss / t.masked_fill(truth < 0, 1)
+    )  # padding may have no time: 0/0
 
 
-def distill(logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"], divergence: str) -> Float[Tensor, "*N"]:
+def distill(
+    logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"], divergence: str
+) -> Float[Tensor, "*N"]:
     """A divergence of the draft law q = softmax(logits) from the teacher's law p, per position.
 
     The teacher's law is that of its full vocabulary, of which these columns hold the mass P <= 1; q is 0 on the rest. With
@@ -66,7 +78,9 @@ def distill(logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C
         UsageError: an unknown divergence.
     """
     if divergence not in DIVERGENCES:
-        raise UsageError(f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}")
+        raise UsageError(
+            f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}"
+        )
     log_q, log_p = logits.log_softmax(-1), teacher_logprobs.clamp(min=LOG_FLOOR)
     p = teacher_logprobs.exp()
     if divergence == "forward":
@@ -83,7 +97,9 @@ def distill(logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C
     return trust * (p * (log_p - log_q)).sum(-1) + (1 - trust) * (1 - a)
 
 
-def overlap(logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"]) -> Float[Tensor, "*N"]:
+def overlap(
+    logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"]
+) -> Float[Tensor, "*N"]:
     """sum_x min(p, q): the exact expected acceptance of one position (Leviathan et al. 2023, section 3)."""
     return torch.minimum(logits.softmax(-1), teacher_logprobs.exp()).sum(-1)
 
@@ -104,7 +120,9 @@ def uniform(q: Float[Tensor, "*N G"]) -> Float[Tensor, "*N G"]:
 
 def exponential(q: Float[Tensor, "*N G"], scale: float) -> Float[Tensor, "*N G"]:
     """w_k = exp(-(k - 1)/scale), k = 1..G (DFlash, DSpark); q gives the shape alone."""
-    return torch.exp(-torch.arange(q.shape[-1], dtype=q.dtype, device=q.device) / scale).expand(q.shape)
+    return torch.exp(-torch.arange(q.shape[-1], dtype=q.dtype, device=q.device) / scale).expand(
+        q.shape
+    )
 
 
 def streak(q: Float[Tensor, "*N G"]) -> Float[Tensor, "*N G"]:

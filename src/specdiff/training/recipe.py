@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from specdiff import records
+from specdiff.data import records
 from specdiff.errors import UsageError
 from specdiff.training.objectives import DIVERGENCES, WEIGHTS
 
@@ -24,7 +24,9 @@ class Recipe(BaseModel):
     kind: Literal["sedd", "autoregressive", "target"]
 
     # the network
-    init: str | None = None  # "target" (its first and last layers), a drafter's folder or hub id, or null: from scratch
+    init: str | None = (
+        None  # "target" (its first and last layers), a drafter's folder or hub id, or null: from scratch
+    )
     blocks: Count = 2
     hidden_size: Count | None = None
     heads: Count | None = None
@@ -41,14 +43,20 @@ class Recipe(BaseModel):
     # what it learns
     objective: Literal["score_entropy", "denoise", "distill"] = "distill"
     divergence: str = "hybrid"  # distill only
-    truth_share: Share = 0.0  # distill only: that share of the loss is cross-entropy on the corpus's own tokens
-    drafting_share: Share = 1.0  # share of batches corrupted as drafting does it; the others at uniform t
+    truth_share: Share = (
+        0.0  # distill only: that share of the loss is cross-entropy on the corpus's own tokens
+    )
+    drafting_share: Share = (
+        1.0  # share of batches corrupted as drafting does it; the others at uniform t
+    )
     draft_lens: tuple[Count, ...] = (2, 4, 4, 8)  # one of them per batch
     canvas_tokens: Count = 512  # drafted positions per row and batch (causal context)
     revealed: Share = 0.15  # canvases with a revealed first part, as between left-to-right passes
     weights: str = "exponential"  # over the positions of a draft
     weight_scale: Annotated[float, Field(gt=0)] = 6.0
-    auxiliary: Annotated[float, Field(ge=0)] = 0.5  # first weight of the context's own next-token loss; falls to 0 (causal context)
+    auxiliary: Annotated[float, Field(ge=0)] = (
+        0.5  # first weight of the context's own next-token loss; falls to 0 (causal context)
+    )
 
     # how
     steps: Count = 3000
@@ -77,20 +85,32 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.divergence not in DIVERGENCES:
-            raise ValueError(f"divergence {self.divergence!r} is unknown; known are {', '.join(DIVERGENCES)}")
+            raise ValueError(
+                f"divergence {self.divergence!r} is unknown; known are {', '.join(DIVERGENCES)}"
+            )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights {self.weights!r} is unknown; known are {', '.join(WEIGHTS)}")
         if self.kind == "sedd" and self.attention == "causal-context":
             if self.objective == "score_entropy" or self.drafting_share < 1:
-                raise ValueError("score_entropy and uniform t (drafting_share < 1) need attention: bidirectional")
+                raise ValueError(
+                    "score_entropy and uniform t (drafting_share < 1) need attention: bidirectional"
+                )
             if self.time_conditioning or self.process == "uniform":
-                raise ValueError("a causal context is cached, so it needs time_conditioning: false and process: absorb")
-        if self.process == "uniform" and (self.objective != "score_entropy" or self.drafting_share > 0):
-            raise ValueError("the uniform process has no MASK: it needs objective: score_entropy and drafting_share: 0")
+                raise ValueError(
+                    "a causal context is cached, so it needs time_conditioning: false and process: absorb"
+                )
+        if self.process == "uniform" and (
+            self.objective != "score_entropy" or self.drafting_share > 0
+        ):
+            raise ValueError(
+                "the uniform process has no MASK: it needs objective: score_entropy and drafting_share: 0"
+            )
         if self.objective == "score_entropy" and self.draft_vocab is not None:
             raise ValueError("score_entropy compares whole laws: it needs draft_vocab: null")
         if self.kind != "sedd" and self.objective == "score_entropy":
-            raise ValueError(f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise (cross-entropy) or distill")
+            raise ValueError(
+                f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise (cross-entropy) or distill"
+            )
         if self.kind == "target" and self.objective != "denoise":
             raise ValueError("kind: target learns its data set: objective: denoise (cross-entropy)")
         if not self.draft_lens:
@@ -136,7 +156,9 @@ def checked(data: dict[str, Any], where: str) -> Recipe:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise UsageError(f"{where}: unknown key {key!r}; known are {', '.join(Recipe.model_fields)}") from None
+            raise UsageError(
+                f"{where}: unknown key {key!r}; known are {', '.join(Recipe.model_fields)}"
+            ) from None
         told = first["msg"].removeprefix("Value error, ")
         value = f"{key} = {_at(data, first['loc'])!r}: " if key else ""
         raise UsageError(f"{where}: {value}{told}") from None

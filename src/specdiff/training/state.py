@@ -15,7 +15,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process alone; the others get nothing
+WHOLE = StateDictOptions(
+    full_state_dict=True, cpu_offload=True
+)  # on the main process alone; the others get nothing
 SCATTER = StateDictOptions(full_state_dict=True)  # on every process
 NETWORK = "network."  # a task's own parameters all lie in its network
 
@@ -51,25 +53,41 @@ class State:
     def dump(self) -> dict[str, Tensor]:
         """Everything resuming needs: m.* network, e.* average, o.* moments. Every process must call it."""
         own: dict[str, Any] = get_model_state_dict(self.model, options=WHOLE)
-        moments: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+        moments: dict[str, Any] = get_optimizer_state_dict(
+            self.model, self.optimizer, options=WHOLE
+        )
         tensors = {f"m.{name}": tensor for name, tensor in own.items()}
         tensors |= {f"e.{name}": _whole(tensor) for name, tensor in self.average.items()}
-        return tensors | {f"o.{name}.{kind}": value for name, kinds in moments.get("state", {}).items() for kind, value in kinds.items()}
+        return tensors | {
+            f"o.{name}.{kind}": value
+            for name, kinds in moments.get("state", {}).items()
+            for kind, value in kinds.items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Undo `dump`."""
-        part: dict[str, dict[str, Any]] = {p: {k[2:]: v for k, v in tensors.items() if k.startswith(p)} for p in ("m.", "e.", "o.")}
+        part: dict[str, dict[str, Any]] = {
+            p: {k[2:]: v for k, v in tensors.items() if k.startswith(p)} for p in ("m.", "e.", "o.")
+        }
         set_model_state_dict(self.model, part["m."], options=SCATTER)
-        moments: dict[str, Any] = get_optimizer_state_dict(self.model, self.optimizer, options=SCATTER)
+        moments: dict[str, Any] = get_optimizer_state_dict(
+            self.model, self.optimizer, options=SCATTER
+        )
         for name, kinds in moments["state"].items():
-            kinds.update({kind: part["o."][f"{name}.{kind}"].clone() for kind in kinds})  # step counts are taken over as they are
+            kinds.update(
+                {kind: part["o."][f"{name}.{kind}"].clone() for kind in kinds}
+            )  # step counts are taken over as they are
         set_optimizer_state_dict(self.model, self.optimizer, moments, options=SCATTER)
         with torch.no_grad():
             for name, tensor in self.average.items():
                 tensor.copy_(_placed(part["e."][name], tensor))
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((n.removeprefix("module."), p) for n, p in self.model.named_parameters() if p.requires_grad)
+        return (
+            (n.removeprefix("module."), p)
+            for n, p in self.model.named_parameters()
+            if p.requires_grad
+        )
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -78,4 +96,8 @@ def _whole(tensor: Tensor) -> Tensor:
 
 def _placed(value: Tensor, like: Tensor) -> Tensor:
     value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
+    return (
+        distribute_tensor(value, like.device_mesh, like.placements)
+        if isinstance(like, DTensor)
+        else value
+    )

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specdiff.data.corpus import Corpus, pad
 from specdiff.training import objectives
-from specdiff.training.corpus import Corpus, pad
 from specdiff.training.recipe import Recipe
 from specdiff.training.teacher import Teacher
 
@@ -42,7 +42,10 @@ class Task(nn.Module, ABC):
     def sizes(self) -> dict[str, int]:
         """Parameters trained, and those borrowed or frozen beside them."""
         trained = sum(p.numel() for p in self.network.parameters() if p.requires_grad)
-        return {"trained": trained, "stored": sum(t.numel() for t in self.network.state_dict().values())}
+        return {
+            "trained": trained,
+            "stored": sum(t.numel() for t in self.network.state_dict().values()),
+        }
 
     def rows(self, rows: Sequence[int]) -> TensorDict:
         """ids [B, L] padded with 0, lengths [B] and prompt lengths [B]."""
@@ -55,7 +58,7 @@ class Task(nn.Module, ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class TokenLosses:
     """Losses and acceptance probabilities of the counted positions."""
 
     loss: Float[Tensor, "n"]
@@ -83,20 +86,30 @@ class DrafterTask(Task):
         self.teacher, self.about = teacher, dict(about)
         self.register_buffer("columns", columns_of(draft_vocab, vocab_size), persistent=False)
         if head is not None:
-            self.register_buffer("head", head if draft_vocab is None else head[draft_vocab.to(head.device)], persistent=False)
+            self.register_buffer(
+                "head",
+                head if draft_vocab is None else head[draft_vocab.to(head.device)],
+                persistent=False,
+            )
 
-    def judge(self, logits: Float[Tensor, "n C"], batch: TensorDict, row: Int[Tensor, "n"], at: Int[Tensor, "n"]) -> Judged:
+    def judge(
+        self,
+        logits: Float[Tensor, "n C"],
+        batch: TensorDict,
+        row: Int[Tensor, "n"],
+        at: Int[Tensor, "n"],
+    ) -> TokenLosses:
         """Losses at absolute positions `at` of rows `row`; the target's state one position earlier foretells them."""
         truth = self.columns[batch["ids"][row, at]]
         if self.teacher is None:
             loss = objectives.denoise(logits, truth)
-            return Judged(loss, torch.exp(-loss.detach()) * (truth >= 0))
+            return TokenLosses(loss, torch.exp(-loss.detach()) * (truth >= 0))
         states, log_z = batch["states"][row, at - 1], batch["log_z"][row, at - 1]
         teacher = (states.to(self.head.dtype) @ self.head.T).float() - log_z[:, None].float()
         loss = objectives.distill(logits, teacher, self.recipe.divergence)
         if self.recipe.truth_share:
             loss = torch.lerp(loss, objectives.denoise(logits, truth), self.recipe.truth_share)
-        return Judged(loss, objectives.overlap(logits.detach(), teacher))
+        return TokenLosses(loss, objectives.overlap(logits.detach(), teacher))
 
 
 def columns_of(draft_vocab: Int[Tensor, "C"] | None, vocab_size: int) -> Int[Tensor, "V"]:
@@ -108,7 +121,9 @@ def columns_of(draft_vocab: Int[Tensor, "C"] | None, vocab_size: int) -> Int[Ten
     return columns
 
 
-def most_frequent(corpus: Corpus, rows: Sequence[int], vocab_size: int, size: int | None) -> Int[Tensor, "C"] | None:
+def most_frequent(
+    corpus: Corpus, rows: Sequence[int], vocab_size: int, size: int | None
+) -> Int[Tensor, "C"] | None:
     """The `size` tokens a corpus uses most, ascending: a draft vocabulary. None for the whole vocabulary."""
     if size is None or size >= vocab_size:
         return None

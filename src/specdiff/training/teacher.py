@@ -15,18 +15,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff import files
+from specdiff.data.corpus import Corpus, pad
 from specdiff.errors import CorpusError, UnsupportedModelError
-from specdiff.models.causal import home
-from specdiff.training.corpus import Corpus, pad
+from specdiff.models.ragged import home
 
-STORED = torch.bfloat16  # log_z is computed from the rounded states, so that the stored law sums to 1
+STORED = (
+    torch.bfloat16
+)  # log_z is computed from the rounded states, so that the stored law sums to 1
 POSITIONS = 2048  # positions whose whole-vocabulary logits are in memory at a time
 
 
 class Teacher(Protocol):
     """Final states [B, L, H] and log-normalisers [B, L] of padded corpus rows."""
 
-    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]: ...
+    def __call__(
+        self, rows: Sequence[int], ids: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]: ...
 
 
 class PrecomputedTeacher:
@@ -34,10 +38,14 @@ class PrecomputedTeacher:
 
     def __init__(self, corpus: Corpus) -> None:
         if not corpus.has_features:
-            raise CorpusError(f"{corpus.folder} holds no target states for all of its shards; compute them:  specdiff data --features")
+            raise CorpusError(
+                f"{corpus.folder} holds no target states for all of its shards; compute them:  specdiff data --features"
+            )
         self.corpus = corpus
 
-    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
+    def __call__(
+        self, rows: Sequence[int], ids: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
         found = [self.corpus.features(row) for row in rows]
         hidden, log_z = zip(*(f for f in found if f is not None), strict=True)
         return pad(hidden).to(ids.device).float(), pad(log_z).to(ids.device)
@@ -50,14 +58,18 @@ class OnlineTeacher:
         self.model, self.head = model.eval(), _head(model)
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
+    def __call__(
+        self, rows: Sequence[int], ids: Int[Tensor, "B L"]
+    ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
         ids = ids.to(home(self.model))  # a batch is made on the host
         # causal, so padding behind a row changes nothing
         hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-        return hidden.float(), log_normaliser(hidden, self.head)
+        return hidden.float(), log_normalizer(hidden, self.head)
 
 
-def log_normaliser(hidden: Float[Tensor, "*B H"], head: Float[Tensor, "V H"]) -> Float[Tensor, "*B"]:
+def log_normalizer(
+    hidden: Float[Tensor, "*B H"], head: Float[Tensor, "V H"]
+) -> Float[Tensor, "*B"]:
     """log sum exp of the whole vocabulary's logits, in slices that fit memory."""
     flat = hidden.reshape(-1, hidden.shape[-1]).to(head.dtype)
     parts = [torch.logsumexp((h @ head.T).float(), -1) for h in flat.split(POSITIONS)]
@@ -66,7 +78,12 @@ def log_normaliser(hidden: Float[Tensor, "*B H"], head: Float[Tensor, "V H"]) ->
 
 @torch.inference_mode()
 def precompute(
-    model: PreTrainedModel, corpus: Corpus, target_weights: str, *, rows: int = 8, shards: Sequence[int] | None = None
+    model: PreTrainedModel,
+    corpus: Corpus,
+    target_weights: str,
+    *,
+    rows: int = 8,
+    shards: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Write the features of every shard that lacks them; yields (tokens done, tokens in all). A killed run loses one shard.
 
@@ -93,13 +110,15 @@ def precompute(
             group = by_length[start : start + rows]
             ids = pad([tokens[i] for i in group]).to(device)
             states = model.base_model(ids, use_cache=False).last_hidden_state.to(STORED)
-            normaliser = log_normaliser(states, head)
+            normaliser = log_normalizer(states, head)
             for i, h, z in zip(group, states, normaliser, strict=True):
                 hidden[i], log_z[i] = h[: len(tokens[i])].cpu(), z[: len(tokens[i])].cpu()
             done += sum(len(tokens[i]) for i in group)
             yield done, corpus.tokens
         metadata = corpus.feature_metadata(index, target_weights)
-        files.write_tensors(shard.features_path, {"hidden": torch.cat(hidden), "log_z": torch.cat(log_z)}, metadata)
+        files.write_tensors(
+            shard.features_path, {"hidden": torch.cat(hidden), "log_z": torch.cat(log_z)}, metadata
+        )
 
 
 def _head(model: PreTrainedModel) -> Tensor:

@@ -15,8 +15,8 @@ from accelerate import Accelerator
 from filelock import BaseFileLock
 
 from specdiff import files
+from specdiff.data.records import read_text
 from specdiff.errors import CorpusError, StorageError, UsageError
-from specdiff.records import read_text
 from specdiff.training import checkpoint
 from specdiff.training.recipe import Recipe, as_yaml, load
 from specdiff.training.state import State
@@ -28,7 +28,7 @@ SOURCES = "sources.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """What a run tells while it goes: `record` of a logged step; once more with `evaluated` where it was measured."""
 
     step: int
@@ -82,22 +82,30 @@ class Trainer:
             self._release()
             raise
 
-    def run(self, max_seconds: float | None = None) -> Iterator[Progress]:
+    def run(self, max_seconds: float | None = None) -> Iterator[TrainingProgress]:
         """Train to the recipe's last step, or for `max_seconds` from now; yields what is logged. The last state is saved."""
         self._acquire()
         try:
             yield from self._run(max_seconds)
         except StorageError as error:
             complete = checkpoint.complete(self._work / "checkpoints")
-            last = f"the checkpoint of step {int(complete[-1].name)} is intact" if complete else "there is no checkpoint yet"
-            raise StorageError(f"{error}; {last}: make room, then repeat the command to resume") from error
+            last = (
+                f"the checkpoint of step {int(complete[-1].name)} is intact"
+                if complete
+                else "there is no checkpoint yet"
+            )
+            raise StorageError(
+                f"{error}; {last}: make room, then repeat the command to resume"
+            ) from error
         finally:
             self._release()
 
-    def _run(self, max_seconds: float | None) -> Iterator[Progress]:
+    def _run(self, max_seconds: float | None) -> Iterator[TrainingProgress]:
         began, before = time.monotonic(), self.spent
         if self.due() and not self._measured():  # killed while it was measured
-            yield Progress(self.step, self.recipe.steps, self.spent, {"step": self.step}, self._measure())
+            yield TrainingProgress(
+                self.step, self.recipe.steps, self.spent, {"step": self.step}, self._measure()
+            )
         with ThreadPoolExecutor(1) as ahead:
             pending = ahead.submit(self._batches, self.step)
             while self.step < self.recipe.steps:
@@ -122,7 +130,11 @@ class Trainer:
             self._export(network)
             if self.describe is not None:
                 self.describe()
-            told = {"spent": self.spent, "tokens": self.tokens, "processes": self.accelerator.num_processes}
+            told = {
+                "spent": self.spent,
+                "tokens": self.tokens,
+                "processes": self.accelerator.num_processes,
+            }
             checkpoint.write(self._work / "checkpoints", self.step, tensors, told)
         self.accelerator.wait_for_everyone()
 
@@ -150,16 +162,29 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss, told = self._loss(batch, self.step / self.recipe.steps)
                 self.accelerator.backward(loss / len(batches))
-            told = {"loss": loss.detach(), "tokens": batch["lengths"].sum().to(loss.device, torch.float32), **told}
+            told = {
+                "loss": loss.detach(),
+                "tokens": batch["lengths"].sum().to(loss.device, torch.float32),
+                **told,
+            }
             sums = {name: value + sums.get(name, 0) for name, value in told.items()}
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.state.advance(self.step)
-        total = dict(zip(sums, self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist(), strict=True))
+        total = dict(
+            zip(
+                sums,
+                self.accelerator.reduce(torch.stack(list(sums.values())), reduction="sum").tolist(),
+                strict=True,
+            )
+        )
         self.tokens += round(total.pop("tokens"))
-        mean = {name: value / (len(batches) * self.accelerator.num_processes) for name, value in total.items()}
+        mean = {
+            name: value / (len(batches) * self.accelerator.num_processes)
+            for name, value in total.items()
+        }
         if not math.isfinite(mean["loss"]):
             raise UsageError(
                 f"the loss is {mean['loss']} at step {self.step}; go on from the last checkpoint in another --out with a lower lr "
@@ -168,7 +193,9 @@ class Trainer:
         return {"step": self.step, **mean, "lr": rate, "norm": float(norm), "tokens": self.tokens}
 
     def _loss(self, batch: TensorDict, progress: float) -> tuple[torch.Tensor, TensorDict]:
-        loss, told = self.model({k: v.to(self.accelerator.device) for k, v in batch.items()}, progress)
+        loss, told = self.model(
+            {k: v.to(self.accelerator.device) for k, v in batch.items()}, progress
+        )
         return loss, told
 
     def _key(self, step: int, micro: int) -> int:
@@ -181,17 +208,24 @@ class Trainer:
         made = []
         for micro in range(self.recipe.accumulation):
             g = torch.Generator().manual_seed(self._key(step, micro))
-            chosen = torch.randint(len(self.training_rows), (self.recipe.rows,), generator=g).tolist()
+            chosen = torch.randint(
+                len(self.training_rows), (self.recipe.rows,), generator=g
+            ).tolist()
             made.append(self.task.prepare([self.training_rows[i] for i in chosen], g))
         return made
 
     def _any(self, here: bool) -> bool:
         """Whether it is so on any process: all must stop at the same step."""
-        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), reduction="sum") > 0)
+        return bool(
+            self.accelerator.reduce(
+                torch.tensor(float(here), device=self.accelerator.device), reduction="sum"
+            )
+            > 0
+        )
 
     # what is logged, measured and saved around it
 
-    def _keep_books(self, record: dict[str, Any], stopping: bool) -> Iterator[Progress]:
+    def _keep_books(self, record: dict[str, Any], stopping: bool) -> Iterator[TrainingProgress]:
         """Logs before the checkpoint: what a kill leaves logged beyond it is cut on resuming. Then the long work of measuring."""
         recipe = self.recipe
         ended, due = stopping or self.step == recipe.steps, self.due()
@@ -201,23 +235,35 @@ class Trainer:
         if self.step % recipe.save_every == 0 or ended or due:
             self.save()
         if logged:
-            yield Progress(self.step, recipe.steps, self.spent, record)
+            yield TrainingProgress(self.step, recipe.steps, self.spent, record)
         if due:
-            yield Progress(self.step, recipe.steps, self.spent, record, self._measure())
+            yield TrainingProgress(self.step, recipe.steps, self.spent, record, self._measure())
 
     def due(self) -> bool:
         """Whether the run is to be measured at this step."""
-        return self.step > 0 and (self.step % self.recipe.eval_every == 0 or self.step == self.recipe.steps)
+        return self.step > 0 and (
+            self.step % self.recipe.eval_every == 0 or self.step == self.recipe.steps
+        )
 
     def _measured(self) -> bool:
         curve = self._work / "curve.jsonl"
-        return curve.exists() and any(json.loads(line)["step"] == self.step for line in curve.read_text(encoding="utf-8").splitlines())
+        return curve.exists() and any(
+            json.loads(line)["step"] == self.step
+            for line in curve.read_text(encoding="utf-8").splitlines()
+        )
 
     def _measure(self) -> dict[str, Any]:
-        evaluated = {"step": self.step, "minutes": round(self.spent / 60, 2), "tokens": self.tokens, **self.held_out()}
+        evaluated = {
+            "step": self.step,
+            "minutes": round(self.spent / 60, 2),
+            "tokens": self.tokens,
+            **self.held_out(),
+        }
         if self.accelerator.is_main_process:
             if self.evaluate is not None:
-                evaluated |= self.evaluate(self.out)  # what was just exported: the very files a user runs
+                evaluated |= self.evaluate(
+                    self.out
+                )  # what was just exported: the very files a user runs
             self._log("curve.jsonl", evaluated)
             if self.describe is not None:
                 self.describe()
@@ -232,7 +278,9 @@ class Trainer:
         starts = range(0, min(len(self.held_out_rows), HELD_OUT_ROWS), self.recipe.rows)
         for start in starts:
             chosen = list(self.held_out_rows[start : start + self.recipe.rows])
-            loss, told = self._loss(self.task.prepare(chosen, torch.Generator().manual_seed(start)), 1.0)
+            loss, told = self._loss(
+                self.task.prepare(chosen, torch.Generator().manual_seed(start)), 1.0
+            )
             for name, value in ({"loss": loss} | told).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {f"held_out_{name}": round(value / len(starts), 4) for name, value in sums.items()}
@@ -246,7 +294,14 @@ class Trainer:
             return
         files.append_line(self._work / name, json.dumps(record))
         if self.track is not None:
-            self.track({k: float(v) for k, v in record.items() if isinstance(v, int | float) and k != "step"}, record["step"])
+            self.track(
+                {
+                    k: float(v)
+                    for k, v in record.items()
+                    if isinstance(v, int | float) and k != "step"
+                },
+                record["step"],
+            )
 
     def _acquire(self) -> None:
         if self.lock is None and self.accelerator.is_main_process:
@@ -272,7 +327,11 @@ class Trainer:
             files.write_json(self._work / SOURCES, dict(self.sources))
             for path in self._work.glob("*.jsonl"):
                 lines = path.read_text(encoding="utf-8").splitlines()
-                known = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+                known = [
+                    line
+                    for line in lines
+                    if line.endswith("}") and json.loads(line)["step"] <= self.step
+                ]
                 files.write_text(path, "".join(f"{line}\n" for line in known))
 
     def _same(self) -> None:
@@ -280,7 +339,9 @@ class Trainer:
         recipe, sources = self._work / RECIPE, self._work / SOURCES
         old = load(str(recipe)) if recipe.exists() else self.recipe
         if old != self.recipe:
-            name = next(n for n in Recipe.model_fields if getattr(old, n) != getattr(self.recipe, n))
+            name = next(
+                n for n in Recipe.model_fields if getattr(old, n) != getattr(self.recipe, n)
+            )
             raise UsageError(
                 f"{self.out} was begun with {name} = {getattr(old, name)!r}, not {getattr(self.recipe, name)!r}; repeat that recipe to "
                 f"resume, or choose another --out"
@@ -298,9 +359,13 @@ def check_folder(out: Path) -> None:
     """Raises UsageError if `out` holds files that no training run put there."""
     if (out / "training" / RECIPE).exists() or not out.is_dir():
         return
-    others = sorted(p.name for p in out.iterdir() if not p.name.startswith(".") and p.name != "training")
+    others = sorted(
+        p.name for p in out.iterdir() if not p.name.startswith(".") and p.name != "training"
+    )
     if others:
-        raise UsageError(f"{out} holds {others[0]}, but no training/{RECIPE}: no run of specdiff began it; choose another --out")
+        raise UsageError(
+            f"{out} holds {others[0]}, but no training/{RECIPE}: no run of specdiff began it; choose another --out"
+        )
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -308,4 +373,6 @@ def learning_rate(recipe: Recipe, step: int) -> float:
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
-    return recipe.lr * (recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+    return recipe.lr * (
+        recipe.final_lr + (1 - recipe.final_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    )

@@ -1,0 +1,168 @@
+"""The drafters of this library, tiny and random, as recipes: every draft that their own code can come up with, and its chance.
+
+Where each position takes one uniform, the edges at which its token changes are found by bisection, so chances are those of the code
+and not what it says of them. Where it takes several (any order, several passes), drafts are drawn instead, and the distance has an error.
+
+Shapes: D drafts, R rows, K drafted positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from specdiff.check.constructions import Drafts, K, V
+from specdiff.check.goodness_of_fit import tile
+from specdiff.drafters.any_order import AnyOrderDrafter
+from specdiff.drafters.autoregressive import AutoregressiveDrafter
+from specdiff.drafters.base import Drafter
+from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.ngram import NGramDrafter
+from specdiff.drafters.sedd import SEDDDenoiser
+from specdiff.nn.ddit import SEDD
+from specdiff.nn.sedd_config import SEDDConfig
+from specdiff.nn.small_lm import SmallLM
+from specdiff.noise import Noise, Purpose
+from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
+
+INFO = TargetInfo("law", V, V, 1, 1 << 30, torch.float64, torch.device("cpu"))
+PROMPT = [0, 1, 2, 0, 1]
+HALVINGS = 52
+NOTHING = 1e-14  # what halving leaves of a token that is never drawn
+ALARM = 1e-6  # the chance that a stated error is exceeded
+Build = Callable[[int], Drafter[Any]]
+Net = TypeVar("Net", bound=nn.Module)
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Stands for Noise where the uniforms are chosen: one a position."""
+
+    values: Float[Tensor, "R K"]
+
+    def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "R K"]:
+        assert purpose is Purpose.DRAFT and index == 0 and n == self.values.shape[1]
+        return self.values
+
+
+def _random(network: Net, seed: int) -> Net:
+    """Nothing is left at its initial value: tokens hang on those around them, and none is certain."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            spread = (
+                1.0
+                if "embed" in name
+                else 0.5
+                if parameter.dim() == 1
+                else 1.2 / parameter.shape[-1] ** 0.5
+            )
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * spread + ("norm" in name)
+            )
+    return network.double().eval()
+
+
+def _sedd(seed: int, **changes: Any) -> SEDDDenoiser:
+    config = replace(
+        SEDDConfig(tokens=V, hidden_size=8, n_blocks=1, n_heads=2, cond_dim=4, length=16), **changes
+    )
+    return SEDDDenoiser(_random(SEDD(config), seed), INFO, window=4, draft_len=K)
+
+
+def _causal(seed: int) -> AutoregressiveDrafter:
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    config = LlamaConfig(vocab_size=V, bos_token_id=None, eos_token_id=None, **sizes)
+    return AutoregressiveDrafter(_random(SmallLM(config), seed), INFO, draft_len=K)
+
+
+# name -> the drafter by seed, and whether one uniform a position is all its chance
+DRAFTERS: dict[str, tuple[Build, bool]] = {
+    "sedd, one pass": (lambda seed: DenoisingDrafter(_sedd(seed)), True),
+    "sedd, 2 passes left to right": (lambda seed: DenoisingDrafter(_sedd(seed), steps=2), True),
+    "sedd, 3 passes left to right": (lambda seed: DenoisingDrafter(_sedd(seed), steps=3), True),
+    "sedd, 2 passes in any order (point masses)": (
+        lambda seed: AnyOrderDrafter(_sedd(seed), steps=2),
+        False,
+    ),
+    "sedd of the uniform process, 2 passes (point masses)": (
+        lambda seed: AnyOrderDrafter(_sedd(seed, process="uniform", schedule="geometric"), steps=2),
+        False,
+    ),
+    "autoregressive": (_causal, True),
+    "ngram": (lambda seed: NGramDrafter(INFO, longest=2), True),
+}
+
+
+def propose(drafter: Drafter[Any], rows: int, noise: Noise | None = None) -> Draft:
+    """A first draft behind the same prompt, a row for each of the noise's; None: rows of noise of their own."""
+    batch = replace(
+        tile(Batch.of([PROMPT], [SamplingParams()], [0], slots=32), rows), seed=torch.arange(rows)
+    )
+    context = Context(batch, None, torch.zeros_like(batch.length), None)
+    state = drafter.open(rows, 32)
+    drafter.admit(state, context, torch.arange(rows))
+    with torch.inference_mode():
+        return drafter.propose(context, state, noise or Noise.of(batch), K)
+
+
+def enumerated(drafter: Drafter[Any]) -> Drafts:
+    """Every draft with its chance, from the edges of its draws. The drafter must take its tokens in the order of their ids."""
+    ask = partial(_given, drafter)
+    middles, widths = (
+        torch.full((1, K), 0.5, dtype=torch.float64),
+        torch.ones(1, dtype=torch.float64),
+    )
+    for k in range(K):
+        edges = _edges(ask, middles, k)
+        chance = edges.diff(dim=1)
+        grown = middles[:, None].repeat(1, V, 1)
+        grown[..., k] = (edges[:, 1:] + edges[:, :-1]) / 2
+        kept = (chance > NOTHING).flatten()
+        middles, widths = grown.flatten(0, 1)[kept], (widths[:, None] * chance).flatten()[kept]
+    return Drafts(ask(middles), widths)
+
+
+def _given(drafter: Drafter[Any], uniforms: Float[Tensor, "R K"]) -> Draft:
+    return propose(drafter, len(uniforms), cast(Noise, Given(uniforms)))
+
+
+def _edges(
+    ask: Callable[[Tensor], Draft], uniforms: Float[Tensor, "R K"], k: int
+) -> Float[Tensor, "R V+1"]:
+    """Where position k's token ceases to be at most 0, 1, ...; 0 and 1 at the ends."""
+    rows = uniforms.repeat_interleave(V - 1, dim=0)
+    below = torch.arange(V - 1).repeat(len(uniforms))
+    low, high = (
+        torch.zeros(len(rows), dtype=torch.float64),
+        torch.ones(len(rows), dtype=torch.float64),
+    )
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        rows[:, k] = middle
+        over: Int[Tensor, R] = ask(rows).tokens[:, k] > below
+        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+    inner = high.view(len(uniforms), V - 1)
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=1.0)
+
+
+def drawn(drafter: Drafter[Any], count: int) -> Drafts:
+    """So many drafts, as they come."""
+    return Drafts(propose(drafter, count), torch.full((count,), 1 / count, dtype=torch.float64))
+
+
+def error(count: int, cells: int) -> float:
+    """By how much at most the distance from `count` drawn drafts lies above the true one's estimate, but for ALARM (McDiarmid)."""
+    return math.sqrt((cells - 1) / count) / 2 + math.sqrt(math.log(1 / ALARM) / (2 * count))

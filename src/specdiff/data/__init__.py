@@ -1,0 +1,1 @@
+"""Corpora: records in, token rows out."""

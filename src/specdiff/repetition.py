@@ -1,0 +1,36 @@
+"""Where a text begins to repeat itself. Greedy loops flatter every drafter, so they are counted apart.
+
+Shapes: L tokens.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+GRAM = 8  # tokens; a text in a loop repeats longer runs than chance or set phrases do
+
+
+def repeated(tokens: Int[Tensor, "L"]) -> int:
+    """How many tokens lie in an 8-gram that occurs more than once."""
+    if len(tokens) <= GRAM:
+        return 0
+    weights = torch.tensor(
+        [pow(0x9E3779B1, k, 1 << 61) for k in range(GRAM)]
+    )  # wrapping sums: a hash of each 8-gram
+    grams = (tokens.long().unfold(0, GRAM, 1) * weights).sum(1)
+    _, inverse, counts = torch.unique(grams, return_inverse=True, return_counts=True)
+    starts = torch.nn.functional.pad((counts[inverse] > 1).float(), (GRAM - 1, GRAM - 1))
+    return int((torch.nn.functional.max_pool1d(starts[None, None], GRAM, 1)[0, 0] > 0).sum())
+
+
+def fresh(tokens: Sequence[int]) -> int:
+    """How many tokens come before the one that completes the first repeated 8-gram (all of them, if none does)."""
+    seen: set[tuple[int, ...]] = set()
+    for end in range(GRAM, len(tokens) + 1):
+        gram = tuple(tokens[end - GRAM : end])
+        if gram in seen:
+            return end - 1
+        seen.add(gram)
+    return len(tokens)

@@ -1,0 +1,269 @@
+"""Conversations to token ids, through a model's chat template.
+
+What messages hold is text: a control token spelled in a message is encoded as ordinary text, so nobody's text begins another turn.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from specdiff.errors import UsageError
+from specdiff.text.chat_template import Renderer, TemplateError
+from specdiff.unicode import valid
+
+Message = Mapping[str, Any]
+PRIVATE = (
+    0xF0000  # first character of a private plane: stands for a control token while a template runs
+)
+RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversations",
+        "documents",
+        "messages",
+        "return_assistant_tokens_mask",
+        "tools",
+    }
+)
+
+
+def template_variables(
+    tools: Any, documents: Any, more: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The template's variables besides the messages. Raises UsageError for what a template cannot be given."""
+    variables = dict(_mapping("chat_template_kwargs", more))
+    reserved = sorted(RESERVED & variables.keys())
+    if reserved:
+        raise UsageError(
+            f"chat_template_kwargs may not hold {reserved[0]!r}, which has an argument of its own"
+        )
+    if tools is not None:
+        variables["tools"] = [_tool(tool) for tool in _listed("tools", tools)]
+    if documents is not None:
+        variables["documents"] = [
+            dict(_mapping("each of documents", entry)) for entry in _listed("documents", documents)
+        ]
+    return variables
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise UsageError(f"{name} must be a mapping, not {value!r}")
+    return value or {}
+
+
+def _listed(name: str, value: Any) -> Sequence[Any]:
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
+        raise UsageError(f"{name} must be a list, not {value!r}")
+    return value
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    """A JSON schema, or a function that transformers can describe as one."""
+    if callable(tool):
+        from transformers.utils import get_json_schema
+
+        try:
+            return dict(get_json_schema(tool))
+        except Exception as error:  # it reads a stranger's docstring
+            raise UsageError(f"the tool {tool!r} cannot be described: {error}") from error
+    return dict(_mapping("each of tools", tool))
+
+
+def checked(messages: Any) -> list[dict[str, Any]]:
+    """The messages, with valid text and text parts joined. Raises UsageError naming the message and what is wrong with it."""
+    if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
+        raise UsageError('messages must be a list of {"role": ..., "content": ...}')
+    return [_message(index, message) for index, message in enumerate(messages)]
+
+
+def _message(index: int, message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise UsageError(
+            f'messages must be a list of {{"role": ..., "content": ...}}; message {index} is {message!r}'
+        )
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        content = "".join(_part(index, part) for part in content)
+    if content is None and not message.get("tool_calls"):
+        raise UsageError(
+            f"message {index} (role {message['role']!r}) has no content; give a string"
+        )
+    if content is not None and not isinstance(content, str):
+        raise UsageError(
+            f"the content of message {index} (role {message['role']!r}) must be a string, not {content!r}"
+        )
+    clean: dict[str, Any] = _changed({**message, "content": content}, valid)
+    return clean
+
+
+def _part(index: int, part: Any) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    if kind != "text":
+        raise UsageError(
+            f"message {index} has a part of type {kind!r}; only text parts can be read"
+        )
+    if not isinstance(part.get("text"), str):
+        raise UsageError(f"message {index} has a text part without text: {part!r}")
+    return str(part["text"])
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with `change` made to every string in it, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_changed(name, change): _changed(entry, change) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_changed(entry, change) for entry in value]
+    return value
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in (*value.keys(), *value.values()):
+            yield from _strings(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _strings(entry)
+
+
+class ChatTemplate:
+    """A tokenizer's chat template: `encode` gives a conversation's token ids."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._renderer = Renderer()
+        added = tokenizer.added_tokens_decoder
+        self._special = frozenset(
+            {*tokenizer.all_special_tokens, *(t.content for t in added.values() if t.special)}
+        )
+        self._added = _any_of({*self._special, *(t.content for t in added.values())})
+        self._guard: _Guard | None = None
+
+    def encode(
+        self, messages: Any, *, answered: bool = False, variables: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """The token ids, up to where the answer begins; a last message of the assistant's is continued.
+
+        Args:
+            answered: the conversation ends with an answer, and so does the text.
+            variables: of the template, see `template_variables`. Its tools and documents are text as messages are.
+
+        Raises UsageError for messages that are none, and for those that the template refuses.
+        """
+        conversation = checked(messages)
+        resume = not answered and bool(conversation) and conversation[-1]["role"] == "assistant"
+        prompt = not answered and not resume
+        variables = _changed(variables or {}, valid)
+        data = {name: variables[name] for name in ("tools", "documents") if name in variables}
+        spelled = self.spelled([conversation, data])
+        if not spelled:
+            text = self._render(conversation, prompt, resume, variables)
+            return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+        guard = self._guarded(spelled)
+        taken = set(
+            "".join(_strings([conversation, variables, self.tokenizer.get_chat_template()]))
+        )
+        unused = (chr(code) for code in range(PRIVATE, PRIVATE + 0xFFFE) if chr(code) not in taken)
+        places = dict(zip(sorted(spelled), unused, strict=False))
+        hidden = _any_of(spelled)
+
+        def hide(text: str) -> str:
+            return hidden.sub(lambda match: places[match[0]], text)
+
+        text = self._render(
+            _changed(conversation, hide), prompt, resume, {**variables, **_changed(data, hide)}
+        )
+        return guard.encode(text, {place: name for name, place in places.items()})
+
+    def spelled(self, value: Any) -> frozenset[str]:
+        """The control tokens that strings in `value` spell: special tokens, and others that the template writes around turns."""
+        names = frozenset(name for text in _strings(value) for name in self._added.findall(text))
+        return names if names <= self._special else names & (self._special | self.markers)
+
+    @cached_property
+    def markers(self) -> frozenset[str]:
+        """The added tokens that the template writes around turns; some tokenizers do not call them special."""
+        turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+        written: set[str] = set()
+        for probe in (turns, turns[:1]):  # some templates refuse one of them
+            try:
+                written.update(self._added.findall(self._render(probe, True, False, {})))
+            except UsageError:
+                continue
+        return frozenset(written)
+
+    def _guarded(self, spelled: frozenset[str]) -> "_Guard":
+        if not self.tokenizer.is_fast:
+            name = min(spelled)
+            raise UsageError(
+                f"a message spells the control token {name!r}, which this tokenizer cannot encode as text; take it out"
+            )
+        if self._guard is None:
+            self._guard = _Guard(self.tokenizer, self._special | self.markers)
+        return self._guard
+
+    def _render(
+        self, messages: Sequence[Message], prompt: bool, resume: bool, variables: Mapping[str, Any]
+    ) -> str:
+        try:
+            template = self.tokenizer.get_chat_template(tools=variables.get("tools"))
+            tokens = self.tokenizer.special_tokens_map
+            return self._renderer.render(
+                template, messages, prompt=prompt, tokens=tokens, resume=resume, variables=variables
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UsageError(
+                f"the model's chat template refuses these messages ({error})"
+            ) from error
+
+
+def _any_of(names: set[str] | frozenset[str]) -> re.Pattern[str]:
+    """Any of the strings, the longest where several begin at one place; nothing where there are none."""
+    ordered = sorted((name for name in names if name), key=lambda name: (-len(name), name))
+    return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
+
+
+class _Guard:
+    """A copy of the tokenizer that reads control tokens as text, and twins of them, which nobody can spell, as the tokens.
+
+    The twins split the text where the tokens would, so all between them is encoded as it would be there.
+    """
+
+    def __init__(self, tokenizer: Any, control: frozenset[str]) -> None:
+        from tokenizers import AddedToken, Tokenizer
+
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in control
+        self.backend = Tokenizer.from_str(json.dumps(state))
+        self.backend.encode_special_tokens = True
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        secret = secrets.token_hex(8)
+        self.twins: dict[str, str] = {}
+        self.ids: dict[int, int] = {}
+        for token in state["added_tokens"]:
+            if token["special"]:
+                twin = f"[{secret}-{token['id']}]"
+                flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip")}
+                self.backend.add_tokens(
+                    [AddedToken(twin, normalized=False, special=False, **flags)]
+                )
+                self.twins[token["content"]] = twin
+                self.ids[int(self.backend.token_to_id(twin) or 0)] = token["id"]
+        self.names = _any_of(frozenset(self.twins))
+
+    def encode(self, text: str, places: Mapping[str, str]) -> list[int]:
+        """`places`: what single characters stand for, as text."""
+        text = self.names.sub(lambda match: self.twins[match[0]], text)
+        text = text.translate({ord(place): name for place, name in places.items()})
+        return [self.ids.get(i, i) for i in self.backend.encode(text, add_special_tokens=False).ids]
