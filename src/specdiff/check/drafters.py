@@ -272,7 +272,7 @@ def contract(
     sampled = [p for p in ASKED if p.temperature]
     own = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
     for draft_len in sorted({own, longest} if drafter.draft_len else {own}):
-        count = rows if small else rows // (25 if draft_len == own else 50)
+        count = rows if small else rows // (16 if draft_len == own else 32)
         asked = requests(
             target, count, sampled, seed=5 + draft_len
         )  # draws of its own for each length
