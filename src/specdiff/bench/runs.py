@@ -143,7 +143,7 @@ class Watch:
             self.first - self.begin,
             sum(n[0] for n in lengths if n),
             drafted,
-            total.as_dict() | {"reached": total.reached, "kept": total.kept},
+            total.as_dict() | {"reached": total.reached, "kept": total.passed},
             sum(n for n, _ in counted),
             sum(n for _, n in counted),
             self._medians(),
