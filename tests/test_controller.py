@@ -8,8 +8,8 @@ import torch
 
 from specdiff import decode
 from specdiff.controller import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, PLAIN_PROBES, Controller
-from specdiff.decode import DeviceStopwatch
 from specdiff.drafters.base import NoDrafter
+from specdiff.stopwatch import DeviceStopwatch, Stopwatch, stopwatch
 from specdiff.targets.table import TableTarget
 from specdiff.types import Draft, Round, Verification
 from tiny import batch_of
@@ -196,8 +196,8 @@ def test_a_round_is_measured_by_the_watch_of_its_device(monkeypatch: pytest.Monk
     monkeypatch.setattr(decode, "stopwatch", lambda place: DeviceStopwatch(device.event))
     (first, *_) = decode.decode(TableTarget.random(5), NoDrafter(), batch_of([[1]], 2))
     assert list(first.seconds) == ["draft", "score", "verify", "commit"] and device.waits == 0
-    assert isinstance(decode.Stopwatch().seconds, dict)
+    assert isinstance(Stopwatch().seconds, dict)
 
 
 def test_a_cpu_asks_for_no_events() -> None:
-    assert isinstance(decode.stopwatch(torch.device("cpu")), decode.Stopwatch)
+    assert isinstance(stopwatch(torch.device("cpu")), Stopwatch)

@@ -541,10 +541,10 @@ def test_a_drafter_that_reads_features_gets_those_of_the_whole_prompt(target: Ta
     asked = [Request([*shared, i], SamplingParams(max_tokens=4), i) for i in range(6)]
     plain, tapped = Watched(target), Watched(target)
     texts = served(plain, TableDrafter(tiny.VOCAB), asked, "match", rows=1)[0]
-    assert sum(plain.passed) > 0  # so there is something to take over
+    assert sum(plain.kept) > 0  # so there is something to take over
     drafter = Sized(TableDrafter(tiny.VOCAB))
     assert served(tapped, drafter, asked, "match", rows=1)[0] == texts
-    assert tapped.passed == [0] * 6
+    assert tapped.kept == [0] * 6
     assert drafter.sizes == [len(shared)] * 6
 
 
