@@ -21,7 +21,11 @@ SHELL = re.compile(r"[|<>]")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block. `note` is what follows the language: `skip`, `fails`, or the name under which the reader saves it."""
+    """A fenced block.
+
+    `note` follows the language: `skip`, `fails`, or the name under which the reader saves the
+    block.
+    """
 
     language: str
     note: str
@@ -69,7 +73,10 @@ def perform(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a shell runs it; ours in this process where no shell is needed, because importing everything again takes seconds."""
+    """Run a block as a shell does; specdiff commands run in this process if no shell is needed.
+
+    Importing everything again takes seconds.
+    """
     words = shlex.split(line, comments=True)
     if words[0] != "specdiff" or SHELL.search(line):
         ours = f"{shlex.quote(sys.executable)} -m specdiff"
@@ -82,7 +89,7 @@ def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def understood(found: Iterable[Block]) -> int:
-    """Skipped commands of ours are read by the parser of the command line itself: verb, options and their types. How many there were."""
+    """Parse the skipped specdiff commands: verb, options and their types. Returns their number."""
     verbs: Any = typer.main.get_command(cli.app)
     ours = [
         words

@@ -1,4 +1,4 @@
-"""The sampling options once more, one token at a time in plain Python, as their definitions read."""
+"""The sampling options once more, one token at a time in plain Python, as they are defined."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from specdiff.types import SamplingParams
 def adjusted(
     logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams
 ) -> list[float]:
-    """One row's logits under allowed ids, bias and penalties, where `answer` is all that stands behind the prompt."""
+    """One row's logits under allowed ids, bias and penalties; `answer` follows the prompt."""
     bias, counts = dict(params.logit_bias), Counter(answer)
     result = []
     for token, logit in enumerate(logits):

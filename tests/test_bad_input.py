@@ -1,4 +1,7 @@
-"""B1: every bad argument and artefact gives one clear error that names value, file or field, and nothing of it is run."""
+"""B1: every bad argument and artifact gives one clear error that names value, file or field.
+
+Nothing of it is run.
+"""
 
 import builtins
 import json
@@ -336,7 +339,8 @@ def test_a_tensor_of_the_wrong_shape(folder: Any, target: CausalTarget) -> None:
     save_file(tensors | {name: torch.zeros(3, 5)}, made / "model.safetensors")
     with pytest.raises(
         WeightsError,
-        match=rf"model\.safetensors: {name} has shape \[3, 5\], but config\.json asks for \[32, 32\]",
+        match=rf"model\.safetensors: {name} has shape \[3, 5\], "
+        r"but config\.json asks for \[32, 32\]",
     ):
         loaded(made, target)
 
@@ -381,13 +385,16 @@ def test_a_missing_config_key(folder: Any, target: CausalTarget, key: str) -> No
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tokens", "48"), ("tokens", True), ("tokens", None), ("tokens", 48.0), ("graph", "absorb"), ("noise", []), ("graph.type", 3),
-        ("graph.type", "melt"), ("noise.type", "cosine"), ("model", 5), ("model.hidden_size", "32"), ("model.n_blocks", None),
-        ("model.n_heads", 5), ("attention", "sideways"), ("attention", 7), ("model.n_heads", 0), ("model.n_heads", -4),
-        ("model.hidden_size", 0), ("model.hidden_size", -32), ("model.n_blocks", -1), ("model.cond_dim", 0), ("tokens", -1),
-        ("model.length", "1024"), ("model.length", 0), ("model.dropout", "none"), ("model.scale_by_sigma", "yes"),
-        ("borrow_embeddings", "no"), ("draft_vocab_size", "20"), ("draft_vocab_size", -3), ("context_window", "8"),
-        ("context_window", 0), ("time_conditioning", "no"), ("draft_len", "8"), ("draft_len", 0),
+        ("tokens", "48"), ("tokens", True), ("tokens", None), ("tokens", 48.0),
+        ("graph", "absorb"), ("noise", []), ("graph.type", 3), ("graph.type", "melt"),
+        ("noise.type", "cosine"), ("model", 5), ("model.hidden_size", "32"),
+        ("model.n_blocks", None), ("model.n_heads", 5), ("attention", "sideways"),
+        ("attention", 7), ("model.n_heads", 0), ("model.n_heads", -4), ("model.hidden_size", 0),
+        ("model.hidden_size", -32), ("model.n_blocks", -1), ("model.cond_dim", 0), ("tokens", -1),
+        ("model.length", "1024"), ("model.length", 0), ("model.dropout", "none"),
+        ("model.scale_by_sigma", "yes"), ("borrow_embeddings", "no"), ("draft_vocab_size", "20"),
+        ("draft_vocab_size", -3), ("context_window", "8"), ("context_window", 0),
+        ("time_conditioning", "no"), ("draft_len", "8"), ("draft_len", 0),
     ],
 )  # fmt: skip
 def test_a_config_key_with_a_bad_value(
@@ -448,7 +455,8 @@ def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
     (made / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(
         ConfigError,
-        match=r"no drafter format with model_type 'nonsense'.*sedd, mdlm and transformers' causal LMs",
+        match=r"no drafter format with model_type 'nonsense'.*"
+        r"sedd, mdlm and transformers' causal LMs",
     ):
         loaded(made, target)
 
@@ -835,7 +843,8 @@ def chatty(target: CausalTarget) -> SpeculativeLM:
         "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10**12) %}x{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endfor %}",
         "{{ 10 ** (10 ** 10) }}",
         "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
         "{{ 'x' * 5000000 }}",
@@ -879,7 +888,8 @@ def test_after_a_template_was_stopped_the_next_conversation_is_rendered(
     monkeypatch.setattr(
         chat_template, "WAITING", 100
     )  # on the clock: computing is what is short here, and a machine may be busy
-    bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"  # constants are computed while compiling
+    # constants are computed while compiling
+    bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"
     made = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
     hi = {"role": "user", "content": "hi"}
     assert made.render([hi]) == made.tokenizer.apply_chat_template(

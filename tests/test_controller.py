@@ -1,4 +1,4 @@
-"""Drafting on and off, driven by rounds made up here: seconds and emitted tokens are what the test says they are."""
+"""Drafting on and off, driven by synthetic rounds with given seconds and emitted tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +38,10 @@ def round_of(draft_len: int, emitted: int, seconds: float, rows: int = 1) -> Rou
 def driven(
     controller: Controller, rounds: int, emits: Callable[[int], int], cost: float = 2.0
 ) -> list[int]:
-    """The draft lengths it chose. A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens."""
+    """The draft lengths of a run.
+
+    A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens.
+    """
     last, chosen = None, []
     for i in range(rounds):
         chosen.append(controller(last))
@@ -159,7 +162,10 @@ class Mark:
 
 
 def test_stages_on_a_device_take_what_the_device_takes() -> None:
-    """The drafter waits for its passes, the target's is only launched: host times would call the drafter the slow one."""
+    """The drafter waits for its passes, the target's is only launched.
+
+    Host times would call the drafter the slow one.
+    """
     device = Device()
     clock = DeviceStopwatch(device.event)
     device.work(0.010, waits=True)
@@ -175,7 +181,10 @@ def test_stages_on_a_device_take_what_the_device_takes() -> None:
 
 
 def test_a_cheap_drafter_stays_on_where_scoring_returns_at_once() -> None:
-    """Draft and score cost 1 + 10 ms, plain rounds 10, and 3 tokens a round come: it pays, whatever the host has waited for."""
+    """Draft and score cost 1 + 10 ms, plain rounds 10, and a round emits 3 tokens: it pays.
+
+    What the host has waited for does not matter.
+    """
     device, controller = Device(), Controller(DRAFT)
     last, chosen = None, []
     for _ in range(60):

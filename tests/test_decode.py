@@ -1,4 +1,4 @@
-"""The loop's contracts: who advances the batch, where text is cut, and what a drafter gets to see."""
+"""The loop's contracts: who advances the batch, where text is cut, what a drafter sees."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,10 @@ TARGET = TableTarget.random(V, seed=3)
 
 
 class Witness(Drafter[dict[str, torch.Tensor]]):
-    """Drafts uniformly, and checks that its features are exactly the tokens that entered the cache since it last looked."""
+    """Drafts uniformly, and checks its features.
+
+    They must be exactly the tokens that entered the cache since its last propose.
+    """
 
     taps = (0, 0)
     draft_len = 3

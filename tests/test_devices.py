@@ -1,4 +1,4 @@
-"""A device without float64 (mps), played by the CPU: nothing on the way from prompt to text asks for it."""
+"""A device without float64 (mps), played by the CPU: nothing from prompt to text needs float64."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -15,7 +15,8 @@ from documents import GUIDE, ROOT, Block, blocks, perform, understood
 SMALLER = {
     r"--max-tokens \d+": "--max-tokens 4",
     r"--length 24 --count 2 --steps 16": "--length 8 --count 2 --steps 2",
-    r"bench --quick": "bench --quick --only sedd --temperatures 0 --prompts 1 --max-tokens 2 --gammas 2",
+    r"bench --quick": "bench --quick --only sedd --temperatures 0 --prompts 1 --max-tokens 2"
+    " --gammas 2",
     r"(check \./mine\.py:Mine)$": r"\1 --quick",
 }
 RUN = [

@@ -1,4 +1,7 @@
-"""Penalties, bias and allowed ids against slow references and transformers' processors, at every position of a draft."""
+"""Penalties, bias and allowed ids at every position of a draft.
+
+Against slow references and transformers' processors.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -49,7 +52,7 @@ PROMPTS = [[1], [2, 2, 5], [7, 0, 7, 7, 3, 9]]
 
 
 def running(asked: list[dict[str, Any]], generated: int = 6, seed: int = 0) -> Batch:
-    """A batch in mid-flight: each row has answered a different number of tokens, and what lies behind is scratch."""
+    """A batch in mid-flight: answers of different lengths, with scratch after them."""
     generator = torch.Generator().manual_seed(seed)
     rows = [SamplingParams(max_tokens=generated + 4, **options) for options in asked]
     batch = Batch.of([PROMPTS[i % 3] for i in range(len(rows))], rows, range(len(rows)))

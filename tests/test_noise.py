@@ -52,7 +52,7 @@ def test_equals_the_reference_on_pythons_integers() -> None:
 
 
 def test_the_stream_is_frozen() -> None:
-    """A seed someone wrote down keeps its text: these numbers change only with a breaking release."""
+    """The text of a recorded seed: these numbers change only with a breaking release."""
     found = noise(2, seed=42, round_=3, position=5).uniform(Purpose.DRAFT, 2)
     assert found.tolist() == [
         [0.9753138672559424, 0.6141584047191595],

@@ -1,4 +1,4 @@
-"""Probabilities against transformers' own warpers, and the draw against the cumulative sum it stands for."""
+"""Probabilities against transformers' own warpers, and draws against the cumulative sum."""
 
 from typing import Any
 
@@ -172,7 +172,7 @@ def flat_with_a_peak(V: int, at: int) -> torch.Tensor:
 
 
 def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
-    """The most likely tokens until the mass is reached, with all that are as likely as the last of them."""
+    """The most likely tokens until the mass is reached, with all that equal the last of them."""
     best = np.sort(p)[::-1]
     needed = max(1, int((np.cumsum(best) - best < np.float64(np.float32(top_p))).sum()))
     return np.flatnonzero(p >= best[needed - 1]).tolist()
@@ -181,7 +181,7 @@ def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
 @pytest.mark.parametrize("V", [4, 7, 20, 100, 600])
 @pytest.mark.parametrize("top_p", [0.1, 0.7])
 def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int) -> None:
-    """Which of several equals transformers keeps hangs on its sort; here they stay or go together."""
+    """Which of several equals transformers keeps depends on its sort; here all stay or all go."""
     logits = flat_with_a_peak(V, 2)
     found, kept = (
         normalised(logits, SamplingParams(top_p=top_p))[0] > 0,
@@ -196,7 +196,7 @@ def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int
 @pytest.mark.parametrize("sharpness", [0.0, 1e-3, 0.1, 1.0, 4.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.7, 0.95])
 def test_top_p_is_exact_past_the_prefix(top_p: float, sharpness: float) -> None:
-    """Flat laws over 2000 tokens, where the set that is kept is larger than what is looked at first."""
+    """Flat distributions over 2000 tokens: the set is larger than the first candidates."""
     logits = sharpness * torch.randn(
         4, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )

@@ -1,4 +1,7 @@
-"""Small random networks the model tests share: targets of three families, and SEDD drafters with every parameter random."""
+"""Small random networks for the model tests: targets of three families, and SEDD drafters.
+
+Every parameter of a drafter is random.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -34,11 +37,13 @@ FAMILIES = ("gpt2", "llama", "qwen3")
 
 
 def model(family: str, vocab: int = VOCAB, positions: int = 256, seed: int = 0) -> PreTrainedModel:
-    """A two-layer causal LM, its matrices scaled up so that greedy text is not one token for ever."""
+    """A two-layer causal LM; its matrices are scaled up, or greedy text is one repeated token."""
     torch.manual_seed(seed)
     grouped: dict[str, Any] = {
-        "vocab_size": vocab, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": positions, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        "vocab_size": vocab, "hidden_size": WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": positions,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
     if family == "gpt2":
         ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
@@ -105,7 +110,10 @@ def drafter(
     window: int | None = None,
     **changes: Any,
 ) -> Drafter[Any]:
-    """A random SEDD drafter for a target: windowed with its own embeddings, unless `changes` to its config say otherwise."""
+    """A random SEDD drafter for a target.
+
+    It is windowed, with its own embeddings, unless `changes` to its config say otherwise.
+    """
     denoiser = SEDDDenoiser(sedd(sedd_config(info.vocab_size, **changes)), info, window=window)
     return DenoisingDrafter(denoiser, steps=steps, draft_temperature=draft_temperature)
 
@@ -119,7 +127,10 @@ CACHED: dict[str, Any] = {
 
 
 class Hinted(Drafter[None]):
-    """Knows each row's continuation, and errs at every `flaw`-th position: long accepted prefixes, and rejections too."""
+    """Knows each row's continuation, and errs at every `flaw`-th position.
+
+    Prefixes accepted are long, and rejections occur too.
+    """
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab: int, flaw: int = 5) -> None:
         self.texts, self.vocab, self.flaw = texts, vocab, flaw

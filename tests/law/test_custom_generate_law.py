@@ -1,4 +1,7 @@
-"""The law of sampled text inside transformers: its own processors on the model's logits, enumerated, against many texts."""
+"""The law of sampled text inside transformers, against many texts.
+
+It is enumerated with transformers' own processors on the model's logits.
+"""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,7 @@
-"""L2: texts written by the real loop have the target's law, whatever drafts, verifies or filters; planted bugs do not hide."""
+"""L2: texts of the real loop have the target's law, whatever drafts, verifies or filters.
+
+Planted bugs are found.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -102,7 +105,10 @@ def test_texts_have_the_targets_law(drafter: str, verifier: str, setting: str) -
 
 
 def _enough(drafter: str, verifier: str) -> int:
-    """Several passes in float64 cost more, and matching looks at no probabilities: what is wrong there shows in FEW texts (below)."""
+    """Several passes in float64 cost more, and matching reads no probabilities.
+
+    What is wrong there shows in FEW texts (below).
+    """
     return FEW if drafter.startswith(("any", "auto")) or verifier.startswith("match") else 100_000
 
 
@@ -159,7 +165,7 @@ def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> N
 
 @pairs
 def test_conversations_that_find_their_beginning_in_a_row(drafter: str, verifier: str) -> None:
-    """Second answers take over what the row has read and written of the first; every slot of it tells in this target's law."""
+    """Second answers reuse the row of the first; this target's law depends on every slot."""
     target = StaleTarget(TARGET.table, sums=True)
     found, reused = conversations(target, DRAFTERS[drafter], VERIFIERS[verifier], 2000)
     assert compare(found, conversations_law()) > PASSES
@@ -212,7 +218,10 @@ def test_a_target_that_takes_over_too_much_is_caught(verifier: str) -> None:
 
 
 def test_an_engine_that_takes_an_anchor_for_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: all committed tokens count as held, the last of which was never scored; a rejected draft's entry may lie there."""
+    """Planted: all committed tokens count as held, but the last of them was never scored.
+
+    A rejected draft's entry may be there.
+    """
 
     def seats(held: Any, prompts: Any) -> list[tuple[int, int]]:
         return [
@@ -239,7 +248,10 @@ def test_naive_any_order_is_caught(verifier: str) -> None:
 
 @ratio_tests
 def test_any_order_with_stored_probabilities_is_caught(verifier: str) -> None:
-    """SEDD's own sampler and the paper's "the logits are stored": biased. The same draws as point masses are not."""
+    """SEDD's own sampler and the paper's "the logits are stored": biased.
+
+    The same draws as point masses are not.
+    """
     lawful = AnyOrderDrafter(
         ToyScorer(Absorbing(TARGET.info.vocab_size), Loglinear(), seed=7, coupling=2), steps=5
     )
@@ -291,7 +303,10 @@ def test_probabilities_that_were_not_drawn_from_are_caught(verifier: str) -> Non
 def test_a_penalty_that_ignores_the_draft_is_caught(
     monkeypatch: pytest.MonkeyPatch, setting: str, verifier: str
 ) -> None:
-    """Planted: every scored position counts committed tokens only. `match` alone cannot forgive it either: its p is wrong."""
+    """Planted: every scored position counts committed tokens only.
+
+    `match` alone cannot repair it either: its p is wrong.
+    """
     monkeypatch.setattr(
         decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens[:, :0])
     )
@@ -316,7 +331,10 @@ def test_a_draft_law_without_the_penalty_it_was_drawn_under_is_caught(verifier: 
 
 
 def test_the_comparison_itself() -> None:
-    """A sample that fits passes; one with 2 % too many of a text, or with a text that cannot occur, does not."""
+    """A sample that fits passes.
+
+    One with 2 % too many of a text, or with a text that cannot occur, does not.
+    """
     expected = law(PLAIN)
     sample = [text for text, p in expected.items() for _ in range(round(100_000 * p))]
     assert compare(sample, expected) > 0.9

@@ -1,4 +1,7 @@
-"""A target without a distribution behind tokens that it never writes: drafts that go there change neither the law nor end a row."""
+"""A target without a distribution after tokens that it never writes.
+
+Drafts that go there neither change the law nor end a row.
+"""
 
 import pytest
 import torch

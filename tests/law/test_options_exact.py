@@ -1,4 +1,7 @@
-"""L1 for sampling options: one round enumerated, with the target's rows from the real code and its law from a slow reference."""
+"""L1 for sampling options: one round enumerated.
+
+The target's rows come from the real code, its law from a slow reference.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -26,8 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": ((0, 1.5), (2, -2.0))},
     "allowed": {"allowed_token_ids": (0, 2)},
     "all": {
-        "temperature": 0.7, "repetition_penalty": 0.6, "presence_penalty": 0.5, "frequency_penalty": 0.9, "logit_bias": ((1, 3.0),),
-        "allowed_token_ids": (1, 2), "top_p": 0.9,
+        "temperature": 0.7, "repetition_penalty": 0.6, "presence_penalty": 0.5,
+        "frequency_penalty": 0.9, "logit_bias": ((1, 3.0),), "allowed_token_ids": (1, 2),
+        "top_p": 0.9,
     },
 }  # fmt: skip
 PROMPT, ANSWER = [1, 1], [1, 0]  # nowhere a 2: whether it occurs is for the draft to say

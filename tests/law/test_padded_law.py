@@ -1,4 +1,4 @@
-"""Drafters whose vocabulary is larger or smaller than the target's: what is cut or lacking changes no text's chance."""
+"""Drafters with a larger or smaller vocabulary than the target's: no text's chance changes."""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""L4: the same seed gives the same tokens, bit for bit, whatever shares the batch; under `match`, whatever drafts."""
+"""L4: the same seed gives the same tokens, bit for bit, whatever shares the batch.
+
+Under `match` they are the same for every drafter.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -130,7 +133,7 @@ def test_through_the_engine(drafter: str, verifier: str, rows: int) -> None:
 
 
 def arriving() -> Iterator[Request | None]:
-    """The first of all runs on for long; a few come with it, then one a round, as long as there are free rows."""
+    """The first runs long; a few come with it, then one a round, while there are free rows."""
     yield Request([2], SamplingParams(max_tokens=120), 77)
     yield from REQUESTS[:3]
     for request in REQUESTS[3:]:
@@ -139,7 +142,10 @@ def arriving() -> Iterator[Request | None]:
 
 @pairs
 def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> None:
-    """Every fourth request is cancelled after its second round: what it had is no other, and neither is what the rest gets."""
+    """Every fourth request is cancelled after its second round.
+
+    Its tokens so far are unchanged, and so are those of all others.
+    """
     found, heard = defaultdict[int, list[int]](list), defaultdict[int, int](int)
     made = DRAFTERS[drafter]
     for turn in engine.serve(
@@ -167,8 +173,10 @@ SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache tells
 
 @cache
 def continued(drafter: str, verifier: str, rows: int) -> tuple[list[Request], Texts]:
-    """`rows` requests, then as many whose prompts begin with most of their texts, in the order in which these end, and so on; all
-    texts, each from a batch of its own."""
+    """`rows` requests, then as many whose prompts begin with most of their texts, and so on.
+
+    They come in the order in which those end. Also all texts, each from a batch of its own.
+    """
     requests, texts = [], []
     for first in range(0, 6, rows):
         group = sorted(REQUESTS[first : first + rows], key=lambda r: r.params.max_tokens)
@@ -212,7 +220,7 @@ def test_a_position_too_many_would_show(rows: int) -> None:
 
 @pairs
 def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
-    """One-token prompts leave nothing to admit: the shortcut of the Monte Carlo tests changes no token."""
+    """One-token prompts leave nothing to admit: the Monte Carlo shortcut changes no token."""
     requests = [replace(request, prompt=[i % V]) for i, request in enumerate(REQUESTS)]
     batch = Batch.of(
         [r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests]
@@ -226,7 +234,7 @@ def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
 
 @pairs
 def test_streamed_round_by_round(drafter: str, verifier: str) -> None:
-    """What each round emitted, one after the other, is the text; what was committed never changes."""
+    """The rounds' emitted tokens in order are the text; what was committed never changes."""
     batch = Batch.of(
         [r.prompt for r in REQUESTS], [r.params for r in REQUESTS], [r.seed for r in REQUESTS]
     )
@@ -345,7 +353,10 @@ def test_matching_with_draws_keyed_by_round_would_show(monkeypatch: pytest.Monke
 
 
 def test_ties_under_top_p_do_not_feel_the_neighbours() -> None:
-    """A flat row in the batch sends every row through the exact fallback; equal tokens must not change places for that."""
+    """A flat row in the batch sends every row through the exact fallback.
+
+    Equal tokens must not swap because of that.
+    """
     logits = torch.zeros(7, 7, 7, dtype=torch.float64)
     logits[..., 2] = 2
     logits[:, 0] = 0  # after token 0 the law is flat

@@ -1,4 +1,4 @@
-"""L1: with every draft and every outcome enumerated, what a verifier emits has exactly the target's law."""
+"""L1: with every draft and outcome enumerated, a verifier emits exactly the target's law."""
 
 import itertools
 
@@ -225,7 +225,7 @@ def test_a_draft_that_is_the_target_is_always_accepted(name: str) -> None:
 
 
 def test_matching_draws_have_the_plans_law() -> None:
-    """With p in eighths, the midpoints of an 8 x 8 x 8 grid of uniforms carry the law without error."""
+    """With p in eighths, the midpoints of an 8 x 8 x 8 grid of uniforms give the law exactly."""
     p = torch.tensor([[1, 2, 5], [4, 0, 4], [3, 3, 2]], dtype=torch.float64) / 8
     grid = (
         torch.tensor(list(itertools.product(range(8), repeat=3)), dtype=torch.float64) + 0.5
@@ -280,14 +280,20 @@ def test_the_tokens_behind_are_zero_and_the_path_is_the_chain(name: str) -> None
 
 
 def test_block_never_accepts_behind_an_impossible_token() -> None:
-    """q(x) = 0 at the second token, where the first already has p = 0: 0 times infinity must not become acceptance."""
+    """q(x) = 0 at the second token, where the first already has p = 0.
+
+    0 times infinity must not become acceptance.
+    """
     draft = Draft(torch.tensor([[0, 1]]), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]]])
     assert verify.block_plan(draft, p).thresholds.tolist() == [[0, 0]]
 
 
 def test_matching_draws_with_the_targets_own_uniform_and_gumbel_noise_is_another_method() -> None:
-    """The two methods have one law, but not one text: a seed's text under `match` must not change with what a drafter shares."""
+    """The two methods have one law, but not one text.
+
+    A seed's text under `match` must not change with what a drafter shares.
+    """
     rows = 400
     batch = Batch.of([[1]] * rows, [SamplingParams()] * rows, range(rows))
     noise = Noise.of(batch)
