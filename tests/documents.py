@@ -51,14 +51,14 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text()
-    found = [
+    fences = [
         Block(*parts)
         for parts in re.findall(
             r"^```(\w+) ?(.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE
         )
     ]
-    assert len(found) == text.count("```") // 2, f"{page.name}: a block without a language"
-    return found
+    assert len(fences) == text.count("```") // 2, f"{page.name}: a block without a language"
+    return fences
 
 
 def perform(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +88,12 @@ def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (end.value.code or 0) == code, line
 
 
-def understood(found: Iterable[Block]) -> int:
+def understood(fences: Iterable[Block]) -> int:
     """Parse the skipped specdiff commands: verb, options and their types. Returns their number."""
     verbs: Any = typer.main.get_command(cli.app)
     ours = [
         words
-        for block in found
+        for block in fences
         if block.note == "skip"
         for words in block.commands()
         if "specdiff" in words

@@ -91,7 +91,7 @@ class ToyScorer(ToyDenoiser):
     """A score made of tables, of either process: every token weighs on its neighbors on both sides.
 
     Where the score has no MASK, every token counts as revealed; the score at a token's own place
-    is 1. With `coupling` above 1 tokens depend more on their neighbors, less on position and anchor.
+    is 1. With `coupling` above 1 tokens depend more on neighbors, less on position and anchor.
     """
 
     def __init__(
@@ -190,18 +190,18 @@ class StoresProbabilities(Stateless):
         self.inner, self.draft_len = inner, inner.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
-        scorer, seen = self.inner.scorer, []
+        scorer, calls = self.inner.scorer, []
 
         def listening(canvas: Tensor, sigma: Tensor) -> Tensor:
-            seen.append((canvas, scorer.log_score(context, None, canvas, sigma)))
-            return seen[-1][1]
+            calls.append((canvas, scorer.log_score(context, None, canvas, sigma)))
+            return calls[-1][1]
 
         listener = copy.copy(scorer)
         listener.log_score = lambda context, state, canvas, sigma: listening(canvas, sigma)
         drafter = AnyOrderDrafter(listener, steps=self.inner.steps, sampler=self.inner.sampler)
         tokens = drafter.propose(context, None, noise, draft_len).tokens
         probs = torch.zeros(*tokens.shape, scorer.mask_id, dtype=torch.float64)
-        for canvas, log_score in seen:
+        for canvas, log_score in calls:
             law = probabilities(log_score[..., : scorer.mask_id], context.batch.params)
             probs = torch.where((canvas == scorer.mask_id)[..., None], law, probs)
         return Draft(tokens, probs)
@@ -228,11 +228,11 @@ class Misreported(Stateless):
 
     def __init__(self, denoiser: ToyDenoiser, draft_temperature: float) -> None:
         self.drawn = DenoisingDrafter(denoiser, draft_temperature=draft_temperature)
-        self.told, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
+        self.raw, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = self.drawn.propose(context, None, noise, draft_len).tokens
-        return replace(self.told.propose(context, None, noise, draft_len), tokens=tokens)
+        return replace(self.raw.propose(context, None, noise, draft_len), tokens=tokens)
 
 
 class Forgetful(Stateless):
@@ -243,8 +243,10 @@ class Forgetful(Stateless):
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         plain = replace(context.batch, params=replace(context.batch.params, active=frozenset()))
-        told = self.inner.propose(replace(context, batch=plain), None, noise, draft_len)
-        return replace(told, tokens=self.inner.propose(context, None, noise, draft_len).tokens)
+        unpenalized = self.inner.propose(replace(context, batch=plain), None, noise, draft_len)
+        return replace(
+            unpenalized, tokens=self.inner.propose(context, None, noise, draft_len).tokens
+        )
 
 
 class Through(Stateless):
@@ -393,9 +395,9 @@ class Sick(Target[Any]):
         cache: Any,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> Tensor | None:
-        return self.inner.admit(cache, rows, prompts, kept)
+        return self.inner.admit(cache, rows, prompts, prefix_lengths)
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)
@@ -468,9 +470,9 @@ class StaleTarget(Target[StaleCache]):
         cache: StaleCache,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> None:
-        for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
+        for row, prompt, k in zip(rows, prompts, prefix_lengths.tolist(), strict=True):
             k += self.beyond if k else 0
             cache.ids[row, k : len(prompt) - 1] = prompt[k:-1]
 
@@ -480,8 +482,8 @@ class StaleTarget(Target[StaleCache]):
         stays = cache.written.gather(1, there) & self.keeps
         cache.ids.scatter_(1, there, torch.where(stays, cache.ids.gather(1, there), new))
         cache.written.scatter_(1, there, True)
-        seen = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
-        before = torch.where(at > 0, seen.gather(1, (at - 1).clamp(min=0)), 0)
+        history = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
+        before = torch.where(at > 0, history.gather(1, (at - 1).clamp(min=0)), 0)
         return TargetOutput(self.table[before, cache.ids.gather(1, at)])
 
     def keep(self, cache: StaleCache, batch: Batch, verification: Verification) -> None:
@@ -491,7 +493,7 @@ class StaleTarget(Target[StaleCache]):
         return None
 
 
-# ---- noise that holds what it is told ----
+# ---- noise with given values ----
 
 
 @dataclass(frozen=True, slots=True)

@@ -382,10 +382,10 @@ def test_no_error_ends_a_conversation(
     )
     options = ("--model", str(folder), "--drafter", "none", "--max-tokens", "4", "-q")
     code, out, err = here("chat", *options, stdin=lines.encode())
-    said = err.splitlines()
-    assert code == 0 and len(said) == 4 and said[3] == f"saved to {tmp_path}/a.json", err
-    assert said[0] == "specdiff: error: Odd: out of ink; run again with --debug for the traceback"
-    assert said[1] == "specdiff: error: not finite"
+    stderr = err.splitlines()
+    assert code == 0 and len(stderr) == 4 and stderr[3] == f"saved to {tmp_path}/a.json", err
+    assert stderr[0] == "specdiff: error: Odd: out of ink; run again with --debug for the traceback"
+    assert stderr[1] == "specdiff: error: not finite"
     messages = json.loads((tmp_path / "a.json").read_text())["messages"]
     users = [message["content"] for message in messages if message["role"] == "user"]
     assert users == ["the rain", "break", "stumble", "in spain"]

@@ -42,42 +42,42 @@ def driven(
 
     A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens.
     """
-    last, chosen = None, []
+    last, lengths = None, []
     for i in range(rounds):
-        chosen.append(controller(last))
-        last = round_of(chosen[-1], emits(i), cost) if chosen[-1] else round_of(0, 1, 1.0)
-    return chosen
+        lengths.append(controller(last))
+        last = round_of(lengths[-1], emits(i), cost) if lengths[-1] else round_of(0, 1, 1.0)
+    return lengths
 
 
-def share(chosen: list[int]) -> float:
-    return sum(c > 0 for c in chosen) / len(chosen)
+def share(lengths: list[int]) -> float:
+    return sum(c > 0 for c in lengths) / len(lengths)
 
 
 def test_it_starts_by_drafting_and_times_a_few_plain_rounds() -> None:
-    chosen = driven(Controller(DRAFT), 40, lambda i: 5)
-    assert chosen[:PATIENCE] == [DRAFT] * PATIENCE
-    assert chosen.count(0) == PLAIN_PROBES
-    assert set(chosen) == {0, DRAFT}
+    lengths = driven(Controller(DRAFT), 40, lambda i: 5)
+    assert lengths[:PATIENCE] == [DRAFT] * PATIENCE
+    assert lengths.count(0) == PLAIN_PROBES
+    assert set(lengths) == {0, DRAFT}
 
 
 def test_it_stays_on_above_break_even() -> None:
     controller = Controller(DRAFT)
-    chosen = driven(controller, 1000, lambda i: 3)
-    assert chosen.count(0) == PLAIN_PROBES
+    lengths = driven(controller, 1000, lambda i: 3)
+    assert lengths.count(0) == PLAIN_PROBES
     assert controller.tau > controller.break_even
 
 
 def test_it_turns_off_below_break_even() -> None:
-    chosen = driven(Controller(DRAFT), 40, lambda i: 1)
-    assert chosen[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (
+    lengths = driven(Controller(DRAFT), 40, lambda i: 1)
+    assert lengths[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (
         PLAIN_PROBES + FIRST_PAUSE
     )
 
 
 def test_it_probes_again_after_ever_longer_pauses() -> None:
-    chosen = driven(Controller(DRAFT), 3000, lambda i: 1)
+    lengths = driven(Controller(DRAFT), 3000, lambda i: 1)
     pauses, run = [], 0
-    for c in chosen:
+    for c in lengths:
         if c == 0:
             run += 1
         elif run:
@@ -86,16 +86,16 @@ def test_it_probes_again_after_ever_longer_pauses() -> None:
     assert len(pauses) >= 5
     assert pauses == sorted(pauses)
     assert pauses[-1] <= LONGEST_PAUSE + PLAIN_PROBES + 1
-    assert share(chosen) < 0.1  # probing costs little
-    assert share(chosen[2000:]) > 0  # and never ends
+    assert share(lengths) < 0.1  # probing costs little
+    assert share(lengths[2000:]) > 0  # and never ends
 
 
 def test_it_comes_back_when_drafts_get_better() -> None:
     """And after that a dip is forgiven sooner: the pause starts short again."""
     controller = Controller(DRAFT)
     driven(controller, 300, lambda i: 1)
-    chosen = driven(controller, 700, lambda i: 6)
-    assert share(chosen[-300:]) == 1
+    lengths = driven(controller, 700, lambda i: 6)
+    assert share(lengths[-300:]) == 1
     assert controller.pause == FIRST_PAUSE
 
 
@@ -106,8 +106,8 @@ def test_break_even_is_measured() -> None:
 
 
 def test_a_noisy_drafter_above_break_even_stays_on() -> None:
-    chosen = driven(Controller(DRAFT), 600, lambda i: (1, 5, 2, 6)[i % 4])
-    assert share(chosen) > 0.95
+    lengths = driven(Controller(DRAFT), 600, lambda i: (1, 5, 2, 6)[i % 4])
+    assert share(lengths) > 0.95
 
 
 def test_rounds_in_which_nothing_ran_count_for_nothing() -> None:
@@ -186,17 +186,17 @@ def test_a_cheap_drafter_stays_on_where_scoring_returns_at_once() -> None:
     What the host has waited for does not matter.
     """
     device, controller = Device(), Controller(DRAFT)
-    last, chosen = None, []
+    last, lengths = None, []
     for _ in range(60):
-        chosen.append(controller(last))
+        lengths.append(controller(last))
         clock = DeviceStopwatch(device.event)
-        if chosen[-1]:
+        if lengths[-1]:
             device.work(0.001, waits=True)
         clock.lap("draft")
         device.work(0.010)
         clock.lap("score")
-        last = replace(round_of(chosen[-1], 3 if chosen[-1] else 1, 0.0), seconds=clock.seconds)
-    assert chosen.count(0) == PLAIN_PROBES
+        last = replace(round_of(lengths[-1], 3 if lengths[-1] else 1, 0.0), seconds=clock.seconds)
+    assert lengths.count(0) == PLAIN_PROBES
     assert controller.break_even == pytest.approx(1.2, abs=0.1)
 
 

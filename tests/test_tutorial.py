@@ -50,8 +50,8 @@ EXECUTED = [b for b in BLOCKS if b.note != "skip"]
 
 
 def shrunk(text: str) -> str:
-    for found, small in REPLACEMENTS.items():
-        text = re.sub(rf"{re.escape(found)}(?!\w)", small, text)
+    for pattern, small in REPLACEMENTS.items():
+        text = re.sub(rf"{re.escape(pattern)}(?!\w)", small, text)
     return text
 
 
@@ -94,22 +94,24 @@ def test_every_block_runs_in_order(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = "".join(b.text for b in EXECUTED)
-    missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
+    missing = [
+        pattern for pattern in REPLACEMENTS if not re.search(rf"{re.escape(pattern)}(?!\w)", text)
+    ]
     assert not missing, f"no longer in the tutorial: {missing}"
     assert not (large := re.findall(r"[= ]\d{4,}\b", shrunk(text).replace("--tokens 1500", ""))), (
         f"sizes that nothing shrinks: {large}"
     )
-    told = ""
+    output = ""
     for block in EXECUTED:
         perform(Block(block.language, block.note, shrunk(block.text)), monkeypatch)
         captured = capfd.readouterr()
-        told += captured.out + captured.err
-    for wanted in (
+        output += captured.out + captured.err
+    for message in (
         "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of",
         "the source gave out", "parameters trained", "time is up at step 1 of 4",
         "going on from step 1 of 4", '"tau_at_1"', "speculative / plain", "by position [",
     ):  # fmt: skip
-        assert wanted in told, f"{wanted!r} is not in:\n{told}"
+        assert message in output, f"{message!r} is not in:\n{output}"
     for name in (
         "config.json",
         "model.safetensors",

@@ -47,24 +47,24 @@ def model(family: str, vocab: int = VOCAB, positions: int = 256, seed: int = 0) 
     }  # fmt: skip
     if family == "gpt2":
         ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-        made: PreTrainedModel = GPT2LMHeadModel(
+        network: PreTrainedModel = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=positions, **ends
             )
         )
     elif family == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**grouped))
+        network = LlamaForCausalLM(LlamaConfig(**grouped))
     else:
-        made = Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=8))
+        network = Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=8))
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in network.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
         if family == "gpt2":
-            made.get_submodule("transformer.wpe").weight.mul_(
+            network.get_submodule("transformer.wpe").weight.mul_(
                 4
             )  # its tied head would else repeat the last token
-    return made.eval()
+    return network.eval()
 
 
 def target(family: str, **sizes: Any) -> CausalTarget:
@@ -144,9 +144,14 @@ class Hinted(Drafter[None]):
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = []
         for row, start in enumerate(context.batch.length.tolist()):
-            known = [*self.texts[row][start : start + draft_len], *[0] * draft_len][:draft_len]
+            continuation = [*self.texts[row][start : start + draft_len], *[0] * draft_len][
+                :draft_len
+            ]
             tokens.append(
-                [(t + ((start + k) % self.flaw == 0)) % self.vocab for k, t in enumerate(known)]
+                [
+                    (t + ((start + k) % self.flaw == 0)) % self.vocab
+                    for k, t in enumerate(continuation)
+                ]
             )
         return Draft(torch.tensor(tokens, device=context.batch.ids.device))
 

@@ -59,8 +59,8 @@ class Cases:
             q = p[:K]
         elif shape == "disjoint":
             even = torch.arange(V) % 2 == 0
-            p = [_normalise(row * even) for row in p]
-            q = [_normalise(row * ~even) for row in q]
+            p = [_normalize(row * even) for row in p]
+            q = [_normalize(row * ~even) for row in q]
         elif shape == "zeros":
             p, q = [_thinned(row, generator) for row in p], [_thinned(row, generator) for row in q]
         size = torch.randint(0, K + 1, (count,), generator=generator) if ragged else None
@@ -159,11 +159,11 @@ def _rows(count: int, prefixes: int, V: int, generator: torch.Generator) -> Floa
 
 def _thinned(rows: Float[Tensor, "C N V"], generator: torch.Generator) -> Float[Tensor, "C N V"]:
     """About half of the tokens, at least one, keep their chance; in some rows only that one."""
-    kept = torch.rand(rows.shape, generator=generator)
-    return _normalise(rows * ((kept < 0.5) | (kept == kept.amin(-1, keepdim=True))))
+    draws = torch.rand(rows.shape, generator=generator)
+    return _normalize(rows * ((draws < 0.5) | (draws == draws.amin(-1, keepdim=True))))
 
 
-def _normalise(rows: Float[Tensor, "C N V"]) -> Float[Tensor, "C N V"]:
+def _normalize(rows: Float[Tensor, "C N V"]) -> Float[Tensor, "C N V"]:
     return rows / rows.sum(-1, keepdim=True)
 
 

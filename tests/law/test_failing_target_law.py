@@ -33,8 +33,8 @@ def test_the_law_holds_where_drafts_go_where_the_target_has_none(
     verifier: str, point: bool, params: SamplingParams
 ) -> None:
     target = partial_target()
-    found = texts(
+    sample = texts(
         target, TableDrafter(V, point=point), VERIFIERS[verifier], params, count=40_000, draft_len=4
     )
-    assert (found >= 0).all(), "a row ended early"
-    assert compare(found, law(target, params)) > 1e-5
+    assert (sample >= 0).all(), "a row ended early"
+    assert compare(sample, law(target, params)) > 1e-5

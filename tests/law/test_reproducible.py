@@ -95,7 +95,7 @@ def served(
     target: Target[Any] = TARGET,
 ) -> Texts:
     """The texts put together from the engine's stream."""
-    found = defaultdict(list)
+    answers = defaultdict(list)
     for progress in engine.run(
         target,
         drafter,
@@ -104,8 +104,8 @@ def served(
         draft_len=drafter.draft_len,
         rows=rows,
     ):
-        found[progress.request] += progress.tokens
-    return [found[i] for i in range(len(requests))]
+        answers[progress.request] += progress.tokens
+    return [answers[i] for i in range(len(requests))]
 
 
 @cache
@@ -122,8 +122,8 @@ def test_in_one_batch(drafter: str, verifier: str) -> None:
 @pairs
 def test_in_another_order(drafter: str, verifier: str) -> None:
     order = torch.randperm(len(REQUESTS), generator=torch.Generator().manual_seed(0)).tolist()
-    found = decoded([REQUESTS[i] for i in order], DRAFTERS[drafter], verifier)
-    assert found == [alone(drafter, verifier)[i] for i in order]
+    answers = decoded([REQUESTS[i] for i in order], DRAFTERS[drafter], verifier)
+    assert answers == [alone(drafter, verifier)[i] for i in order]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -146,29 +146,29 @@ def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> 
 
     Its tokens so far are unchanged, and so are those of all others.
     """
-    found, heard = defaultdict[int, list[int]](list), defaultdict[int, int](int)
-    made = DRAFTERS[drafter]
+    answers, rounds = defaultdict[int, list[int]](list), defaultdict[int, int](int)
+    inner = DRAFTERS[drafter]
     for turn in engine.serve(
         TARGET,
-        made,
+        inner,
         arriving(),
         verifier=VERIFIERS[verifier],
-        draft_len=made.draft_len,
+        draft_len=inner.draft_len,
         rows=4,
         slots=122,
     ):
         for progress in turn.progress():
-            found[progress.request - 1] += progress.tokens
-            heard[progress.request] += 1
-            if progress.request % 4 == 2 and heard[progress.request] == 2:
+            answers[progress.request - 1] += progress.tokens
+            rounds[progress.request] += 1
+            if progress.request % 4 == 2 and rounds[progress.request] == 2:
                 turn.cancel(progress.request)
     whole = alone(drafter, verifier)
-    assert any(len(found[i]) < len(text) for i, text in enumerate(whole))
+    assert any(len(answers[i]) < len(text) for i, text in enumerate(whole))
     for i, text in enumerate(whole):
-        assert found[i] == (text[: len(found[i])] if i % 4 == 1 else text), i
+        assert answers[i] == (text[: len(answers[i])] if i % 4 == 1 else text), i
 
 
-SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache tells
+SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache matters
 
 
 @cache
@@ -228,8 +228,8 @@ def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
     run = decode.start(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier])
     while not bool(run.batch.done.all()):
         decode.step(run, DRAFTERS[drafter].draft_len)
-    found = [run.batch.ids[r, 1 : run.batch.length[r]].tolist() for r in range(len(requests))]
-    assert found == decoded(requests, DRAFTERS[drafter], verifier)
+    answers = [run.batch.ids[r, 1 : run.batch.length[r]].tolist() for r in range(len(requests))]
+    assert answers == decoded(requests, DRAFTERS[drafter], verifier)
 
 
 @pairs
