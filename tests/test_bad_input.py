@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import specdiff
 import tiny
-from specdiff import SpeculativeLM, catalog
+from specdiff import SamplingParams, SpeculativeLM, catalog
+from specdiff.controller import draft_length
 from specdiff.drafters.base import NoDrafter
 from specdiff.errors import (
     ConfigError,
@@ -233,6 +234,38 @@ def test_an_option_out_of_range(lm: SpeculativeLM, options: dict[str, Any], mess
     for ask in (lm.generate, lambda *a, **o: list(lm.stream(*a, **o))):
         with pytest.raises(UsageError, match=message):
             ask([1, 2, 3], **options)
+
+
+@pytest.mark.parametrize(
+    ("param", "values"),
+    [
+        ("max_tokens", (0, 2**63, 1.5, "all", None)),
+        ("temperature", (-1, math.inf, math.nan, "hot", None)),
+        ("top_k", (-1, True)),
+        ("top_p", (0, 1.1)),
+        ("min_p", (-0.1, 1.1)),
+        ("stop_token_ids", (5, "5", [-1], [2**63], [1.5], [None])),
+        ("repetition_penalty", (0, math.inf)),
+        ("presence_penalty", (2.1,)),
+        ("frequency_penalty", (-3,)),
+        ("logit_bias", (5, "5", [5], {1: 101}, {1: "x"}, {1.5: 1}, {-1: 1}, [(1, 2), (1, 3)])),
+        ("logit_bias", (dict.fromkeys(range(301), 1),)),
+        ("allowed_token_ids", ((), [-1], [1.5])),
+        ("logprobs", (-1, 21, 1.5)),
+    ],
+)
+def test_a_usage_error_names_the_option(param: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(UsageError) as caught:
+            SamplingParams(**{param: value})
+        assert caught.value.param == param, value
+
+
+@pytest.mark.parametrize("value", [0, 2.5, True, "many"])
+def test_a_bad_draft_length_names_the_option(value: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        draft_length(value, NoDrafter(), steady=True)
+    assert caught.value.param == "draft_len"
 
 
 @pytest.mark.parametrize(
