@@ -1,4 +1,4 @@
-"""Standing here puts this folder on the path, so that every test file can import its neighbours (`doubles`)."""
+"""Puts this folder on the path, so that every test file can import its neighbors."""
 
 import pytest
 

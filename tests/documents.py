@@ -21,7 +21,11 @@ SHELL = re.compile(r"[|<>]")
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block. `note` is what follows the language: `skip`, `fails`, or the name under which the reader saves it."""
+    """A fenced block.
+
+    `note` follows the language: `skip`, `fails`, or the name under which the reader saves the
+    block.
+    """
 
     language: str
     note: str
@@ -47,14 +51,14 @@ class Block:
 
 def blocks(page: Path) -> list[Block]:
     text = page.read_text()
-    found = [
+    fences = [
         Block(*parts)
         for parts in re.findall(
             r"^```(\w+) ?(.*?)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE
         )
     ]
-    assert len(found) == text.count("```") // 2, f"{page.name}: a block without a language"
-    return found
+    assert len(fences) == text.count("```") // 2, f"{page.name}: a block without a language"
+    return fences
 
 
 def perform(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +73,10 @@ def perform(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a shell runs it; ours in this process where no shell is needed, because importing everything again takes seconds."""
+    """Run a block as a shell does; specdiff commands run in this process if no shell is needed.
+
+    Importing everything again takes seconds.
+    """
     words = shlex.split(line, comments=True)
     if words[0] != "specdiff" or SHELL.search(line):
         ours = f"{shlex.quote(sys.executable)} -m specdiff"
@@ -81,12 +88,12 @@ def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (end.value.code or 0) == code, line
 
 
-def understood(found: Iterable[Block]) -> int:
-    """Skipped commands of ours are read by the parser of the command line itself: verb, options and their types. How many there were."""
+def understood(fences: Iterable[Block]) -> int:
+    """Parse the skipped specdiff commands: verb, options and their types. Returns their number."""
     verbs: Any = typer.main.get_command(cli.app)
     ours = [
         words
-        for block in found
+        for block in fences
         if block.note == "skip"
         for words in block.commands()
         if "specdiff" in words

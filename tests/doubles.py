@@ -1,4 +1,4 @@
-"""Small lawful drafters with laws that can be enumerated, and variants with one bug planted in each.
+"""Small exact drafters with laws that can be enumerated, and variants with one planted bug each.
 
 Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary.
 """
@@ -26,9 +26,11 @@ from specdiff.types import Batch, Context, Draft, TargetOutput, Verification
 
 
 class ToyDenoiser:
-    """A denoiser made of tables: logits[k] = position[k] + anchor[last committed] + left and right[nearest revealed token].
+    """A denoiser made of tables.
 
-    Reading to the right costs lawful orders nothing (nothing there is revealed yet) and makes any other order pay.
+    logits[k] = position[k] + anchor[last committed] + left and right[nearest revealed token].
+    Reading to the right costs exact orders nothing (nothing there is revealed yet) and makes any
+    other order pay.
     """
 
     taps: tuple[int, ...] = ()
@@ -86,10 +88,10 @@ class ToyDenoiser:
 
 
 class ToyScorer(ToyDenoiser):
-    """A score made of tables, of either process: as the toy denoiser, every token weighs on its neighbours on both sides.
+    """A score made of tables, of either process: every token weighs on its neighbors on both sides.
 
-    Where the score has no MASK, every token counts as revealed; the score at a token's own place is 1. `coupling` above 1 lets
-    tokens hang more on their neighbours, less on position and anchor.
+    Where the score has no MASK, every token counts as revealed; the score at a token's own place
+    is 1. With `coupling` above 1 tokens depend more on neighbors, less on position and anchor.
     """
 
     def __init__(
@@ -130,7 +132,7 @@ class ToyScorer(ToyDenoiser):
 
 
 class Stateless(Drafter[None]):
-    """What the drafters below share: nothing to remember. (Abstract still: they say what they propose.)"""
+    """Base of the drafters below: no state."""
 
     def open(self, rows: int, slots: int) -> None:
         return None
@@ -143,7 +145,7 @@ class Stateless(Drafter[None]):
 
 
 class PointMasses(Stateless):
-    """Random tokens handed on without probabilities, and a random number of them a row: lawful under every verifier."""
+    """Random tokens without probabilities, a random number a row: valid under every verifier."""
 
     draft_len = 3
 
@@ -160,7 +162,7 @@ class PointMasses(Stateless):
 
 
 class AnyOrder(Stateless):
-    """BUG: unmasks right to left, one pass a position, and stores each q as it was when the token was drawn."""
+    """BUG: unmasks right to left, one pass a position; stores each q at the time of its draw."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
         self.denoiser, self.draft_len = denoiser, denoiser.draft_len
@@ -179,31 +181,37 @@ class AnyOrder(Stateless):
 
 
 class StoresProbabilities(Stateless):
-    """BUG: SEDD's sampler with the paper's recipe taken at its word: each token's probabilities as they were when it was drawn."""
+    """BUG: SEDD's sampler with the paper's recipe taken literally.
+
+    Each token's probabilities are those at the time of its draw.
+    """
 
     def __init__(self, inner: AnyOrderDrafter[None]) -> None:
         self.inner, self.draft_len = inner, inner.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
-        scorer, seen = self.inner.scorer, []
+        scorer, calls = self.inner.scorer, []
 
         def listening(canvas: Tensor, sigma: Tensor) -> Tensor:
-            seen.append((canvas, scorer.log_score(context, None, canvas, sigma)))
-            return seen[-1][1]
+            calls.append((canvas, scorer.log_score(context, None, canvas, sigma)))
+            return calls[-1][1]
 
         listener = copy.copy(scorer)
         listener.log_score = lambda context, state, canvas, sigma: listening(canvas, sigma)
         drafter = AnyOrderDrafter(listener, steps=self.inner.steps, sampler=self.inner.sampler)
         tokens = drafter.propose(context, None, noise, draft_len).tokens
         probs = torch.zeros(*tokens.shape, scorer.mask_id, dtype=torch.float64)
-        for canvas, log_score in seen:
+        for canvas, log_score in calls:
             law = probabilities(log_score[..., : scorer.mask_id], context.batch.params)
             probs = torch.where((canvas == scorer.mask_id)[..., None], law, probs)
         return Draft(tokens, probs)
 
 
 class DropsUnlikely(Stateless):
-    """BUG: cuts its draft before the first token it finds unlikely itself, which drops a token because of what it is."""
+    """BUG: cuts its draft before the first token it finds unlikely itself.
+
+    That drops a token because of what it is.
+    """
 
     def __init__(self, inner: DenoisingDrafter[None], floor: float) -> None:
         self.inner, self.floor, self.draft_len = inner, floor, inner.draft_len
@@ -220,23 +228,25 @@ class Misreported(Stateless):
 
     def __init__(self, denoiser: ToyDenoiser, draft_temperature: float) -> None:
         self.drawn = DenoisingDrafter(denoiser, draft_temperature=draft_temperature)
-        self.told, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
+        self.raw, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = self.drawn.propose(context, None, noise, draft_len).tokens
-        return replace(self.told.propose(context, None, noise, draft_len), tokens=tokens)
+        return replace(self.raw.propose(context, None, noise, draft_len), tokens=tokens)
 
 
 class Forgetful(Stateless):
-    """BUG: draws under the request's penalties, hands on what the probabilities were without them."""
+    """BUG: draws under the request's penalties, returns the probabilities without them."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
         self.inner, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         plain = replace(context.batch, params=replace(context.batch.params, active=frozenset()))
-        told = self.inner.propose(replace(context, batch=plain), None, noise, draft_len)
-        return replace(told, tokens=self.inner.propose(context, None, noise, draft_len).tokens)
+        unpenalized = self.inner.propose(replace(context, batch=plain), None, noise, draft_len)
+        return replace(
+            unpenalized, tokens=self.inner.propose(context, None, noise, draft_len).tokens
+        )
 
 
 class Through(Stateless):
@@ -272,7 +282,10 @@ class OneStream(Noise):
 
 @dataclass(frozen=True, slots=True)
 class ThreeUniforms(Noise):
-    """BUG: from the fourth position on, draws share the uniforms of the first three: no draft of three shows it."""
+    """BUG: from the fourth position on, draws share the uniforms of the first three.
+
+    No draft of three shows it.
+    """
 
     def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
         return Noise.uniform(self, purpose, 3, index).repeat(1, -(-n // 3))[:, :n]
@@ -339,7 +352,7 @@ def early_bonus(plan: PlanFunction) -> PlanFunction:
 
 
 def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
-    """The draw that belongs to a plan: the longest passing prefix (block), or up to the first failure."""
+    """The draw of a plan: the longest passing prefix (block), or up to the first failure."""
 
     def verifier(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
         planned, K = plan(draft, p), draft.tokens.shape[1]
@@ -361,7 +374,7 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
 
 
 class Sick(Target[Any]):
-    """`inner`, whose logits are `spoiled` from absolute position `first` on, in the rows of one seed."""
+    """`inner` with logits that are `spoiled` from absolute position `first` on, for one seed."""
 
     def __init__(
         self, inner: Target[Any], spoil: Callable[[Tensor], Tensor], first: int, seed: int = 0
@@ -382,9 +395,9 @@ class Sick(Target[Any]):
         cache: Any,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> Tensor | None:
-        return self.inner.admit(cache, rows, prompts, kept)
+        return self.inner.admit(cache, rows, prompts, prefix_lengths)
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)
@@ -420,10 +433,12 @@ class StaleCache:
 
 
 class StaleTarget(Target[StaleCache]):
-    """BUG: the table target, but a slot once written stays as it is (`keeps`), or is written `shift` slots off, or a joining row
-    takes over `beyond` positions more than it kept.
+    """BUG: the table target with a faulty cache.
 
-    sums: "before last" is the sum of all tokens before, so that every slot tells, however far back.
+    A slot once written stays as it is (`keeps`), or is written `shift` slots off, or a joining row
+    reuses `beyond` positions more than it holds.
+
+    sums: "before last" is the sum of all tokens before, so that every slot matters.
     """
 
     def __init__(
@@ -455,9 +470,9 @@ class StaleTarget(Target[StaleCache]):
         cache: StaleCache,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> None:
-        for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
+        for row, prompt, k in zip(rows, prompts, prefix_lengths.tolist(), strict=True):
             k += self.beyond if k else 0
             cache.ids[row, k : len(prompt) - 1] = prompt[k:-1]
 
@@ -467,8 +482,8 @@ class StaleTarget(Target[StaleCache]):
         stays = cache.written.gather(1, there) & self.keeps
         cache.ids.scatter_(1, there, torch.where(stays, cache.ids.gather(1, there), new))
         cache.written.scatter_(1, there, True)
-        seen = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
-        before = torch.where(at > 0, seen.gather(1, (at - 1).clamp(min=0)), 0)
+        history = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
+        before = torch.where(at > 0, history.gather(1, (at - 1).clamp(min=0)), 0)
         return TargetOutput(self.table[before, cache.ids.gather(1, at)])
 
     def keep(self, cache: StaleCache, batch: Batch, verification: Verification) -> None:
@@ -478,7 +493,7 @@ class StaleTarget(Target[StaleCache]):
         return None
 
 
-# ---- noise that holds what it is told ----
+# ---- noise with given values ----
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The sampling options once more, one token at a time in plain Python, as their definitions read."""
+"""The sampling options once more, one token at a time in plain Python, as they are defined."""
 
 import math
 from collections import Counter
@@ -10,7 +10,7 @@ from specdiff.types import SamplingParams
 def adjusted(
     logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams
 ) -> list[float]:
-    """One row's logits under allowed ids, bias and penalties, where `answer` is all that stands behind the prompt."""
+    """One row's logits under allowed ids, bias and penalties; `answer` follows the prompt."""
     bias, counts = dict(params.logit_bias), Counter(answer)
     result = []
     for token, logit in enumerate(logits):
@@ -34,10 +34,10 @@ def law(
     logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams
 ) -> list[float]:
     """One row's law under all that `params` asks."""
-    told = adjusted(logits, prompt, answer, params)
+    scores = adjusted(logits, prompt, answer, params)
     if params.temperature == 0:
-        return [float(token == told.index(max(told))) for token in range(len(told))]
-    weights = [math.exp((logit - max(told)) / params.temperature) for logit in told]
+        return [float(token == scores.index(max(scores))) for token in range(len(scores))]
+    weights = [math.exp((logit - max(scores)) / params.temperature) for logit in scores]
     p = [w / sum(weights) for w in weights]
     if params.top_k:
         p = _at_least(sorted(p, reverse=True)[: params.top_k][-1], p)
@@ -50,5 +50,5 @@ def law(
 
 
 def _at_least(least: float, p: Sequence[float]) -> list[float]:
-    kept = [x if x >= least else 0.0 for x in p]
-    return [x / sum(kept) for x in kept]
+    support = [x if x >= least else 0.0 for x in p]
+    return [x / sum(support) for x in support]

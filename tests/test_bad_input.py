@@ -1,4 +1,7 @@
-"""B1: every bad argument and artefact gives one clear error that names value, file or field, and nothing of it is run."""
+"""B1: every bad argument and artifact gives one clear error that names value, file or field.
+
+Nothing of it is run.
+"""
 
 import builtins
 import json
@@ -16,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 import specdiff
 import tiny
-from specdiff import SpeculativeLM, catalog
+from specdiff import SamplingParams, SpeculativeLM, catalog
+from specdiff.controller import draft_length
 from specdiff.drafters.base import NoDrafter
 from specdiff.errors import (
     ConfigError,
@@ -63,11 +67,11 @@ def folder(sound: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     """A copy to damage."""
 
     def copied(kind: str) -> Path:
-        made = tmp_path / kind
-        made.mkdir()
+        broken = tmp_path / kind
+        broken.mkdir()
         for file in sound[kind].iterdir():
-            (made / file.name).write_bytes(file.read_bytes())
-        return made
+            (broken / file.name).write_bytes(file.read_bytes())
+        return broken
 
     return copied
 
@@ -108,8 +112,8 @@ def refuses_to_open(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 def test_the_sound_ones_load(sound: dict[str, Path]) -> None:
-    made = specdiff.load(str(sound["model"]), str(sound["drafter"]), device="cpu")
-    assert len(made.generate([1, 2], max_tokens=3, seed=0).token_ids) == 3
+    broken = specdiff.load(str(sound["model"]), str(sound["drafter"]), device="cpu")
+    assert len(broken.generate([1, 2], max_tokens=3, seed=0).token_ids) == 3
 
 
 # names
@@ -163,7 +167,7 @@ def test_max_len_out_of_range(sound: dict[str, Path], value: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"draft_len": 0},
@@ -226,10 +230,42 @@ def test_max_len_out_of_range(sound: dict[str, Path], value: int) -> None:
         ({"rows": 0}, "rows must be at least 1, not 0"),
     ],
 )
-def test_an_option_out_of_range(lm: SpeculativeLM, options: dict[str, Any], told: str) -> None:
+def test_an_option_out_of_range(lm: SpeculativeLM, options: dict[str, Any], message: str) -> None:
     for ask in (lm.generate, lambda *a, **o: list(lm.stream(*a, **o))):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             ask([1, 2, 3], **options)
+
+
+@pytest.mark.parametrize(
+    ("param", "values"),
+    [
+        ("max_tokens", (0, 2**63, 1.5, "all", None)),
+        ("temperature", (-1, math.inf, math.nan, "hot", None)),
+        ("top_k", (-1, True)),
+        ("top_p", (0, 1.1)),
+        ("min_p", (-0.1, 1.1)),
+        ("stop_token_ids", (5, "5", [-1], [2**63], [1.5], [None])),
+        ("repetition_penalty", (0, math.inf)),
+        ("presence_penalty", (2.1,)),
+        ("frequency_penalty", (-3,)),
+        ("logit_bias", (5, "5", [5], {1: 101}, {1: "x"}, {1.5: 1}, {-1: 1}, [(1, 2), (1, 3)])),
+        ("logit_bias", (dict.fromkeys(range(301), 1),)),
+        ("allowed_token_ids", ((), [-1], [1.5])),
+        ("logprobs", (-1, 21, 1.5)),
+    ],
+)
+def test_a_usage_error_names_the_option(param: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(UsageError) as caught:
+            SamplingParams(**{param: value})
+        assert caught.value.param == param, value
+
+
+@pytest.mark.parametrize("value", [0, 2.5, True, "many"])
+def test_a_bad_draft_length_names_the_option(value: Any) -> None:
+    with pytest.raises(UsageError) as caught:
+        draft_length(value, NoDrafter(), steady=True)
+    assert caught.value.param == "draft_len"
 
 
 @pytest.mark.parametrize(
@@ -298,12 +334,14 @@ def test_a_drafter_of_another_vocabulary(target: CausalTarget, tmp_path: Path) -
 @pytest.mark.parametrize("left", [0, 4, 8, 200, -1])
 def test_truncated_safetensors(folder: Any, target: CausalTarget, left: int) -> None:
     for kind in ("drafter", "model"):
-        made = folder(kind)
-        file = made / "model.safetensors"
+        broken = folder(kind)
+        file = broken / "model.safetensors"
         file.write_bytes(file.read_bytes()[:left])
         with pytest.raises(WeightsError, match=r"truncated or damaged") as caught:
-            loaded(made, target) if kind == "drafter" else specdiff.load(str(made), device="cpu")
-        assert str(made) in str(caught.value)
+            loaded(broken, target) if kind == "drafter" else specdiff.load(
+                str(broken), device="cpu"
+            )
+        assert str(broken) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -317,46 +355,47 @@ def test_truncated_safetensors(folder: Any, target: CausalTarget, left: int) -> 
     ],
 )
 def test_safetensors_with_a_false_header(folder: Any, target: CausalTarget, header: bytes) -> None:
-    made = folder("drafter")
-    (made / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    broken = folder("drafter")
+    (broken / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     with pytest.raises(WeightsError, match=r"model\.safetensors"):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 def test_safetensors_with_an_endless_header(folder: Any, target: CausalTarget) -> None:
-    made = folder("drafter")
-    (made / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    broken = folder("drafter")
+    (broken / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
     with pytest.raises(WeightsError, match=r"model\.safetensors.*truncated or damaged"):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 def test_a_tensor_of_the_wrong_shape(folder: Any, target: CausalTarget) -> None:
-    made, name = folder("drafter"), "blocks.1.attn_out.weight"
-    tensors = load_file(made / "model.safetensors")
-    save_file(tensors | {name: torch.zeros(3, 5)}, made / "model.safetensors")
+    broken, name = folder("drafter"), "blocks.1.attn_out.weight"
+    tensors = load_file(broken / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(3, 5)}, broken / "model.safetensors")
     with pytest.raises(
         WeightsError,
-        match=rf"model\.safetensors: {name} has shape \[3, 5\], but config\.json asks for \[32, 32\]",
+        match=rf"model\.safetensors: {name} has shape \[3, 5\], "
+        r"but config\.json asks for \[32, 32\]",
     ):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 def test_tensors_missing_and_unknown(folder: Any, target: CausalTarget) -> None:
-    made = folder("drafter")
-    tensors = load_file(made / "model.safetensors")
-    kept = {k: v for k, v in tensors.items() if k != "blocks.0.norm2.weight"}
-    save_file(kept, made / "model.safetensors")
+    broken = folder("drafter")
+    tensors = load_file(broken / "model.safetensors")
+    rest = {k: v for k, v in tensors.items() if k != "blocks.0.norm2.weight"}
+    save_file(rest, broken / "model.safetensors")
     with pytest.raises(WeightsError, match=r"model\.safetensors lacks blocks\.0\.norm2\.weight"):
-        loaded(made, target)
-    save_file(tensors | {"surprise": torch.zeros(1)}, made / "model.safetensors")
+        loaded(broken, target)
+    save_file(tensors | {"surprise": torch.zeros(1)}, broken / "model.safetensors")
     with pytest.raises(WeightsError, match=r"has unknown surprise"):
-        loaded(made, target)
-    edit(made, lambda c: c["model"].update(n_blocks=3))
+        loaded(broken, target)
+    edit(broken, lambda c: c["model"].update(n_blocks=3))
     with pytest.raises(
         WeightsError,
         match=r"lacks blocks\.2\..* and \d+ more and has unknown surprise; does its config\.json",
     ):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 REQUIRED = ["tokens", "graph", "noise", "model", "graph.type", "noise.type"]
@@ -365,7 +404,7 @@ REQUIRED += [f"model.{key}" for key in ("hidden_size", "n_blocks", "n_heads", "c
 
 @pytest.mark.parametrize("key", REQUIRED)
 def test_a_missing_config_key(folder: Any, target: CausalTarget, key: str) -> None:
-    made = folder("drafter")
+    broken = folder("drafter")
     *path, last = key.split(".")
 
     def drop(config: dict[str, Any]) -> None:
@@ -373,27 +412,30 @@ def test_a_missing_config_key(folder: Any, target: CausalTarget, key: str) -> No
             config = config[part]
         del config[last]
 
-    edit(made, drop)
+    edit(broken, drop)
     with pytest.raises(ConfigError, match=rf"config\.json lacks the key '{last}'"):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("tokens", "48"), ("tokens", True), ("tokens", None), ("tokens", 48.0), ("graph", "absorb"), ("noise", []), ("graph.type", 3),
-        ("graph.type", "melt"), ("noise.type", "cosine"), ("model", 5), ("model.hidden_size", "32"), ("model.n_blocks", None),
-        ("model.n_heads", 5), ("attention", "sideways"), ("attention", 7), ("model.n_heads", 0), ("model.n_heads", -4),
-        ("model.hidden_size", 0), ("model.hidden_size", -32), ("model.n_blocks", -1), ("model.cond_dim", 0), ("tokens", -1),
-        ("model.length", "1024"), ("model.length", 0), ("model.dropout", "none"), ("model.scale_by_sigma", "yes"),
-        ("borrow_embeddings", "no"), ("draft_vocab_size", "20"), ("draft_vocab_size", -3), ("context_window", "8"),
-        ("context_window", 0), ("time_conditioning", "no"), ("draft_len", "8"), ("draft_len", 0),
+        ("tokens", "48"), ("tokens", True), ("tokens", None), ("tokens", 48.0),
+        ("graph", "absorb"), ("noise", []), ("graph.type", 3), ("graph.type", "melt"),
+        ("noise.type", "cosine"), ("model", 5), ("model.hidden_size", "32"),
+        ("model.n_blocks", None), ("model.n_heads", 5), ("attention", "sideways"),
+        ("attention", 7), ("model.n_heads", 0), ("model.n_heads", -4), ("model.hidden_size", 0),
+        ("model.hidden_size", -32), ("model.n_blocks", -1), ("model.cond_dim", 0), ("tokens", -1),
+        ("model.length", "1024"), ("model.length", 0), ("model.dropout", "none"),
+        ("model.scale_by_sigma", "yes"), ("borrow_embeddings", "no"), ("draft_vocab_size", "20"),
+        ("draft_vocab_size", -3), ("context_window", "8"), ("context_window", 0),
+        ("time_conditioning", "no"), ("draft_len", "8"), ("draft_len", 0),
     ],
 )  # fmt: skip
 def test_a_config_key_with_a_bad_value(
     folder: Any, target: CausalTarget, key: str, value: Any
 ) -> None:
-    made = folder("drafter")
+    broken = folder("drafter")
     *path, last = key.split(".")
 
     def change(config: dict[str, Any]) -> None:
@@ -401,30 +443,30 @@ def test_a_config_key_with_a_bad_value(
             config = config[part]
         config[last] = value
 
-    edit(made, change)
+    edit(broken, change)
     with pytest.raises(ConfigError) as caught:
-        loaded(made, target)
+        loaded(broken, target)
     assert last in str(caught.value) or key.split(".")[0] in str(caught.value)
-    assert str(made) in str(caught.value)
+    assert str(broken) in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "text", ["", "{", "not json", "\x00", "[1, 2]", "null", '"tokens"', "1e999"]
 )
 def test_a_config_that_is_no_json_object(folder: Any, target: CausalTarget, text: str) -> None:
-    made = folder("drafter")
-    (made / "config.json").write_text(text)
+    broken = folder("drafter")
+    (broken / "config.json").write_text(text)
     with pytest.raises(
         ConfigError, match=r"config\.json (is not valid JSON|must hold a JSON object)"
     ):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 def test_a_config_in_no_encoding(folder: Any, target: CausalTarget) -> None:
-    made = folder("drafter")
-    (made / "config.json").write_bytes(b'{"tokens": "\xff\xfe"}')
+    broken = folder("drafter")
+    (broken / "config.json").write_bytes(b'{"tokens": "\xff\xfe"}')
     with pytest.raises(ConfigError, match=r"config\.json is not valid JSON"):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 def test_folders_that_hold_nothing(tmp_path: Path, target: CausalTarget, folder: Any) -> None:
@@ -436,21 +478,24 @@ def test_folders_that_hold_nothing(tmp_path: Path, target: CausalTarget, folder:
     with pytest.raises(ConfigError, match=r"holds no config\.json; a target folder needs"):
         specdiff.load(str(tmp_path), device="cpu")
     for kind in ("drafter", "model"):
-        made = folder(kind)
-        (made / "model.safetensors").unlink()
+        broken = folder(kind)
+        (broken / "model.safetensors").unlink()
         with pytest.raises(WeightsError, match=r"safetensors"):
-            loaded(made, target) if kind == "drafter" else specdiff.load(str(made), device="cpu")
+            loaded(broken, target) if kind == "drafter" else specdiff.load(
+                str(broken), device="cpu"
+            )
 
 
 def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
-    made = folder("model")
-    config = json.loads((made / "config.json").read_text())
-    (made / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    broken = folder("model")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(
         ConfigError,
-        match=r"no drafter format with model_type 'nonsense'.*sedd, mdlm and transformers' causal LMs",
+        match=r"no drafter format with model_type 'nonsense'.*"
+        r"sedd, mdlm and transformers' causal LMs",
     ):
-        loaded(made, target)
+        loaded(broken, target)
 
 
 def test_a_drafter_that_is_no_model(folder: Any) -> None:
@@ -474,24 +519,24 @@ def test_draft_vocab_ids_out_of_range(target: CausalTarget, tmp_path: Path) -> N
 def test_a_pickle_is_refused_and_never_opened(
     folder: Any, target: CausalTarget, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = folder(kind)
-    mark = trap(made)
+    broken = folder(kind)
+    mark = trap(broken)
     refuses_to_open(monkeypatch, ".bin")
     with pytest.raises(
         WeightsError,
         match=r"pytorch_model\.bin.* is a pickle, which can run code.*(Convert|convert)",
     ):
-        loaded(made, target) if kind == "drafter" else specdiff.load(str(made), device="cpu")
+        loaded(broken, target) if kind == "drafter" else specdiff.load(str(broken), device="cpu")
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("kind", ["drafter", "model"])
 def test_a_pickle_in_safetensors_clothing(folder: Any, target: CausalTarget, kind: str) -> None:
-    made = folder(kind)
-    mark = trap(made)
-    (made / "pytorch_model.bin").rename(made / "model.safetensors")
+    broken = folder(kind)
+    mark = trap(broken)
+    (broken / "pytorch_model.bin").rename(broken / "model.safetensors")
     with pytest.raises(WeightsError, match=r"safetensors"):
-        loaded(made, target) if kind == "drafter" else specdiff.load(str(made), device="cpu")
+        loaded(broken, target) if kind == "drafter" else specdiff.load(str(broken), device="cpu")
     assert not mark.exists()
 
 
@@ -499,37 +544,41 @@ def test_a_pickle_beside_safetensors_is_left_alone(
     folder: Any, target: CausalTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind in ("drafter", "model"):
-        made = folder(kind)
-        mark = made.parent / "executed"
-        (made / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
+        broken = folder(kind)
+        mark = broken.parent / "executed"
+        (broken / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(mark)))
         refuses_to_open(monkeypatch, ".bin")
-        assert loaded(made, target) if kind == "drafter" else specdiff.load(str(made), device="cpu")
+        assert (
+            loaded(broken, target)
+            if kind == "drafter"
+            else specdiff.load(str(broken), device="cpu")
+        )
         assert not mark.exists()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "brand_new"])
 def test_auto_map_is_refused(folder: Any, model_type: str) -> None:
     """config.json may not bring its own code, of a known family or not."""
-    made = folder("model")
-    mark = made.parent / "executed"
-    (made / "modeling.py").write_text(
+    broken = folder("model")
+    mark = broken.parent / "executed"
+    (broken / "modeling.py").write_text(
         f"import os; os.mkdir({str(mark)!r})\nclass Config: ...\nclass Model: ...\n"
     )
     auto = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
-    edit(made, lambda c: c.update(auto_map=auto, model_type=model_type))
+    edit(broken, lambda c: c.update(auto_map=auto, model_type=model_type))
     with pytest.raises(
         (UnsupportedModelError, ConfigError), match=r"auto_map|own code|custom code|brand_new"
     ) as caught:
-        specdiff.load(str(made), device="cpu")
-    assert str(made) in str(caught.value)
+        specdiff.load(str(broken), device="cpu")
+    assert str(broken) in str(caught.value)
     assert not mark.exists()
 
 
 def test_a_tokenizer_may_not_bring_code(folder: Any) -> None:
-    made = folder("model")
-    mark = made.parent / "executed"
-    (made / "tokenization.py").write_text(f"import os; os.mkdir({str(mark)!r})\nclass Tok: ...\n")
-    (made / "tokenizer_config.json").write_text(
+    broken = folder("model")
+    mark = broken.parent / "executed"
+    (broken / "tokenization.py").write_text(f"import os; os.mkdir({str(mark)!r})\nclass Tok: ...\n")
+    (broken / "tokenizer_config.json").write_text(
         json.dumps(
             {"auto_map": {"AutoTokenizer": ["tokenization.Tok", None]}, "tokenizer_class": "Tok"}
         )
@@ -537,7 +586,7 @@ def test_a_tokenizer_may_not_bring_code(folder: Any) -> None:
     with pytest.raises(
         ConfigError, match=r"the tokenizer \(tokenizer_config.json\) cannot be read"
     ):
-        specdiff.load(str(made), device="cpu")
+        specdiff.load(str(broken), device="cpu")
     assert not mark.exists()
 
 
@@ -549,48 +598,48 @@ def test_a_tokenizer_may_not_bring_code(folder: Any) -> None:
     ["", "{", "[1]", '{"hidden_size": 4}', '{"model_type": "no_such_family"}', '{"model_type": 7}'],
 )
 def test_a_targets_config_that_says_nothing(folder: Any, text: str) -> None:
-    made = folder("model")
-    (made / "config.json").write_text(text)
+    broken = folder("model")
+    (broken / "config.json").write_text(text)
     with pytest.raises(SpecdiffError) as caught:
-        specdiff.load(str(made), device="cpu")
-    assert str(made) in str(caught.value)
+        specdiff.load(str(broken), device="cpu")
+    assert str(broken) in str(caught.value)
 
 
 @pytest.mark.parametrize(("key", "value"), [("hidden_size", "wide"), ("num_attention_heads", 0)])
 def test_a_targets_config_with_a_bad_value(folder: Any, key: str, value: Any) -> None:
-    made = folder("model")
-    edit(made, lambda c: c.update({key: value}))
+    broken = folder("model")
+    edit(broken, lambda c: c.update({key: value}))
     with pytest.raises(ConfigError) as caught:
-        specdiff.load(str(made), device="cpu")
-    assert str(made / "config.json") in str(caught.value)
+        specdiff.load(str(broken), device="cpu")
+    assert str(broken / "config.json") in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [("missing", r"lack {}"), ("misshapen", r"hold {} in shape \[3, 5\], not \[64, 32\]")],
 )
-def test_a_target_with_a_bad_tensor(folder: Any, how: str, told: str) -> None:
+def test_a_target_with_a_bad_tensor(folder: Any, how: str, message: str) -> None:
     """transformers itself fills a missing one with random numbers, and warns."""
-    made, name = folder("model"), "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(made / "model.safetensors")
+    broken, name = folder("model"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(broken / "model.safetensors")
     changed = {k: v for k, v in tensors.items() if k != name} | (
         {} if how == "missing" else {name: torch.zeros(3, 5)}
     )
-    save_file(changed, made / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(WeightsError, match=told.replace("{}", name.replace(".", r"\."))):
-        specdiff.load(str(made), device="cpu")
+    save_file(changed, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=message.replace("{}", name.replace(".", r"\."))):
+        specdiff.load(str(broken), device="cpu")
 
 
 def test_a_target_that_says_nan(folder: Any) -> None:
-    made = folder("model")
-    tensors = load_file(made / "model.safetensors")
+    broken = folder("model")
+    tensors = load_file(broken / "model.safetensors")
     save_file(
         {k: v * math.nan for k, v in tensors.items()},
-        made / "model.safetensors",
+        broken / "model.safetensors",
         metadata={"format": "pt"},
     )
     with pytest.raises(UnsupportedModelError, match="self-test"):
-        specdiff.load(str(made), device="cpu")
+        specdiff.load(str(broken), device="cpu")
 
 
 # a drafter in the user's own file
@@ -635,7 +684,7 @@ def test_a_good_file(mine: Path, target: CausalTarget) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "error", "told"),
+    ("spec", "error", "message"),
     [
         (
             'Mine:{"flavour": "bitter"}',
@@ -669,14 +718,14 @@ def test_a_good_file(mine: Path, target: CausalTarget) -> None:
     ],
 )
 def test_a_bad_drafter_in_a_file(
-    mine: Path, target: CausalTarget, spec: str, error: type[Exception], told: str
+    mine: Path, target: CausalTarget, spec: str, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         catalog.drafter(f"{mine}:{spec}", target.info)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("1 / 0", "raised ZeroDivisionError while being imported: division by zero"),
         ("def broken(:", "raised SyntaxError while being imported"),
@@ -687,10 +736,10 @@ def test_a_bad_drafter_in_a_file(
     ],
 )
 def test_a_file_that_raises_on_import(
-    tmp_path: Path, target: CausalTarget, text: str, told: str
+    tmp_path: Path, target: CausalTarget, text: str, message: str
 ) -> None:
     (tmp_path / "bad.py").write_text(text)
-    with pytest.raises(DrafterError, match=rf"bad\.py {told}"):
+    with pytest.raises(DrafterError, match=rf"bad\.py {message}"):
         catalog.drafter(f"{tmp_path / 'bad.py'}:Mine", target.info)
 
 
@@ -717,7 +766,7 @@ def test_options_for_a_ready_made_drafter(sound: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"order": "random"}, "unknown order 'random'; known are one-shot, left-to-right, any"),
@@ -727,9 +776,9 @@ def test_options_for_a_ready_made_drafter(sound: dict[str, Path]) -> None:
     ],
 )
 def test_options_of_a_trained_drafter(
-    sound: dict[str, Path], target: CausalTarget, options: dict[str, Any], told: str
+    sound: dict[str, Path], target: CausalTarget, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         loaded(sound["drafter"], target, **options)
 
 
@@ -835,7 +884,8 @@ def chatty(target: CausalTarget) -> SpeculativeLM:
         "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}",
         "{{ messages.append(1) }}",
         "{% for i in range(10**12) %}x{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endfor %}",
         "{{ 10 ** (10 ** 10) }}",
         "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
         "{{ 'x' * 5000000 }}",
@@ -879,21 +929,22 @@ def test_after_a_template_was_stopped_the_next_conversation_is_rendered(
     monkeypatch.setattr(
         chat_template, "WAITING", 100
     )  # on the clock: computing is what is short here, and a machine may be busy
-    bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"  # constants are computed while compiling
-    made = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
+    # constants are computed while compiling
+    bomb = "{% if messages|length > 1 %}{{ (messages|length + 7) ** (10 ** 10) }}{% endif %}"
+    broken = chatting(target, bomb + "{{ messages[0].content }}{{ unk_token }}")
     hi = {"role": "user", "content": "hi"}
-    assert made.render([hi]) == made.tokenizer.apply_chat_template(
+    assert broken.render([hi]) == broken.tokenizer.apply_chat_template(
         [hi], tokenize=True, return_dict=False
     )
     with pytest.raises(
         UsageError, match=r"chat template refuses these messages \(it did not end within 1 seconds"
     ):
-        made.render([hi, hi])
-    assert len(made.render([hi])) == 2
+        broken.render([hi, hi])
+    assert len(broken.render([hi])) == 2
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user"}], [{"content": "hi"}], ["hi"], [5], "hi"])
 def test_messages_of_the_wrong_shape(target: CausalTarget, messages: Any) -> None:
-    made = chatting(target, "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}")
+    broken = chatting(target, "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}")
     with pytest.raises(UsageError, match=r"role.*content"):
-        made.chat(messages, max_tokens=1)
+        broken.chat(messages, max_tokens=1)

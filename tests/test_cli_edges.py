@@ -1,4 +1,4 @@
-"""The command line at its edges: odd bytes, closed and full streams, environment variables, errors nobody foresaw."""
+"""The command line at its edges: odd bytes, closed and full streams, environment, bugs."""
 
 import io
 import json
@@ -231,7 +231,7 @@ def test_odd_bytes_in_options(answer: Here, here: Here, tmp_path: Path) -> None:
 
 
 def test_a_file_whose_name_is_no_text(here: Here, tmp_path: Path) -> None:
-    """It is found under its own name; safetensors cannot read such a model, which is one line too."""
+    """It is found under its own name; safetensors cannot read such a model: a one-line error."""
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     path.mkdir()
     (path / "results.json").write_text("{")
@@ -241,8 +241,12 @@ def test_a_file_whose_name_is_no_text(here: Here, tmp_path: Path) -> None:
 
 def test_an_ascii_terminal_shows_question_marks(folder: Path) -> None:
     options = f"--model {folder} --drafter none --max-tokens 6 --temperature 0 --raw"
-    done = shell(f"$SPECDIFF '日本 naïve' {options} --system 'ü'; echo $?; printf '日本 naïve' | $SPECDIFF - {options}; echo $?",
-                 PYTHONIOENCODING="ascii", LC_ALL="C")  # fmt: skip
+    done = shell(
+        f"$SPECDIFF '日本 naïve' {options} --system 'ü'; echo $?; "
+        f"printf '日本 naïve' | $SPECDIFF - {options}; echo $?",
+        PYTHONIOENCODING="ascii",
+        LC_ALL="C",
+    )
     out, err = done.stdout.decode("ascii"), done.stderr.decode("ascii")
     assert out.startswith("2\n") and out.endswith("\n0\n") and "Traceback" not in err
     assert "tok/s" in err
@@ -257,7 +261,8 @@ def test_full_and_closed_streams() -> None:
     line = b"specdiff: error: cannot write to standard output: No space left on device\n"
     assert full.stderr == 2 * line
     closed = shell(
-        "$SPECDIFF --version >&-; echo $?; $SPECDIFF --version 2>&-; echo $?; $SPECDIFF hi --draft-len x 2>&-; echo $?"
+        "$SPECDIFF --version >&-; echo $?; $SPECDIFF --version 2>&-; echo $?; "
+        "$SPECDIFF hi --draft-len x 2>&-; echo $?"
     )
     out = closed.stdout.decode().split()
     assert out[0] == "1" and out[2:] == ["0", "2"]
@@ -372,13 +377,15 @@ def test_no_error_ends_a_conversation(
                 raise TargetError("not finite")
 
     monkeypatch.setattr(Conversation, "say", say)
-    lines = f"the rain\nbreak\nstumble\n!save ~nobody-of-that-name/a.json\nin spain\n!save {tmp_path}/a.json\n"
+    lines = (
+        f"the rain\nbreak\nstumble\n!save ~no-such-user/a.json\nin spain\n!save {tmp_path}/a.json\n"
+    )
     options = ("--model", str(folder), "--drafter", "none", "--max-tokens", "4", "-q")
     code, out, err = here("chat", *options, stdin=lines.encode())
-    said = err.splitlines()
-    assert code == 0 and len(said) == 4 and said[3] == f"saved to {tmp_path}/a.json", err
-    assert said[0] == "specdiff: error: Odd: out of ink; run again with --debug for the traceback"
-    assert said[1] == "specdiff: error: not finite"
+    stderr = err.splitlines()
+    assert code == 0 and len(stderr) == 4 and stderr[3] == f"saved to {tmp_path}/a.json", err
+    assert stderr[0] == "specdiff: error: Odd: out of ink; run again with --debug for the traceback"
+    assert stderr[1] == "specdiff: error: not finite"
     messages = json.loads((tmp_path / "a.json").read_text())["messages"]
     users = [message["content"] for message in messages if message["role"] == "user"]
     assert users == ["the rain", "break", "stumble", "in spain"]
@@ -444,5 +451,6 @@ def test_help_of_every_verb(here: Here, verb: str) -> None:
 
 
 def test_help_imports_nothing_heavy() -> None:
-    code = "import sys, specdiff.cli; sys.exit(bool({'torch', 'transformers', 'rich.console'} & sys.modules.keys()))"
+    heavy = "{'torch', 'transformers', 'rich.console'}"
+    code = f"import sys, specdiff.cli; sys.exit(bool({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -1,4 +1,4 @@
-"""Drafting on and off, driven by rounds made up here: seconds and emitted tokens are what the test says they are."""
+"""Drafting on and off, driven by synthetic rounds with given seconds and emitted tokens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,8 +8,8 @@ import torch
 
 from specdiff import decode
 from specdiff.controller import FIRST_PAUSE, LONGEST_PAUSE, PATIENCE, PLAIN_PROBES, Controller
-from specdiff.decode import DeviceStopwatch
 from specdiff.drafters.base import NoDrafter
+from specdiff.stopwatch import DeviceStopwatch, Stopwatch, stopwatch
 from specdiff.targets.table import TableTarget
 from specdiff.types import Draft, Round, Verification
 from tiny import batch_of
@@ -38,43 +38,46 @@ def round_of(draft_len: int, emitted: int, seconds: float, rows: int = 1) -> Rou
 def driven(
     controller: Controller, rounds: int, emits: Callable[[int], int], cost: float = 2.0
 ) -> list[int]:
-    """The draft lengths it chose. A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens."""
-    last, chosen = None, []
+    """The draft lengths of a run.
+
+    A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens.
+    """
+    last, lengths = None, []
     for i in range(rounds):
-        chosen.append(controller(last))
-        last = round_of(chosen[-1], emits(i), cost) if chosen[-1] else round_of(0, 1, 1.0)
-    return chosen
+        lengths.append(controller(last))
+        last = round_of(lengths[-1], emits(i), cost) if lengths[-1] else round_of(0, 1, 1.0)
+    return lengths
 
 
-def share(chosen: list[int]) -> float:
-    return sum(c > 0 for c in chosen) / len(chosen)
+def share(lengths: list[int]) -> float:
+    return sum(c > 0 for c in lengths) / len(lengths)
 
 
 def test_it_starts_by_drafting_and_times_a_few_plain_rounds() -> None:
-    chosen = driven(Controller(DRAFT), 40, lambda i: 5)
-    assert chosen[:PATIENCE] == [DRAFT] * PATIENCE
-    assert chosen.count(0) == PLAIN_PROBES
-    assert set(chosen) == {0, DRAFT}
+    lengths = driven(Controller(DRAFT), 40, lambda i: 5)
+    assert lengths[:PATIENCE] == [DRAFT] * PATIENCE
+    assert lengths.count(0) == PLAIN_PROBES
+    assert set(lengths) == {0, DRAFT}
 
 
 def test_it_stays_on_above_break_even() -> None:
     controller = Controller(DRAFT)
-    chosen = driven(controller, 1000, lambda i: 3)
-    assert chosen.count(0) == PLAIN_PROBES
+    lengths = driven(controller, 1000, lambda i: 3)
+    assert lengths.count(0) == PLAIN_PROBES
     assert controller.tau > controller.break_even
 
 
 def test_it_turns_off_below_break_even() -> None:
-    chosen = driven(Controller(DRAFT), 40, lambda i: 1)
-    assert chosen[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (
+    lengths = driven(Controller(DRAFT), 40, lambda i: 1)
+    assert lengths[PATIENCE : PATIENCE + PLAIN_PROBES + FIRST_PAUSE] == [0] * (
         PLAIN_PROBES + FIRST_PAUSE
     )
 
 
 def test_it_probes_again_after_ever_longer_pauses() -> None:
-    chosen = driven(Controller(DRAFT), 3000, lambda i: 1)
+    lengths = driven(Controller(DRAFT), 3000, lambda i: 1)
     pauses, run = [], 0
-    for c in chosen:
+    for c in lengths:
         if c == 0:
             run += 1
         elif run:
@@ -83,16 +86,16 @@ def test_it_probes_again_after_ever_longer_pauses() -> None:
     assert len(pauses) >= 5
     assert pauses == sorted(pauses)
     assert pauses[-1] <= LONGEST_PAUSE + PLAIN_PROBES + 1
-    assert share(chosen) < 0.1  # probing costs little
-    assert share(chosen[2000:]) > 0  # and never ends
+    assert share(lengths) < 0.1  # probing costs little
+    assert share(lengths[2000:]) > 0  # and never ends
 
 
 def test_it_comes_back_when_drafts_get_better() -> None:
     """And after that a dip is forgiven sooner: the pause starts short again."""
     controller = Controller(DRAFT)
     driven(controller, 300, lambda i: 1)
-    chosen = driven(controller, 700, lambda i: 6)
-    assert share(chosen[-300:]) == 1
+    lengths = driven(controller, 700, lambda i: 6)
+    assert share(lengths[-300:]) == 1
     assert controller.pause == FIRST_PAUSE
 
 
@@ -103,8 +106,8 @@ def test_break_even_is_measured() -> None:
 
 
 def test_a_noisy_drafter_above_break_even_stays_on() -> None:
-    chosen = driven(Controller(DRAFT), 600, lambda i: (1, 5, 2, 6)[i % 4])
-    assert share(chosen) > 0.95
+    lengths = driven(Controller(DRAFT), 600, lambda i: (1, 5, 2, 6)[i % 4])
+    assert share(lengths) > 0.95
 
 
 def test_rounds_in_which_nothing_ran_count_for_nothing() -> None:
@@ -159,7 +162,10 @@ class Mark:
 
 
 def test_stages_on_a_device_take_what_the_device_takes() -> None:
-    """The drafter waits for its passes, the target's is only launched: host times would call the drafter the slow one."""
+    """The drafter waits for its passes, the target's is only launched.
+
+    Host times would call the drafter the slow one.
+    """
     device = Device()
     clock = DeviceStopwatch(device.event)
     device.work(0.010, waits=True)
@@ -175,19 +181,22 @@ def test_stages_on_a_device_take_what_the_device_takes() -> None:
 
 
 def test_a_cheap_drafter_stays_on_where_scoring_returns_at_once() -> None:
-    """Draft and score cost 1 + 10 ms, plain rounds 10, and 3 tokens a round come: it pays, whatever the host has waited for."""
+    """Draft and score cost 1 + 10 ms, plain rounds 10, and a round emits 3 tokens: it pays.
+
+    What the host has waited for does not matter.
+    """
     device, controller = Device(), Controller(DRAFT)
-    last, chosen = None, []
+    last, lengths = None, []
     for _ in range(60):
-        chosen.append(controller(last))
+        lengths.append(controller(last))
         clock = DeviceStopwatch(device.event)
-        if chosen[-1]:
+        if lengths[-1]:
             device.work(0.001, waits=True)
         clock.lap("draft")
         device.work(0.010)
         clock.lap("score")
-        last = replace(round_of(chosen[-1], 3 if chosen[-1] else 1, 0.0), seconds=clock.seconds)
-    assert chosen.count(0) == PLAIN_PROBES
+        last = replace(round_of(lengths[-1], 3 if lengths[-1] else 1, 0.0), seconds=clock.seconds)
+    assert lengths.count(0) == PLAIN_PROBES
     assert controller.break_even == pytest.approx(1.2, abs=0.1)
 
 
@@ -196,8 +205,8 @@ def test_a_round_is_measured_by_the_watch_of_its_device(monkeypatch: pytest.Monk
     monkeypatch.setattr(decode, "stopwatch", lambda place: DeviceStopwatch(device.event))
     (first, *_) = decode.decode(TableTarget.random(5), NoDrafter(), batch_of([[1]], 2))
     assert list(first.seconds) == ["draft", "score", "verify", "commit"] and device.waits == 0
-    assert isinstance(decode.Stopwatch().seconds, dict)
+    assert isinstance(Stopwatch().seconds, dict)
 
 
 def test_a_cpu_asks_for_no_events() -> None:
-    assert isinstance(decode.stopwatch(torch.device("cpu")), decode.Stopwatch)
+    assert isinstance(stopwatch(torch.device("cpu")), Stopwatch)

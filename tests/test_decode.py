@@ -1,4 +1,4 @@
-"""The loop's contracts: who advances the batch, where text is cut, and what a drafter gets to see."""
+"""The loop's contracts: who advances the batch, where text is cut, what a drafter sees."""
 
 from dataclasses import replace
 from typing import Any
@@ -21,16 +21,19 @@ TARGET = TableTarget.random(V, seed=3)
 
 
 class Witness(Drafter[dict[str, torch.Tensor]]):
-    """Drafts uniformly, and checks that its features are exactly the tokens that entered the cache since it last looked."""
+    """Drafts uniformly, and checks its features.
+
+    They must be exactly the tokens that entered the cache since its last propose.
+    """
 
     taps = (0, 0)
     draft_len = 3
 
     def open(self, rows: int, slots: int) -> dict[str, torch.Tensor]:
-        return {"seen": torch.zeros(rows, dtype=torch.long)}
+        return {"position": torch.zeros(rows, dtype=torch.long)}
 
     def admit(self, state: dict[str, torch.Tensor], context: Context, rows: torch.Tensor) -> None:
-        state["seen"][rows] = 0
+        state["position"][rows] = 0
 
     def release(self, state: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
         return None
@@ -39,13 +42,13 @@ class Witness(Drafter[dict[str, torch.Tensor]]):
         self, context: Context, state: dict[str, torch.Tensor], noise: Noise, draft_len: int
     ) -> Draft:
         assert context.features is not None
-        for row, seen in enumerate(state["seen"].tolist()):
-            entered = context.batch.ids[row, seen : context.batch.length[row] - 1]
+        for row, position in enumerate(state["position"].tolist()):
+            entered = context.batch.ids[row, position : context.batch.length[row] - 1]
             size = int(context.feature_size[row])
             assert size == len(entered)
             expected = torch.nn.functional.one_hot(entered, V).double().repeat(1, 2)
             assert torch.equal(context.features[row, :size], expected)
-        state["seen"] = context.batch.length - 1
+        state["position"] = context.batch.length - 1
         assert (context.previous is None) == bool((context.batch.round == 0).all())
         u = noise.uniform(Purpose.DRAFT, draft_len)
         return Draft((u * V).long(), torch.full((*u.shape, V), 1 / V, dtype=torch.float64))
@@ -173,7 +176,7 @@ def test_a_row_whose_logits_are_not_finite_ends_there_and_the_others_go_on(
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_position_that_no_row_arrives_at_may_have_any_logits(verifier: str) -> None:
-    """Behind the limit, and behind a stop id that the draft holds: no token comes from there."""
+    """Past the limit, and after a stop id in the draft: no token comes from there."""
     rows = batch(4, max_tokens=7, stop_token_ids=(2,))
     ends = [
         len(text)
@@ -201,7 +204,7 @@ def test_a_model_that_breaks_after_ten_passes() -> None:
     target = tiny.CausalTarget(net)
     passes = 0
 
-    def spoil(module: Any, given: Any, output: Any) -> Any:
+    def spoil(module: Any, inputs: Any, output: Any) -> Any:
         nonlocal passes
         passes += 1
         if passes > 10:

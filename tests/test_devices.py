@@ -1,4 +1,4 @@
-"""A device without float64 (mps), played by the CPU: nothing on the way from prompt to text asks for it."""
+"""A device without float64 (mps), played by the CPU: nothing from prompt to text needs float64."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,10 +59,10 @@ def test_generation_needs_no_float64(poor: Any, verifier: str) -> None:
             {},
             {"temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_p": 0.01},
         ):
-            made = lm.generate(
+            answers = lm.generate(
                 [[1, 2, 3], [4]], max_tokens=10, verifier=verifier, seed=1, draft_len=4, **sampling
             )
-            assert [len(g.token_ids) for g in made] == [10, 10]
+            assert [len(g.token_ids) for g in answers] == [10, 10]
         assert (
             len(lm.generate([5, 6], max_tokens=24, draft_len="auto", verifier=verifier).token_ids)
             == 24

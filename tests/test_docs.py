@@ -15,7 +15,8 @@ from documents import GUIDE, ROOT, Block, blocks, perform, understood
 SMALLER = {
     r"--max-tokens \d+": "--max-tokens 4",
     r"--length 24 --count 2 --steps 16": "--length 8 --count 2 --steps 2",
-    r"bench --quick": "bench --quick --only sedd --temperatures 0 --prompts 1 --max-tokens 2 --gammas 2",
+    r"bench --quick": "bench --quick --only sedd --temperatures 0 --prompts 1 --max-tokens 2"
+    " --gammas 2",
     r"(check \./mine\.py:Mine)$": r"\1 --quick",
 }
 RUN = [
@@ -30,8 +31,8 @@ PAGES = sorted(GUIDE.glob("*.md"))
 
 def shrunk(block: Block) -> Block:
     text = block.text
-    for found, small in SMALLER.items() if block.language == "sh" else ():
-        text = re.sub(found, small, text, flags=re.MULTILINE)
+    for pattern, small in SMALLER.items() if block.language == "sh" else ():
+        text = re.sub(pattern, small, text, flags=re.MULTILINE)
     return Block(block.language, block.note, text)
 
 
@@ -48,10 +49,10 @@ def test_every_block_runs_in_order(
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_is_of_a_known_kind_and_commands_parse(page: Path) -> None:
-    found = blocks(page)
-    assert [block for block in found if not block.known] == []
-    assert page.stem in (*RUN, "train-a-drafter") or not found, "nobody runs this page"
-    understood(found)
+    fences = blocks(page)
+    assert [block for block in fences if not block.known] == []
+    assert page.stem in (*RUN, "train-a-drafter") or not fences, "no test runs this page"
+    understood(fences)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
@@ -69,12 +70,12 @@ def test_the_index_lists_every_page() -> None:
 
 
 def test_the_shown_drafters_are_the_example_files() -> None:
-    shown = {
+    examples = {
         block.note: block.text
         for block in blocks(GUIDE / "write-a-drafter.md")
         if block.language == "python"
     }
-    assert shown == {
+    assert examples == {
         name: (GUIDE / "examples" / name).read_text() for name in ("mine.py", "unlawful.py")
     }
 

@@ -17,11 +17,12 @@ def test_a_write_beyond_the_limit_keeps_the_old_content(tmp_path: Path) -> None:
     path = files.write_text(tmp_path / "a.txt", "old\n")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     script = (
-        "import resource, signal, sys; from pathlib import Path; from specdiff import files, errors\n"
+        "import resource, signal, sys; from pathlib import Path\n"
+        "from specdiff import files, errors\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
-        "for write in (lambda p: files.write_text(p, 'x' * 1000), lambda p: files.append_line(p, 'y' * 1000)):\n"
-        "    try: write(Path(sys.argv[1]))\n"
+        "for write in files.write_text, files.append_line:\n"
+        "    try: write(Path(sys.argv[1]), 'x' * 1000)\n"
         "    except errors.StorageError as error: print(error)\n"
     )
     done = subprocess.run(

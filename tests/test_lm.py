@@ -446,7 +446,7 @@ def test_stats_are_consistent(lm: SpeculativeLM, draft_len: int) -> None:
     ):
         s = out.stats
         assert s.tokens == len(out.token_ids) == len(out.accepted)
-        assert s.accepted == sum(out.accepted) == sum(s.kept)
+        assert s.accepted == sum(out.accepted) == sum(s.passed)
         assert s.drafted == draft_len * s.rounds
         assert s.plain_rounds == 0
         assert s.tau == pytest.approx(s.tokens / s.rounds)

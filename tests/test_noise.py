@@ -52,9 +52,9 @@ def test_equals_the_reference_on_pythons_integers() -> None:
 
 
 def test_the_stream_is_frozen() -> None:
-    """A seed someone wrote down keeps its text: these numbers change only with a breaking release."""
-    found = noise(2, seed=42, round_=3, position=5).uniform(Purpose.DRAFT, 2)
-    assert found.tolist() == [
+    """The text of a recorded seed: these numbers change only with a breaking release."""
+    draws = noise(2, seed=42, round_=3, position=5).uniform(Purpose.DRAFT, 2)
+    assert draws.tolist() == [
         [0.9753138672559424, 0.6141584047191595],
         [0.32730610440443353, 0.14175048354451258],
     ]
@@ -167,8 +167,8 @@ def test_shared_noise_is_gumbel_and_independent_across_tokens_and_positions() ->
 
 def test_noise_of_a_batch_starts_at_its_first_undecided_position() -> None:
     batch = Batch.of([[1, 2], [1, 2, 3]], [SamplingParams()] * 2, [5, 6])
-    found = Noise.of(replace(batch, round=torch.tensor([4, 0])))
-    assert (found.seed.tolist(), found.round.tolist(), found.position.tolist()) == (
+    draws = Noise.of(replace(batch, round=torch.tensor([4, 0])))
+    assert (draws.seed.tolist(), draws.round.tolist(), draws.position.tolist()) == (
         [5, 6],
         [4, 0],
         [2, 3],

@@ -1,4 +1,4 @@
-"""Probabilities against transformers' own warpers, and the draw against the cumulative sum it stands for."""
+"""Probabilities against transformers' own warpers, and draws against the cumulative sum."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ WARPERS = {
     "top_p": TopPLogitsWarper,
     "min_p": MinPLogitsWarper,
 }
-ASKED = [
+OPTIONS = [
     {},
     {"temperature": 0.7},
     {"temperature": 2.0},
@@ -42,39 +42,41 @@ ASKED = [
 ]
 
 
-def normalised(logits: torch.Tensor, *rows: SamplingParams) -> torch.Tensor:
+def normalized(logits: torch.Tensor, *rows: SamplingParams) -> torch.Tensor:
     """probabilities of [B, V] logits."""
     return probabilities(logits[:, None], Params.stack(rows, torch.zeros(len(rows))))[:, 0]
 
 
-def warped(logits: torch.Tensor, asked: dict[str, Any]) -> torch.Tensor:
+def warped(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """The same by transformers, in its order."""
     for name, warper in WARPERS.items():
-        logits = warper(asked[name])(None, logits) if name in asked else logits
+        logits = warper(options[name])(None, logits) if name in options else logits
     return torch.softmax(logits, dim=-1)
 
 
 @pytest.mark.parametrize(
-    "asked", ASKED, ids=lambda asked: " ".join(f"{k}={v}" for k, v in asked.items()) or "plain"
+    "options",
+    OPTIONS,
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()) or "plain",
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("V", [1, 5, 60, 3000])
-def test_equals_transformers_warpers(V: int, dtype: torch.dtype, asked: dict[str, Any]) -> None:
+def test_equals_transformers_warpers(V: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     logits = 3 * torch.randn(30, V, generator=torch.Generator().manual_seed(V), dtype=dtype)
-    found, expected = normalised(logits, *[SamplingParams(**asked)] * 30), warped(logits, asked)
-    assert found.dtype == dtype
-    differ = (found > 0) != (expected > 0)
+    p, expected = normalized(logits, *[SamplingParams(**options)] * 30), warped(logits, options)
+    assert p.dtype == dtype
+    differ = (p > 0) != (expected > 0)
     if (
         dtype == torch.float32
     ):  # sums from either end round differently: the last token inside may be the first outside
         assert (
             int(differ.sum(-1).max()) <= 1
-            and float(torch.maximum(found, expected)[differ].sum()) < 1e-4
+            and float(torch.maximum(p, expected)[differ].sum()) < 1e-4
         )
     else:
         assert not bool(differ.any())
-    assert torch.allclose(found, expected, atol=1e-5 if dtype == torch.float32 else 1e-6)
-    assert torch.allclose(found.sum(-1), torch.ones(30, dtype=dtype), atol=1e-5)
+    assert torch.allclose(p, expected, atol=1e-5 if dtype == torch.float32 else 1e-6)
+    assert torch.allclose(p.sum(-1), torch.ones(30, dtype=dtype), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -82,20 +84,20 @@ def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
     logits = torch.linspace(-4, 4, 60)[
         torch.randperm(60, generator=torch.Generator().manual_seed(0))
     ][None].to(dtype)
-    for asked in ASKED:
-        found = normalised(logits, SamplingParams(**asked))
-        assert found.dtype == torch.float32
-        assert torch.equal(found, normalised(logits.float(), SamplingParams(**asked)))
+    for options in OPTIONS:
+        p = normalized(logits, SamplingParams(**options))
+        assert p.dtype == torch.float32
+        assert torch.equal(p, normalized(logits.float(), SamplingParams(**options)))
 
 
 def test_one_row_each_in_one_batch() -> None:
     logits = 3 * torch.randn(
-        len(ASKED), 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        len(OPTIONS), 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    found = normalised(logits, *[SamplingParams(**asked) for asked in ASKED])
-    for row, asked in enumerate(ASKED):
-        alone = normalised(logits[row : row + 1], SamplingParams(**asked))[0]
-        assert torch.equal(found[row], alone)
+    p = normalized(logits, *[SamplingParams(**options) for options in OPTIONS])
+    for row, options in enumerate(OPTIONS):
+        alone = normalized(logits[row : row + 1], SamplingParams(**options))[0]
+        assert torch.equal(p[row], alone)
 
 
 @pytest.mark.parametrize("other", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}], ids=str)
@@ -103,38 +105,38 @@ def test_a_row_does_not_feel_its_neighbours_at_all(other: dict[str, Any]) -> Non
     logits = torch.randn(64, 50, generator=torch.Generator().manual_seed(0))
     rows = [SamplingParams()] * 64
     assert torch.equal(
-        normalised(logits, *rows),
-        normalised(torch.cat([logits, logits[:1]]), *rows, SamplingParams(**other))[:64],
+        normalized(logits, *rows),
+        normalized(torch.cat([logits, logits[:1]]), *rows, SamplingParams(**other))[:64],
     )
 
 
 def test_positions_of_a_row_share_its_parameters() -> None:
     logits = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = [SamplingParams(top_k=2), SamplingParams(top_p=0.5, temperature=0.3)]
-    found = probabilities(logits, Params.stack(rows, torch.zeros(2)))
+    p = probabilities(logits, Params.stack(rows, torch.zeros(2)))
     for k in range(3):
-        assert torch.equal(found[:, k], normalised(logits[:, k], *rows))
+        assert torch.equal(p[:, k], normalized(logits[:, k], *rows))
 
 
 def test_greedy_is_one_hot_at_the_first_of_the_best() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 1.0, 3.0]])
-    found = normalised(
+    p = normalized(
         logits,
         SamplingParams(temperature=0, top_k=2, top_p=0.5, min_p=0.5),
         SamplingParams(temperature=0),
     )
-    assert found.tolist() == [[0, 1, 0], [1, 0, 0]]
-    soft = normalised(
+    assert p.tolist() == [[0, 1, 0], [1, 0, 0]]
+    soft = normalized(
         logits, SamplingParams(temperature=0), SamplingParams()
-    )  # beside a row that is not greedy
+    )  # next to a row that is not greedy
     assert soft[0].tolist() == [0, 1, 0] and float(soft[1].max()) < 0.5
 
 
 def test_forbidden_tokens_stay_forbidden() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 1.0, -torch.inf]])
-    for asked in ASKED:
-        found = normalised(logits, SamplingParams(**asked))
-        assert bool(found.isfinite().all()) and found[0, [1, 3]].tolist() == [0, 0]
+    for options in OPTIONS:
+        p = normalized(logits, SamplingParams(**options))
+        assert bool(p.isfinite().all()) and p[0, [1, 3]].tolist() == [0, 0]
 
 
 # ---- ties ----
@@ -142,26 +144,26 @@ def test_forbidden_tokens_stay_forbidden() -> None:
 
 def test_top_k_keeps_every_token_as_likely_as_the_kth() -> None:
     logits = torch.tensor([[2.0, 1.0, 0.0, 1.0, 1.0, -1.0]])
-    for k, kept in [(1, 1), (2, 4), (3, 4), (4, 4), (5, 5), (6, 6)]:
-        found = normalised(logits, SamplingParams(top_k=k))
-        assert int((found > 0).sum()) == kept
-        assert torch.equal(found > 0, warped(logits, {"top_k": k}) > 0)
+    for k, count in [(1, 1), (2, 4), (3, 4), (4, 4), (5, 5), (6, 6)]:
+        p = normalized(logits, SamplingParams(top_k=k))
+        assert int((p > 0).sum()) == count
+        assert torch.equal(p > 0, warped(logits, {"top_k": k}) > 0)
 
 
 def test_min_p_keeps_what_is_exactly_on_its_edge() -> None:
     logits = torch.tensor([[4.0, 2.0, 2.0, 1.0]], dtype=torch.float64).log()
-    found = normalised(logits, SamplingParams(min_p=0.5))
-    assert found[0].tolist() == pytest.approx([0.5, 0.25, 0.25, 0])
-    assert torch.equal(found > 0, warped(logits, {"min_p": 0.5}) > 0)
+    p = normalized(logits, SamplingParams(min_p=0.5))
+    assert p[0].tolist() == pytest.approx([0.5, 0.25, 0.25, 0])
+    assert torch.equal(p > 0, warped(logits, {"min_p": 0.5}) > 0)
 
 
 def test_top_p_stops_where_the_mass_is_exactly_reached() -> None:
     logits = torch.tensor([[4.0, 2.0, 1.0, 1.0]], dtype=torch.float64).log()
-    for top_p, kept in [(0.5, 1), (0.75, 2), (0.76, 4)]:
-        found = normalised(logits, SamplingParams(top_p=top_p))
-        assert int((found > 0).sum()) == kept
+    for top_p, count in [(0.5, 1), (0.75, 2), (0.76, 4)]:
+        p = normalized(logits, SamplingParams(top_p=top_p))
+        assert int((p > 0).sum()) == count
     assert torch.equal(
-        normalised(logits, SamplingParams(top_p=0.5)) > 0, warped(logits, {"top_p": 0.5}) > 0
+        normalized(logits, SamplingParams(top_p=0.5)) > 0, warped(logits, {"top_p": 0.5}) > 0
     )
 
 
@@ -172,7 +174,7 @@ def flat_with_a_peak(V: int, at: int) -> torch.Tensor:
 
 
 def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
-    """The most likely tokens until the mass is reached, with all that are as likely as the last of them."""
+    """The most likely tokens until the mass is reached, with all that equal the last of them."""
     best = np.sort(p)[::-1]
     needed = max(1, int((np.cumsum(best) - best < np.float64(np.float32(top_p))).sum()))
     return np.flatnonzero(p >= best[needed - 1]).tolist()
@@ -181,31 +183,31 @@ def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
 @pytest.mark.parametrize("V", [4, 7, 20, 100, 600])
 @pytest.mark.parametrize("top_p", [0.1, 0.7])
 def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int) -> None:
-    """Which of several equals transformers keeps hangs on its sort; here they stay or go together."""
+    """Which of several equals transformers keeps depends on its sort; here all stay or all go."""
     logits = flat_with_a_peak(V, 2)
-    found, kept = (
-        normalised(logits, SamplingParams(top_p=top_p))[0] > 0,
+    ours, theirs = (
+        normalized(logits, SamplingParams(top_p=top_p))[0] > 0,
         warped(logits, {"top_p": top_p})[0] > 0,
     )
-    assert found.nonzero()[:, 0].tolist() == smallest_set(
+    assert ours.nonzero()[:, 0].tolist() == smallest_set(
         torch.softmax(logits, -1)[0].numpy(), top_p
     )
-    assert torch.equal(found, logits[0] >= logits[0][kept].min())
+    assert torch.equal(ours, logits[0] >= logits[0][theirs].min())
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1e-3, 0.1, 1.0, 4.0])
 @pytest.mark.parametrize("top_p", [0.05, 0.3, 0.7, 0.95])
 def test_top_p_is_exact_past_the_prefix(top_p: float, sharpness: float) -> None:
-    """Flat laws over 2000 tokens, where the set that is kept is larger than what is looked at first."""
+    """Flat distributions over 2000 tokens: the set is larger than the first candidates."""
     logits = sharpness * torch.randn(
         4, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    found = normalised(logits, *[SamplingParams(top_p=top_p)] * 4)
+    result = normalized(logits, *[SamplingParams(top_p=top_p)] * 4)
     p = torch.softmax(logits, -1).numpy()
     sizes = set()
     for row in range(4):
         expected = smallest_set(p[row], top_p)
-        assert found[row].nonzero()[:, 0].tolist() == expected
+        assert result[row].nonzero()[:, 0].tolist() == expected
         sizes.add(len(expected))
     if 0 < sharpness <= 0.1 and top_p > 0.5:
         assert min(sizes) > PREFIX and max(sizes) < 2000
@@ -216,9 +218,9 @@ def test_a_flat_row_beside_a_peaked_one() -> None:
         [torch.zeros(2000, dtype=torch.float64), 5 * torch.randn(2000, dtype=torch.float64)]
     )
     rows = [SamplingParams(top_p=0.7)] * 2
-    found = normalised(logits, *rows)
-    assert found[0].nonzero()[:, 0].tolist() == list(range(2000))  # equals stay together
-    assert torch.equal(found[1], normalised(logits[1:], rows[1])[0])
+    result = normalized(logits, *rows)
+    assert result[0].nonzero()[:, 0].tolist() == list(range(2000))  # equals stay together
+    assert torch.equal(result[1], normalized(logits[1:], rows[1])[0])
 
 
 # ---- temperatures at the edge of float32 ----
@@ -234,8 +236,8 @@ def test_a_flat_row_beside_a_peaked_one() -> None:
     ],
 )
 def test_a_tiny_temperature_is_nearly_greedy(temperature: float) -> None:
-    found = normalised(torch.tensor([[0.0, 10.0, 20.0]]), SamplingParams(temperature=temperature))
-    assert found.tolist() == [[0, 0, 1]]
+    result = normalized(torch.tensor([[0.0, 10.0, 20.0]]), SamplingParams(temperature=temperature))
+    assert result.tolist() == [[0, 0, 1]]
 
 
 @pytest.mark.parametrize("temperature", [1e-40, 5e-39, 1e-46])
@@ -259,7 +261,7 @@ def test_a_temperature_without_a_normal_float32_is_greedy(
 
 @pytest.mark.parametrize("top_p", [1e-6, 1e-46])  # the second is 0 in float32
 def test_a_tiny_top_p_keeps_the_best(top_p: float) -> None:
-    assert normalised(torch.tensor([[0.0, 1.0, 2.0]]), SamplingParams(top_p=top_p)).tolist() == [
+    assert normalized(torch.tensor([[0.0, 1.0, 2.0]]), SamplingParams(top_p=top_p)).tolist() == [
         [0, 0, 1]
     ]
 
@@ -294,8 +296,8 @@ def test_a_weight_of_zero_is_never_drawn(dtype: torch.dtype) -> None:
         for scale in (1.0, 1e-30, 1e6):
             scaled = weights * scale
             scaled = scaled[scaled.double().sum(-1) > 0]
-            found = draw(scaled[:, None].expand(-1, len(ends), -1), ends.expand(len(scaled), -1))
-            assert bool((scaled.gather(1, found) > 0).all())
+            result = draw(scaled[:, None].expand(-1, len(ends), -1), ends.expand(len(scaled), -1))
+            assert bool((scaled.gather(1, result) > 0).all())
 
 
 def test_a_total_so_small_that_rounding_lifts_the_uniform_onto_it() -> None:

@@ -27,7 +27,7 @@ def test_merged_counts_are_those_of_all_rounds() -> None:
 
 def test_tokens_cut_off_behind_the_end_were_never_accepted() -> None:
     stats = counted([(4, 4, 2, False)])
-    assert (stats.accepted, stats.tokens, stats.kept) == (2, 2, [1, 1, 0, 0])
+    assert (stats.accepted, stats.tokens, stats.passed) == (2, 2, [1, 1, 0, 0])
     assert stats.reached == [1, 1, 0, 0], "nor were they rejected"
     assert counted([(4, 2, 2, False)]).reached == [1, 1, 0, 0] and counted(
         [(4, 2, 3, False)]

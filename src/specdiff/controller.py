@@ -1,10 +1,10 @@
-"""Drafting on or off, from what was measured: a draft must emit more tokens a round than its round costs plain ones.
+"""Adaptive drafting: on while it is measured to be faster than plain decoding, otherwise off.
 
-Break-even tau = seconds of a drafting round / seconds of a plain round. Drafting goes off while measured tau is below it,
-and is probed again after ever longer pauses.
+Break-even tau = seconds of a drafting round / seconds of a plain round. Drafting is switched off
+while the measured tau is below it, and probed again after ever longer pauses.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -12,15 +12,16 @@ from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.types import Round
 
-PLAIN_PROBES = 2  # plain rounds timed at the start, so that there is something to compare with
-PATIENCE = 8  # drafting rounds before the first judgement
+PLAIN_PROBES = 2  # plain rounds timed at the start, to compare with
+PATIENCE = 8  # drafting rounds before the first decision
 MEMORY = 0.9  # weight of the past in the running means
-FIRST_PAUSE, LONGEST_PAUSE = 16, 256  # plain rounds before drafting is probed again
+FIRST_PAUSE = 16  # plain rounds before drafting is probed again
+LONGEST_PAUSE = 256
 
 
 @dataclass(slots=True)
 class Controller:
-    """Call it with the last round; it names the next round's draft length: `draft_len` or 0."""
+    """Maps the last round to the next round's draft length: `draft_len` or 0."""
 
     draft_len: int
     tau: float = 0.0
@@ -29,7 +30,7 @@ class Controller:
     drafted: int = 0
     plain: int = 0
     pause: int = FIRST_PAUSE
-    waiting: int = field(default=0)
+    waiting: int = 0
 
     def __call__(self, last: Round | None) -> int:
         if self.draft_len == 0:
@@ -42,51 +43,62 @@ class Controller:
             self.waiting -= 1
             return 0
         if self.drafted >= PATIENCE and self.tau < self.break_even:
-            self.drafted, self.waiting = 0, self.pause
+            self.drafted = 0
+            self.waiting = self.pause
             self.pause = min(2 * self.pause, LONGEST_PAUSE)
             return 0
         return self.draft_len
 
     @property
     def break_even(self) -> float:
-        """The tau at which drafting neither gains nor loses; infinite drafting cost is never assumed before it is measured."""
+        """The tau at which drafting neither gains nor loses; 0 before a plain round is measured."""
         return self.drafting_seconds / self.plain_seconds if self.plain else 0.0
 
     def _observe(self, last: Round) -> None:
         running = last.emitted > 0
         if not bool(running.any()):
             return
-        seconds, emitted = sum(last.seconds.values()), float(last.emitted[running].float().mean())
-        if last.draft.tokens.shape[1]:
-            first = self.drafted == 0
-            self.drafting_seconds = (
-                seconds if first else MEMORY * self.drafting_seconds + (1 - MEMORY) * seconds
-            )
-            self.tau = emitted if first else MEMORY * self.tau + (1 - MEMORY) * emitted
-            self.drafted += 1
-            if self.drafted > PATIENCE and self.tau > self.break_even:
-                self.pause = FIRST_PAUSE
-        else:
-            self.plain_seconds = (
-                seconds if self.plain == 0 else MEMORY * self.plain_seconds + (1 - MEMORY) * seconds
-            )
+        seconds = sum(last.seconds.values())
+        emitted = float(last.emitted[running].float().mean())
+        if not last.draft.tokens.shape[1]:
+            self.plain_seconds = _mean(self.plain_seconds, seconds, self.plain)
             self.plain += 1
+            return
+        self.drafting_seconds = _mean(self.drafting_seconds, seconds, self.drafted)
+        self.tau = _mean(self.tau, emitted, self.drafted)
+        self.drafted += 1
+        if self.drafted > PATIENCE and self.tau > self.break_even:
+            self.pause = FIRST_PAUSE
+
+
+def _mean(old: float, value: float, count: int) -> float:
+    """The running mean after one more value; the first one counts whole."""
+    return value if count == 0 else MEMORY * old + (1 - MEMORY) * value
 
 
 def draft_length(
-    given: int | str | None, drafter: Drafter[Any], *, steady: bool
+    value: int | str | None, drafter: Drafter[Any], *, steady: bool
 ) -> int | Controller:
-    """K, or a Controller, for what a caller gave: a number, "auto", or None: "auto" too, but the drafter's own K where the text must
-    not depend on clocks (`steady`). 0 for a drafter that never drafts. Raises UsageError for anything else.
+    """K, or a Controller, for a caller's `draft_len`; 0 for a drafter that never drafts.
+
+    Args:
+        value: a number, "auto", or None: "auto", but the drafter's own K if `steady`.
+        steady: the text must not depend on clocks.
+
+    Raises UsageError for any other value.
     """
-    if given not in (None, "auto") and (isinstance(given, bool) or not isinstance(given, Integral)):
-        raise UsageError(f"draft_len must be a whole number of at least 1 or 'auto', not {given!r}")
-    if isinstance(given, Integral) and int(given) < 1:
+    if value not in (None, "auto") and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise UsageError(
-            f"draft_len must be at least 1, not {given}; for plain decoding use the drafter 'none'"
+            f"draft_len must be a whole number of at least 1 or 'auto', not {value!r}",
+            param="draft_len",
+        )
+    if isinstance(value, Integral) and int(value) < 1:
+        raise UsageError(
+            f"draft_len must be at least 1, not {value}; for plain decoding use the drafter 'none'",
+            param="draft_len",
         )
     if drafter.draft_len == 0:
         return 0
-    if given == "auto" or (given is None and not steady):
+    if value == "auto" or (value is None and not steady):
         return Controller(drafter.draft_len)
-    return drafter.draft_len if given is None else int(given)
+    return drafter.draft_len if value is None else int(value)

@@ -1,4 +1,4 @@
-"""What a device can compute in: the one place that knows."""
+"""Devices: their most exact dtype, and moving dataclasses of tensors to them."""
 
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
@@ -6,25 +6,36 @@ from typing import Any
 
 import torch
 
-NO_FLOAT64 = frozenset({"mps"})  # kinds of devices
+NO_FLOAT64 = frozenset({"mps"})  # device types
 
 
 def exact(device: torch.device) -> torch.dtype:
-    """The most exact float of a device: float64, but float32 where there is none (draws then have 24 random bits instead of 53)."""
+    """The most exact float of a device: float64, or float32 on a device without it.
+
+    Draws in float32 have 24 random bits instead of 53.
+    """
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """A tensor, or a frozen dataclass of tensors and dataclasses, on a device; itself where it is there already."""
+    """A tensor, or a frozen dataclass of tensors and dataclasses, on a device.
+
+    The same object if it is there already.
+    """
     return mapped(value, lambda part: part.to(device))
 
 
 def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`change` of a tensor, or of every tensor in a frozen dataclass of tensors and dataclasses; itself where nothing changes."""
+    """Apply `change` to a tensor, or to every tensor in a frozen dataclass of them.
+
+    The same object if nothing changes.
+    """
     if isinstance(value, torch.Tensor):
         return change(value)
     if not is_dataclass(value) or isinstance(value, type):
         return value
     old = {field.name: getattr(value, field.name) for field in fields(value)}
     new = {name: mapped(part, change) for name, part in old.items()}
-    return replace(value, **new) if any(new[name] is not old[name] for name in old) else value
+    if all(new[name] is old[name] for name in old):
+        return value
+    return replace(value, **new)

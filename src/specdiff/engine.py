@@ -79,11 +79,7 @@ class EngineStep:
             last.verification.accepted.tolist(),
             last.verification.tokens.tolist(),
         )
-        sizes = (
-            [last.draft.tokens.shape[1]] * len(self.owner)
-            if last.draft.size is None
-            else last.draft.size.tolist()
-        )
+        sizes = last.draft.sizes.tolist()
         disabled = last.disabled.tolist()
         errors = self.errors()
         told = _LogprobLists(last.verification.logprobs)

@@ -1,7 +1,7 @@
-"""Files on disk: whole or absent, with the reason where they cannot be written; digests and folder locks.
+"""Atomic file writes, digests and folder locks; errors name the reason.
 
-Every file specdiff writes goes through here. A write goes to a hidden neighbor first, is flushed to the disk, and is then
-renamed into place, so that a crash or a full disk leaves the old content.
+Every file specdiff writes goes through here. A write goes to a hidden neighbor first, is flushed
+to the disk, and is then renamed into place: a crash or a full disk leaves the old content.
 """
 
 import errno
@@ -45,7 +45,7 @@ def write_tensors(
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line to a log. A line cut short by a full disk is removed again. Raises StorageError."""
+    """Append one line to a log; a line cut short by a full disk is removed. Raises StorageError."""
     with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size if path.exists() else 0
@@ -62,7 +62,10 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def staged_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which replaces `path` when the block ends without an exception. Raises StorageError."""
+    """A folder that replaces `path` when the block ends without an exception.
+
+    Raises StorageError.
+    """
     partial = path.with_name(f".{path.name}.partial")
     with storing(path):
         shutil.rmtree(partial, ignore_errors=True)
@@ -87,25 +90,25 @@ def digest(path: Path) -> str:
 
 
 def lock(folder: Path) -> BaseFileLock:
-    """Hold the folder for this process until the lock is released or the process ends, however it ends.
+    """Lock the folder for this process, until the lock is released or the process ends.
 
     Raises StorageError if another process holds it, or if the folder cannot be written.
     """
     with storing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / ".lock", blocking=False)
+        folder_lock = FileLock(folder / ".lock", blocking=False)
         try:
-            held.acquire()
+            folder_lock.acquire()
         except Timeout:
             raise StorageError(
                 f"another process is writing to {folder}; wait for it, or choose another folder"
             ) from None
-    return held
+    return folder_lock
 
 
 @contextmanager
 def storing(path: Path) -> Iterator[None]:
-    """EngineStep what the operating system says while `path` is written into a StorageError."""
+    """Raise the operating system's errors while `path` is written as StorageError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -113,17 +116,17 @@ def storing(path: Path) -> Iterator[None]:
 
 
 def reason(error: Exception, path: Path) -> str:
-    """Why a write failed, for people: which disk is full and how full, or the system's own words."""
-    code = getattr(error, "errno", None)
-    number = (
-        next((c for c in FULL if f"os error {c}" in str(error)), None) if code is None else code
-    )
+    """Why a write failed: which disk is full, or the system's own message."""
+    number = getattr(error, "errno", None)
+    if number is None:  # safetensors writes it into the message
+        number = next((code for code in FULL if f"os error {code}" in str(error)), None)
     if number == errno.EFBIG:
         return "it would exceed the largest file size allowed here (ulimit -f)"
     if number in FULL:
         place = next(p for p in (path, *path.absolute().parents) if p.exists())
         usage = shutil.disk_usage(place)
-        return f"the disk that holds {place} is full ({usage.free >> 20} of {usage.total >> 20} MiB free)"
+        free = f"{usage.free >> 20} of {usage.total >> 20} MiB free"
+        return f"the disk that holds {place} is full ({free})"
     return str(getattr(error, "strerror", None) or error)
 
 
@@ -143,7 +146,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> Path:
 
 
 def _flush(path: Path) -> None:
-    """To the disk itself: a rename may otherwise outlive the bytes it names."""
+    """Flush to the disk itself: a rename may otherwise outlive the bytes it names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

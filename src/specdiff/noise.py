@@ -1,8 +1,10 @@
-"""Counter-based randomness: every draw is a hash of what it is for, so it needs no state and no order of evaluation.
+"""Counter-based randomness: every draw is a hash of what it is for.
 
-A draw's key is (row seed, round number, purpose, draw index, absolute position). The round number keeps the draws of a
-position apart when it is drafted again; the draw index separates diffusion steps and candidates. The target's own draws
-(`TARGET`) leave round and index out: under `match` the text is a function of target, prompt and seed alone.
+It needs no state and no order of evaluation. A draw's key is (row seed, round number, purpose,
+draw index, absolute position). The round number keeps the draws of a position apart when it is
+drafted again; the draw index separates diffusion steps and candidates. The target's own draws
+(`TARGET`) leave round and index out: under `match` the text is a function of target, prompt and
+seed alone.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdiff.arguments import int64
 from specdiff.devices import exact
 from specdiff.types import Batch
 
@@ -31,21 +34,16 @@ class Purpose(IntEnum):
     TARGET = 4
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >= 1 << 63 else x
-
-
 def _shift(x: Int[Tensor, "..."], bits: int) -> Int[Tensor, "..."]:
-    return (x >> bits) & (
-        (1 << (64 - bits)) - 1
-    )  # torch's >> is arithmetic; this is the logical one
+    """The logical right shift; torch's >> is the arithmetic one."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """splitmix64's output function (Steele, Lea, Flood 2014), on wrapping int64."""
-    x = x + _signed(GOLDEN)
-    x = (x ^ _shift(x, 30)) * _signed(MIX1)
-    x = (x ^ _shift(x, 27)) * _signed(MIX2)
+    x = x + int64(GOLDEN)
+    x = (x ^ _shift(x, 30)) * int64(MIX1)
+    x = (x ^ _shift(x, 27)) * int64(MIX2)
     return x ^ _shift(x, 31)
 
 
@@ -70,11 +68,17 @@ class Noise:
         return cls(batch.seed, batch.round, batch.length)
 
     def uniform(self, purpose: Purpose, n: int, index: int = 0) -> Float[Tensor, "B n"]:
-        """n draws a row in [0, 1), float64 with 53 random bits where the device has it; entry k is for absolute position `length + k`."""
+        """n draws a row in [0, 1); entry k is for absolute position `length + k`.
+
+        They are float64 with 53 random bits, if the device has float64.
+        """
         return _to_unit(self._hash(purpose, n, index))
 
     def shared(self, n: int, vocab_size: int) -> Float[Tensor, "B n V"]:
-        """Standard Gumbel noise keyed by (seed, position, token) alone, which target and drafter may share under `match`."""
+        """Standard Gumbel noise keyed by (seed, position, token) alone.
+
+        Target and drafter may share it under `match-gumbel`.
+        """
         token = torch.arange(vocab_size, device=self.seed.device)
         u = _to_unit(_mix(self._hash(Purpose.TARGET, n, 0)[..., None] ^ _mix(token)))
         return -(-(u.clamp(min=2.0**-54)).log()).log()
@@ -87,8 +91,6 @@ class Noise:
 
 
 def _to_unit(x: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
-    kind = exact(x.device)
-    bits = (
-        53 if kind == torch.float64 else 24
-    )  # as many as a number of this kind in [0, 1) can hold
-    return _shift(x, 64 - bits).to(kind) * 2.0**-bits
+    dtype = exact(x.device)
+    bits = 53 if dtype == torch.float64 else 24  # the precision of the dtype
+    return _shift(x, 64 - bits).to(dtype) * 2.0**-bits

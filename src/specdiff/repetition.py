@@ -1,4 +1,4 @@
-"""Where a text begins to repeat itself. Greedy loops flatter every drafter, so they are counted apart.
+"""Repetition: where a text loops. Greedy loops flatter every drafter, so they are counted apart.
 
 Shapes: L tokens.
 """
@@ -9,16 +9,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-GRAM = 8  # tokens; a text in a loop repeats longer runs than chance or set phrases do
+GRAM = 8  # tokens; longer than what chance or set phrases repeat
 
 
 def repeated(tokens: Int[Tensor, "L"]) -> int:
-    """How many tokens lie in an 8-gram that occurs more than once."""
+    """Number of tokens in an 8-gram that occurs more than once."""
     if len(tokens) <= GRAM:
         return 0
-    weights = torch.tensor(
-        [pow(0x9E3779B1, k, 1 << 61) for k in range(GRAM)]
-    )  # wrapping sums: a hash of each 8-gram
+    # wrapping sums: a hash of each 8-gram
+    weights = torch.tensor([pow(0x9E3779B1, k, 1 << 61) for k in range(GRAM)])
     grams = (tokens.long().unfold(0, GRAM, 1) * weights).sum(1)
     _, inverse, counts = torch.unique(grams, return_inverse=True, return_counts=True)
     starts = torch.nn.functional.pad((counts[inverse] > 1).float(), (GRAM - 1, GRAM - 1))
@@ -26,11 +25,11 @@ def repeated(tokens: Int[Tensor, "L"]) -> int:
 
 
 def fresh(tokens: Sequence[int]) -> int:
-    """How many tokens come before the one that completes the first repeated 8-gram (all of them, if none does)."""
-    seen: set[tuple[int, ...]] = set()
+    """Number of tokens before the one that completes the first repeated 8-gram (default: all)."""
+    grams: set[tuple[int, ...]] = set()
     for end in range(GRAM, len(tokens) + 1):
         gram = tuple(tokens[end - GRAM : end])
-        if gram in seen:
+        if gram in grams:
             return end - 1
-        seen.add(gram)
+        grams.add(gram)
     return len(tokens)

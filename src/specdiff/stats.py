@@ -1,4 +1,4 @@
-"""What a run was worth: folds over rounds. The loop itself counts nothing."""
+"""Acceptance and timing statistics, folded from rounds. The loop itself counts nothing."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,9 +12,10 @@ from specdiff.types import Round
 class Stats:
     """Counts of one request. Rounds without a draft count as rounds, and in `plain_rounds`.
 
-    `faults` counts how often the drafter broke: once a request at most, for it then rests. `tau` is tokens per round including the
-    bonus token, `alpha` accepted / drafted; `reached[k]` and `kept[k]` count how often draft position k was looked at and accepted.
-    `seconds` are shared by all rows of a batch.
+    `faults` counts failures of the drafter: at most one a request, as it is disabled for the
+    request after the first. `tau` is tokens per round including the bonus token, `alpha` is
+    accepted / drafted; `reached[k]` and `passed[k]` count how often draft position k was verified
+    and accepted. `seconds` are shared by all rows of a batch.
     """
 
     rounds: int = 0
@@ -24,7 +25,7 @@ class Stats:
     accepted: int = 0
     faults: int = 0
     reached: list[int] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
+    passed: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def add(
@@ -36,8 +37,11 @@ class Stats:
         *,
         disabled: bool = False,
     ) -> None:
-        """One round of one row: `drafted` proposed, `accepted` of them kept, `emitted` tokens committed; `disabled` as in Round."""
-        cut = emitted <= accepted  # at an end: what lies behind was not rejected
+        """One round of one row: counts of drafted, accepted and emitted tokens.
+
+        `disabled` is the row's entry of `Round.disabled`.
+        """
+        cut = emitted <= accepted  # at an end of text: the tokens after it were not rejected
         accepted = min(accepted, emitted)
         self.rounds += 1
         self.plain_rounds += drafted == 0
@@ -46,19 +50,19 @@ class Stats:
         self.accepted += accepted
         self.faults = max(self.faults, int(disabled))
         self.reached += [0] * (drafted - len(self.reached))
-        self.kept += [0] * (drafted - len(self.kept))
+        self.passed += [0] * (drafted - len(self.passed))
         for k in range(min(accepted + (not cut), drafted)):
             self.reached[k] += 1
-            self.kept[k] += k < accepted
+            self.passed[k] += k < accepted
         for stage, value in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
     def merge(self, other: "Stats") -> None:
-        """Count what another request did as well."""
+        """Add the counts of another request."""
         for name in ("rounds", "plain_rounds", "tokens", "drafted", "accepted", "faults"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reached = [a + b for a, b in zip_longest(self.reached, other.reached, fillvalue=0)]
-        self.kept = [a + b for a, b in zip_longest(self.kept, other.kept, fillvalue=0)]
+        self.passed = [a + b for a, b in zip_longest(self.passed, other.passed, fillvalue=0)]
         for stage, value in other.seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + value
 
@@ -76,8 +80,8 @@ class Stats:
     def per_position(self) -> list[float]:
         """Acceptance of draft position k given that it was reached."""
         return [
-            kept / reached if reached else 0.0
-            for kept, reached in zip(self.kept, self.reached, strict=True)
+            passed / reached if reached else 0.0
+            for passed, reached in zip(self.passed, self.reached, strict=True)
         ]
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,20 +105,9 @@ def fold(rounds: Iterable[Round]) -> list[Stats]:
     rows: list[Stats] = []
     for r in rounds:
         rows = rows or [Stats() for _ in range(len(r.emitted))]
-        sizes = (
-            r.draft.size.tolist()
-            if r.draft.size is not None
-            else [r.draft.tokens.shape[1]] * len(rows)
-        )
-        told = zip(
-            rows,
-            sizes,
-            r.verification.accepted.tolist(),
-            r.emitted.tolist(),
-            r.disabled.tolist(),
-            strict=True,
-        )
-        for row, size, accepted, emitted, disabled in told:
+        columns = (r.draft.sizes, r.verification.accepted, r.emitted, r.disabled)
+        counts = zip(*(column.tolist() for column in columns), strict=True)
+        for row, (size, accepted, emitted, disabled) in zip(rows, counts, strict=True):
             if emitted:
                 row.add(size, accepted, emitted, r.seconds, disabled=disabled)
     return rows

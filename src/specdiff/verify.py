@@ -1,10 +1,12 @@
 """Chain verifiers: which draft tokens stand, and the law of the token after them.
 
-Each verifier is a plan (a pure function of draft and target probabilities: thresholds, and residual laws) and a draw (the
-plan met with uniforms). Tests enumerate every row of the plan; the loop only ever calls the draw.
+Each verifier is a plan (a pure function of draft and target probabilities: thresholds, and
+residual laws) and a draw (the plan met with uniforms). Tests enumerate every row of the plan; the
+loop only ever calls the draw.
 
-Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary. Row k of p and q conditions on the first k draft tokens; rows k >= size
-have q_k = 0, so at n = size the residual is p itself and the bonus token needs no branch.
+Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary. Row k of p and q conditions on the first
+k draft tokens; rows k >= size have q_k = 0, so at n = size the residual is p itself and the bonus
+token needs no branch.
 """
 
 from collections.abc import Callable
@@ -24,9 +26,10 @@ Verifier = Callable[[Draft, Float[Tensor, "B N V"], Noise], Verification]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a verifier decided before any draw: token k passes where its uniform is strictly below `thresholds[:, k]`.
+    """The decision before any draw: token k passes if its uniform is below `thresholds[:, k]`.
 
-    `weight[b, n]` scales the target's row in the residual (w_n p_n - q_n)+ from which the token after n accepted is drawn.
+    The comparison is strict. `weight[b, n]` scales the target's row in the residual
+    (w_n p_n - q_n)+, from which the token after n accepted ones is drawn.
     """
 
     thresholds: Float[Tensor, "B K"]
@@ -35,27 +38,22 @@ class Plan:
     p: Float[Tensor, "B N V"]
 
     def residual(self, rows: Int[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        """The normalised law of the next token after `rows[b]` accepted ones."""
+        """The normalized law of the next token after `rows[b]` accepted ones."""
         p = self.p.gather(1, rows[:, None, None].expand(-1, 1, self.p.shape[-1]))[:, 0]
         r = (self.weight.gather(1, rows[:, None]) * p - _q_row(self.draft, p, rows)).clamp(min=0)
         total = r.sum(-1, keepdim=True)
         return torch.where(total > 0, r / total.masked_fill(total == 0, 1), p)
 
 
-def _sizes(draft: Draft) -> Int[Tensor, "B"]:
-    K = draft.tokens.shape[1]
-    return draft.tokens.new_full((len(draft.tokens),), K) if draft.size is None else draft.size
-
-
 def _counted(draft: Draft) -> Bool[Tensor, "B K"]:
     """Which draft tokens count: those before the row's size."""
-    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < _sizes(draft)[:, None]
+    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.sizes[:, None]
 
 
 def _q_row(
     draft: Draft, like: Float[Tensor, "B V"], rows: Int[Tensor, "B"]
 ) -> Float[Tensor, "B V"]:
-    """q at row `rows[b]`: zero at or behind the draft's size, a point mass where the draft carries no probabilities."""
+    """q at row `rows[b]`: zero from the draft's size on, a point mass without probabilities."""
     K = draft.tokens.shape[1]
     if K == 0:
         return torch.zeros_like(like)
@@ -64,7 +62,7 @@ def _q_row(
         q = torch.zeros_like(like).scatter(1, draft.tokens.gather(1, at), 1)
     else:
         q = draft.probs.gather(1, at[..., None].expand(-1, 1, like.shape[-1]))[:, 0].to(like.dtype)
-    return torch.where((rows < _sizes(draft))[:, None], q, 0)
+    return torch.where((rows < draft.sizes)[:, None], q, 0)
 
 
 def _ratio(draft: Draft, p: Float[Tensor, "B N V"]) -> Float[Tensor, "B K"]:
@@ -78,33 +76,34 @@ def _ratio(draft: Draft, p: Float[Tensor, "B N V"]) -> Float[Tensor, "B K"]:
 
 
 def token_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
-    """Speculative sampling (Leviathan et al. 2023; SpecDiff, Algorithm 1): token k passes with min(1, p_k(x_k)/q_k(x_k))."""
-    return Plan(
-        torch.where(_counted(draft), _ratio(draft, p), 0), torch.ones_like(p[..., 0]), draft, p
-    )
+    """Speculative sampling (Leviathan et al. 2023; SpecDiff, Algorithm 1).
+
+    Token k passes with probability min(1, p_k(x_k)/q_k(x_k)).
+    """
+    thresholds = torch.where(_counted(draft), _ratio(draft, p), 0)
+    return Plan(thresholds, torch.ones_like(p[..., 0]), draft, p)
 
 
 def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
-    """Block verification (Sun et al., ICLR 2025): w_{k+1} = min(1, w_k p_k(x_k)/q_k(x_k)), and h_k = S_k/(S_k + 1 - w_k).
+    """Block verification (Sun et al., ICLR 2025).
 
-    `thresholds[:, k - 1]` is h_k, the chance that the first k tokens stand given that no longer prefix does.
+    w_{k+1} = min(1, w_k p_k(x_k)/q_k(x_k)), and h_k = S_k/(S_k + 1 - w_k). `thresholds[:, k - 1]`
+    is h_k, the chance that the first k tokens stand given that no longer prefix does.
     """
-    ratio, K = _ratio(draft, p), draft.tokens.shape[1]
+    ratio = _ratio(draft, p)
+    K = draft.tokens.shape[1]
     w = [torch.ones_like(p[:, 0, 0])]
-    for k in range(K):
-        w.append(
-            torch.where(w[-1] > 0, w[-1] * ratio[:, k], 0).clamp(max=1)
-        )  # once 0, always 0: not 0 x infinity
+    for k in range(K):  # once 0, always 0: not 0 x infinity
+        w.append(torch.where(w[-1] > 0, w[-1] * ratio[:, k], 0).clamp(max=1))
     weight = torch.stack(w, dim=1)
     total = weight.clone()  # S_k where q_k = 0: w_k itself
     if K > 1 and draft.probs is None:
         total[:, 1:K] = weight[:, 1:K] * (1 - ratio[:, 1:])
     elif K > 1 and draft.probs is not None:
-        total[:, 1:K] = (
-            (weight[:, 1:K, None] * p[:, 1:K] - draft.probs[:, 1:].to(p.dtype)).clamp(min=0).sum(-1)
-        )
-    size = _sizes(draft)[:, None]
-    total = torch.where(torch.arange(K + 1, device=p.device) < size, total, weight)
+        excess = weight[:, 1:K, None] * p[:, 1:K] - draft.probs[:, 1:].to(p.dtype)
+        total[:, 1:K] = excess.clamp(min=0).sum(-1)
+    inside = torch.arange(K + 1, device=p.device) < draft.sizes[:, None]
+    total = torch.where(inside, total, weight)
     room = total + 1 - weight
     h = torch.where(room > 0, total / room, 1)[:, 1:]
     return Plan(torch.where(_counted(draft), h, 0), weight, draft, p)
@@ -116,50 +115,54 @@ def match_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
 
 
 def _emit(draft: Draft, accepted: Int[Tensor, "B"], following: Int[Tensor, "B"]) -> Verification:
-    index = torch.arange(draft.tokens.shape[1] + 1, device=accepted.device).expand(
-        len(accepted), -1
-    )
+    N = draft.tokens.shape[1] + 1
+    index = torch.arange(N, device=accepted.device).expand(len(accepted), -1)
     n = accepted[:, None]
     tokens = torch.where(index < n, torch.nn.functional.pad(draft.tokens, (0, 1)), 0)
     return Verification(accepted, torch.where(index == n, following[:, None], tokens), index)
 
 
 def token(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
-    """Accept the longest prefix whose every token passes; then draw from the residual at its end."""
+    """Accept the longest prefix whose every token passes; draw from the residual at its end."""
     plan = token_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, draft.tokens.shape[1]) < plan.thresholds
     accepted = passed.long().cumprod(1).sum(1)
-    return _emit(
-        draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
-    )
+    return _emit(draft, accepted, _residual_token(plan, accepted, noise))
 
 
 def block(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
-    """Accept the longest prefix that passes, judged as wholes from the longest down; never fewer in expectation than `token`."""
+    """Accept the longest prefix that passes, judged as wholes from the longest down.
+
+    In expectation it never accepts fewer tokens than `token`.
+    """
     K = draft.tokens.shape[1]
     plan = block_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, K) < plan.thresholds
-    accepted = (
-        (passed * torch.arange(1, K + 1, device=p.device)).amax(1)
-        if K
-        else plan.draft.tokens.new_zeros(len(p))
-    )
-    return _emit(
-        draft, accepted, draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
-    )
+    lengths = passed * torch.arange(1, K + 1, device=p.device)
+    accepted = lengths.amax(1) if K else draft.tokens.new_zeros(len(p))
+    return _emit(draft, accepted, _residual_token(plan, accepted, noise))
+
+
+def _residual_token(plan: Plan, accepted: Int[Tensor, "B"], noise: Noise) -> Int[Tensor, "B"]:
+    return draw(plan.residual(accepted), noise.uniform(Purpose.RESIDUAL, 1)[:, 0])
 
 
 def match(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
     """Sample the target's own y_k ~ p_k, accept while the draft agrees; lossless for any draft.
 
-    The draws are keyed by position alone, so the text depends on target, prompt and seed, and on no drafter.
+    The draws are keyed by position alone, so the text depends on target, prompt and seed, and on
+    no drafter.
     """
     return _agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
 
 
 def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
-    """`match` with y_k = argmax(log p_k + Gumbel noise), which a drafter may share on purpose to agree more often."""
-    return _agree(draft, (p.log() + noise.shared(p.shape[1], p.shape[2]).to(p.dtype)).argmax(-1))
+    """`match` with y_k = argmax(log p_k + Gumbel noise).
+
+    A drafter may share that noise on purpose, to agree more often.
+    """
+    gumbel = noise.shared(p.shape[1], p.shape[2]).to(p.dtype)
+    return _agree(draft, (p.log() + gumbel).argmax(-1))
 
 
 def _agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
@@ -179,5 +182,7 @@ VERIFIERS: dict[str, Verifier] = {
 def verifier(name: str) -> Verifier:
     """The verifier called `name`. Raises UsageError listing the known ones."""
     if name not in VERIFIERS:
-        raise UsageError(f"unknown verifier {name!r}; known are {', '.join(VERIFIERS)}")
+        raise UsageError(
+            f"unknown verifier {name!r}; known are {', '.join(VERIFIERS)}", param="verifier"
+        )
     return VERIFIERS[name]

@@ -1,4 +1,4 @@
-"""safetensors and config.json in and out, with the errors people need. Nothing is ever unpickled."""
+"""Checkpoints: safetensors and config.json, read and written with checks. Nothing is unpickled."""
 
 import hashlib
 import json
@@ -19,26 +19,28 @@ from specdiff.errors import ConfigError, UnknownNameError, WeightsError
 CONFIG = "config.json"
 TENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
-PROVENANCE = (
-    "_name_or_path",
-    "transformers_version",
-)  # config keys that say who wrote it, not what it computes
-# Tensors of a checkpoint that a causal LM can do without: buffers of earlier versions of transformers, which are computed
-# today, and parts of the checkpoint that have no share in the next token of a text.
+PROVENANCE = ("_name_or_path", "transformers_version")  # config keys without effect on the model
+# Tensors of a checkpoint that a causal LM does not need: buffers of earlier versions of
+# transformers, which are computed today, and parts that do not affect the next token of a text.
 UNUSED = re.compile(
-    r"(^|\.)(\w*inv_freq|(attn|attention)\.(masked_)?bias|attn\.causal_mask|position_ids|embed_positions\.weights)$"
-    r"|^(model\.)?(mtp|v_head|vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\."
+    r"(^|\.)(\w*inv_freq|(attn|attention)\.(masked_)?bias|attn\.causal_mask|position_ids"
+    r"|embed_positions\.weights)$"
+    r"|^(model\.)?"
+    r"(mtp|v_head|vision_tower|vision_model|visual|multi_modal_projector|audio_tower)\."
 )
 
 T = TypeVar("T")
 
-# transformers swaps methods of its base class (tie_weights) while it builds or loads a model, and puts back what it saw:
-# two threads at once leave every later model without tied weights
+# transformers swaps methods of its base class (tie_weights) while it builds or loads a model, and
+# restores the previous ones: two threads at once leave every later model without tied weights
 BUILDING = threading.RLock()
 
 
 def locate(source: str | Path) -> Path:
-    """A local folder as it is, a hub id downloaded (HF_HUB_OFFLINE and HF_TOKEN honoured). Raises UnknownNameError."""
+    """A local folder as it is, a hub id downloaded (HF_HUB_OFFLINE and HF_TOKEN are honored).
+
+    Raises UnknownNameError.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -48,14 +50,15 @@ def locate(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, HFValidationError, HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise UnknownNameError(
             f"{source!r} is neither a folder here nor a hub id that can be fetched: {reason}"
         ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The folder's config.json as a dict. Raises ConfigError if it is absent or not a JSON object."""
+    """The folder's config.json. Raises ConfigError if it is absent or not a JSON object."""
     path = folder / CONFIG
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"))
@@ -71,10 +74,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """The identity of a model: SHA-256 over its config.json and the whole content of its safetensors, in hexadecimal.
+    """The identity of a model: SHA-256 over its config.json and safetensors, in hexadecimal.
 
-    Every byte is read on each call, as sizes and modification times can lie: 538 MB take 0.3 s from the page cache.
-    Raises ConfigError or WeightsError if the folder holds no model.
+    Every byte is read on each call, as sizes and modification times can lie: 538 MB take 0.3 s
+    from the page cache. Raises ConfigError or WeightsError if the folder holds no model.
     """
     config = read_config(folder)
     described = {key: value for key, value in config.items() if key not in PROVENANCE}
@@ -88,7 +91,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def field(data: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    """`data[key]`, checked to be of `kind`. Raises ConfigError naming the file, the key and the value found."""
+    """`data[key]`, checked to be of `kind`. Raises ConfigError naming file, key and value."""
     if key not in data:
         raise ConfigError(f"{where} lacks the key {key!r} ({kind.__name__})")
     value = data[key]
@@ -108,11 +111,8 @@ def positive(data: Mapping[str, Any], key: str, where: str) -> int:
 def number(data: Mapping[str, Any], key: str, where: str) -> float:
     """`data[key]`, a finite number >= 0 (JSON writes 20 for 20.0)."""
     value = data[key]
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value < float("inf")
-    ):
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    if not numeric or not 0 <= value < float("inf"):
         raise ConfigError(f"{where}: {key} must be a number >= 0, not {value!r}")
     return float(value)
 
@@ -131,12 +131,16 @@ def choice(data: Mapping[str, Any], key: str, allowed: Sequence[str], where: str
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder's model.safetensors. Raises WeightsError if it is absent, truncated or a pickle."""
+    """Every tensor of the folder's model.safetensors.
+
+    Raises WeightsError if the file is absent, truncated or a pickle.
+    """
     path = folder / TENSORS
     if not path.exists() and (folder / PICKLE).exists():
         raise WeightsError(
-            f"{folder / PICKLE} is a pickle, which can run code when it is read, so it is not opened. Convert it once, where you "
-            f'trust it:  python -c "import torch, safetensors.torch as s; '
+            f"{folder / PICKLE} is a pickle, which can run code when it is read, so it is not "
+            "opened. Convert it once, where you trust it:  "
+            f'python -c "import torch, safetensors.torch as s; '
             f"s.save_file(torch.load('{PICKLE}', weights_only=True), '{TENSORS}')\""
         )
     if not path.exists():
@@ -148,57 +152,66 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix: str = "") -> None:
-    """Fill every parameter and persistent buffer of `model`; a missing, surplus or misshapen tensor is an error.
+    """Fill every parameter and persistent buffer of `model`.
 
-    `prefix` stands before every name in the file.
+    `prefix` precedes every name in the file; `ignore` names tensors that are not loaded.
+
+    Raises WeightsError for a missing, surplus or misshapen tensor.
     """
-    path, tensors = folder / TENSORS, read_tensors(folder)
+    path = folder / TENSORS
+    tensors = read_tensors(folder)
     for name in ignore:
         tensors.pop(prefix + name, None)
-    wanted = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    missing, surplus = (
-        sorted(wanted.keys() - tensors.keys()),
-        sorted(tensors.keys() - wanted.keys()),
-    )
-    if missing or surplus:
-        told = [f"lacks {few(missing)}"] * bool(missing) + [f"has unknown {few(surplus)}"] * bool(
-            surplus
-        )
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    missing = sorted(state.keys() - tensors.keys())
+    surplus = sorted(tensors.keys() - state.keys())
+    problems = []
+    if missing:
+        problems.append(f"lacks {few(missing)}")
+    if surplus:
+        problems.append(f"has unknown {few(surplus)}")
+    if problems:
         raise WeightsError(
-            f"{path} {' and '.join(told)}; does its {CONFIG} describe another network?"
+            f"{path} {' and '.join(problems)}; does its {CONFIG} describe another network?"
         )
-    for name, tensor in wanted.items():
-        found = tensors[name]
-        if found.shape != tensor.shape:
+    for name, tensor in state.items():
+        source = tensors[name]
+        if source.shape != tensor.shape:
             raise WeightsError(
-                f"{path}: {name} has shape {list(found.shape)}, but {CONFIG} asks for {list(tensor.shape)}"
+                f"{path}: {name} has shape {list(source.shape)}, "
+                f"but {CONFIG} asks for {list(tensor.shape)}"
             )
         if tensor.is_floating_point():
             tensor.fill_(torch.nan)  # so that a tensor the copy misses is loud
-        tensor.copy_(found)
+        tensor.copy_(source)
 
 
 def complete(folder: Path | str, report: Mapping[str, Any]) -> None:
-    """Refuse what transformers' loading report says it filled with random numbers, or dropped.
+    """Raise WeightsError unless transformers' loading report says that every weight was loaded.
 
-    Raises WeightsError naming tensors that are missing, misshapen, or without a place in the model (but see UNUSED).
+    It names tensors that are missing (filled with random numbers), misshapen, or without a place
+    in the model (dropped), except UNUSED ones.
     """
     missing = sorted(report["missing_keys"])
+    mismatched = sorted(report["mismatched_keys"])
     surplus = sorted(name for name in report["unexpected_keys"] if not UNUSED.search(name))
-    problems = [f"lack {few(missing)}"] * bool(missing)
-    problems += [
-        f"hold {name} in shape {list(is_)}, not {list(asked)}"
-        for name, is_, asked in sorted(report["mismatched_keys"])[:1]
-    ]
-    problems += [f"hold {few(surplus)}, which the model has no place for"] * bool(surplus)
+    problems = []
+    if missing:
+        problems.append(f"lack {few(missing)}")
+    if mismatched:
+        name, actual, expected = mismatched[0]
+        problems.append(f"hold {name} in shape {list(actual)}, not {list(expected)}")
+    if surplus:
+        problems.append(f"hold {few(surplus)}, which the model has no place for")
     if problems:
         raise WeightsError(
-            f"the safetensors of {folder} {' and '.join(problems)}; does its {CONFIG} describe another model?"
+            f"the safetensors of {folder} {' and '.join(problems)}; "
+            f"does its {CONFIG} describe another model?"
         )
 
 
 def check_heads(config: Any, where: str) -> None:
-    """Raise ConfigError if the width of a transformers config cannot be split evenly over its attention heads."""
+    """Raise ConfigError if the width of a transformers config is no multiple of its heads."""
     text = config.get_text_config()
     width = getattr(text, "hidden_size", None)
     heads = getattr(text, "num_attention_heads", None)
@@ -213,17 +226,16 @@ def check_heads(config: Any, where: str) -> None:
 def save(
     model: nn.Module, folder: Path, config: Mapping[str, Any], dtype: torch.dtype | None = None
 ) -> None:
-    """Write config.json and model.safetensors; each file appears whole or not at all. Raises StorageError."""
-    state = model.state_dict().items()
-    tensors = {
-        name: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        for name, tensor in state
-    }
+    """Write config.json and model.safetensors, each whole or not at all. Raises StorageError."""
+    tensors = dict(model.state_dict())
+    for name, tensor in tensors.items():
+        if dtype and tensor.is_floating_point():
+            tensors[name] = tensor.to(dtype)
     files.write_tensors(folder / TENSORS, tensors, metadata={"format": "pt"})
     files.write_json(folder / CONFIG, config, indent=2)
 
 
 def few(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+    """The first three names, and the number of further ones."""
+    head = ", ".join(names[:3])
+    return f"{head} and {len(names) - 3} more" if len(names) > 3 else head

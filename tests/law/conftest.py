@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """These tests are thousands of small operations: a second thread costs more than it brings, above all on a busy machine."""
+    """One thread: these tests are thousands of small operations, which a second one slows down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

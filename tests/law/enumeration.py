@@ -1,7 +1,9 @@
-"""The law of one round, enumerated: every draft, every number of accepted tokens, every following token, in float64.
+"""The law of one round, enumerated in float64.
 
-Shapes: C cases, D drafts, T texts, K drafted tokens, V vocabulary; N prefixes (in Cases) or K + 1 (in rows).
-A prefix of k tokens is one index below V**k, first token most significant.
+Every draft, every number of accepted tokens, every following token.
+
+Shapes: C cases, D drafts, T texts, K drafted tokens, V vocabulary; N prefixes (in Cases) or K + 1
+(in rows). A prefix of k tokens is one index below V**k, first token most significant.
 """
 
 from collections.abc import Callable
@@ -19,8 +21,9 @@ SHAPES = ("factorised", "left-to-right", "two groups", "equal", "disjoint", "zer
 
 @dataclass(frozen=True)
 class Cases:
-    """`p[k]` and `q[k]` [C, V**k, V] are conditional on each prefix; `chance` [C, V**K] is that of each whole draft.
+    """`p[k]` and `q[k]` [C, V**k, V] are conditional on each prefix.
 
+    `chance` [C, V**K] is that of each whole draft.
     `q` None: the drafts carry no probabilities, whatever `chance` is. `size` None: all K count.
     """
 
@@ -56,8 +59,8 @@ class Cases:
             q = p[:K]
         elif shape == "disjoint":
             even = torch.arange(V) % 2 == 0
-            p = [_normalise(row * even) for row in p]
-            q = [_normalise(row * ~even) for row in q]
+            p = [_normalize(row * even) for row in p]
+            q = [_normalize(row * ~even) for row in q]
         elif shape == "zeros":
             p, q = [_thinned(row, generator) for row in p], [_thinned(row, generator) for row in q]
         size = torch.randint(0, K + 1, (count,), generator=generator) if ragged else None
@@ -66,7 +69,10 @@ class Cases:
         return cls(p, q, _chained(q, count, V), size)
 
     def rows(self) -> tuple[Draft, Float[Tensor, "R N V"]]:
-        """Every draft of every case as one batch row (rows behind `size` keep their tokens and probabilities: no one may look)."""
+        """Every draft of every case as one batch row.
+
+        Rows from `size` on keep their tokens and probabilities: nothing may read them.
+        """
         (V, K), count = self.sizes, len(self.chance)
         index = torch.arange(V**K)
         tokens = (
@@ -94,9 +100,10 @@ class Cases:
 def emitted_law(
     cases: Cases, plan: Any, *, longest: bool
 ) -> tuple[Float[Tensor, "C T"], Float[Tensor, "C"]]:
-    """The chance of each K+1 tokens when a round emits n+1 of them and p the rest; and the expected n.
+    """The chance of each K+1 tokens: n+1 from the round and the rest from p; and the expected n.
 
-    longest: the draw rule is "the longest passing prefix" (block), else "up to the first failure" (token, match).
+    longest: the draw rule is "the longest passing prefix" (block), else "up to the first failure"
+    (token, match).
     """
     (V, K), count = cases.sizes, len(cases.chance)
     accepted = (longest_passing if longest else first_failure)(plan.thresholds)
@@ -151,12 +158,12 @@ def _rows(count: int, prefixes: int, V: int, generator: torch.Generator) -> Floa
 
 
 def _thinned(rows: Float[Tensor, "C N V"], generator: torch.Generator) -> Float[Tensor, "C N V"]:
-    """About half of the tokens, one at least, keep their chance; in some rows that one keeps all."""
-    kept = torch.rand(rows.shape, generator=generator)
-    return _normalise(rows * ((kept < 0.5) | (kept == kept.amin(-1, keepdim=True))))
+    """About half of the tokens, at least one, keep their chance; in some rows only that one."""
+    draws = torch.rand(rows.shape, generator=generator)
+    return _normalize(rows * ((draws < 0.5) | (draws == draws.amin(-1, keepdim=True))))
 
 
-def _normalise(rows: Float[Tensor, "C N V"]) -> Float[Tensor, "C N V"]:
+def _normalize(rows: Float[Tensor, "C N V"]) -> Float[Tensor, "C N V"]:
     return rows / rows.sum(-1, keepdim=True)
 
 

@@ -27,13 +27,13 @@ from specdiff.types import Batch, Round, SamplingParams, TargetInfo
 from specdiff.verify import VERIFIERS, Verifier
 
 __all__ = [
-    "DENOISER", "DRAFTERS", "PAIRS", "TARGET", "causal_drafter", "compare", "conversations", "conversations_law", "fit", "last", "law",
-    "texts", "written",
+    "DENOISER", "DRAFTERS", "PAIRS", "TARGET", "causal_drafter", "compare", "conversations",
+    "conversations_law", "fit", "last", "law", "texts", "written",
 ]  # fmt: skip
 
 
 def causal_drafter(info: TargetInfo, seed: int) -> AutoregressiveDrafter:
-    """A random one-layer causal LM in float64, sharp enough that its tokens hang on those before them."""
+    """A random one-layer causal LM in float64, sharp enough to depend on its context."""
     torch.manual_seed(seed)
     sizes = {
         "hidden_size": 8,
@@ -76,7 +76,7 @@ def last(rounds: Iterable[Round]) -> Batch:
 
 @lru_cache(maxsize=64)
 def law(params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
-    """Every text that TARGET may write, up to its stop id or max_tokens, with its chance, by the slow reference."""
+    """Every text of TARGET, to its stop id or max_tokens, with its chance, by the reference."""
     open_, ended = {(): 1.0}, {}
     for _ in range(params.max_tokens):
         grown = {}
@@ -111,14 +111,19 @@ FIRST, SECOND = SamplingParams(max_tokens=3, stop_token_ids=(2,)), SamplingParam
 def conversations(
     target: Target[Any], drafter: Drafter[Any], verifier: Verifier, count: int
 ) -> tuple[list[tuple[int, ...]], int]:
-    """Two answers each: to [1], and to all of that with a 0 behind it, which may find its beginning in the row it takes; and how many
-    prompt tokens were found so."""
+    """Two answers each: to [1], and to all of that followed by a 0.
+
+    The second request may reuse a prefix that its row holds; also returns the number of reused
+    prompt tokens.
+    """
     second: deque[engine.Request] = deque()
-    opened, found, reused = 0, defaultdict(list), 0
+    opened = 0
+    reused = 0
+    texts = defaultdict(list)
 
     def stream() -> Iterator[engine.Request | None]:
         nonlocal opened
-        while opened < count or second or len(found) < count:
+        while opened < count or second or len(texts) < count:
             if second:
                 yield second.popleft()
             elif opened < count:
@@ -127,9 +132,8 @@ def conversations(
             else:
                 yield None
 
-    length, asked = drafter.draft_len, stream()
     for turn in engine.serve(
-        target, drafter, asked, verifier=verifier, draft_len=length, rows=200, slots=8
+        target, drafter, stream(), verifier=verifier, draft_len=drafter.draft_len, rows=200, slots=8
     ):
         reused += sum(turn.reused[row] for row in turn.ended)
         seeds = [turn.asked[row].seed for row in turn.ended]
@@ -137,12 +141,12 @@ def conversations(
             if prompt == 1:
                 second.append(engine.Request([*ids.tolist(), 0], SECOND, seed + count))
             else:
-                found[seed - count] = ids.tolist()[1:]
-    return [tuple(text) for text in found.values()], reused
+                texts[seed - count] = ids.tolist()[1:]
+    return [tuple(text) for text in texts.values()], reused
 
 
 def conversations_law() -> Law:
-    """Of both answers, the 0 between them, for a target that hangs on the sum of all tokens and on the last."""
+    """Both answers and the 0 between them, for a target of the sum of all tokens and the last."""
     chance = TARGET.table.softmax(-1)
 
     def mass(text: tuple[int, ...], tail: tuple[int, ...]) -> float:
@@ -152,11 +156,10 @@ def conversations_law() -> Law:
             text += (token,)
         return result
 
-    firsts = [
-        t
-        for n in (1, 2, 3)
-        for t in itertools.product(range(V), repeat=n)
-        if 2 not in t[:-1] and (n == 3 or t[-1] == 2)
-    ]
+    firsts = []
+    for n in (1, 2, 3):
+        for text in itertools.product(range(V), repeat=n):
+            if 2 not in text[:-1] and (n == 3 or text[-1] == 2):
+                firsts.append(text)
     pairs = itertools.product(firsts, itertools.product(range(V), repeat=2))
     return {(*one, 0, *two): mass((1,), one) * mass((1, *one, 0), two) for one, two in pairs}

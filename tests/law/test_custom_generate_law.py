@@ -1,4 +1,7 @@
-"""The law of sampled text inside transformers: its own processors on the model's logits, enumerated, against many texts."""
+"""The law of sampled text inside transformers, against many texts.
+
+It is enumerated with transformers' own processors on the model's logits.
+"""
 
 import math
 from dataclasses import replace
@@ -52,24 +55,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def net() -> PreTrainedModel:
-    made = tiny.model("llama", vocab=V, seed=3)
+    model = tiny.model("llama", vocab=V, seed=3)
     with torch.no_grad():
-        made.get_output_embeddings().weight.mul_(
+        model.get_output_embeddings().weight.mul_(
             1.5
         )  # some tokens likelier than others, and every text with a chance
-    return made
+    return model
 
 
 def options(setting: str, rows: int) -> dict[str, Any]:
     ids = torch.tensor([PROMPT])
-    asked: dict[str, Any] = {
+    common: dict[str, Any] = {
         "input_ids": ids,
         "max_new_tokens": NEW,
         "do_sample": True,
         "eos_token_id": END,
         "pad_token_id": 0,
     }
-    return asked | {"num_return_sequences": rows} | SETTINGS[setting]
+    return common | {"num_return_sequences": rows} | SETTINGS[setting]
 
 
 def law(net: PreTrainedModel, setting: str) -> dict[tuple[int, ...], float]:
@@ -99,18 +102,18 @@ def law(net: PreTrainedModel, setting: str) -> dict[tuple[int, ...], float]:
 def texts(net: PreTrainedModel, setting: str, verifier: str, drafter: Drafter[Any]) -> Tensor:
     torch.manual_seed(0)
     stats = specdiff.Stats()
-    told: dict[str, Any] = {
+    drafting: dict[str, Any] = {
         "drafter": drafter,
         "verifier": verifier,
         "draft_len": 3,
         "stats": stats,
     }
-    out = net.generate(custom_generate=specdiff.custom_generate, **told, **options(setting, ROWS))[
-        :, len(PROMPT) :
-    ]
+    out = net.generate(
+        custom_generate=specdiff.custom_generate, **drafting, **options(setting, ROWS)
+    )[:, len(PROMPT) :]
     assert stats.accepted > ROWS / 10
-    behind = ((out == END).cumsum(1) - (out == END).long()) > 0
-    return out.masked_fill(behind, PADDING)
+    after = ((out == END).cumsum(1) - (out == END).long()) > 0
+    return out.masked_fill(after, PADDING)
 
 
 CASES = [
@@ -146,14 +149,14 @@ def test_point_masses_and_transformers_own_sampling(net: PreTrainedModel) -> Non
     )
     torch.manual_seed(1)
     out = net.generate(**options("counting", ROWS))[:, len(PROMPT) :]
-    behind = ((out == END).cumsum(1) - (out == END).long()) > 0
-    assert compare(out.masked_fill(behind, PADDING), law(net, "counting")) > 1e-3
+    after = ((out == END).cumsum(1) - (out == END).long()) > 0
+    assert compare(out.masked_fill(after, PADDING), law(net, "counting")) > 1e-3
 
 
 def test_an_end_seen_too_early_is_caught(
     net: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BUG: the position of a drafted end itself is left unprocessed, not only those behind it."""
+    """BUG: the position of a drafted end itself is left unprocessed, not only those after it."""
     honest = processed_target._ended
 
     def early(batch: Any, draft: Any) -> Any:

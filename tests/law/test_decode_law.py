@@ -1,4 +1,7 @@
-"""L2: texts written by the real loop have the target's law, whatever drafts, verifies or filters; planted bugs do not hide."""
+"""L2: texts of the real loop have the target's law, whatever drafts, verifies or filters.
+
+Planted bugs are found.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -66,9 +69,8 @@ SETTINGS = {
 }
 PLAIN = SETTINGS["T=1"]
 STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
-TESTS = (
-    len(PAIRS) * (len(SETTINGS) + 4) + 28
-)  # G-tests in this file that a lawful program has to pass
+# G-tests in this file that a correct program has to pass
+TESTS = len(PAIRS) * (len(SETTINGS) + 4) + 28
 PASSES = 1e-3 / TESTS
 CAUGHT = 1e-6
 FEW = 40_000  # texts that give most bugs away
@@ -102,7 +104,10 @@ def test_texts_have_the_targets_law(drafter: str, verifier: str, setting: str) -
 
 
 def _enough(drafter: str, verifier: str) -> int:
-    """Several passes in float64 cost more, and matching looks at no probabilities: what is wrong there shows in FEW texts (below)."""
+    """Several passes in float64 cost more, and matching reads no probabilities.
+
+    What is wrong there shows in FEW texts (below).
+    """
     return FEW if drafter.startswith(("any", "auto")) or verifier.startswith("match") else 100_000
 
 
@@ -110,22 +115,22 @@ def _enough(drafter: str, verifier: str) -> int:
 def test_greedy_texts_are_the_argmax_path(drafter: str, verifier: str) -> None:
     params = SamplingParams(max_tokens=12, temperature=0)
     (path,) = law(params)
-    found = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], params, count=2000, rows=2000)
-    assert found.tolist() == [list(path)] * 2000
+    sample = texts(TARGET, DRAFTERS[drafter], VERIFIERS[verifier], params, count=2000, rows=2000)
+    assert sample.tolist() == [list(path)] * 2000
 
 
 @pairs
 def test_texts_end_where_the_law_says(drafter: str, verifier: str) -> None:
     """At the first stop id or at max_tokens, both often inside what a round had accepted."""
-    found = texts(
+    sample = texts(
         TARGET,
         DRAFTERS[drafter],
         VERIFIERS[verifier],
         STOPPING,
         count=min(60_000, _enough(drafter, verifier)),
     )
-    assert compare(found, law(STOPPING)) > PASSES
-    assert {int(n) for n in (found >= 0).sum(1).unique()} == {1, 2, 3, 4, 5}
+    assert compare(sample, law(STOPPING)) > PASSES
+    assert {int(n) for n in (sample >= 0).sum(1).unique()} == {1, 2, 3, 4, 5}
 
 
 @pairs
@@ -133,10 +138,10 @@ def test_decode_after_a_longer_prompt(drafter: str, verifier: str) -> None:
     prompt = [2, 0, 1]
     params = SamplingParams(max_tokens=3)
     batch = Batch.of([prompt] * 2000, [params] * 2000, range(2000))
-    found = written(
+    sample = written(
         last(decode.decode(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier]))
     )
-    assert compare(found, law(params, tuple(prompt))) > PASSES
+    assert compare(sample, law(params, tuple(prompt))) > PASSES
 
 
 @pairs
@@ -144,7 +149,7 @@ def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> N
     """1500 requests over 256 rows: a text's law does not depend on who sat in its row before."""
     requests = [engine.Request([1], STOPPING, seed) for seed in range(1500)]
     drafter_ = DRAFTERS[drafter]
-    found = defaultdict(list)
+    sample = defaultdict(list)
     for progress in engine.run(
         TARGET,
         drafter_,
@@ -153,16 +158,16 @@ def test_the_engine_with_rows_that_come_and_go(drafter: str, verifier: str) -> N
         draft_len=drafter_.draft_len,
         rows=256,
     ):
-        found[progress.request] += progress.tokens
-    assert compare(list(found.values()), law(STOPPING)) > PASSES
+        sample[progress.request] += progress.tokens
+    assert compare(list(sample.values()), law(STOPPING)) > PASSES
 
 
 @pairs
 def test_conversations_that_find_their_beginning_in_a_row(drafter: str, verifier: str) -> None:
-    """Second answers take over what the row has read and written of the first; every slot of it tells in this target's law."""
+    """Second answers reuse the row of the first; this target's law depends on every slot."""
     target = StaleTarget(TARGET.table, sums=True)
-    found, reused = conversations(target, DRAFTERS[drafter], VERIFIERS[verifier], 2000)
-    assert compare(found, conversations_law()) > PASSES
+    sample, reused = conversations(target, DRAFTERS[drafter], VERIFIERS[verifier], 2000)
+    assert compare(sample, conversations_law()) > PASSES
     assert reused > 2000
 
 
@@ -173,7 +178,7 @@ def test_the_draft_temperature_moves_no_text(verifier: str, draft_temperature: f
     assert fit(TARGET, drafter, VERIFIERS[verifier], PLAIN) > PASSES
 
 
-# ---- L2b: each bug, and its lawful twin in the very same place ----
+# ---- L2b: each bug, and its exact twin in the very same place ----
 
 ONE_SHOT, PER_TOKEN = DRAFTERS["one-shot"], DenoisingDrafter(DENOISER, steps=3)
 PLANS = {"token": verify.token_plan, "block": verify.block_plan}
@@ -205,27 +210,30 @@ def test_a_stale_cache_slot_is_caught(fault: dict[str, Any], verifier: str) -> N
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_target_that_takes_over_too_much_is_caught(verifier: str) -> None:
-    found, _ = conversations(
+    sample, _ = conversations(
         StaleTarget(TARGET.table, sums=True, beyond=1), ONE_SHOT, VERIFIERS[verifier], 4000
     )
-    assert compare(found, conversations_law()) < CAUGHT
+    assert compare(sample, conversations_law()) < CAUGHT
 
 
 def test_an_engine_that_takes_an_anchor_for_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Planted: all committed tokens count as held, the last of which was never scored; a rejected draft's entry may lie there."""
+    """Planted: all committed tokens count as held, but the last of them was never scored.
+
+    A rejected draft's entry may be there.
+    """
 
     def seats(held: Any, prompts: Any) -> list[tuple[int, int]]:
         return [
-            (row, min(kept + (kept > 0), len(p) - 1))
-            for (row, kept), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
+            (row, min(length + (length > 0), len(p) - 1))
+            for (row, length), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
         ]
 
     monkeypatch.setattr(engine, "seats", seats)
-    found, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
-    assert compare(found, conversations_law()) < CAUGHT
+    sample, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
+    assert compare(sample, conversations_law()) < CAUGHT
     monkeypatch.undo()
-    found, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
-    assert compare(found, conversations_law()) > PASSES
+    sample, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
+    assert compare(sample, conversations_law()) > PASSES
 
 
 def test_a_cache_without_stale_slots_passes() -> None:
@@ -239,7 +247,10 @@ def test_naive_any_order_is_caught(verifier: str) -> None:
 
 @ratio_tests
 def test_any_order_with_stored_probabilities_is_caught(verifier: str) -> None:
-    """SEDD's own sampler and the paper's "the logits are stored": biased. The same draws as point masses are not."""
+    """SEDD's own sampler and the paper's "the logits are stored": biased.
+
+    The same draws as point masses are not.
+    """
     lawful = AnyOrderDrafter(
         ToyScorer(Absorbing(TARGET.info.vocab_size), Loglinear(), seed=7, coupling=2), steps=5
     )
@@ -291,12 +302,15 @@ def test_probabilities_that_were_not_drawn_from_are_caught(verifier: str) -> Non
 def test_a_penalty_that_ignores_the_draft_is_caught(
     monkeypatch: pytest.MonkeyPatch, setting: str, verifier: str
 ) -> None:
-    """Planted: every scored position counts committed tokens only. `match` alone cannot forgive it either: its p is wrong."""
+    """Planted: every scored position counts committed tokens only.
+
+    `match` alone cannot repair it either: its p is wrong.
+    """
     monkeypatch.setattr(
         decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens[:, :0])
     )
-    found = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS[setting], count=FEW)
-    assert compare(found, law(SETTINGS[setting])) < CAUGHT
+    sample = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS[setting], count=FEW)
+    assert compare(sample, law(SETTINGS[setting])) < CAUGHT
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
@@ -306,8 +320,8 @@ def test_a_penalty_that_counts_the_whole_draft_everywhere_is_caught(
     monkeypatch.setattr(
         decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens)
     )
-    found = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS["counts"], count=FEW)
-    assert compare(found, law(SETTINGS["counts"])) < CAUGHT
+    sample = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS["counts"], count=FEW)
+    assert compare(sample, law(SETTINGS["counts"])) < CAUGHT
 
 
 @ratio_tests
@@ -316,7 +330,10 @@ def test_a_draft_law_without_the_penalty_it_was_drawn_under_is_caught(verifier: 
 
 
 def test_the_comparison_itself() -> None:
-    """A sample that fits passes; one with 2 % too many of a text, or with a text that cannot occur, does not."""
+    """A sample that fits passes.
+
+    One with 2 % too many of a text, or with a text that cannot occur, does not.
+    """
     expected = law(PLAIN)
     sample = [text for text, p in expected.items() for _ in range(round(100_000 * p))]
     assert compare(sample, expected) > 0.9

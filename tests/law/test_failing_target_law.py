@@ -1,4 +1,7 @@
-"""A target without a distribution behind tokens that it never writes: drafts that go there change neither the law nor end a row."""
+"""A target without a distribution after tokens that it never writes.
+
+Drafts that go there neither change the law nor end a row.
+"""
 
 import pytest
 import torch
@@ -30,8 +33,8 @@ def test_the_law_holds_where_drafts_go_where_the_target_has_none(
     verifier: str, point: bool, params: SamplingParams
 ) -> None:
     target = partial_target()
-    found = texts(
+    sample = texts(
         target, TableDrafter(V, point=point), VERIFIERS[verifier], params, count=40_000, draft_len=4
     )
-    assert (found >= 0).all(), "a row ended early"
-    assert compare(found, law(target, params)) > 1e-5
+    assert (sample >= 0).all(), "a row ended early"
+    assert compare(sample, law(target, params)) > 1e-5

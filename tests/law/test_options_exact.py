@@ -1,4 +1,7 @@
-"""L1 for sampling options: one round enumerated, with the target's rows from the real code and its law from a slow reference."""
+"""L1 for sampling options: one round enumerated.
+
+The target's rows come from the real code, its law from a slow reference.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -26,8 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bias": {"logit_bias": ((0, 1.5), (2, -2.0))},
     "allowed": {"allowed_token_ids": (0, 2)},
     "all": {
-        "temperature": 0.7, "repetition_penalty": 0.6, "presence_penalty": 0.5, "frequency_penalty": 0.9, "logit_bias": ((1, 3.0),),
-        "allowed_token_ids": (1, 2), "top_p": 0.9,
+        "temperature": 0.7, "repetition_penalty": 0.6, "presence_penalty": 0.5,
+        "frequency_penalty": 0.9, "logit_bias": ((1, 3.0),), "allowed_token_ids": (1, 2),
+        "top_p": 0.9,
     },
 }  # fmt: skip
 PROMPT, ANSWER = [1, 1], [1, 0]  # nowhere a 2: whether it occurs is for the draft to say
@@ -39,28 +43,30 @@ def logits_after(table: torch.Tensor, draft: tuple[int, ...]) -> torch.Tensor:
     return table[:, before, last]
 
 
-def exact(asked: dict[str, Any], count: int = 40, seed: int = 0) -> tuple[Cases, torch.Tensor]:
-    """Cases whose p is the reference's, random left-to-right q; and the tables behind p."""
+def exact(options: dict[str, Any], count: int = 40, seed: int = 0) -> tuple[Cases, torch.Tensor]:
+    """Cases whose p is the reference's, random left-to-right q; and the tables of p."""
     cases = Cases.random("left-to-right", V, K, count, seed=seed)
     table = 2 * torch.randn(
         count, V, V, V, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
-    params = SamplingParams(**asked)
+    params = SamplingParams(**options)
     p = []
     for k in range(K + 1):
         rows = []
         for index in range(V**k):
             draft = tuple(index // V ** (k - 1 - i) % V for i in range(k))
-            told = [
+            laws = [
                 reference.law(row, PROMPT, [*ANSWER, *draft], params)
                 for row in logits_after(table, draft).tolist()
             ]
-            rows.append(torch.tensor(told, dtype=torch.float64))
+            rows.append(torch.tensor(laws, dtype=torch.float64))
         p.append(torch.stack(rows, dim=1))
     return replace(cases, p=p), table
 
 
-def scored(asked: dict[str, Any], draft: Draft, table: torch.Tensor) -> tuple[torch.Tensor, Batch]:
+def scored(
+    options: dict[str, Any], draft: Draft, table: torch.Tensor
+) -> tuple[torch.Tensor, Batch]:
     """The target's logits at every position of every draft, and the batch they are scored for."""
     rows = len(draft.tokens)
     repeated = table.repeat_interleave(rows // len(table), dim=0)
@@ -69,7 +75,7 @@ def scored(asked: dict[str, Any], draft: Draft, table: torch.Tensor) -> tuple[to
         [repeated[torch.arange(rows), ids[:, k], ids[:, k + 1]] for k in range(K + 1)], dim=1
     )
     batch = Batch.of(
-        [[*PROMPT, *ANSWER]] * rows, [SamplingParams(max_tokens=9, **asked)] * rows, range(rows)
+        [[*PROMPT, *ANSWER]] * rows, [SamplingParams(max_tokens=9, **options)] * rows, range(rows)
     )
     return logits, replace(batch, prompt_length=batch.prompt_length - len(ANSWER))
 
@@ -119,11 +125,11 @@ def test_counting_the_wrong_tokens_breaks_the_law(bug: str, option: str, name: s
     )
 
 
-def rounded(asked: dict[str, Any]) -> dict[str, Any]:
+def rounded(options: dict[str, Any]) -> dict[str, Any]:
     """The options as float32 holds them, so that only the law itself can differ."""
     held = {
         name: float(torch.tensor(value))
-        for name, value in asked.items()
+        for name, value in options.items()
         if isinstance(value, float)
     }
-    return asked | held
+    return options | held

@@ -1,4 +1,4 @@
-"""Drafters whose vocabulary is larger or smaller than the target's: what is cut or lacking changes no text's chance."""
+"""Drafters with a larger or smaller vocabulary than the target's: no text's chance changes."""
 
 from typing import Any
 
@@ -45,5 +45,5 @@ def drafter(kind: str, size: int) -> Drafter[Any]:
 @pytest.mark.parametrize("kind", ["autoregressive", "one-shot", "left-to-right"])
 def test_the_law_is_the_targets(kind: str, size: int, verifier: str, setting: str) -> None:
     params = SETTINGS[setting]
-    found = texts(TARGET, drafter(kind, size), VERIFIERS[verifier], params, count=5000, rows=2500)
-    assert compare(found, law(params)) > 1e-5
+    sample = texts(TARGET, drafter(kind, size), VERIFIERS[verifier], params, count=5000, rows=2500)
+    assert compare(sample, law(params)) > 1e-5

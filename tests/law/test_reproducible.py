@@ -1,4 +1,7 @@
-"""L4: the same seed gives the same tokens, bit for bit, whatever shares the batch; under `match`, whatever drafts."""
+"""L4: the same seed gives the same tokens, bit for bit, whatever shares the batch.
+
+Under `match` they are the same for every drafter.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -92,7 +95,7 @@ def served(
     target: Target[Any] = TARGET,
 ) -> Texts:
     """The texts put together from the engine's stream."""
-    found = defaultdict(list)
+    answers = defaultdict(list)
     for progress in engine.run(
         target,
         drafter,
@@ -101,8 +104,8 @@ def served(
         draft_len=drafter.draft_len,
         rows=rows,
     ):
-        found[progress.request] += progress.tokens
-    return [found[i] for i in range(len(requests))]
+        answers[progress.request] += progress.tokens
+    return [answers[i] for i in range(len(requests))]
 
 
 @cache
@@ -119,8 +122,8 @@ def test_in_one_batch(drafter: str, verifier: str) -> None:
 @pairs
 def test_in_another_order(drafter: str, verifier: str) -> None:
     order = torch.randperm(len(REQUESTS), generator=torch.Generator().manual_seed(0)).tolist()
-    found = decoded([REQUESTS[i] for i in order], DRAFTERS[drafter], verifier)
-    assert found == [alone(drafter, verifier)[i] for i in order]
+    answers = decoded([REQUESTS[i] for i in order], DRAFTERS[drafter], verifier)
+    assert answers == [alone(drafter, verifier)[i] for i in order]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
@@ -130,7 +133,7 @@ def test_through_the_engine(drafter: str, verifier: str, rows: int) -> None:
 
 
 def arriving() -> Iterator[Request | None]:
-    """The first of all runs on for long; a few come with it, then one a round, as long as there are free rows."""
+    """The first runs long; a few come with it, then one a round, while there are free rows."""
     yield Request([2], SamplingParams(max_tokens=120), 77)
     yield from REQUESTS[:3]
     for request in REQUESTS[3:]:
@@ -139,36 +142,41 @@ def arriving() -> Iterator[Request | None]:
 
 @pairs
 def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> None:
-    """Every fourth request is cancelled after its second round: what it had is no other, and neither is what the rest gets."""
-    found, heard = defaultdict[int, list[int]](list), defaultdict[int, int](int)
-    made = DRAFTERS[drafter]
+    """Every fourth request is cancelled after its second round.
+
+    Its tokens so far are unchanged, and so are those of all others.
+    """
+    answers, rounds = defaultdict[int, list[int]](list), defaultdict[int, int](int)
+    inner = DRAFTERS[drafter]
     for turn in engine.serve(
         TARGET,
-        made,
+        inner,
         arriving(),
         verifier=VERIFIERS[verifier],
-        draft_len=made.draft_len,
+        draft_len=inner.draft_len,
         rows=4,
         slots=122,
     ):
         for progress in turn.progress():
-            found[progress.request - 1] += progress.tokens
-            heard[progress.request] += 1
-            if progress.request % 4 == 2 and heard[progress.request] == 2:
+            answers[progress.request - 1] += progress.tokens
+            rounds[progress.request] += 1
+            if progress.request % 4 == 2 and rounds[progress.request] == 2:
                 turn.cancel(progress.request)
     whole = alone(drafter, verifier)
-    assert any(len(found[i]) < len(text) for i, text in enumerate(whole))
+    assert any(len(answers[i]) < len(text) for i, text in enumerate(whole))
     for i, text in enumerate(whole):
-        assert found[i] == (text[: len(found[i])] if i % 4 == 1 else text), i
+        assert answers[i] == (text[: len(answers[i])] if i % 4 == 1 else text), i
 
 
-SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache tells
+SUMS = StaleTarget(TARGET.table, sums=True)  # every slot of its cache matters
 
 
 @cache
 def continued(drafter: str, verifier: str, rows: int) -> tuple[list[Request], Texts]:
-    """`rows` requests, then as many whose prompts begin with most of their texts, in the order in which these end, and so on; all
-    texts, each from a batch of its own."""
+    """`rows` requests, then as many whose prompts begin with most of their texts, and so on.
+
+    They come in the order in which those end. Also all texts, each from a batch of its own.
+    """
     requests, texts = [], []
     for first in range(0, 6, rows):
         group = sorted(REQUESTS[first : first + rows], key=lambda r: r.params.max_tokens)
@@ -212,7 +220,7 @@ def test_a_position_too_many_would_show(rows: int) -> None:
 
 @pairs
 def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
-    """One-token prompts leave nothing to admit: the shortcut of the Monte Carlo tests changes no token."""
+    """One-token prompts leave nothing to admit: the Monte Carlo shortcut changes no token."""
     requests = [replace(request, prompt=[i % V]) for i, request in enumerate(REQUESTS)]
     batch = Batch.of(
         [r.prompt for r in requests], [r.params for r in requests], [r.seed for r in requests]
@@ -220,13 +228,13 @@ def test_by_hand_without_admission(drafter: str, verifier: str) -> None:
     run = decode.start(TARGET, DRAFTERS[drafter], batch, verifier=VERIFIERS[verifier])
     while not bool(run.batch.done.all()):
         decode.step(run, DRAFTERS[drafter].draft_len)
-    found = [run.batch.ids[r, 1 : run.batch.length[r]].tolist() for r in range(len(requests))]
-    assert found == decoded(requests, DRAFTERS[drafter], verifier)
+    answers = [run.batch.ids[r, 1 : run.batch.length[r]].tolist() for r in range(len(requests))]
+    assert answers == decoded(requests, DRAFTERS[drafter], verifier)
 
 
 @pairs
 def test_streamed_round_by_round(drafter: str, verifier: str) -> None:
-    """What each round emitted, one after the other, is the text; what was committed never changes."""
+    """The rounds' emitted tokens in order are the text; what was committed never changes."""
     batch = Batch.of(
         [r.prompt for r in REQUESTS], [r.params for r in REQUESTS], [r.seed for r in REQUESTS]
     )
@@ -345,7 +353,10 @@ def test_matching_with_draws_keyed_by_round_would_show(monkeypatch: pytest.Monke
 
 
 def test_ties_under_top_p_do_not_feel_the_neighbours() -> None:
-    """A flat row in the batch sends every row through the exact fallback; equal tokens must not change places for that."""
+    """A flat row in the batch sends every row through the exact fallback.
+
+    Equal tokens must not swap because of that.
+    """
     logits = torch.zeros(7, 7, 7, dtype=torch.float64)
     logits[..., 2] = 2
     logits[:, 0] = 0  # after token 0 the law is flat

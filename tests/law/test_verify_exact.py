@@ -1,4 +1,4 @@
-"""L1: with every draft and every outcome enumerated, what a verifier emits has exactly the target's law."""
+"""L1: with every draft and outcome enumerated, a verifier emits exactly the target's law."""
 
 import itertools
 
@@ -45,16 +45,16 @@ def test_one_plan_serves_both_ways_of_matching() -> None:
 
 def test_match_is_exact_for_drafts_whose_probabilities_are_wrong() -> None:
     for V, K in SIZES:
-        told, real = (
+        stated, real = (
             Cases.random(shape, V, K, COUNT, seed=V + K) for shape in ("left-to-right", "point")
         )
-        plan = verify.match_plan(told.rows()[0], real.rows()[1])
+        plan = verify.match_plan(stated.rows()[0], real.rows()[1])
         assert worst(emitted_law(real, plan, longest=False)[0], real) <= 1e-12
         if K:  # the ratio tests do depend on them, so the line above says something
             assert (
                 worst(
                     emitted_law(
-                        real, verify.token_plan(told.rows()[0], real.rows()[1]), longest=False
+                        real, verify.token_plan(stated.rows()[0], real.rows()[1]), longest=False
                     )[0],
                     real,
                 )
@@ -100,10 +100,10 @@ def test_what_lies_behind_the_size_is_never_looked_at() -> None:
     cases = Cases.random("left-to-right", 3, 3, COUNT, ragged=True)
     draft, p = cases.rows()
     assert draft.size is not None and draft.probs is not None
-    behind = torch.arange(3) >= draft.size[:, None]
+    beyond = torch.arange(3) >= draft.size[:, None]
     other = Draft(
-        draft.tokens.masked_fill(behind, 2),
-        draft.probs.masked_fill(behind[..., None], 0),
+        draft.tokens.masked_fill(beyond, 2),
+        draft.probs.masked_fill(beyond[..., None], 0),
         draft.size,
     )
     for name, plan in verify.PLANS.items():
@@ -126,12 +126,12 @@ def some_rows(K: int, rows: int, seed: int) -> tuple[Draft, torch.Tensor, torch.
     )
     draft, p = cases.rows()
     assert draft.size is not None
-    chosen = torch.randint(len(p), (rows,), generator=generator)
-    chosen = chosen[cases.chance.flatten()[chosen] > 0]
+    index = torch.randint(len(p), (rows,), generator=generator)
+    index = index[cases.chance.flatten()[index] > 0]
     assert draft.probs is not None
     return (
-        Draft(draft.tokens[chosen], draft.probs[chosen], draft.size[chosen]),
-        p[chosen],
+        Draft(draft.tokens[index], draft.probs[index], draft.size[index]),
+        p[index],
         generator,
     )
 
@@ -161,7 +161,7 @@ def inverse_cdf(law: np.ndarray, u: float) -> int:
 @pytest.mark.parametrize("K", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", ["token", "block"])
 def test_the_draw_does_what_the_plan_says(name: str, K: int) -> None:
-    seen = set()
+    outcomes = set()
     for seed in range(4):
         draft, p, generator = some_rows(K, 600, seed)
         plan = verify.PLANS[name](draft, p)
@@ -186,8 +186,8 @@ def test_the_draw_does_what_the_plan_says(name: str, K: int) -> None:
             ]
             assert int(result.accepted[row]) == n
             assert result.tokens[row].tolist() == expected + [0] * (K - n)
-            seen.add(n)
-    assert seen == set(range(K + 1))
+            outcomes.add(n)
+    assert outcomes == set(range(K + 1))
 
 
 @pytest.mark.parametrize("name", list(verify.VERIFIERS))
@@ -225,7 +225,7 @@ def test_a_draft_that_is_the_target_is_always_accepted(name: str) -> None:
 
 
 def test_matching_draws_have_the_plans_law() -> None:
-    """With p in eighths, the midpoints of an 8 x 8 x 8 grid of uniforms carry the law without error."""
+    """With p in eighths, the midpoints of an 8 x 8 x 8 grid of uniforms give the law exactly."""
     p = torch.tensor([[1, 2, 5], [4, 0, 4], [3, 3, 2]], dtype=torch.float64) / 8
     grid = (
         torch.tensor(list(itertools.product(range(8), repeat=3)), dtype=torch.float64) + 0.5
@@ -239,14 +239,14 @@ def test_matching_draws_have_the_plans_law() -> None:
             )
             draft = Draft(one.tokens.expand(512, 2), None, torch.full((512,), size))
             result = verify.match(draft, p.expand(512, 3, 3), Grid.holding(512, target=grid))
-            found = torch.zeros(3, 3, dtype=torch.float64)
+            mass = torch.zeros(3, 3, dtype=torch.float64)
             following = result.tokens.gather(1, result.accepted[:, None])[:, 0]
-            found.index_put_(
+            mass.index_put_(
                 (result.accepted, following),
                 torch.tensor(1 / 512, dtype=torch.float64),
                 accumulate=True,
             )
-            assert float((found - expected).abs().max()) <= 1e-15
+            assert float((mass - expected).abs().max()) <= 1e-15
 
 
 def test_matching_by_gumbel_is_the_argmax_of_shifted_logs() -> None:
@@ -280,14 +280,20 @@ def test_the_tokens_behind_are_zero_and_the_path_is_the_chain(name: str) -> None
 
 
 def test_block_never_accepts_behind_an_impossible_token() -> None:
-    """q(x) = 0 at the second token, where the first already has p = 0: 0 times infinity must not become acceptance."""
+    """q(x) = 0 at the second token, where the first already has p = 0.
+
+    0 times infinity must not become acceptance.
+    """
     draft = Draft(torch.tensor([[0, 1]]), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))
     p = torch.tensor([[[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]]])
     assert verify.block_plan(draft, p).thresholds.tolist() == [[0, 0]]
 
 
 def test_matching_draws_with_the_targets_own_uniform_and_gumbel_noise_is_another_method() -> None:
-    """The two methods have one law, but not one text: a seed's text under `match` must not change with what a drafter shares."""
+    """The two methods have one law, but not one text.
+
+    A seed's text under `match` must not change with what a drafter shares.
+    """
     rows = 400
     batch = Batch.of([[1]] * rows, [SamplingParams()] * rows, range(rows))
     noise = Noise.of(batch)

@@ -142,7 +142,7 @@ class Overlap:
         K = draft.tokens.shape[1]
         if K:
             shared = overlaps(draft, p[:, :K]).tolist()
-            sizes = [K] * len(shared) if draft.size is None else draft.size.tolist()
+            sizes = draft.sizes.tolist()
             for row, (size, n) in enumerate(
                 zip(sizes, verification.accepted.tolist(), strict=True)
             ):

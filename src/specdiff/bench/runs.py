@@ -72,7 +72,7 @@ class _Seen:
     emitted: Int[Tensor, "B"]
     accepted: Int[Tensor, "B"]
     tokens: Int[Tensor, "B N"]
-    size: Int[Tensor, "B"] | None
+    size: Int[Tensor, "B"]
     drafted: int
     seconds: dict[str, float]
     took: float
@@ -97,7 +97,7 @@ class Watch:
                 r.emitted,
                 v.accepted,
                 v.tokens,
-                r.draft.size,
+                r.draft.sizes,
                 drafted,
                 dict(r.seconds),
                 now - self.last,
@@ -117,7 +117,7 @@ class Watch:
         )
         lengths: list[list[int]] = [[] for _ in range(rows)]
         for seen in self.rounds:
-            sizes = [seen.drafted] * rows if seen.size is None else seen.size.tolist()
+            sizes = seen.size.tolist()
             told = zip(
                 seen.emitted.tolist(),
                 seen.accepted.tolist(),
@@ -143,7 +143,7 @@ class Watch:
             self.first - self.begin,
             sum(n[0] for n in lengths if n),
             drafted,
-            total.as_dict() | {"reached": total.reached, "kept": total.kept},
+            total.as_dict() | {"reached": total.reached, "kept": total.passed},
             sum(n for n, _ in counted),
             sum(n for _, n in counted),
             self._medians(),

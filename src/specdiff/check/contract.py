@@ -108,11 +108,7 @@ class Scores:
         tokens, q = draft.tokens[rows].cpu(), draft.probs[rows].double().cpu()
         shapes = polynomials(transforms(tokens, q, self.generator))
         before = self._before(context, rows, shapes)
-        size = (
-            tokens.new_full((len(tokens),), tokens.shape[1])
-            if draft.size is None
-            else draft.size[rows].cpu()
-        )
+        size = draft.sizes[rows].cpu()
         classes = self._classes()
         anchors = classes[context.batch.anchor[rows].cpu()]
         ratio = noise.uniform(Purpose.RATIO, tokens.shape[1])[rows].double().cpu() * 2 - 1

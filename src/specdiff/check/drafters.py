@@ -112,7 +112,7 @@ class _Seen:
         self.rounds += 1
         self.counts += found.bincount(minlength=len(FAULTS))
         if draft.probs is not None and not bool(found.any()):
-            size = draft.tokens.shape[1] if draft.size is None else draft.size[live, None]
+            size = draft.sizes[live, None]
             counted = torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < size
             own = draft.probs[live].gather(-1, draft.tokens[live, :, None])[..., 0]
             self.impossible += int(((own <= 0) & counted).sum())
@@ -234,7 +234,7 @@ def _fresh(
     found: Record = {}
 
     def keep(context: Context, noise: Noise, draft: Draft) -> None:
-        size = draft.tokens.shape[1] if draft.size is None else int(draft.size[0])
+        size = int(draft.sizes[0])
         law = None if draft.probs is None else draft.probs[0, :size].double().cpu()
         key = int(context.batch.seed[0]), int(context.batch.round[0])
         found[key] = Drafted(record[key].text, draft.tokens[0, :size].tolist(), law)

@@ -79,12 +79,7 @@ def drafts(
 
     def keep(context: Context, noise: Noise, draft: Draft) -> None:
         batch = context.batch
-        sizes = (
-            [draft.tokens.shape[1]] * len(batch.length)
-            if draft.size is None
-            else draft.size.tolist()
-        )
-        for row, size in enumerate(sizes):
+        for row, size in enumerate(draft.sizes.tolist()):
             if not batch.done[row]:
                 text = tuple(batch.ids[row, : batch.length[row]].tolist())
                 law = None if draft.probs is None else draft.probs[row, :size].double().cpu()

@@ -55,8 +55,7 @@ def _wrong(draft: Draft, p: Float[Tensor, "B N V"], v: Verification) -> str | No
     rows, K = draft.tokens.shape
     if v.tokens.shape != (rows, K + 1) or v.accepted.shape != (rows,):
         return f"tokens {list(v.tokens.shape)} and accepted {list(v.accepted.shape)} should be [{rows}, {K + 1}] and [{rows}]"
-    size = v.accepted.new_full((rows,), K) if draft.size is None else draft.size
-    if bool(((v.accepted < 0) | (v.accepted > size)).any()):
+    if bool(((v.accepted < 0) | (v.accepted > draft.sizes)).any()):
         return "it accepts fewer than 0 tokens, or more than the draft's size"
     index = torch.arange(K + 1)
     kept, behind = index < v.accepted[:, None], index > v.accepted[:, None]

@@ -106,7 +106,7 @@ class GuardedDrafter(Drafter[GuardedState]):
         """The draft, each row cut in front of its first fault."""
         fault = faults(draft, self.vocab_size)
         off = state.off.to(fault.device)
-        size = draft.tokens.shape[1] if draft.size is None else draft.size.long()
+        size = draft.sizes.long()
         sound = (fault == 0).long().cumprod(1).sum(1)
         worst = torch.where(batch.done | off, 0, fault.amax(1))
         known = draft.tokens.clamp(

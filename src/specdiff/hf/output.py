@@ -160,11 +160,7 @@ class Written:
 
     def _count(self, stats: Stats, last: Round, emitted: list[int]) -> None:
         """Every running row's round; its seconds, which all rows share, once."""
-        sizes = (
-            [last.draft.tokens.shape[1]] * len(emitted)
-            if last.draft.size is None
-            else last.draft.size.tolist()
-        )
+        sizes = last.draft.sizes.tolist()
         seconds = dict(last.seconds)
         lengths = self.ending.lengths(last.batch)
         for row, accepted in enumerate(last.verification.accepted.tolist()):

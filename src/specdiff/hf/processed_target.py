@@ -211,8 +211,7 @@ def _ended(batch: Batch, draft: Draft) -> tuple[Draft, Int[Tensor, "B"]]:
     place = torch.arange(K, device=draft.tokens.device)
     ends = (draft.tokens[..., None] == batch.params.stop_ids[:, None]).any(-1)
     before = F.pad(torch.where(ends, place, K), (0, 1), value=K).amin(1)
-    size = torch.full_like(before, K) if draft.size is None else draft.size
-    size = size.masked_fill(batch.done, 0)
+    size = draft.sizes.masked_fill(batch.done, 0)
     return replace(draft, size=torch.minimum(size, before + 1)), torch.minimum(size, before)
 
 

@@ -8,7 +8,7 @@ from specdiff.prefix_cache import seats, shared
 
 
 @pytest.mark.parametrize(
-    ("held", "prompts", "given"),
+    ("rows", "prompts", "seating"),
     [
         ([[1, 2, 3], [1, 2]], [[1, 2, 3, 4]], [(0, 3)]),
         ([[1, 2, 3]], [[1, 2, 3]], [(0, 2)]),  # the last token is always read
@@ -27,26 +27,26 @@ from specdiff.prefix_cache import seats, shared
     ],
 )
 def test_small_cases(
-    held: list[list[int]], prompts: list[list[int]], given: list[tuple[int, int]]
+    rows: list[list[int]], prompts: list[list[int]], seating: list[tuple[int, int]]
 ) -> None:
-    assert seats(held, prompts) == given
+    assert seats(rows, prompts) == seating
 
 
 def test_against_comparing_everything() -> None:
     chance = random.Random(0)
     for _ in range(300):
-        held = [
+        rows = [
             [chance.randrange(3) for _ in range(chance.randrange(9))]
             for _ in range(chance.randrange(1, 9))
         ]
         prompts = [
             [chance.randrange(3) for _ in range(chance.randrange(1, 9))]
-            for _ in range(chance.randrange(1, len(held) + 1))
+            for _ in range(chance.randrange(1, len(rows) + 1))
         ]
-        given = seats(held, prompts)
-        assert len({place for place, _ in given}) == len(prompts)
-        for (place, kept), prompt in zip(given, prompts, strict=True):
-            assert kept == min(shared(held[place], prompt), len(prompt) - 1)
-        most = [max(shared(tokens, prompt) for tokens in held) for prompt in prompts]
+        seating = seats(rows, prompts)
+        assert len({place for place, _ in seating}) == len(prompts)
+        for (place, length), prompt in zip(seating, prompts, strict=True):
+            assert length == min(shared(rows[place], prompt), len(prompt) - 1)
+        most = [max(shared(tokens, prompt) for tokens in rows) for prompt in prompts]
         first = max(range(len(prompts)), key=most.__getitem__)
-        assert given[first][1] == min(most[first], len(prompts[first]) - 1)
+        assert seating[first][1] == min(most[first], len(prompts[first]) - 1)

@@ -1,4 +1,7 @@
-"""Penalties, bias and allowed ids against slow references and transformers' processors, at every position of a draft."""
+"""Penalties, bias and allowed ids at every position of a draft.
+
+Against slow references and transformers' processors.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -21,7 +24,7 @@ from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, SamplingParams
 
 V = 11
-ASKED: list[dict[str, Any]] = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"repetition_penalty": 1.3},
     {"repetition_penalty": 0.6},
@@ -48,18 +51,18 @@ PENALTIES: dict[str, Any] = {
 PROMPTS = [[1], [2, 2, 5], [7, 0, 7, 7, 3, 9]]
 
 
-def running(asked: list[dict[str, Any]], generated: int = 6, seed: int = 0) -> Batch:
-    """A batch in mid-flight: each row has answered a different number of tokens, and what lies behind is scratch."""
+def running(options: list[dict[str, Any]], generated: int = 6, seed: int = 0) -> Batch:
+    """A batch in mid-flight: answers of different lengths, with scratch after them."""
     generator = torch.Generator().manual_seed(seed)
-    rows = [SamplingParams(max_tokens=generated + 4, **options) for options in asked]
+    rows = [SamplingParams(max_tokens=generated + 4, **row) for row in options]
     batch = Batch.of([PROMPTS[i % 3] for i in range(len(rows))], rows, range(len(rows)))
     answer = torch.randint(V, batch.ids.shape, generator=generator)
-    behind = torch.arange(batch.ids.shape[1]) >= batch.prompt_length[:, None]
+    generated_slots = torch.arange(batch.ids.shape[1]) >= batch.prompt_length[:, None]
     length = batch.prompt_length + torch.arange(len(rows)) % (generated + 1)
-    return replace(batch, ids=torch.where(behind, answer, batch.ids), length=length)
+    return replace(batch, ids=torch.where(generated_slots, answer, batch.ids), length=length)
 
 
-def told(batch: Batch, row: int) -> tuple[list[int], list[int]]:
+def texts(batch: Batch, row: int) -> tuple[list[int], list[int]]:
     ids = batch.ids[row, : batch.length[row]].tolist()
     n = int(batch.prompt_length[row])
     return ids[:n], ids[n:]
@@ -79,27 +82,29 @@ def some_draft(rows: int, K: int, seed: int = 1) -> tuple[Draft, Tensor]:
 
 @pytest.mark.parametrize("K", [0, 1, 5])
 def test_row_k_counts_the_first_k_draft_tokens(K: int) -> None:
-    batch, (draft, logits) = running(ASKED), some_draft(len(ASKED), K)
-    found = adjusted(logits, batch, draft)
-    for row, asked in enumerate(ASKED):
-        prompt, answer = told(batch, row)
+    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), K)
+    result = adjusted(logits, batch, draft)
+    for row, options in enumerate(OPTIONS):
+        prompt, answer = texts(batch, row)
         for k in range(K + 1):
             own = draft.tokens[row, :k].tolist()
             expected = reference.adjusted(
-                logits[row, k].tolist(), prompt, [*answer, *own], SamplingParams(**asked)
+                logits[row, k].tolist(), prompt, [*answer, *own], SamplingParams(**options)
             )
-            assert found[row, k].tolist() == pytest.approx(expected, abs=1e-6), (asked, k)
+            assert result[row, k].tolist() == pytest.approx(expected, abs=1e-6), (options, k)
 
 
 def test_a_drafters_rows_count_all_it_has_drawn() -> None:
-    batch, (draft, logits) = running(ASKED), some_draft(len(ASKED), 3)
-    found = adjusted(logits, batch, draft.tokens)
-    for row, asked in enumerate(ASKED):
-        prompt, answer = told(batch, row)
+    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), 3)
+    result = adjusted(logits, batch, draft.tokens)
+    for row, options in enumerate(OPTIONS):
+        prompt, answer = texts(batch, row)
         for k in range(4):
             text = [*answer, *draft.tokens[row].tolist()]
-            assert found[row, k].tolist() == pytest.approx(
-                reference.adjusted(logits[row, k].tolist(), prompt, text, SamplingParams(**asked)),
+            assert result[row, k].tolist() == pytest.approx(
+                reference.adjusted(
+                    logits[row, k].tolist(), prompt, text, SamplingParams(**options)
+                ),
                 abs=1e-6,
             )
 
@@ -114,30 +119,34 @@ def test_a_tree_counts_ancestors() -> None:
         [[], [0], [0, 1], [0, 2], [0, 1, 3], [0, 2, 4], [5]],
         [list(range(k)) for k in range(7)],
     ]
-    seen = above(draft)
-    assert [[seen[b, n].nonzero()[:, 0].tolist() for n in range(7)] for b in range(2)] == lineage
-    assert torch.equal(seen[1], above(replace(draft, parents=None))[0])
-    asked = {"repetition_penalty": 1.7, "frequency_penalty": 0.4}
-    batch, logits = running([asked] * 2), torch.randn(2, 7, V, dtype=torch.float64)
-    found = adjusted(logits, batch, draft)
+    ancestors = above(draft)
+    assert [
+        [ancestors[b, n].nonzero()[:, 0].tolist() for n in range(7)] for b in range(2)
+    ] == lineage
+    assert torch.equal(ancestors[1], above(replace(draft, parents=None))[0])
+    options = {"repetition_penalty": 1.7, "frequency_penalty": 0.4}
+    batch, logits = running([options] * 2), torch.randn(2, 7, V, dtype=torch.float64)
+    result = adjusted(logits, batch, draft)
     for row in range(2):
-        prompt, answer = told(batch, row)
+        prompt, answer = texts(batch, row)
         for n in range(7):
             text = [*answer, *draft.tokens[row, lineage[row][n]].tolist()]
             expected = reference.adjusted(
-                logits[row, n].tolist(), prompt, text, SamplingParams(**asked)
+                logits[row, n].tolist(), prompt, text, SamplingParams(**options)
             )
-            assert found[row, n].tolist() == pytest.approx(expected, abs=1e-6)
+            assert result[row, n].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
 def test_repetition_is_transformers(penalty: float) -> None:
     batch, (draft, logits) = running([{"repetition_penalty": penalty}] * 6), some_draft(6, 4)
-    found, processor = adjusted(logits, batch, draft), RepetitionPenaltyLogitsProcessor(penalty)
+    result, processor = adjusted(logits, batch, draft), RepetitionPenaltyLogitsProcessor(penalty)
     for row in range(6):
         for k in range(5):
             ids = torch.cat([batch.ids[row, : batch.length[row]], draft.tokens[row, :k]])[None]
-            assert torch.allclose(found[row, k], processor(ids, logits[row, k][None])[0], atol=1e-6)
+            assert torch.allclose(
+                result[row, k], processor(ids, logits[row, k][None])[0], atol=1e-6
+            )
 
 
 def test_bias_and_repetition_are_transformers_in_its_order() -> None:
@@ -146,7 +155,7 @@ def test_bias_and_repetition_are_transformers_in_its_order() -> None:
         running([{"logit_bias": bias, "repetition_penalty": 1.4}] * 4),
         some_draft(4, 2),
     )
-    found = adjusted(logits, batch, draft)
+    result = adjusted(logits, batch, draft)
     processors = [
         SequenceBiasLogitsProcessor([[[i], v] for i, v in bias]),
         RepetitionPenaltyLogitsProcessor(1.4),
@@ -159,7 +168,7 @@ def test_bias_and_repetition_are_transformers_in_its_order() -> None:
             )
             for processor in processors:
                 scores = processor(ids, scores)
-            assert torch.allclose(found[row, k], scores[0], atol=1e-6)
+            assert torch.allclose(result[row, k], scores[0], atol=1e-6)
 
 
 def test_unused_options_cost_nothing() -> None:
@@ -171,21 +180,21 @@ def test_unused_options_cost_nothing() -> None:
 
 def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
     generator = torch.Generator().manual_seed(0)
-    batch, logits = running(ASKED), torch.randn(len(ASKED), 4, V, generator=generator)
-    draft = some_draft(len(ASKED), 3)[0]
-    found = adjusted(logits, batch, draft)
-    assert torch.equal(found[0], logits[0])  # asks for nothing
-    for row in range(len(ASKED)):
+    batch, logits = running(OPTIONS), torch.randn(len(OPTIONS), 4, V, generator=generator)
+    draft = some_draft(len(OPTIONS), 3)[0]
+    result = adjusted(logits, batch, draft)
+    assert torch.equal(result[0], logits[0])  # asks for nothing
+    for row in range(len(OPTIONS)):
         at = slice(row, row + 1)
-        alone = Batch.of([[0]], [SamplingParams(max_tokens=4, **ASKED[row])], [0])
+        alone = Batch.of([[0]], [SamplingParams(max_tokens=4, **OPTIONS[row])], [0])
         alone = replace(
             alone, ids=batch.ids[at], length=batch.length[at], prompt_length=batch.prompt_length[at]
         )
-        assert torch.equal(adjusted(logits[at], alone, Draft(draft.tokens[at])), found[at])
+        assert torch.equal(adjusted(logits[at], alone, Draft(draft.tokens[at])), result[at])
 
 
 def test_the_logits_handed_in_stay_as_they_were() -> None:
-    batch, (draft, logits) = running(ASKED), some_draft(len(ASKED), 3)
+    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), 3)
     before = logits.clone()
     distribution(logits, batch, draft)
     assert torch.equal(logits, before)
@@ -194,52 +203,54 @@ def test_the_logits_handed_in_stay_as_they_were() -> None:
 def test_rows_that_join_bring_their_own_lists() -> None:
     wide = {"logit_bias": ((1, 1.0), (2, -1.0), (3, 5.0)), "allowed_token_ids": (1, 2, 3, 4, 5)}
     batch = Batch.of([[1]] * 3, [SamplingParams(max_tokens=5)] * 3, [0] * 3)
-    for row, asked in [
+    for row, options in [
         (1, wide),
         (2, {"logprobs": 4}),
         (0, {"presence_penalty": 1.0}),
         (2, {"logit_bias": ((0, 3.0),), "logprobs": 2}),
     ]:
         batch = batch.with_rows(
-            torch.tensor([row]), Batch.of([[1]], [SamplingParams(max_tokens=5, **asked)], [0])
+            torch.tensor([row]), Batch.of([[1]], [SamplingParams(max_tokens=5, **options)], [0])
         )
     rows = [{"presence_penalty": 1.0}, wide, {"logit_bias": ((0, 3.0),)}]
     logits = torch.randn(3, 1, V, dtype=torch.float64)
-    found = adjusted(
+    result = adjusted(
         logits,
         replace(batch, ids=torch.ones_like(batch.ids), length=batch.length + 1),
         Draft.empty(batch),
     )
-    for row, asked in enumerate(rows):
-        expected = reference.adjusted(logits[row, 0].tolist(), [1], [1], SamplingParams(**asked))
-        assert found[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    for row, options in enumerate(rows):
+        expected = reference.adjusted(logits[row, 0].tolist(), [1], [1], SamplingParams(**options))
+        assert result[row, 0].tolist() == pytest.approx(expected, abs=1e-6)
     assert batch.params.logprobs == 4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
-    batch, (draft, logits) = running(ASKED), some_draft(len(ASKED), 3)
-    found = adjusted(logits.to(dtype), batch, draft)
-    assert found.dtype == torch.float32 and torch.equal(
-        found, adjusted(logits.to(dtype).float(), batch, draft)
+    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), 3)
+    result = adjusted(logits.to(dtype), batch, draft)
+    assert result.dtype == torch.float32 and torch.equal(
+        result, adjusted(logits.to(dtype).float(), batch, draft)
     )
 
 
 @pytest.mark.parametrize("penalty", [1e-300, 1e-39, 1e39, 1e300])
 def test_absurd_repetition_penalties_stay_finite(penalty: float) -> None:
     batch = running([{"repetition_penalty": penalty, "temperature": 0.01}] * 3)
-    found = distribution(50 * torch.randn(3, 1, V), batch, Draft.empty(batch))
-    assert bool(found.isfinite().all()) and found.sum(-1)[:, 0].tolist() == pytest.approx([1.0] * 3)
+    result = distribution(50 * torch.randn(3, 1, V), batch, Draft.empty(batch))
+    assert bool(result.isfinite().all()) and result.sum(-1)[:, 0].tolist() == pytest.approx(
+        [1.0] * 3
+    )
 
 
 def test_allowed_ids_that_a_drafter_cannot_say() -> None:
-    """A draft vocabulary that holds none of them: any law over them is lawful, NaN is not."""
+    """A draft vocabulary that holds none of them: any distribution is valid, NaN is not."""
     batch = running([{"allowed_token_ids": (2, 4)}, {"allowed_token_ids": (3,)}, {}])
     logits = torch.zeros(3, 2, V).index_fill(2, torch.tensor([2, 4]), -torch.inf)
-    found = distribution(logits, batch, batch.ids[:, :0])
-    assert found[0].tolist() == [[0, 0, 0.5, 0, 0.5, 0, 0, 0, 0, 0, 0]] * 2
-    assert found[1].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]] * 2
-    assert torch.equal(found[2], torch.softmax(logits[2], -1))
+    result = distribution(logits, batch, batch.ids[:, :0])
+    assert result[0].tolist() == [[0, 0, 0.5, 0, 0.5, 0, 0, 0, 0, 0, 0]] * 2
+    assert result[1].tolist() == [[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]] * 2
+    assert torch.equal(result[2], torch.softmax(logits[2], -1))
 
 
 # ---- q is what was drawn from, its own tokens counted ----
