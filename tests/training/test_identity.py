@@ -20,7 +20,7 @@ from specdiff.data import generate
 from specdiff.data.corpus import Corpus, CorpusWriter
 from specdiff.errors import CorpusError, StorageError, UsageError
 from specdiff.training import checkpoint, prepare, recipe
-from specdiff.training.prepare import Plan
+from specdiff.training.prepare import TrainingRun
 from specdiff.training.teacher import precompute
 from specdiff.weights import fingerprint
 
@@ -36,7 +36,7 @@ BOOKS = [
 CHECKPOINTS = "training/checkpoints"
 
 
-def prepared(target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd") -> Plan:
+def prepared(target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd") -> TrainingRun:
     r = recipe.load(kind, [*(SMALL if kind == "sedd" else ["rows=4"]), *BOOKS, *changes])
     return prepare.prepare(r, model=str(target), data=corpus, out=out, device="cpu")
 

@@ -15,7 +15,8 @@ from specdiff.models.cache import RaggedCache
 from specdiff.models.ragged import RaggedModel
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import initialize, recipe
-from specdiff.training.score_entropy_task import SEDDTask
+from specdiff.training.canvas_task import CanvasTask
+from specdiff.training.score_entropy_task import ScoreEntropyTask
 from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, precompute
 from specdiff.types import Batch, Context, SamplingParams
 
@@ -57,22 +58,23 @@ def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, 
     target = CausalTarget(tiny.copy_of(model), "tiny")
     network = initialize.sedd(r, corpus, range(40), model)
     shaken(network)
-    task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
-    made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    task = CanvasTask(r, corpus, network, target.info.head, None, {}).eval()
+    sample = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    L = sample.rows.ids.shape[1]
     with torch.no_grad():
-        laid, trained, _ = task.canvas_logits(made)
+        layout, states = task.states(sample)
+        trained = network.logits(states[:, L:].view(*layout.slot.shape, -1))
     denoiser = SEDDDenoiser(network, target.info)
     compared = 0
-    for n in range(laid.slot.shape[1]):
-        prompts = [made["ids"][b, : made["anchors"][b, n] + 1] for b in range(6)]
+    for n in range(layout.slot.shape[1]):
+        prompts = [sample.rows.ids[b, : sample.anchors[b, n] + 1] for b in range(6)]
         batch = batch_at(prompts)
         state = denoiser.open(6, 128)
         denoiser.admit(state, context_of(batch), torch.arange(6))
-        L = made["ids"].shape[1]
-        canvas = laid.ids[:, L:].view(6, -1, draft_len)[:, n]
+        canvas = layout.ids[:, L:].view(6, -1, draft_len)[:, n]
         with torch.inference_mode():
-            decoded = denoiser.denoise(context_of(batch), state, canvas, ~laid.hidden[:, n])
-        seen = laid.hidden[:, n] & laid.inside[:, n]
+            decoded = denoiser.denoise(context_of(batch), state, canvas, ~layout.hidden[:, n])
+        seen = layout.hidden[:, n] & layout.inside[:, n]
         difference = (decoded[..., network.draft_vocab] - trained[:, n])[seen]
         assert difference.numel() == 0 or difference.abs().max() <= TOLERANCE
         compared += int(seen.sum())
@@ -95,18 +97,18 @@ def test_bidirectional_window(corpus: Corpus, model: PreTrainedModel, draft_len:
     target = CausalTarget(tiny.copy_of(model), "tiny")
     network = initialize.sedd(r, corpus, range(40), model)
     shaken(network)
-    task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
-    made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    task = ScoreEntropyTask(r, corpus, network, target.info.head, None, {}).eval()
+    sample = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
     with torch.no_grad():
         states = network.hidden(
-            made["x"], task.schedule.total(made["t"]), mask=made["real"][:, None, None]
+            sample.corrupted.x, task.schedule.total(sample.corrupted.t), mask=sample.corrupted.real[:, None, None]
         )
         trained = network.logits(states)
     denoiser = SEDDDenoiser(network, target.info, window=12)
     for b in range(6):
-        first = int((made["drafted"][b] == 0).nonzero())
-        anchor = int(made["start"][b]) + first - 1
-        batch = batch_at([made["ids"][b, : anchor + 1]])
+        first = int((sample.end.index[b] == 0).nonzero())
+        anchor = int(sample.corrupted.start[b]) + first - 1
+        batch = batch_at([sample.rows.ids[b, : anchor + 1]])
         canvas = torch.full((1, draft_len), network.config.tokens)
         with torch.inference_mode():
             decoded = denoiser.denoise(

@@ -60,7 +60,7 @@ def equal_files(a: Path, b: Path) -> bool:
 KILLED = """
 import os, random, signal, sys
 from specdiff import cli, files
-from specdiff.training import recipe, run  # imported once: every run is forked from here
+from specdiff.training import prepare, recipe  # imported once: every run is forked from here
 
 def begin(lines, delay):
     # the command in a process that ends itself once it has logged so many lines, at once or a moment later
@@ -145,7 +145,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from specdiff.training.state import State
+from specdiff.training.checkpoint import TrainingState
 
 def made(seed):
     torch.manual_seed(seed)
@@ -166,7 +166,7 @@ def state_of(seed, sharded):
     if sharded:
         for layer in (model["network"][0], model["network"][2], model["network"]):
             fully_shard(layer)
-    return State(model, torch.optim.AdamW(model.parameters(), lr=0.01), 0.9)
+    return TrainingState(model, torch.optim.AdamW(model.parameters(), lr=0.01), 0.9)
 
 dist.init_process_group("gloo")
 plain, sharded = state_of(0, False), state_of(0, True)

@@ -22,7 +22,7 @@ from specdiff.diffusion.schedule import Loglinear
 from specdiff.noise import Noise, Purpose, row_seed
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import canvases, evaluation, initialize, prepare, recipe
-from specdiff.training.state import State
+from specdiff.training.checkpoint import TrainingState
 from specdiff.training.trainer import learning_rate
 from specdiff.types import Batch, SamplingParams
 
@@ -58,7 +58,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def plan_of(
     kind: str, corpus: Corpus, target_folder: Path, out: Path, *changes: str
-) -> prepare.Plan:
+) -> prepare.TrainingRun:
     r = recipe.load(kind, [*SMALL, *BOOKS, SHARE, *changes])
     return prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=out, device="cpu")
 
@@ -313,7 +313,7 @@ def test_the_moving_average() -> None:
     """Average and parameters step by step; it forgets its early values, which have hardly been trained."""
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(5.0)
-    state = State(layer, torch.optim.SGD(layer.parameters()), 0.9)
+    state = TrainingState(layer, torch.optim.SGD(layer.parameters()), 0.9)
     average = 5.0
     for step in range(1, 101):
         layer.weight.data.fill_(math.sin(step))
@@ -322,7 +322,7 @@ def test_the_moving_average() -> None:
         average = decay * average + (1 - decay) * math.sin(step)
         assert state.average["weight"].item() == pytest.approx(average, abs=1e-5)
     assert layer.weight.item() == pytest.approx(math.sin(100))
-    without = State(layer, torch.optim.SGD(layer.parameters()), None)
+    without = TrainingState(layer, torch.optim.SGD(layer.parameters()), None)
     without.advance(1)
     assert without.average == {}
 
@@ -355,7 +355,7 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
             loss, _ = trainer.task(batch, (step - 1) / 5)
             loss.backward()
             losses.append(loss.item())
-            tokens += int(batch["lengths"].sum())
+            tokens += int(batch.lengths.sum())
         gradients = {name: p.grad / 2 for name, p in parameters.items() if p.grad is not None}
         norm = math.sqrt(math.fsum(g.square().sum().item() for g in gradients.values()))
         assert norm > 0.5  # clipping does something

@@ -141,7 +141,7 @@ def test_a_run(
         assert curve[name] == pytest.approx(host[name], rel=1e-4)
 
 
-def records(plan: prepare.Plan, last: int) -> list[dict[str, Any]]:
+def records(plan: prepare.TrainingRun, last: int) -> list[dict[str, Any]]:
     """What is logged up to step `last`, and measured there where that is due."""
     logged = []
     for progress in plan.trainer.run():

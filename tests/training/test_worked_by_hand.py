@@ -23,10 +23,10 @@ from specdiff.data.corpus import Corpus, CorpusWriter, Row
 from specdiff.errors import UnsupportedModelError
 from specdiff.nn.ddit import SEDD
 from specdiff.training import initialize, recipe
-from specdiff.training.causal_task import AutoregressiveTask
+from specdiff.training.canvas_task import CanvasTask
+from specdiff.training.causal_task import AutoregressiveTask, TargetTask
 from specdiff.training.recipe import Recipe
-from specdiff.training.score_entropy_task import SEDDTask
-from specdiff.training.target_task import TargetTask
+from specdiff.training.score_entropy_task import ScoreEntropyTask
 from specdiff.training.teacher import OnlineTeacher
 
 VOCAB = 12
@@ -141,12 +141,16 @@ def shaken(network: torch.nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def sedd_task(r: Recipe, corpus: Corpus, model: PreTrainedModel) -> SEDDTask:
+def task_of(network: SEDD) -> type[CanvasTask] | type[ScoreEntropyTask]:
+    return CanvasTask if network.config.attention == "causal-context" else ScoreEntropyTask
+
+
+def sedd_task(r: Recipe, corpus: Corpus, model: PreTrainedModel) -> Any:
     network = initialize.sedd(r, corpus, range(3), model)
     shaken(network)
     head = model.get_output_embeddings().weight.detach()
     teacher = OnlineTeacher(model) if r.objective == "distill" else None
-    task = SEDDTask(r, corpus, network, head, teacher, {})
+    task = task_of(network)(r, corpus, network, head, teacher, {})
     return task.eval()
 
 
@@ -154,7 +158,7 @@ def vocab_of(network: Any) -> list[int]:
     return network.draft_vocab.tolist()
 
 
-def on_canvas(task: SEDDTask, past: list[int], canvas: list[int]) -> list[list[list[float]]]:
+def on_canvas(task: CanvasTask, past: list[int], canvas: list[int]) -> list[list[list[float]]]:
     """Logits [clean, canvas] of one canvas behind one text: a clean token sees `window` clean ones, a canvas token its
     anchor's past and the canvas."""
     window = task.network.config.context_window
@@ -170,7 +174,7 @@ def on_canvas(task: SEDDTask, past: list[int], canvas: list[int]) -> list[list[l
     return [logits[:L], logits[L:]]
 
 
-def alone(task: SEDDTask, x: list[int], t: float) -> list[list[float]]:
+def alone(task: ScoreEntropyTask, x: list[int], t: float) -> list[list[float]]:
     """Logits of a whole corrupted text, its noise level that of the log-linear schedule."""
     sigma = -math.log(1 - (1 - 1e-3) * t)
     with torch.no_grad():
@@ -205,7 +209,7 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
     beyond = revealed_canvases = 0
     for b, row in enumerate(ROWS):
         for anchor, revealed in zip(
-            batch["anchors"][b].tolist(), batch["revealed"][b].tolist(), strict=True
+            batch.anchors[b].tolist(), batch.revealed[b].tolist(), strict=True
         ):
             true = row[anchor + 1 : anchor + 4]
             canvas = [true[k] if k < revealed else mask for k in range(3)]
@@ -269,7 +273,7 @@ def test_a_window_as_it_is_drafted(
     with torch.no_grad():
         loss, records = task(batch, 0.0)
     for b, row in enumerate(ROWS[i] for i in rows):
-        anchor = int(batch["start"][b]) + batch["drafted"][b].tolist().index(0) - 1
+        anchor = int(batch.corrupted.start[b]) + batch.end.index[b].tolist().index(0) - 1
         past = row[max(0, anchor + 1 - 4) : anchor + 1]
         t = min(1.0, 3 / (len(past) + 3) / (1 - 1e-3))
         logits = alone(task, past + [mask] * 3, t)[len(past) :]
@@ -303,11 +307,11 @@ def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTra
         loss, _ = task(batch, 0.0)
     terms, tokens, unpredictable = [], 0, 0
     for b, row in enumerate(ROWS[i] for i in rows):
-        start, t = int(batch["start"][b]), batch["t"][b].item()
+        start, t = int(batch.corrupted.start[b]), batch.corrupted.t[b].item()
         crop = row[start : start + 5]
-        x = batch["x"][b].tolist()[: len(crop)]
+        x = batch.corrupted.x[b].tolist()[: len(crop)]
         assert all(x[i] in (token, mask) for i, token in enumerate(crop))
-        assert batch["real"][b].tolist() == [i < len(crop) for i in range(5)]
+        assert batch.corrupted.real[b].tolist() == [i < len(crop) for i in range(5)]
         logits = alone(task, x, t)
         tokens += len(crop)
         for i, token in enumerate(x):
@@ -319,7 +323,7 @@ def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTra
             p = law_after(model, row[: start + i]) if r.objective == "distill" else None
             terms.append(loss_of(logits[i], p, crop[i], vocab, r) / t)
     assert unpredictable
-    assert batch["start"].max() > 0
+    assert batch.corrupted.start.max() > 0
     assert loss.item() == pytest.approx(math.fsum(terms) / tokens, rel=NEAR)
 
 
@@ -336,12 +340,12 @@ def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) ->
         loss, _ = task(batch, 0.0)
     terms, count = [], 0
     for b, row in enumerate(ROWS[i] for i in rows):
-        start, t = int(batch["start"][b]), batch["t"][b].item()
+        start, t = int(batch.corrupted.start[b]), batch.corrupted.t[b].item()
         masked = 1 - (1 - 1e-3) * t  # e^-sigma
         sigma, rate = -math.log(masked), (1 - 1e-3) / masked
         ratio = 1 / math.expm1(sigma)
-        real = int(batch["real"][b].sum())
-        x = batch["x"][b].tolist()[:real]
+        real = int(batch.corrupted.real[b].sum())
+        x = batch.corrupted.x[b].tolist()[:real]
         logits = alone(task, x, t)
         for i, token in enumerate(x):
             inside = start + i < len(row)
@@ -410,9 +414,9 @@ def test_draft_lengths_are_drawn_from_the_list(corpus: Corpus, model: PreTrained
     counts = {2: 0, 4: 0, 7: 0}
     for seed in range(400):
         batch = task.prepare([0], torch.Generator().manual_seed(seed))
-        draft_len = int(batch["draft_len"])
+        draft_len = batch.draft_len
         counts[draft_len] += 1
-        assert batch["anchors"].shape == (1, 9 // draft_len)
+        assert batch.anchors.shape == (1, 9 // draft_len)
     assert all(abs(counts[n] - wanted) < 50 for n, wanted in {2: 100, 4: 200, 7: 100}.items())
 
 
@@ -423,9 +427,9 @@ def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedMode
     widths = set()
     for seed in range(30):
         batch = task.prepare([0], torch.Generator().manual_seed(seed))
-        widths.add(int(batch["real"].sum()))
-        anchor = int(batch["start"][0]) + batch["drafted"][0].tolist().index(0) - 1
-        assert int(batch["start"][0]) == max(0, anchor + 1 - 4)
+        widths.add(int(batch.corrupted.real.sum()))
+        anchor = int(batch.corrupted.start[0]) + batch.end.index[0].tolist().index(0) - 1
+        assert int(batch.corrupted.start[0]) == max(0, anchor + 1 - 4)
     assert max(widths) == 7
 
 
@@ -558,7 +562,7 @@ def test_a_batch_that_teaches_nothing(
         }
         r = recipe.load("sedd", changes[kind])
         network = initialize.sedd(r, corpus, range(2, 5), model)
-        task = SEDDTask(r, corpus, network, None, None, {})
+        task = task_of(network)(r, corpus, network, None, None, {})
     loss, records = task(task.prepare(range(2), torch.Generator().manual_seed(0)), 0.0)
     assert loss.isfinite()
     assert all(value.isfinite() for value in records.values())

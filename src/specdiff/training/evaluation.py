@@ -4,6 +4,7 @@ Shapes: G drafted positions, C columns.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from specdiff import catalog, engine
@@ -72,7 +73,7 @@ def acceptance(
 
 
 def of_folder(
-    folder: str,
+    folder: str | Path,
     target: Target[Any],
     prompts: Sequence[Sequence[int]],
     *,
@@ -80,7 +81,7 @@ def of_folder(
     stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Acceptance at temperature 0 and 1 of the drafter in `folder`, loaded as its users load it."""
-    drafter = catalog.drafter(folder, target.info)
+    drafter = catalog.drafter(str(folder), target.info)
     metrics: dict[str, Any] = {}
     for temperature in (0.0, 1.0):
         result = acceptance(
