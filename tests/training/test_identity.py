@@ -1,4 +1,4 @@
-"""What a run learns from is recorded and compared: corpus, target, features, shards; and its folder is its own."""
+"""The sources of a run are recorded and compared, and its folder is its own."""
 
 import json
 import resource
@@ -36,7 +36,9 @@ BOOKS = [
 CHECKPOINTS = "training/checkpoints"
 
 
-def prepared(target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd") -> TrainingRun:
+def prepared(
+    target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd"
+) -> TrainingRun:
     r = recipe.load(kind, [*(SMALL if kind == "sedd" else ["rows=4"]), *BOOKS, *changes])
     return prepare.prepare(r, model=str(target), data=corpus, out=out, device="cpu")
 
@@ -48,7 +50,7 @@ def trained(target: Path, corpus: Path, out: Path, *changes: str, stop: int | No
 
 
 def variant(folder: Path, of: Path) -> Path:
-    """The same target but for its very last weight: of the same sizes, and of the same first megabyte."""
+    """The same target but for its very last weight: equal sizes, equal first megabyte."""
     shutil.copytree(of, folder)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -104,12 +106,12 @@ def test_a_corpus_of_another_target_is_pointed_out(
 ) -> None:
     identity = generate.identity(str(target_folder))
     changed = variant(tmp_path / "changed", target_folder)
-    for name, known in (
+    for name, digests in (
         ("new", identity),
         ("old", {k: identity[k] for k in ("target", "target_sha256")}),
     ):
         with CorpusWriter(
-            tmp_path / name, {**known, "temperatures": [0.0]}, vocab_size=tiny.VOCAB
+            tmp_path / name, {**digests, "temperatures": [0.0]}, vocab_size=tiny.VOCAB
         ) as writer:
             for i in range(len(corpus)):
                 writer.add(corpus[i])
@@ -141,10 +143,13 @@ def test_features_are_of_this_target_and_these_tokens(
     prepared(target_folder, data, tmp_path / "a").trainer.one_step()
     changed = variant(tmp_path / "changed", target_folder)
     another = fingerprint(changed)
-    told = rf"features-00000.safetensors holds final states with target_weights = {digest}, not {another}.*specdiff data --features"
-    with pytest.raises(CorpusError, match=told):
+    message = (
+        rf"features-00000.safetensors holds final states with target_weights = {digest}, "
+        rf"not {another}.*specdiff data --features"
+    )
+    with pytest.raises(CorpusError, match=message):
         prepared(changed, data, tmp_path / "b")
-    with pytest.raises(CorpusError, match=told):
+    with pytest.raises(CorpusError, match=message):
         list(precompute(model, Corpus(data), another))
     prepared(changed, data, tmp_path / "c", "objective=denoise")  # which uses none
     features = data / "features-00001.safetensors"

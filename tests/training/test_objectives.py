@@ -1,4 +1,4 @@
-"""Every objective against a slow loop, its gradient against finite differences, and the edges each one names."""
+"""Every objective against a slow loop, its gradient against finite differences, and its edges."""
 
 import math
 
@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def teacher(columns: int = C, of: int = 9) -> torch.Tensor:
-    """[2, 3, C]: the log-law of a larger vocabulary, seen through these columns."""
+    """[2, 3, C]: log-probabilities of a larger vocabulary, of which these columns are a part."""
     return normal(2, 3, of, seed=1).log_softmax(-1)[..., :columns]
 
 
@@ -76,12 +76,13 @@ def test_score_entropy_weighs_each_row_by_its_rate(
 
 
 def test_score_entropy_of_a_denoiser_is_cross_entropy_over_t_up_to_a_constant() -> None:
-    """s = softmax(logits)/(e^sigma - 1): the same gradient, and one constant for all logits, at every masked position."""
-    process, schedule = Absorbing(C), Loglinear()
+    """s = softmax(logits)/(e^sigma - 1): at every MASK the same gradient, and one constant."""
+    process = Absorbing(C)
+    schedule = Loglinear()
     t = torch.tensor([0.1, 0.7], dtype=torch.float64)
     x0 = torch.tensor([[0, 5, 2], [1, 3, 4]])
     x = torch.full_like(x0, process.mask_id)
-    differences, gradients = [], []
+    differences = []
     for seed in range(3):
         logits = normal(2, 3, C, seed=seed).requires_grad_()
         log_score = logits.log_softmax(-1) - torch.expm1(schedule.total(t)).log()[:, None, None]
@@ -182,8 +183,8 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
     P = inside.sum(-1)
     a = torch.minimum(full, q).sum(-1)
     got = {d: objectives.distill(logits, inside.log(), d) for d in objectives.DIVERGENCES}
-    renormalised = inside / P[..., None]
-    kl = (renormalised * (renormalised.log() - logits.log_softmax(-1))).sum(-1)
+    renormalized = inside / P[..., None]
+    kl = (renormalized * (renormalized.log() - logits.log_softmax(-1))).sum(-1)
     assert torch.allclose(got["forward"], P * kl + P * P.log())
     assert torch.allclose(got["reverse"], torch.special.xlogy(q, q / full).sum(-1))
     assert torch.allclose(got["tv"], -a.log())
@@ -196,7 +197,7 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
     )
     assert torch.allclose(objectives.overlap(logits, inside.log()), a)
     best = {
-        d: objectives.distill(renormalised.log(), inside.log(), d) for d in objectives.DIVERGENCES
+        d: objectives.distill(renormalized.log(), inside.log(), d) for d in objectives.DIVERGENCES
     }
     assert torch.allclose(best["forward"], P * P.log())
     assert torch.allclose(best["reverse"], -P.log()) and torch.allclose(best["tv"], -P.log())
@@ -206,7 +207,7 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("divergence", objectives.DIVERGENCES)
 def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> None:
-    """A top-1 teacher, one whose mass lies all elsewhere, and a draft so sure of another column that its q underflows."""
+    """A top-1 teacher, one with no mass here, and a draft whose q underflows."""
     logprobs = torch.full((4, C), -INF, dtype=dtype)
     logprobs[0, 1] = logprobs[2, 1] = 0.0
     logprobs[3] = normal(C).log_softmax(-1).to(dtype)
@@ -237,7 +238,7 @@ def test_tv_keeps_its_gradient_where_the_overlap_underflows() -> None:
     assert gradient.tolist() == pytest.approx([0.2, -1.0, 0.2, 0.2, 0.2, 0.2])
 
 
-def test_an_unknown_divergence_names_the_known() -> None:
+def test_an_unknown_divergence_lists_the_choices() -> None:
     with pytest.raises(
         UsageError, match="unknown divergence 'kl': choose one of forward, reverse, tv, hybrid, l1"
     ):
@@ -299,7 +300,7 @@ def test_the_table_holds_the_four_weights() -> None:
 
 
 def test_d_pace_between_its_ends() -> None:
-    """a = 1 counts the positions from j on; a = 0 is the gradient of the expected accepted tokens in log q."""
+    """a = 1 counts the positions from j on; a = 0 is the gradient of expected_accepted in log q."""
     q = chances(2, 5)
     assert torch.allclose(
         objectives.d_pace(q, 1.0), torch.arange(5, 0, -1, dtype=torch.float64).expand(2, 5)

@@ -53,7 +53,7 @@ def context_of(batch: Batch) -> Context:
 @pytest.mark.parametrize("draft_len", [1, 4, 7])
 @pytest.mark.parametrize("init", ["null", "target"])
 def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, init: str) -> None:
-    """Many canvases in one pass, against one canvas at a time over the cache, revealed tokens included."""
+    """Many canvases in one pass, against one at a time over the cache, some tokens revealed."""
     r = recipe.load("sedd", [*SIZES, f"draft_lens=[{draft_len}]", f"init={init}", "revealed=0.5"])
     target = CausalTarget(tiny.copy_of(model), "tiny")
     network = initialize.sedd(r, corpus, range(40), model)
@@ -74,10 +74,10 @@ def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, 
         canvas = layout.ids[:, L:].view(6, -1, draft_len)[:, n]
         with torch.inference_mode():
             decoded = denoiser.denoise(context_of(batch), state, canvas, ~layout.hidden[:, n])
-        seen = layout.hidden[:, n] & layout.inside[:, n]
-        difference = (decoded[..., network.draft_vocab] - trained[:, n])[seen]
+        hidden = layout.hidden[:, n] & layout.inside[:, n]
+        difference = (decoded[..., network.draft_vocab] - trained[:, n])[hidden]
         assert difference.numel() == 0 or difference.abs().max() <= TOLERANCE
-        compared += int(seen.sum())
+        compared += int(hidden.sum())
     assert compared > 50
 
 
@@ -99,15 +99,15 @@ def test_bidirectional_window(corpus: Corpus, model: PreTrainedModel, draft_len:
     shaken(network)
     task = ScoreEntropyTask(r, corpus, network, target.info.head, None, {}).eval()
     sample = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    corrupted = sample.corrupted
     with torch.no_grad():
-        states = network.hidden(
-            sample.corrupted.x, task.schedule.total(sample.corrupted.t), mask=sample.corrupted.real[:, None, None]
-        )
+        sigma = task.schedule.total(corrupted.t)
+        states = network.hidden(corrupted.x, sigma, mask=corrupted.real[:, None, None])
         trained = network.logits(states)
     denoiser = SEDDDenoiser(network, target.info, window=12)
     for b in range(6):
         first = int((sample.end.index[b] == 0).nonzero())
-        anchor = int(sample.corrupted.start[b]) + first - 1
+        anchor = int(corrupted.start[b]) + first - 1
         batch = batch_at([sample.rows.ids[b, : anchor + 1]])
         canvas = torch.full((1, draft_len), network.config.tokens)
         with torch.inference_mode():
@@ -143,7 +143,7 @@ def test_autoregressive(corpus: Corpus, model: PreTrainedModel, init: str) -> No
 
 
 def test_whole_target_as_its_own_drafter(corpus: Corpus, model: PreTrainedModel) -> None:
-    """All of the target's layers, copied by name, are the target: its law must come out exactly."""
+    """All of the target's layers, copied by name, give exactly the target's logits."""
     r = recipe.load(
         "autoregressive", ["blocks=2", "draft_vocab=null", "init=target", "objective=denoise"]
     )
@@ -154,7 +154,7 @@ def test_whole_target_as_its_own_drafter(corpus: Corpus, model: PreTrainedModel)
 
 
 def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) -> None:
-    """States stored beside a corpus give the law the target gives in the loop, to bfloat16 rounding, and it sums to 1."""
+    """Stored states give the target's probabilities to bfloat16 rounding, and these sum to 1."""
     shutil.copytree(corpus.folder, tmp_path / "corpus")
     copied = Corpus(tmp_path / "corpus")
     with pytest.raises(CorpusError, match="--features"):
@@ -168,6 +168,8 @@ def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) 
     live, live_log_z = OnlineTeacher(model)(rows, ids)
     for i, row in enumerate(rows):
         n = len(corpus[row].tokens)
-        law = (stored[i, :n] @ head.T - log_z[i, :n, None]).exp()
-        assert (law.sum(-1) - 1).abs().max() < 1e-5
-        assert (law - (live[i, :n] @ head.T - live_log_z[i, :n, None]).exp()).abs().max() < 0.05
+        probabilities = (stored[i, :n] @ head.T - log_z[i, :n, None]).exp()
+        assert (probabilities.sum(-1) - 1).abs().max() < 1e-5
+        assert (
+            probabilities - (live[i, :n] @ head.T - live_log_z[i, :n, None]).exp()
+        ).abs().max() < 0.05
