@@ -1,7 +1,4 @@
-"""Evaluation of a trained drafter: held-out prompts through the real decode loop.
-
-Shapes: G drafted positions, C columns.
-"""
+"""Evaluation of a trained drafter: held-out prompts through the real decode loop."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,7 +4,7 @@ Shapes: V target vocabulary, C draft vocabulary, H width.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from specdiff.training.task import most_frequent
 
 Network = TypeVar("Network", SEDD, SmallLM)
 CONDITIONING = 128  # width of the sigma embedding, as in the authors' checkpoints
+LAYER = re.compile(r"(layers|h)\.(\d+)\.")
+QUERY = "self_attn.q_proj.weight"
 
 
 def sedd(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrainedModel) -> SEDD:
@@ -208,10 +210,6 @@ def _spread(blocks: int, layers: int) -> list[int]:
     return [round(i * (layers - 1) / max(1, blocks - 1)) for i in range(blocks)]
 
 
-LAYER = re.compile(r"(layers|h)\.(\d+)\.")
-QUERY = "self_attn.q_proj.weight"
-
-
 def _copy_layers(network: nn.Module, target: PreTrainedModel) -> None:
     """Copy layers, final norm and positions by name. Raises UsageError if a shape differs."""
     source = target.state_dict()
@@ -248,32 +246,35 @@ def _copy_attention(network: SEDD, target: PreTrainedModel) -> None:
             f"{target.config.model_type} with {text.hidden_size} and {text.num_attention_heads} "
             f"does not match {own.hidden_size} and {own.n_heads}"
         )
-    groups = text.num_attention_heads // text.num_key_value_heads
-    head = text.hidden_size // text.num_attention_heads
+    layers = _spread(len(network.blocks), len(queries))
+    for block, layer in zip(network.blocks, layers, strict=True):
+        assert isinstance(block, Block)
+        prefix = queries[layer].removesuffix(QUERY)
+        weights = {
+            name.removeprefix(prefix).removesuffix(".weight"): tensor
+            for name, tensor in source.items()
+            if name.startswith(prefix)
+        }
+        groups = text.num_attention_heads // text.num_key_value_heads
+        _copy_block(block, weights, text.hidden_size // text.num_attention_heads, groups)
+
+
+@torch.no_grad()
+def _copy_block(block: Block, weights: Mapping[str, Tensor], head: int, groups: int) -> None:
+    """Copy one layer's weights; `head` is the width of a head, `groups` the queries per key."""
 
     def repeated(weight: Tensor) -> Tensor:
         heads = weight.view(-1, head, weight.shape[1])
         return heads.repeat_interleave(groups, 0).flatten(0, 1)
 
-    layers = _spread(len(network.blocks), len(queries))
-    for block, layer in zip(network.blocks, layers, strict=True):
-        assert isinstance(block, Block)
-        prefix = queries[layer].removesuffix(QUERY)
-
-        def weight(name: str, prefix: str = prefix) -> Tensor:
-            tensor: Tensor = source[f"{prefix}{name}.weight"]
-            return tensor
-
-        keys = repeated(weight("self_attn.k_proj"))
-        values = repeated(weight("self_attn.v_proj"))
-        up = weight("mlp.up_proj")
-        wide = block.get_parameter("mlp.0.weight")
-        narrow = block.get_parameter("mlp.2.weight")
-        n = min(len(up), len(wide))
-        with torch.no_grad():
-            block.attn_qkv.weight.copy_(torch.cat([weight("self_attn.q_proj"), keys, values]))
-            block.attn_out.weight.copy_(weight("self_attn.o_proj"))
-            block.norm1.weight.copy_(weight("input_layernorm"))
-            block.norm2.weight.copy_(weight("post_attention_layernorm"))
-            wide[:n].copy_(up[:n])
-            narrow[:, :n].copy_(weight("mlp.down_proj")[:, :n])
+    keys = repeated(weights["self_attn.k_proj"])
+    values = repeated(weights["self_attn.v_proj"])
+    block.attn_qkv.weight.copy_(torch.cat([weights["self_attn.q_proj"], keys, values]))
+    block.attn_out.weight.copy_(weights["self_attn.o_proj"])
+    block.norm1.weight.copy_(weights["input_layernorm"])
+    block.norm2.weight.copy_(weights["post_attention_layernorm"])
+    wide = block.get_parameter("mlp.0.weight")
+    narrow = block.get_parameter("mlp.2.weight")
+    n = min(len(weights["mlp.up_proj"]), len(wide))
+    wide[:n].copy_(weights["mlp.up_proj"][:n])
+    narrow[:, :n].copy_(weights["mlp.down_proj"][:, :n])

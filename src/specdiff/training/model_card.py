@@ -70,8 +70,8 @@ def write(
 - command: `{command}`
 - specdiff {specdiff.__version__}, commit {commit()}
 - parameters: {sizes["trained"]:,} trained, {sizes["stored"]:,} stored
-- data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({source});
-  {recipe.held_out:.0%} of the rows, by a hash of their keys, are held out
+- data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({source}),
+  of which {recipe.held_out:.0%}, chosen by a hash of the row's key, are held out
 - license: {license}
 
 ```yaml
@@ -98,22 +98,27 @@ def _measurements(curve: Path) -> str:
     last = points[-1]
     if "tau_at_0" not in last:
         return f"Held-out loss {last['held_out_loss']} nats per token after {last['step']} steps."
-    history = [[point.get(column, "") for column in COLUMNS] for point in points]
+    titles = [column.replace("_", " ") for column in COLUMNS]
+    history = [_cells(point) for point in points]
     positions = [str(k + 1) for k in range(len(last["per_position_at_0"]))]
     acceptance = [["0", *last["per_position_at_0"]], ["1", *last["per_position_at_1"]]]
     return f"""Held-out prompts through the real decode loop, `token` verifier;
 tau counts the bonus token, alpha is accepted / drafted.
 
-{_table([column.replace("_", " ") for column in COLUMNS], history)}
+{_table(titles, history)}
 
 Acceptance of each draft position, once reached, at the last evaluation:
 
 {_table(["temperature", *positions], acceptance)}"""
 
 
+def _cells(point: Mapping[str, Any]) -> list[Any]:
+    return [point.get(column, "") for column in COLUMNS]
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def commit() -> str:

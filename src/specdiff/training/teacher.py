@@ -7,7 +7,7 @@ Shapes: B rows, L tokens, H width, V vocabulary, N positions.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -84,7 +84,6 @@ def precompute(
     target_weights: str,
     *,
     rows: int = 8,
-    shards: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Write the features of every shard that lacks them; yields (tokens done, tokens in total).
 
@@ -102,12 +101,12 @@ def precompute(
     for index, shard in enumerate(corpus.shards):
         indices = range(first, first + shard.rows)
         first += shard.rows
-        if shard.features_path.exists() or (shards is not None and index not in shards):
+        if shard.features_path.exists():
             done += int(corpus.manifest["shards"][index]["tokens"])
             continue
         tokens = [corpus[i].tokens for i in indices]
-        hidden: list[Any] = [None] * len(tokens)
-        log_z: list[Any] = [None] * len(tokens)
+        hidden: dict[int, Tensor] = {}
+        log_z: dict[int, Tensor] = {}
         by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
         for start in range(0, len(tokens), rows):
             group = by_length[start : start + rows]
@@ -118,7 +117,10 @@ def precompute(
                 log_z[i] = z[: len(tokens[i])].cpu()
             done += sum(len(tokens[i]) for i in group)
             yield done, corpus.tokens
-        features = {"hidden": torch.cat(hidden), "log_z": torch.cat(log_z)}
+        features = {
+            "hidden": torch.cat([hidden[i] for i in range(len(tokens))]),
+            "log_z": torch.cat([log_z[i] for i in range(len(tokens))]),
+        }
         metadata = corpus.feature_metadata(index, target_weights)
         files.write_tensors(shard.features_path, features, metadata)
 
