@@ -138,7 +138,8 @@ def test_features_are_of_this_target_and_these_tokens(
 ) -> None:
     data = tmp_path / "corpus"
     shutil.copytree(corpus.folder, data)
-    model, digest = tiny.model("llama"), fingerprint(target_folder)
+    model = tiny.model("llama")
+    digest = fingerprint(target_folder)
     list(precompute(model, Corpus(data), digest))
     prepared(target_folder, data, tmp_path / "a").trainer.one_step()
     changed = variant(tmp_path / "changed", target_folder)
@@ -237,7 +238,8 @@ def test_one_run_at_a_time(tmp_path: Path, target_folder: Path, corpus: Corpus) 
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, target_folder: Path, corpus: Corpus
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     trained(target_folder, corpus.folder, whole)
     trained(target_folder, corpus.folder, out, stop=2)
     before = contents(out / CHECKPOINTS)
@@ -261,7 +263,8 @@ def test_a_full_disk_leaves_what_was_there(
         whole / "training" / "log.jsonl"
     ).read_text()
     last = f"{CHECKPOINTS}/00000006/training.safetensors"
-    a, b = load_file(whole / last), load_file(out / last)
+    a = load_file(whole / last)
+    b = load_file(out / last)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -291,11 +294,9 @@ def test_a_full_disk_is_one_line_of_the_command(
     with largest_file(3000), pytest.raises(SystemExit) as end:
         cli.main()
     (line,) = capfd.readouterr().err.splitlines()
-    assert (
-        end.value.code == 1
-        and line.startswith("specdiff: error: cannot write ")
-        and "there is no checkpoint yet" in line
-    )
+    assert end.value.code == 1
+    assert line.startswith("specdiff: error: cannot write ")
+    assert "there is no checkpoint yet" in line
 
 
 def test_training_does_not_depend_on_the_order_of_writing(

@@ -34,7 +34,8 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def slow_divergence(name: str, logits: list[float], logprobs: list[float]) -> float:
-    q, p = softmax(logits), [math.exp(v) for v in logprobs]
+    q = softmax(logits)
+    p = [math.exp(v) for v in logprobs]
     forward = math.fsum(b * (math.log(b) - math.log(a)) for a, b in zip(q, p, strict=True) if b > 0)
     common = math.fsum(min(a, b) for a, b in zip(q, p, strict=True))
     if name == "forward":
@@ -96,32 +97,27 @@ def test_score_entropy_of_a_denoiser_is_cross_entropy_over_t_up_to_a_constant() 
             for loss in (entropy, cross)
         ]
         assert torch.allclose(*gradients, atol=1e-10)
-    assert torch.allclose(differences[0], differences[1], atol=1e-9) and torch.allclose(
-        differences[0], differences[2], atol=1e-9
-    )
+    assert torch.allclose(differences[0], differences[1], atol=1e-9)
+    assert torch.allclose(differences[0], differences[2], atol=1e-9)
 
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_denoise_against_a_slow_version(timed: bool) -> None:
-    logits, truth = normal(2, 3, C).requires_grad_(), torch.tensor([[0, 5, -1], [-100, 2, 2]])
+    logits = normal(2, 3, C).requires_grad_()
+    truth = torch.tensor([[0, 5, -1], [-100, 2, 2]])
     t = torch.tensor([[0.1, 0.5, 0.5], [0.0, 1.0, 0.3]], dtype=torch.float64) if timed else None
     got = objectives.denoise(logits, truth, t)
     for b in range(2):
         for i in range(3):
             k = int(truth[b, i])
-            slow = (
-                0.0
-                if k < 0
-                else -math.log(softmax(logits[b, i].tolist())[k])
-                / (t[b, i].item() if t is not None else 1)
-            )
+            slow = -math.log(softmax(logits[b, i].tolist())[k]) if k >= 0 else 0.0
+            if k >= 0 and t is not None:
+                slow /= t[b, i].item()
             assert got[b, i].item() == pytest.approx(slow, rel=1e-12)
     got.sum().backward()
-    assert (
-        (got[truth < 0] == 0).all()
-        and logits.grad is not None
-        and (logits.grad[truth < 0] == 0).all()
-    )
+    assert (got[truth < 0] == 0).all()
+    assert logits.grad is not None
+    assert (logits.grad[truth < 0] == 0).all()
     assert logits.grad.isfinite().all()
     assert torch.autograd.gradcheck(
         lambda z: objectives.denoise(z, truth, t), logits.detach().requires_grad_()
@@ -129,7 +125,8 @@ def test_denoise_against_a_slow_version(timed: bool) -> None:
 
 
 def test_denoise_takes_any_leading_shape() -> None:
-    logits, truth = normal(C), torch.tensor(3)
+    logits = normal(C)
+    truth = torch.tensor(3)
     assert objectives.denoise(logits, truth).shape == ()
     assert objectives.denoise(logits[None, None], truth[None, None])[0, 0] == objectives.denoise(
         logits, truth
@@ -139,7 +136,8 @@ def test_denoise_takes_any_leading_shape() -> None:
 
 @pytest.mark.parametrize("divergence", objectives.DIVERGENCES)
 def test_distill_against_a_slow_version(divergence: str) -> None:
-    logits, logprobs = normal(2, 3, C), teacher()
+    logits = normal(2, 3, C)
+    logprobs = teacher()
     logprobs[0, 0, 2:4] = -INF
     logprobs[0, 1] = normal(C, seed=3).log_softmax(-1)  # no mass outside
     got = objectives.distill(logits, logprobs, divergence)
@@ -159,7 +157,8 @@ def test_gradient_of_distill(divergence: str) -> None:
 
 
 def test_gradient_of_the_hybrid_holds_its_weights_fixed() -> None:
-    logits, logprobs = normal(2, 3, C).requires_grad_(), teacher()
+    logits = normal(2, 3, C).requires_grad_()
+    logprobs = teacher()
     trust = torch.exp(-3 * objectives.overlap(logits, logprobs)).detach()
 
     def fixed(z: torch.Tensor) -> torch.Tensor:
@@ -179,7 +178,8 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
     """The claims of the docstring, with the outside columns written out and q = 0 there."""
     full = normal(2, 3, 9, seed=1).softmax(-1)
     logits = normal(2, 3, C)
-    inside, q = full[..., :C], torch.nn.functional.pad(logits.softmax(-1), (0, 3))
+    inside = full[..., :C]
+    q = torch.nn.functional.pad(logits.softmax(-1), (0, 3))
     P = inside.sum(-1)
     a = torch.minimum(full, q).sum(-1)
     got = {d: objectives.distill(logits, inside.log(), d) for d in objectives.DIVERGENCES}
@@ -188,9 +188,8 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
     assert torch.allclose(got["forward"], P * kl + P * P.log())
     assert torch.allclose(got["reverse"], torch.special.xlogy(q, q / full).sum(-1))
     assert torch.allclose(got["tv"], -a.log())
-    assert torch.allclose(got["l1"] + 1 - P, (full - q).abs().sum(-1)) and torch.allclose(
-        got["l1"] + 1 - P, 2 * (1 - a)
-    )
+    assert torch.allclose(got["l1"] + 1 - P, (full - q).abs().sum(-1))
+    assert torch.allclose(got["l1"] + 1 - P, 2 * (1 - a))
     assert torch.allclose(
         got["hybrid"],
         torch.exp(-3 * a) * got["forward"] + (1 - torch.exp(-3 * a)) * (full - q).abs().sum(-1) / 2,
@@ -218,9 +217,9 @@ def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> 
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad is not None and logits.grad.isfinite().all()
     assert loss.dtype == dtype and (objectives.overlap(logits, logprobs)[1] == 0)
-    assert (
-        logits.grad[0, 1] < 0 and (logits.grad[0, [0, 2, 3, 4, 5]] > 0).sum() >= 4
-    )  # towards the one column with mass
+    # towards the one column with mass
+    assert logits.grad[0, 1] < 0
+    assert (logits.grad[0, [0, 2, 3, 4, 5]] > 0).sum() >= 4
     if divergence != "reverse":  # which spreads q over columns that are all ruled out
         assert logits.grad[1].abs().max() < 1e-6
     if divergence in ("forward", "tv"):
@@ -230,8 +229,10 @@ def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> 
 
 
 def test_tv_keeps_its_gradient_where_the_overlap_underflows() -> None:
-    logprobs, logits = torch.full((C,), -INF), torch.zeros(C)
-    logprobs[1], logits[1] = 0.0, -120.0
+    logprobs = torch.full((C,), -INF)
+    logits = torch.zeros(C)
+    logprobs[1] = 0.0
+    logits[1] = -120.0
     logits.requires_grad_()
     assert objectives.overlap(logits, logprobs) < 1e-37
     (gradient,) = torch.autograd.grad(objectives.distill(logits, logprobs, "tv"), logits)
@@ -246,7 +247,8 @@ def test_an_unknown_divergence_lists_the_choices() -> None:
 
 
 def test_overlap_against_a_slow_version() -> None:
-    logits, logprobs = normal(2, 3, C), teacher()
+    logits = normal(2, 3, C)
+    logprobs = teacher()
     logprobs[0, 0, 2:4] = -INF
     got = objectives.overlap(logits, logprobs)
     for b in range(2):
@@ -283,7 +285,8 @@ def slow_weights(name: str, q: list[float], scale: float) -> list[float]:
 @pytest.mark.parametrize("name", sorted(objectives.WEIGHTS))
 def test_weights_against_a_slow_version(name: str, drafted: int, dtype: torch.dtype) -> None:
     q = chances(2, 3, drafted).to(dtype)
-    q[0, 0, 0], q[0, 1, -1] = 0, 1
+    q[0, 0, 0] = 0
+    q[0, 1, -1] = 1
     q.requires_grad_()
     got = objectives.WEIGHTS[name](q, 3.0)
     assert got.shape == q.shape and got.dtype == dtype and not got.requires_grad

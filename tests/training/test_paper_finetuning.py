@@ -56,7 +56,9 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
     g = torch.Generator().manual_seed(1)
     texts = [torch.randint(200, (5 + i % 40,), generator=g).tolist() for i in range(60)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
-    corpus, out, checkpoint = tmp_path / "corpus", tmp_path / "tuned", tmp_path / "sedd-tiny"
+    corpus = tmp_path / "corpus"
+    out = tmp_path / "tuned"
+    checkpoint = tmp_path / "sedd-tiny"
     command = (
         "data",
         "--model",
@@ -122,7 +124,8 @@ def test_finetuning_the_target_itself(gpt2: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"prompt": [7, 8, 9, 10] * 8}) + "\n" for _ in range(20))
     )
-    corpus, out = tmp_path / "corpus", tmp_path / "tuned"
+    corpus = tmp_path / "corpus"
+    out = tmp_path / "tuned"
     invoke(
         "data",
         "--model",

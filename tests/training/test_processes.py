@@ -22,7 +22,8 @@ SIZES = [
 ]
 BOOKS = ["log_every=1", "save_every=2", "eval_every=1000", "eval_prompts=2", "eval_tokens=8"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-LOG, LAST = "training/log.jsonl", "training/checkpoints/{:08d}/training.safetensors"
+LOG = "training/log.jsonl"
+LAST = "training/checkpoints/{:08d}/training.safetensors"
 
 
 def command(target: Path, corpus: Corpus, out: Path, *changes: str) -> list[str]:
@@ -53,7 +54,8 @@ def run(arguments: list[str], processes: int = 1) -> None:
 
 
 def equal_files(a: Path, b: Path) -> bool:
-    x, y = load_file(a), load_file(b)
+    x = load_file(a)
+    y = load_file(b)
     return x.keys() == y.keys() and all((x[k] == y[k]).all() for k in x)
 
 
@@ -109,7 +111,8 @@ def kill_until_done(arguments: list[str], steps: int, kills: int) -> int:
 
 
 def survives(target: Path, corpus: Corpus, tmp_path: Path, steps: int, kills: int) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     run(command(target, corpus, whole, f"steps={steps}"))
     done = kill_until_done(command(target, corpus, parts, f"steps={steps}"), steps, kills)
     assert (whole / LOG).read_text() == (parts / LOG).read_text()  # every loss, to the last digit

@@ -71,11 +71,13 @@ def test_anchors() -> None:
 
     The first token drafted in an answer is the answer's first.
     """
-    lengths, prompts = torch.tensor([8, 5, 2]), torch.tensor([3, 1, 2])
+    lengths = torch.tensor([8, 5, 2])
+    prompts = torch.tensor([3, 1, 2])
     anchors = canvases.pick_anchors(lengths, prompts, DRAWS, torch.Generator().manual_seed(0))
     for row, (length, prompt) in enumerate(zip([8, 5, 2], [3, 1, 2], strict=True)):
         counts = Counter(anchors[row].tolist())
-        first, last = min(prompt - 1, length - 2), length - 2
+        first = min(prompt - 1, length - 2)
+        last = length - 2
         expected = {}
         for anchor in range(last + 1):
             expected[anchor] = 0.1 / (last + 1)
@@ -170,7 +172,8 @@ def test_the_held_out_loss(kind: str, corpus: Corpus, target_folder: Path, tmp_p
     held_out = trainer.held_out()
     task = trainer.task.eval()
     rows = list(corpus.split(0.3)[1])
-    losses, first = [], []
+    losses = []
+    first = []
     for start in range(0, len(rows), 2):
         batch = task.prepare(rows[start : start + 2], torch.Generator().manual_seed(start))
         with torch.no_grad():
@@ -349,7 +352,8 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
     average = {name: trainer.state.average[name].clone() for name in values}
     first = {name: torch.zeros_like(v) for name, v in values.items()}
     second = {name: torch.zeros_like(v) for name, v in values.items()}
-    (beta1, beta2), rates = trainer.recipe.betas, [0.005, 0.01, 0.01]
+    beta1, beta2 = trainer.recipe.betas
+    rates = [0.005, 0.01, 0.01]
     tokens = 0
     for step in range(1, 4):
         batches = trainer._batches(step - 1)

@@ -105,11 +105,9 @@ def test_learns_and_leaves_a_folder_that_runs(
     ]
     assert curve["step"] == 80 and curve["held_out_loss"] > 0
     card = (tmp_path / "README.md").read_text()
-    assert (
-        "specdiff train" in card
-        and f"kind: {kind}" in card
-        and str(corpus.tokens) in card.replace(",", "")
-    )
+    assert "specdiff train" in card
+    assert f"kind: {kind}" in card
+    assert str(corpus.tokens) in card.replace(",", "")
     if kind == "target":
         AutoModelForCausalLM.from_pretrained(tmp_path)
         return
@@ -188,7 +186,8 @@ def test_resuming_is_exact(tmp_path: Path, target_folder: Path, corpus: Corpus) 
         parts = trained("sedd", tmp_path / "parts", target_folder, corpus, *options, stop=stop)
     assert parts == whole and len(whole) == 17
     for name in ("model.safetensors", "training/checkpoints/00000017/training.safetensors"):
-        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        a = load_file(tmp_path / "whole" / name)
+        b = load_file(tmp_path / "parts" / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -210,17 +209,15 @@ def test_time_limit_saves_and_resumes(tmp_path: Path, target_folder: Path, corpu
 def test_stopped_while_measuring(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
     """The step was saved before it was measured, so only the measurement is repeated."""
     log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2", stop=2)
-    assert [entry["step"] for entry in log] == [1, 2] and not (
-        tmp_path / "training" / "curve.jsonl"
-    ).exists()
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert not (tmp_path / "training" / "curve.jsonl").exists()
     log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2")
     curve = [
         json.loads(line)
         for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
     ]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4] and [
-        point["step"] for point in curve
-    ] == [2, 4]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert [point["step"] for point in curve] == [2, 4]
     assert (
         trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2") == log
     )  # finished: nothing runs again

@@ -62,7 +62,8 @@ def store_states(model: PreTrainedModel, folder: Path) -> None:
 
 
 def test_the_device_itself(device: SecondDevice) -> None:
-    here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+    here = torch.ones(3)
+    there = torch.ones(3, device=DEVICE)
     assert (here.device, there.device, there[1:].device, there.cpu().device) == (
         HOST,
         DEVICE,
@@ -227,10 +228,8 @@ def test_states_are_computed_where_the_target_is(
 
 
 def test_word_frequencies_where_the_head_is(device: SecondDevice) -> None:
-    head, counts = (
-        torch.randn(9, 4, generator=torch.Generator().manual_seed(0)),
-        torch.arange(1, 10),
-    )
+    head = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    counts = torch.arange(1, 10)
     shift = initialize.unigram_shift(head.to(DEVICE), counts)
     assert shift.device == DEVICE
     assert torch.equal(shift.cpu(), initialize.unigram_shift(head, counts))

@@ -164,7 +164,8 @@ def on_canvas(task: CanvasTask, past: list[int], canvas: list[int]) -> list[list
     A clean token sees `window` clean ones, a canvas token its anchor's past and the canvas.
     """
     window = task.network.config.context_window
-    L, G = len(past), len(canvas)
+    L = len(past)
+    G = len(canvas)
     mask = torch.zeros(1, 1, L + G, L + G, dtype=torch.bool)
     for i in range(L + G):
         last = min(i, L - 1)
@@ -201,13 +202,18 @@ def alone(task: ScoreEntropyTask, x: list[int], t: float) -> list[list[float]]:
 def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
     r = recipe.load("sedd", [*CANVASES, *changes])
     task = sedd_task(r, corpus, model)
-    vocab, mask = vocab_of(task.network), VOCAB
+    vocab = vocab_of(task.network)
+    mask = VOCAB
     batch = task.prepare(range(3), torch.Generator().manual_seed(1))
     progress = 0.25
     with torch.no_grad():
         loss, records = task(batch, progress)
 
-    sums, weights, first, accepts, following = [], [], [], [], []
+    sums = []
+    weights = []
+    first = []
+    accepts = []
+    following = []
     beyond = revealed_canvases = 0
     for b, row in enumerate(ROWS):
         for anchor, revealed in zip(
@@ -216,7 +222,8 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
             true = row[anchor + 1 : anchor + 4]
             canvas = [true[k] if k < revealed else mask for k in range(3)]
             _, logits = on_canvas(task, row[: anchor + 1], canvas)
-            q, losses = [], []
+            q = []
+            losses = []
             for k in range(3):
                 if k >= len(true):
                     q.append(0.0)
@@ -268,8 +275,12 @@ def test_a_window_as_it_is_drafted(
 ) -> None:
     r = recipe.load("sedd", [*WINDOWS, *changes])
     task = sedd_task(r, corpus, model)
-    vocab, mask = vocab_of(task.network), VOCAB
-    sums, weights, first, accepts = [], [], [], []
+    vocab = vocab_of(task.network)
+    mask = VOCAB
+    sums = []
+    weights = []
+    first = []
+    accepts = []
     rows = [0, 1, 2, 0, 0, 1]
     batch = task.prepare(rows, torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -279,7 +290,8 @@ def test_a_window_as_it_is_drafted(
         past = row[max(0, anchor + 1 - 4) : anchor + 1]
         t = min(1.0, 3 / (len(past) + 3) / (1 - 1e-3))
         logits = alone(task, past + [mask] * 3, t)[len(past) :]
-        q, losses = [0.0] * 3, [0.0] * 3
+        q = [0.0] * 3
+        losses = [0.0] * 3
         for k, truth in enumerate(row[anchor + 1 : anchor + 4]):
             p = (
                 distribution_after(model, row[: anchor + 1 + k])
@@ -306,14 +318,18 @@ def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTra
     """The sum over masked positions of loss / t, over all positions: MDLM's bound, per token."""
     r = recipe.load("sedd", [*WINDOWS, "drafting_share=0", "length=5", *changes])
     task = sedd_task(r, corpus, model)
-    vocab, mask = vocab_of(task.network), VOCAB
+    vocab = vocab_of(task.network)
+    mask = VOCAB
     rows = [0, 1, 2, 2, 1, 0, 1]
     batch = task.prepare(rows, torch.Generator().manual_seed(1))
     with torch.no_grad():
         loss, _ = task(batch, 0.0)
-    terms, tokens, unpredictable = [], 0, 0
+    terms = []
+    tokens = 0
+    unpredictable = 0
     for b, row in enumerate(ROWS[i] for i in rows):
-        start, t = int(batch.corrupted.start[b]), batch.corrupted.t[b].item()
+        start = int(batch.corrupted.start[b])
+        t = batch.corrupted.t[b].item()
         crop = row[start : start + 5]
         x = batch.corrupted.x[b].tolist()[: len(crop)]
         assert all(x[i] in (token, mask) for i, token in enumerate(crop))
@@ -346,11 +362,14 @@ def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) ->
     batch = task.prepare(rows, torch.Generator().manual_seed(4))
     with torch.no_grad():
         loss, _ = task(batch, 0.0)
-    terms, count = [], 0
+    terms = []
+    count = 0
     for b, row in enumerate(ROWS[i] for i in rows):
-        start, t = int(batch.corrupted.start[b]), batch.corrupted.t[b].item()
+        start = int(batch.corrupted.start[b])
+        t = batch.corrupted.t[b].item()
         masked = 1 - (1 - 1e-3) * t  # e^-sigma
-        sigma, rate = -math.log(masked), (1 - 1e-3) / masked
+        sigma = -math.log(masked)
+        rate = (1 - 1e-3) / masked
         ratio = 1 / math.expm1(sigma)
         real = int(batch.corrupted.real[b].sum())
         x = batch.corrupted.x[b].tolist()[:real]
@@ -387,7 +406,8 @@ def test_autoregressive(changes: list[str], corpus: Corpus, model: PreTrainedMod
     vocab = vocab_of(network)
     with torch.no_grad():
         loss, records = task(task.prepare(range(3), torch.Generator()), 0.0)
-    losses, answers = [], []
+    losses = []
+    answers = []
     for row, prompt_length in zip(ROWS, PROMPTS, strict=True):
         for i in range(1, len(row)):
             with torch.no_grad():
