@@ -1,7 +1,8 @@
-"""A second device, played by the CPU: what meets a tensor of the other side fails, as on a GPU.
+"""A second device, simulated on the CPU: operations that mix it with the host fail, as on a GPU.
 
-Every storage is on the host unless it was made on, or moved to, the second device while the mode is on. The rules are CUDA's: a
-number (a tensor without dimensions) may come from the host, an index too, and `copy_` goes across; all else must be on one side.
+A storage is on the host unless it was created on, or moved to, the second device while the mode
+is on. The rules are CUDA's: a number (a tensor without dimensions) and an index may come from the
+host, and `copy_` works across; everything else must be on one side.
 """
 
 from typing import Any
@@ -47,54 +48,54 @@ class SecondDevice(TorchFunctionMode):
         name = func.__name__
         if name in ("numpy", "__array__") and self.place(args[0]) == DEVICE:
             raise TypeError("a tensor of the second device is not numpy's")
-        wanted = _device(kwargs.pop("device", None))
-        if wanted is not None and wanted not in (DEVICE, HOST):
-            return func(*args, device=wanted, **kwargs)  # meta
+        device = _device(kwargs.pop("device", None))
+        if device is not None and device not in (DEVICE, HOST):
+            return func(*args, device=device, **kwargs)  # meta
         if func == Tensor.to:
-            to, wanted = self._destination(args, wanted)
-            if wanted not in (None, DEVICE, HOST):
+            to, device = self._destination(args, device)
+            if device not in (None, DEVICE, HOST):
                 return func(*args, **kwargs)
             args = to
-            if wanted is not None and wanted != self.place(args[0]):
+            if device is not None and device != self.place(args[0]):
                 moved = (
                     args[0].clone()
                     if len(args) == 1 and not kwargs
                     else func(*args, **kwargs).clone()
                 )
-                self.put(moved, wanted)
+                self.put(moved, device)
                 return moved
         if func == Tensor.cpu:
-            wanted = HOST
+            device = HOST
             args = (args[0].clone(),) if self.place(args[0]) == DEVICE else args
         generator = kwargs.get("generator")
-        if generator is not None and wanted == DEVICE:
+        if generator is not None and device == DEVICE:
             raise RuntimeError(f"{name}: a generator of the host draws on the second device")
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if wanted is None:
-            wanted = self._meet(name, args, inputs)
+        if device is None:
+            device = self._meet(name, args, inputs)
         elif func not in (Tensor.to, Tensor.cpu):
             kwargs["device"] = HOST
         out = func(*args, **kwargs)
         own = {t.untyped_storage()._cdata for t in inputs}
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in own:
-                self.put(leaf, wanted)
+                self.put(leaf, device)
         return out
 
     def _destination(
-        self, args: Any, wanted: torch.device | None
+        self, args: Any, device: torch.device | None
     ) -> tuple[Any, torch.device | None]:
         """`to`'s own arguments without the device, and the device."""
-        rest: list[Any] = []
+        others: list[Any] = []
         for argument in args[1:]:
             if isinstance(argument, Tensor):
-                wanted = self.place(argument)
-                rest.append(argument.dtype)
+                device = self.place(argument)
+                others.append(argument.dtype)
             elif isinstance(argument, torch.device | str):
-                wanted = _device(argument)
+                device = _device(argument)
             elif isinstance(argument, torch.dtype):  # the others say how, not what
-                rest.append(argument)
-        return (args[0], *rest), wanted
+                others.append(argument)
+        return (args[0], *others), device
 
     def _meet(self, name: str, args: Any, inputs: list[Tensor]) -> torch.device:
         """Where these tensors meet. Raises RuntimeError where they may not."""

@@ -1,4 +1,4 @@
-"""What a run learns from is recorded and compared: corpus, target, features, shards; and its folder is its own."""
+"""The sources of a run are recorded and compared, and its folder is its own."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ from specdiff.data import generate
 from specdiff.data.corpus import Corpus, CorpusWriter
 from specdiff.errors import CorpusError, StorageError, UsageError
 from specdiff.training import checkpoint, prepare, recipe
-from specdiff.training.prepare import Plan
+from specdiff.training.prepare import TrainingRun
 from specdiff.training.teacher import precompute
 from specdiff.weights import fingerprint
 
@@ -36,7 +36,9 @@ BOOKS = [
 CHECKPOINTS = "training/checkpoints"
 
 
-def prepared(target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd") -> Plan:
+def prepared(
+    target: Path, corpus: Path, out: Path, *changes: str, kind: str = "sedd"
+) -> TrainingRun:
     r = recipe.load(kind, [*(SMALL if kind == "sedd" else ["rows=4"]), *BOOKS, *changes])
     return prepare.prepare(r, model=str(target), data=corpus, out=out, device="cpu")
 
@@ -48,7 +50,7 @@ def trained(target: Path, corpus: Path, out: Path, *changes: str, stop: int | No
 
 
 def variant(folder: Path, of: Path) -> Path:
-    """The same target but for its very last weight: of the same sizes, and of the same first megabyte."""
+    """The same target but for its very last weight: equal sizes, equal first megabyte."""
     shutil.copytree(of, folder)
     path = folder / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -104,12 +106,12 @@ def test_a_corpus_of_another_target_is_pointed_out(
 ) -> None:
     identity = generate.identity(str(target_folder))
     changed = variant(tmp_path / "changed", target_folder)
-    for name, known in (
+    for name, digests in (
         ("new", identity),
         ("old", {k: identity[k] for k in ("target", "target_sha256")}),
     ):
         with CorpusWriter(
-            tmp_path / name, {**known, "temperatures": [0.0]}, vocab_size=tiny.VOCAB
+            tmp_path / name, {**digests, "temperatures": [0.0]}, vocab_size=tiny.VOCAB
         ) as writer:
             for i in range(len(corpus)):
                 writer.add(corpus[i])
@@ -136,15 +138,19 @@ def test_features_are_of_this_target_and_these_tokens(
 ) -> None:
     data = tmp_path / "corpus"
     shutil.copytree(corpus.folder, data)
-    model, digest = tiny.model("llama"), fingerprint(target_folder)
+    model = tiny.model("llama")
+    digest = fingerprint(target_folder)
     list(precompute(model, Corpus(data), digest))
     prepared(target_folder, data, tmp_path / "a").trainer.one_step()
     changed = variant(tmp_path / "changed", target_folder)
     another = fingerprint(changed)
-    told = rf"features-00000.safetensors holds final states with target_weights = {digest}, not {another}.*specdiff data --features"
-    with pytest.raises(CorpusError, match=told):
+    message = (
+        rf"features-00000.safetensors holds final states with target_weights = {digest}, "
+        rf"not {another}.*specdiff data --features"
+    )
+    with pytest.raises(CorpusError, match=message):
         prepared(changed, data, tmp_path / "b")
-    with pytest.raises(CorpusError, match=told):
+    with pytest.raises(CorpusError, match=message):
         list(precompute(model, Corpus(data), another))
     prepared(changed, data, tmp_path / "c", "objective=denoise")  # which uses none
     features = data / "features-00001.safetensors"
@@ -232,7 +238,8 @@ def test_one_run_at_a_time(tmp_path: Path, target_folder: Path, corpus: Corpus) 
 def test_a_full_disk_leaves_what_was_there(
     tmp_path: Path, target_folder: Path, corpus: Corpus
 ) -> None:
-    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole = tmp_path / "whole"
+    out = tmp_path / "out"
     trained(target_folder, corpus.folder, whole)
     trained(target_folder, corpus.folder, out, stop=2)
     before = contents(out / CHECKPOINTS)
@@ -256,7 +263,8 @@ def test_a_full_disk_leaves_what_was_there(
         whole / "training" / "log.jsonl"
     ).read_text()
     last = f"{CHECKPOINTS}/00000006/training.safetensors"
-    a, b = load_file(whole / last), load_file(out / last)
+    a = load_file(whole / last)
+    b = load_file(out / last)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
@@ -286,11 +294,9 @@ def test_a_full_disk_is_one_line_of_the_command(
     with largest_file(3000), pytest.raises(SystemExit) as end:
         cli.main()
     (line,) = capfd.readouterr().err.splitlines()
-    assert (
-        end.value.code == 1
-        and line.startswith("specdiff: error: cannot write ")
-        and "there is no checkpoint yet" in line
-    )
+    assert end.value.code == 1
+    assert line.startswith("specdiff: error: cannot write ")
+    assert "there is no checkpoint yet" in line
 
 
 def test_training_does_not_depend_on_the_order_of_writing(

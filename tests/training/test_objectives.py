@@ -1,4 +1,4 @@
-"""Every objective against a slow loop, its gradient against finite differences, and the edges each one names."""
+"""Every objective against a slow loop, its gradient against finite differences, and its edges."""
 
 import math
 
@@ -19,7 +19,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def teacher(columns: int = C, of: int = 9) -> torch.Tensor:
-    """[2, 3, C]: the log-law of a larger vocabulary, seen through these columns."""
+    """[2, 3, C]: log-probabilities of a larger vocabulary, of which these columns are a part."""
     return normal(2, 3, of, seed=1).log_softmax(-1)[..., :columns]
 
 
@@ -34,7 +34,8 @@ def softmax(row: list[float]) -> list[float]:
 
 
 def slow_divergence(name: str, logits: list[float], logprobs: list[float]) -> float:
-    q, p = softmax(logits), [math.exp(v) for v in logprobs]
+    q = softmax(logits)
+    p = [math.exp(v) for v in logprobs]
     forward = math.fsum(b * (math.log(b) - math.log(a)) for a, b in zip(q, p, strict=True) if b > 0)
     common = math.fsum(min(a, b) for a, b in zip(q, p, strict=True))
     if name == "forward":
@@ -76,12 +77,13 @@ def test_score_entropy_weighs_each_row_by_its_rate(
 
 
 def test_score_entropy_of_a_denoiser_is_cross_entropy_over_t_up_to_a_constant() -> None:
-    """s = softmax(logits)/(e^sigma - 1): the same gradient, and one constant for all logits, at every masked position."""
-    process, schedule = Absorbing(C), Loglinear()
+    """s = softmax(logits)/(e^sigma - 1): at every MASK the same gradient, and one constant."""
+    process = Absorbing(C)
+    schedule = Loglinear()
     t = torch.tensor([0.1, 0.7], dtype=torch.float64)
     x0 = torch.tensor([[0, 5, 2], [1, 3, 4]])
     x = torch.full_like(x0, process.mask_id)
-    differences, gradients = [], []
+    differences = []
     for seed in range(3):
         logits = normal(2, 3, C, seed=seed).requires_grad_()
         log_score = logits.log_softmax(-1) - torch.expm1(schedule.total(t)).log()[:, None, None]
@@ -95,32 +97,27 @@ def test_score_entropy_of_a_denoiser_is_cross_entropy_over_t_up_to_a_constant() 
             for loss in (entropy, cross)
         ]
         assert torch.allclose(*gradients, atol=1e-10)
-    assert torch.allclose(differences[0], differences[1], atol=1e-9) and torch.allclose(
-        differences[0], differences[2], atol=1e-9
-    )
+    assert torch.allclose(differences[0], differences[1], atol=1e-9)
+    assert torch.allclose(differences[0], differences[2], atol=1e-9)
 
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_denoise_against_a_slow_version(timed: bool) -> None:
-    logits, truth = normal(2, 3, C).requires_grad_(), torch.tensor([[0, 5, -1], [-100, 2, 2]])
+    logits = normal(2, 3, C).requires_grad_()
+    truth = torch.tensor([[0, 5, -1], [-100, 2, 2]])
     t = torch.tensor([[0.1, 0.5, 0.5], [0.0, 1.0, 0.3]], dtype=torch.float64) if timed else None
     got = objectives.denoise(logits, truth, t)
     for b in range(2):
         for i in range(3):
             k = int(truth[b, i])
-            slow = (
-                0.0
-                if k < 0
-                else -math.log(softmax(logits[b, i].tolist())[k])
-                / (t[b, i].item() if t is not None else 1)
-            )
+            slow = -math.log(softmax(logits[b, i].tolist())[k]) if k >= 0 else 0.0
+            if k >= 0 and t is not None:
+                slow /= t[b, i].item()
             assert got[b, i].item() == pytest.approx(slow, rel=1e-12)
     got.sum().backward()
-    assert (
-        (got[truth < 0] == 0).all()
-        and logits.grad is not None
-        and (logits.grad[truth < 0] == 0).all()
-    )
+    assert (got[truth < 0] == 0).all()
+    assert logits.grad is not None
+    assert (logits.grad[truth < 0] == 0).all()
     assert logits.grad.isfinite().all()
     assert torch.autograd.gradcheck(
         lambda z: objectives.denoise(z, truth, t), logits.detach().requires_grad_()
@@ -128,7 +125,8 @@ def test_denoise_against_a_slow_version(timed: bool) -> None:
 
 
 def test_denoise_takes_any_leading_shape() -> None:
-    logits, truth = normal(C), torch.tensor(3)
+    logits = normal(C)
+    truth = torch.tensor(3)
     assert objectives.denoise(logits, truth).shape == ()
     assert objectives.denoise(logits[None, None], truth[None, None])[0, 0] == objectives.denoise(
         logits, truth
@@ -138,7 +136,8 @@ def test_denoise_takes_any_leading_shape() -> None:
 
 @pytest.mark.parametrize("divergence", objectives.DIVERGENCES)
 def test_distill_against_a_slow_version(divergence: str) -> None:
-    logits, logprobs = normal(2, 3, C), teacher()
+    logits = normal(2, 3, C)
+    logprobs = teacher()
     logprobs[0, 0, 2:4] = -INF
     logprobs[0, 1] = normal(C, seed=3).log_softmax(-1)  # no mass outside
     got = objectives.distill(logits, logprobs, divergence)
@@ -158,7 +157,8 @@ def test_gradient_of_distill(divergence: str) -> None:
 
 
 def test_gradient_of_the_hybrid_holds_its_weights_fixed() -> None:
-    logits, logprobs = normal(2, 3, C).requires_grad_(), teacher()
+    logits = normal(2, 3, C).requires_grad_()
+    logprobs = teacher()
     trust = torch.exp(-3 * objectives.overlap(logits, logprobs)).detach()
 
     def fixed(z: torch.Tensor) -> torch.Tensor:
@@ -178,25 +178,25 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
     """The claims of the docstring, with the outside columns written out and q = 0 there."""
     full = normal(2, 3, 9, seed=1).softmax(-1)
     logits = normal(2, 3, C)
-    inside, q = full[..., :C], torch.nn.functional.pad(logits.softmax(-1), (0, 3))
+    inside = full[..., :C]
+    q = torch.nn.functional.pad(logits.softmax(-1), (0, 3))
     P = inside.sum(-1)
     a = torch.minimum(full, q).sum(-1)
     got = {d: objectives.distill(logits, inside.log(), d) for d in objectives.DIVERGENCES}
-    renormalised = inside / P[..., None]
-    kl = (renormalised * (renormalised.log() - logits.log_softmax(-1))).sum(-1)
+    renormalized = inside / P[..., None]
+    kl = (renormalized * (renormalized.log() - logits.log_softmax(-1))).sum(-1)
     assert torch.allclose(got["forward"], P * kl + P * P.log())
     assert torch.allclose(got["reverse"], torch.special.xlogy(q, q / full).sum(-1))
     assert torch.allclose(got["tv"], -a.log())
-    assert torch.allclose(got["l1"] + 1 - P, (full - q).abs().sum(-1)) and torch.allclose(
-        got["l1"] + 1 - P, 2 * (1 - a)
-    )
+    assert torch.allclose(got["l1"] + 1 - P, (full - q).abs().sum(-1))
+    assert torch.allclose(got["l1"] + 1 - P, 2 * (1 - a))
     assert torch.allclose(
         got["hybrid"],
         torch.exp(-3 * a) * got["forward"] + (1 - torch.exp(-3 * a)) * (full - q).abs().sum(-1) / 2,
     )
     assert torch.allclose(objectives.overlap(logits, inside.log()), a)
     best = {
-        d: objectives.distill(renormalised.log(), inside.log(), d) for d in objectives.DIVERGENCES
+        d: objectives.distill(renormalized.log(), inside.log(), d) for d in objectives.DIVERGENCES
     }
     assert torch.allclose(best["forward"], P * P.log())
     assert torch.allclose(best["reverse"], -P.log()) and torch.allclose(best["tv"], -P.log())
@@ -206,7 +206,7 @@ def test_what_each_divergence_is_of_the_full_vocabulary() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("divergence", objectives.DIVERGENCES)
 def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> None:
-    """A top-1 teacher, one whose mass lies all elsewhere, and a draft so sure of another column that its q underflows."""
+    """A top-1 teacher, one with no mass here, and a draft whose q underflows."""
     logprobs = torch.full((4, C), -INF, dtype=dtype)
     logprobs[0, 1] = logprobs[2, 1] = 0.0
     logprobs[3] = normal(C).log_softmax(-1).to(dtype)
@@ -217,9 +217,9 @@ def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> 
     loss.sum().backward()
     assert loss.isfinite().all() and logits.grad is not None and logits.grad.isfinite().all()
     assert loss.dtype == dtype and (objectives.overlap(logits, logprobs)[1] == 0)
-    assert (
-        logits.grad[0, 1] < 0 and (logits.grad[0, [0, 2, 3, 4, 5]] > 0).sum() >= 4
-    )  # towards the one column with mass
+    # towards the one column with mass
+    assert logits.grad[0, 1] < 0
+    assert (logits.grad[0, [0, 2, 3, 4, 5]] > 0).sum() >= 4
     if divergence != "reverse":  # which spreads q over columns that are all ruled out
         assert logits.grad[1].abs().max() < 1e-6
     if divergence in ("forward", "tv"):
@@ -229,15 +229,17 @@ def test_distill_is_finite_at_the_edges(divergence: str, dtype: torch.dtype) -> 
 
 
 def test_tv_keeps_its_gradient_where_the_overlap_underflows() -> None:
-    logprobs, logits = torch.full((C,), -INF), torch.zeros(C)
-    logprobs[1], logits[1] = 0.0, -120.0
+    logprobs = torch.full((C,), -INF)
+    logits = torch.zeros(C)
+    logprobs[1] = 0.0
+    logits[1] = -120.0
     logits.requires_grad_()
     assert objectives.overlap(logits, logprobs) < 1e-37
     (gradient,) = torch.autograd.grad(objectives.distill(logits, logprobs, "tv"), logits)
     assert gradient.tolist() == pytest.approx([0.2, -1.0, 0.2, 0.2, 0.2, 0.2])
 
 
-def test_an_unknown_divergence_names_the_known() -> None:
+def test_an_unknown_divergence_lists_the_choices() -> None:
     with pytest.raises(
         UsageError, match="unknown divergence 'kl': choose one of forward, reverse, tv, hybrid, l1"
     ):
@@ -245,7 +247,8 @@ def test_an_unknown_divergence_names_the_known() -> None:
 
 
 def test_overlap_against_a_slow_version() -> None:
-    logits, logprobs = normal(2, 3, C), teacher()
+    logits = normal(2, 3, C)
+    logprobs = teacher()
     logprobs[0, 0, 2:4] = -INF
     got = objectives.overlap(logits, logprobs)
     for b in range(2):
@@ -282,7 +285,8 @@ def slow_weights(name: str, q: list[float], scale: float) -> list[float]:
 @pytest.mark.parametrize("name", sorted(objectives.WEIGHTS))
 def test_weights_against_a_slow_version(name: str, drafted: int, dtype: torch.dtype) -> None:
     q = chances(2, 3, drafted).to(dtype)
-    q[0, 0, 0], q[0, 1, -1] = 0, 1
+    q[0, 0, 0] = 0
+    q[0, 1, -1] = 1
     q.requires_grad_()
     got = objectives.WEIGHTS[name](q, 3.0)
     assert got.shape == q.shape and got.dtype == dtype and not got.requires_grad
@@ -299,7 +303,7 @@ def test_the_table_holds_the_four_weights() -> None:
 
 
 def test_d_pace_between_its_ends() -> None:
-    """a = 1 counts the positions from j on; a = 0 is the gradient of the expected accepted tokens in log q."""
+    """a = 1 counts the positions from j on; a = 0 is the gradient of expected_accepted in log q."""
     q = chances(2, 5)
     assert torch.allclose(
         objectives.d_pace(q, 1.0), torch.arange(5, 0, -1, dtype=torch.float64).expand(2, 5)

@@ -1,4 +1,4 @@
-"""The paper's preparation at a tiny size: texts packed into rows, a SEDD checkpoint of GPT-2's vocabulary finetuned on them."""
+"""The paper's preparation at a tiny size: packed texts, and a SEDD checkpoint finetuned on them."""
 
 import json
 from pathlib import Path
@@ -56,8 +56,10 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
     g = torch.Generator().manual_seed(1)
     texts = [torch.randint(200, (5 + i % 40,), generator=g).tolist() for i in range(60)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"prompt": t}) + "\n" for t in texts))
-    corpus, out, checkpoint = tmp_path / "corpus", tmp_path / "tuned", tmp_path / "sedd-tiny"
-    made = (
+    corpus = tmp_path / "corpus"
+    out = tmp_path / "tuned"
+    checkpoint = tmp_path / "sedd-tiny"
+    command = (
         "data",
         "--model",
         str(gpt2),
@@ -70,14 +72,14 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
         "--device",
         "cpu",
     )
-    summary = invoke(*made, "--verbatim", "--max-model-len", "32")
+    summary = invoke(*command, "--verbatim", "--max-model-len", "32")
     assert summary["tokens"] == sum(map(len, texts)) + len(texts)
     joined = torch.cat(
         [r.tokens for r in (Corpus(corpus)[i] for i in range(len(Corpus(corpus))))]
     ).tolist()
     assert joined == [token for t in texts for token in (*t, GPT2_WORDS - 1)]
     assert (
-        invoke(*made, "--verbatim", "--max-model-len", "32")["tokens"] == summary["tokens"]
+        invoke(*command, "--verbatim", "--max-model-len", "32")["tokens"] == summary["tokens"]
     )  # again: nothing is written twice
 
     network = tiny.sedd(
@@ -96,7 +98,7 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
         "draft_len=4",
     ]
     settings = [part for s in (*sizes, f"init={checkpoint}") for part in ("--set", s)]
-    told = invoke(
+    result = invoke(
         "train",
         "--target",
         str(gpt2),
@@ -110,7 +112,7 @@ def test_finetuning_a_checkpoint_in_the_authors_layout(gpt2: Path, tmp_path: Pat
         "cpu",
         *settings,
     )
-    assert told["step"] == 6 and told["held_out_loss"] > 0 and told["tau_at_1"] >= 1
+    assert result["step"] == 6 and result["held_out_loss"] > 0 and result["tau_at_1"] >= 1
     tuned = SEDD.from_pretrained(out)
     assert tuned.state_dict().keys() == network.state_dict().keys()
     assert not torch.equal(tuned.blocks[0].attn_qkv.weight, network.blocks[0].attn_qkv.weight)
@@ -122,7 +124,8 @@ def test_finetuning_the_target_itself(gpt2: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text(
         "".join(json.dumps({"prompt": [7, 8, 9, 10] * 8}) + "\n" for _ in range(20))
     )
-    corpus, out = tmp_path / "corpus", tmp_path / "tuned"
+    corpus = tmp_path / "corpus"
+    out = tmp_path / "tuned"
     invoke(
         "data",
         "--model",

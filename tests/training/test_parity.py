@@ -15,7 +15,8 @@ from specdiff.models.cache import RaggedCache
 from specdiff.models.ragged import RaggedModel
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import initialize, recipe
-from specdiff.training.score_entropy_task import SEDDTask
+from specdiff.training.canvas_task import CanvasTask
+from specdiff.training.score_entropy_task import ScoreEntropyTask
 from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, precompute
 from specdiff.types import Batch, Context, SamplingParams
 
@@ -52,30 +53,31 @@ def context_of(batch: Batch) -> Context:
 @pytest.mark.parametrize("draft_len", [1, 4, 7])
 @pytest.mark.parametrize("init", ["null", "target"])
 def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, init: str) -> None:
-    """Many canvases in one pass, against one canvas at a time over the cache, revealed tokens included."""
+    """Many canvases in one pass, against one at a time over the cache, some tokens revealed."""
     r = recipe.load("sedd", [*SIZES, f"draft_lens=[{draft_len}]", f"init={init}", "revealed=0.5"])
     target = CausalTarget(tiny.copy_of(model), "tiny")
     network = initialize.sedd(r, corpus, range(40), model)
     shaken(network)
-    task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
-    made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    task = CanvasTask(r, corpus, network, target.info.head, None, {}).eval()
+    sample = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    L = sample.rows.ids.shape[1]
     with torch.no_grad():
-        laid, trained, _ = task.canvas_logits(made)
+        layout, states = task.states(sample)
+        trained = network.logits(states[:, L:].view(*layout.slot.shape, -1))
     denoiser = SEDDDenoiser(network, target.info)
     compared = 0
-    for n in range(laid.slot.shape[1]):
-        prompts = [made["ids"][b, : made["anchors"][b, n] + 1] for b in range(6)]
+    for n in range(layout.slot.shape[1]):
+        prompts = [sample.rows.ids[b, : sample.anchors[b, n] + 1] for b in range(6)]
         batch = batch_at(prompts)
         state = denoiser.open(6, 128)
         denoiser.admit(state, context_of(batch), torch.arange(6))
-        L = made["ids"].shape[1]
-        canvas = laid.ids[:, L:].view(6, -1, draft_len)[:, n]
+        canvas = layout.ids[:, L:].view(6, -1, draft_len)[:, n]
         with torch.inference_mode():
-            decoded = denoiser.denoise(context_of(batch), state, canvas, ~laid.hidden[:, n])
-        seen = laid.hidden[:, n] & laid.inside[:, n]
-        difference = (decoded[..., network.draft_vocab] - trained[:, n])[seen]
+            decoded = denoiser.denoise(context_of(batch), state, canvas, ~layout.hidden[:, n])
+        hidden = layout.hidden[:, n] & layout.inside[:, n]
+        difference = (decoded[..., network.draft_vocab] - trained[:, n])[hidden]
         assert difference.numel() == 0 or difference.abs().max() <= TOLERANCE
-        compared += int(seen.sum())
+        compared += int(hidden.sum())
     assert compared > 50
 
 
@@ -95,18 +97,18 @@ def test_bidirectional_window(corpus: Corpus, model: PreTrainedModel, draft_len:
     target = CausalTarget(tiny.copy_of(model), "tiny")
     network = initialize.sedd(r, corpus, range(40), model)
     shaken(network)
-    task = SEDDTask(r, corpus, network, target.info.head, None, {}).eval()
-    made = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    task = ScoreEntropyTask(r, corpus, network, target.info.head, None, {}).eval()
+    sample = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    corrupted = sample.corrupted
     with torch.no_grad():
-        states = network.hidden(
-            made["x"], task.schedule.total(made["t"]), mask=made["real"][:, None, None]
-        )
+        sigma = task.schedule.total(corrupted.t)
+        states = network.hidden(corrupted.x, sigma, mask=corrupted.real[:, None, None])
         trained = network.logits(states)
     denoiser = SEDDDenoiser(network, target.info, window=12)
     for b in range(6):
-        first = int((made["drafted"][b] == 0).nonzero())
-        anchor = int(made["start"][b]) + first - 1
-        batch = batch_at([made["ids"][b, : anchor + 1]])
+        first = int((sample.end.index[b] == 0).nonzero())
+        anchor = int(corrupted.start[b]) + first - 1
+        batch = batch_at([sample.rows.ids[b, : anchor + 1]])
         canvas = torch.full((1, draft_len), network.config.tokens)
         with torch.inference_mode():
             decoded = denoiser.denoise(
@@ -141,7 +143,7 @@ def test_autoregressive(corpus: Corpus, model: PreTrainedModel, init: str) -> No
 
 
 def test_whole_target_as_its_own_drafter(corpus: Corpus, model: PreTrainedModel) -> None:
-    """All of the target's layers, copied by name, are the target: its law must come out exactly."""
+    """All of the target's layers, copied by name, give exactly the target's logits."""
     r = recipe.load(
         "autoregressive", ["blocks=2", "draft_vocab=null", "init=target", "objective=denoise"]
     )
@@ -152,7 +154,7 @@ def test_whole_target_as_its_own_drafter(corpus: Corpus, model: PreTrainedModel)
 
 
 def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) -> None:
-    """States stored beside a corpus give the law the target gives in the loop, to bfloat16 rounding, and it sums to 1."""
+    """Stored states give the target's probabilities to bfloat16 rounding, and these sum to 1."""
     shutil.copytree(corpus.folder, tmp_path / "corpus")
     copied = Corpus(tmp_path / "corpus")
     with pytest.raises(CorpusError, match="--features"):
@@ -166,6 +168,8 @@ def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) 
     live, live_log_z = OnlineTeacher(model)(rows, ids)
     for i, row in enumerate(rows):
         n = len(corpus[row].tokens)
-        law = (stored[i, :n] @ head.T - log_z[i, :n, None]).exp()
-        assert (law.sum(-1) - 1).abs().max() < 1e-5
-        assert (law - (live[i, :n] @ head.T - live_log_z[i, :n, None]).exp()).abs().max() < 0.05
+        probabilities = (stored[i, :n] @ head.T - log_z[i, :n, None]).exp()
+        assert (probabilities.sum(-1) - 1).abs().max() < 1e-5
+        assert (
+            probabilities - (live[i, :n] @ head.T - live_log_z[i, :n, None]).exp()
+        ).abs().max() < 0.05

@@ -1,4 +1,4 @@
-"""Training as a process: killed and repeated, over two processes, sharded. Everything runs through the command line."""
+"""Training in processes of its own, through the command line: killed, distributed, sharded."""
 
 import os
 import subprocess
@@ -22,7 +22,8 @@ SIZES = [
 ]
 BOOKS = ["log_every=1", "save_every=2", "eval_every=1000", "eval_prompts=2", "eval_tokens=8"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-LOG, LAST = "training/log.jsonl", "training/checkpoints/{:08d}/training.safetensors"
+LOG = "training/log.jsonl"
+LAST = "training/checkpoints/{:08d}/training.safetensors"
 
 
 def command(target: Path, corpus: Corpus, out: Path, *changes: str) -> list[str]:
@@ -53,17 +54,18 @@ def run(arguments: list[str], processes: int = 1) -> None:
 
 
 def equal_files(a: Path, b: Path) -> bool:
-    x, y = load_file(a), load_file(b)
+    x = load_file(a)
+    y = load_file(b)
     return x.keys() == y.keys() and all((x[k] == y[k]).all() for k in x)
 
 
 KILLED = """
 import os, random, signal, sys
 from specdiff import cli, files
-from specdiff.training import recipe, run  # imported once: every run is forked from here
+from specdiff.training import prepare, recipe  # imported once: every run is forked from here
 
 def begin(lines, delay):
-    # the command in a process that ends itself once it has logged so many lines, at once or a moment later
+    # the command in a process that ends itself after this many log lines, maybe with a delay
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -74,7 +76,7 @@ def begin(lines, delay):
         append_line(path, line)
         lines -= path.name == "log.jsonl"
         if lines == 0 and delay:
-            signal.setitimer(signal.ITIMER_REAL, delay)  # whose signal ends the process as SIGKILL does
+            signal.setitimer(signal.ITIMER_REAL, delay)  # ends the process as SIGKILL does
         elif lines == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -101,7 +103,7 @@ sys.exit(code)
 
 
 def kill_until_done(arguments: list[str], steps: int, kills: int) -> int:
-    """Start the run again and again, each time killed at a random moment after a little progress; the number of kills."""
+    """Start the run until it ends, each time killed at a random moment; returns the kills."""
     script = [sys.executable, "-c", KILLED, str(steps), str(kills), *arguments]
     process = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -109,7 +111,8 @@ def kill_until_done(arguments: list[str], steps: int, kills: int) -> int:
 
 
 def survives(target: Path, corpus: Corpus, tmp_path: Path, steps: int, kills: int) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
     run(command(target, corpus, whole, f"steps={steps}"))
     done = kill_until_done(command(target, corpus, parts, f"steps={steps}"), steps, kills)
     assert (whole / LOG).read_text() == (parts / LOG).read_text()  # every loss, to the last digit
@@ -130,7 +133,7 @@ def test_fifty_kills_change_nothing(target_folder: Path, corpus: Corpus, tmp_pat
 def test_two_processes_are_twice_the_accumulation(
     target_folder: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
-    """DDP over gloo: the same batches, the same losses, the same drafter; and it resumes as one process too."""
+    """DDP over gloo: the same batches, the same losses, the same drafter."""
     no_dropout = ("steps=6", "dropout=0")  # dropout's draws belong to a process
     run(command(target_folder, corpus, tmp_path / "two", *no_dropout), processes=2)
     run(command(target_folder, corpus, tmp_path / "one", *no_dropout, "accumulation=2"))
@@ -145,9 +148,9 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from specdiff.training.state import State
+from specdiff.training.checkpoint import TrainingState
 
-def made(seed):
+def new_model(seed):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     return torch.nn.ModuleDict({"network": model})
@@ -162,37 +165,40 @@ def stepped(state, steps):
         state.advance(step)
 
 def state_of(seed, sharded):
-    model = made(seed)
+    model = new_model(seed)
     if sharded:
         for layer in (model["network"][0], model["network"][2], model["network"]):
             fully_shard(layer)
-    return State(model, torch.optim.AdamW(model.parameters(), lr=0.01), 0.9)
+    return TrainingState(model, torch.optim.AdamW(model.parameters(), lr=0.01), 0.9)
 
 dist.init_process_group("gloo")
 plain, sharded = state_of(0, False), state_of(0, True)
 stepped(plain, 3)
 stepped(sharded, 3)
-wanted, found = plain.dump(), sharded.dump()
+expected = plain.dump()
+actual = sharded.dump()
 again = state_of(1, True)
 if dist.get_rank() == 0:
-    assert wanted.keys() == found.keys() and len(wanted) == 4 + 4 + 12, (sorted(wanted), sorted(found))
-    assert all(torch.allclose(wanted[k].float(), found[k].float(), atol=1e-6) for k in wanted)
-shared = [wanted]
+    assert expected.keys() == actual.keys(), (sorted(expected), sorted(actual))
+    assert len(expected) == 4 + 4 + 12
+    assert all(torch.allclose(expected[k].float(), actual[k].float(), atol=1e-6) for k in expected)
+shared = [expected]
 dist.broadcast_object_list(shared, 0)
 again.restore(shared[0])
 stepped(again, 2)
 stepped(plain, 2)
-wanted, found = plain.dump(), again.dump()
+expected = plain.dump()
+actual = again.dump()
 network = again.network()
 if dist.get_rank() == 0:
-    assert all(torch.allclose(wanted[k].float(), found[k].float(), atol=1e-6) for k in wanted)
-    assert torch.equal(network["0.weight"], found["e.network.0.weight"])
+    assert all(torch.allclose(expected[k].float(), actual[k].float(), atol=1e-6) for k in expected)
+    assert torch.equal(network["0.weight"], actual["e.network.0.weight"])
 dist.destroy_process_group()
 """
 
 
 def test_sharded_state_is_the_plain_one(tmp_path: Path) -> None:
-    """FSDP2 over two gloo processes: what is saved is whole, and restoring it into other shards goes on alike.
+    """FSDP2 over two gloo processes: the saved state is whole, and restores into other shards.
 
     accelerate itself shards on accelerators only, so its own FSDP2 path is run by scripts/gpu.
     """

@@ -1,4 +1,4 @@
-"""Recipes say no early, and name what is wrong."""
+"""Bad recipes are refused early, and the messages say what is wrong."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def test_every_packaged_recipe_reads_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["learning_rate=1"], r"unknown key 'learning_rate'; known are kind, init"),
         (["steps=0"], r"steps = 0: .*greater than or equal to 1"),
@@ -43,19 +43,19 @@ def test_every_packaged_recipe_reads_back(tmp_path: Path) -> None:
         (["steps=[1"], r"not valid YAML"),
     ],
 )
-def test_bad_changes(changes: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_bad_changes(changes: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         recipe.load("sedd", changes)
 
 
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no recipe 'magic'; known are autoregressive, sedd"):
         recipe.load("magic")
-    for text, told in (
+    for text, message in (
         ("- a\n", "key: value lines"),
         ("a: [", "not valid YAML"),
         ("kind: sedd\nsize: 3\n", "unknown key 'size'"),
     ):
         (tmp_path / "r.yaml").write_text(text)
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             recipe.load(str(tmp_path / "r.yaml"))

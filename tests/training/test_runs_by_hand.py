@@ -1,4 +1,4 @@
-"""What a run draws, which rows it learns from and is measured on, and what a step changes: worked out again in plain loops."""
+"""A run's draws, rows, measurements and updates, worked out again in plain loops."""
 
 import math
 from collections import Counter
@@ -22,7 +22,7 @@ from specdiff.diffusion.schedule import Loglinear
 from specdiff.noise import Noise, Purpose, row_seed
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import canvases, evaluation, initialize, prepare, recipe
-from specdiff.training.state import State
+from specdiff.training.checkpoint import TrainingState
 from specdiff.training.trainer import learning_rate
 from specdiff.types import Batch, SamplingParams
 
@@ -56,9 +56,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return Corpus(folder)
 
 
-def plan_of(
+def run_of(
     kind: str, corpus: Corpus, target_folder: Path, out: Path, *changes: str
-) -> prepare.Plan:
+) -> prepare.TrainingRun:
     r = recipe.load(kind, [*SMALL, *BOOKS, SHARE, *changes])
     return prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=out, device="cpu")
 
@@ -67,20 +67,24 @@ def plan_of(
 
 
 def test_anchors() -> None:
-    """Nine in ten lie in the answer (its first drafted token is the answer's first), one in ten anywhere; the last anchor leaves
-    one token behind it."""
-    lengths, prompts = torch.tensor([8, 5, 2]), torch.tensor([3, 1, 2])
+    """Nine in ten lie in the answer, one in ten anywhere; each leaves a token to draft.
+
+    The first token drafted in an answer is the answer's first.
+    """
+    lengths = torch.tensor([8, 5, 2])
+    prompts = torch.tensor([3, 1, 2])
     anchors = canvases.pick_anchors(lengths, prompts, DRAWS, torch.Generator().manual_seed(0))
     for row, (length, prompt) in enumerate(zip([8, 5, 2], [3, 1, 2], strict=True)):
         counts = Counter(anchors[row].tolist())
-        first, last = min(prompt - 1, length - 2), length - 2
-        wanted = {}
+        first = min(prompt - 1, length - 2)
+        last = length - 2
+        expected = {}
         for anchor in range(last + 1):
-            wanted[anchor] = 0.1 / (last + 1)
+            expected[anchor] = 0.1 / (last + 1)
             if anchor >= first:
-                wanted[anchor] += 0.9 / (last + 1 - first)
-        assert counts.keys() == wanted.keys()
-        assert all(near(counts[anchor], chance) for anchor, chance in wanted.items())
+                expected[anchor] += 0.9 / (last + 1 - first)
+        assert counts.keys() == expected.keys()
+        assert all(near(counts[anchor], chance) for anchor, chance in expected.items())
 
 
 @pytest.mark.parametrize(("draft_len", "most"), [(1, 0), (2, 1), (3, 1), (8, 4)])
@@ -96,7 +100,7 @@ def test_revealed(draft_len: int, most: int) -> None:
 
 @pytest.mark.parametrize("process", [Absorbing(9), Uniform(9)])
 def test_uniform_time(process: Absorbing | Uniform) -> None:
-    """t is uniform from 1e-3 to 1, and a token is hidden (or drawn anew) with chance (1 - 1e-3) t."""
+    """t is uniform from 1e-3 to 1; a token is hidden (or drawn anew) with chance (1 - 1e-3) t."""
     ids = torch.full((DRAWS, 1), 4)
     lengths = torch.ones(DRAWS, dtype=torch.long)
     generator = torch.Generator().manual_seed(0)
@@ -130,8 +134,8 @@ def test_crops() -> None:
 def test_which_rows_a_run_sees(
     corpus: Corpus, target_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps draw from the training rows, all of them in time; the held-out loss goes once through the held-out rows."""
-    trainer = plan_of(
+    """Steps draw from all training rows; the held-out loss takes each held-out row once."""
+    trainer = run_of(
         "sedd", corpus, target_folder, tmp_path, "steps=40", "objective=denoise"
     ).trainer
     rows: list[int] = []
@@ -160,15 +164,16 @@ def test_which_rows_a_run_sees(
 
 @pytest.mark.parametrize("kind", ["sedd", "autoregressive"])
 def test_the_held_out_loss(kind: str, corpus: Corpus, target_folder: Path, tmp_path: Path) -> None:
-    """The mean over the batches of held-out rows, of the network as it drafts: without dropout, without the auxiliary loss."""
+    """The mean over batches of held-out rows, without dropout and auxiliary loss."""
     changes = ["objective=denoise", "draft_vocab=null", "dropout=0.5", "init=null"]
-    trainer = plan_of(kind, corpus, target_folder, tmp_path, *changes).trainer
+    trainer = run_of(kind, corpus, target_folder, tmp_path, *changes).trainer
     shake(trainer.task.network)
     trainer.model.train()  # as between two steps
     held_out = trainer.held_out()
     task = trainer.task.eval()
     rows = list(corpus.split(0.3)[1])
-    losses, first = [], []
+    losses = []
+    first = []
     for start in range(0, len(rows), 2):
         batch = task.prepare(rows[start : start + 2], torch.Generator().manual_seed(start))
         with torch.no_grad():
@@ -195,7 +200,7 @@ def test_the_draft_vocabulary_is_of_the_training_rows(
     training, _ = corpus.split(0.3)
     counts = Counter(token for row in training for token in corpus[row].tokens.tolist())
     words = sorted(counts)
-    plan = plan_of(
+    run = run_of(
         kind,
         corpus,
         target_folder,
@@ -204,19 +209,19 @@ def test_the_draft_vocabulary_is_of_the_training_rows(
         "objective=denoise",
         "init=null",
     )
-    network = plan.trainer.task.network
+    network = run.trainer.task.network
     assert network.draft_vocab.tolist() == words
     if kind == "sedd":
         width = network.config.hidden_size
         shift = network.output_layer.adaLN_modulation.bias[:width].detach()
-        law = torch.softmax(network.head @ shift, -1).tolist()
+        probabilities = torch.softmax(network.head @ shift, -1).tolist()
         total = sum(counts.values())
-        for word, chance in zip(words, law, strict=True):
+        for word, chance in zip(words, probabilities, strict=True):
             assert chance == pytest.approx(counts[word] / total, abs=0.03)
-        wanted = initialize.unigram_shift(
+        expected = initialize.unigram_shift(
             network.head, torch.tensor([counts[word] for word in words])
         )
-        assert torch.allclose(shift, wanted, atol=1e-5)
+        assert torch.allclose(shift, expected, atol=1e-5)
 
 
 # ---- measuring ----
@@ -232,18 +237,18 @@ def test_it_is_measured_on_held_out_prompts(
         return {}
 
     monkeypatch.setattr(evaluation, "of_folder", listening)
-    trainer = plan_of("sedd", corpus, target_folder, tmp_path, "objective=denoise").trainer
+    trainer = run_of("sedd", corpus, target_folder, tmp_path, "objective=denoise").trainer
     assert trainer.evaluate is not None
     trainer.evaluate(tmp_path)
     rows = list(corpus.split(0.3)[1])
     count = min(3, len(rows))
-    spread = [rows[i * len(rows) // count] for i in range(count)]
-    assert calls[0]["prompts"] == [corpus[row].tokens[:3].tolist() for row in spread]
+    sample = [rows[i * len(rows) // count] for i in range(count)]
+    assert calls[0]["prompts"] == [corpus[row].tokens[:3].tolist() for row in sample]
     assert calls[0]["max_tokens"] == 6
 
 
 def test_held_out_prompts(tmp_path: Path) -> None:
-    """A row's prompt; a row without one, or without an answer, lends its first half. Never more prompts than rows."""
+    """A row's prompt; the first half of a row without prompt or answer; at most one per row."""
     with CorpusWriter(
         tmp_path, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB
     ) as writer:
@@ -256,7 +261,7 @@ def test_held_out_prompts(tmp_path: Path) -> None:
 def test_acceptance(
     model: PreTrainedModel, corpus: Corpus, target_folder: Path, tmp_path: Path
 ) -> None:
-    """Rounds of the decode loop counted one by one, greedy and sampled, of the folder's own drafter."""
+    """Rounds of the decode loop, counted one by one, greedy and sampled."""
     changes = [
         "objective=denoise",
         "draft_vocab=null",
@@ -264,7 +269,7 @@ def test_acceptance(
         "draft_len=3",
         "save_dtype=float32",
     ]
-    plan_of("autoregressive", corpus, target_folder, tmp_path, *changes).trainer.save()
+    run_of("autoregressive", corpus, target_folder, tmp_path, *changes).trainer.save()
     target = CausalTarget(tiny.copy_of(model), "tiny")
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     measured = evaluation.of_folder(str(tmp_path), target, prompts, max_tokens=40)
@@ -272,25 +277,26 @@ def test_acceptance(
     for temperature in (0.0, 1.0):
         params = SamplingParams(max_tokens=40, temperature=temperature)
         rounds = tokens = drafted = accepted = 0
-        reached, kept = [0] * 3, [0] * 3
+        reached = [0] * 3
+        passed = [0] * 3
         for i, prompt in enumerate(prompts):
             batch = Batch.of([prompt], [params], [row_seed(0, i)])
-            for turn in decode.decode(target, drafter, batch, draft_len=3, verifier=verify.token):
-                emitted = int(turn.emitted)
+            for step in decode.decode(target, drafter, batch, draft_len=3, verifier=verify.token):
+                emitted = int(step.emitted)
                 if emitted == 0:
                     continue
-                stands = min(int(turn.verification.accepted), emitted)
-                size = turn.draft.tokens.shape[1]
+                accepted_here = min(int(step.verification.accepted), emitted)
+                size = step.draft.tokens.shape[1]
                 rounds += 1
                 tokens += emitted
                 drafted += size
-                accepted += stands
-                cut = emitted <= int(turn.verification.accepted)  # the text ended inside the draft
+                accepted += accepted_here
+                cut = emitted <= int(step.verification.accepted)  # the text ended inside the draft
                 for k in range(size):
-                    kept[k] += k < stands
-                    reached[k] += k < stands or (k == stands and not cut)
+                    passed[k] += k < accepted_here
+                    reached[k] += k < accepted_here or (k == accepted_here and not cut)
         assert 0 < accepted < drafted
-        shares = [k / n for k, n in zip(kept, reached, strict=True)]
+        shares = [k / n for k, n in zip(passed, reached, strict=True)]
         assert measured[f"tau_at_{temperature:g}"] == pytest.approx(tokens / rounds, abs=1e-4)
         assert measured[f"alpha_at_{temperature:g}"] == pytest.approx(accepted / drafted, abs=1e-4)
         assert measured[f"per_position_at_{temperature:g}"] == pytest.approx(shares, abs=1e-4)
@@ -300,7 +306,7 @@ def test_acceptance(
 
 
 def test_the_learning_rate() -> None:
-    """Four steps up to the peak, the first of them not at 0, then half a cosine towards a tenth of it."""
+    """Four steps up to the peak, the first not at 0, then half a cosine to a tenth of it."""
     r = recipe.load("sedd", ["lr=2", "warmup=4", "steps=8", "final_lr=0.1"])
     rates = [learning_rate(r, step) for step in range(9)]
     half = math.sqrt(0.5)
@@ -310,10 +316,10 @@ def test_the_learning_rate() -> None:
 
 
 def test_the_moving_average() -> None:
-    """Average and parameters step by step; it forgets its early values, which have hardly been trained."""
+    """Average and parameters step by step; early values decay faster."""
     layer = torch.nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(5.0)
-    state = State(layer, torch.optim.SGD(layer.parameters()), 0.9)
+    state = TrainingState(layer, torch.optim.SGD(layer.parameters()), 0.9)
     average = 5.0
     for step in range(1, 101):
         layer.weight.data.fill_(math.sin(step))
@@ -322,13 +328,13 @@ def test_the_moving_average() -> None:
         average = decay * average + (1 - decay) * math.sin(step)
         assert state.average["weight"].item() == pytest.approx(average, abs=1e-5)
     assert layer.weight.item() == pytest.approx(math.sin(100))
-    without = State(layer, torch.optim.SGD(layer.parameters()), None)
+    without = TrainingState(layer, torch.optim.SGD(layer.parameters()), None)
     without.advance(1)
     assert without.average == {}
 
 
 def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> None:
-    """AdamW written out: mean gradient of the accumulated batches, clipped as one vector, decay of matrices alone."""
+    """AdamW written out: mean gradient, clipped as one vector; only matrices decay."""
     changes = [
         "objective=denoise",
         "ema=0.9",
@@ -339,14 +345,15 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
         "steps=5",
         "weight_decay=0.1",
     ]
-    trainer = plan_of("sedd", corpus, target_folder, tmp_path, *changes).trainer
+    trainer = run_of("sedd", corpus, target_folder, tmp_path, *changes).trainer
     shake(trainer.task.network)
     parameters = {name: p for name, p in trainer.task.named_parameters() if p.requires_grad}
     values = {name: p.detach().clone() for name, p in parameters.items()}
     average = {name: trainer.state.average[name].clone() for name in values}
     first = {name: torch.zeros_like(v) for name, v in values.items()}
     second = {name: torch.zeros_like(v) for name, v in values.items()}
-    (beta1, beta2), rates = trainer.recipe.betas, [0.005, 0.01, 0.01]
+    beta1, beta2 = trainer.recipe.betas
+    rates = [0.005, 0.01, 0.01]
     tokens = 0
     for step in range(1, 4):
         batches = trainer._batches(step - 1)
@@ -355,7 +362,7 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
             loss, _ = trainer.task(batch, (step - 1) / 5)
             loss.backward()
             losses.append(loss.item())
-            tokens += int(batch["lengths"].sum())
+            tokens += int(batch.lengths.sum())
         gradients = {name: p.grad / 2 for name, p in parameters.items() if p.grad is not None}
         norm = math.sqrt(math.fsum(g.square().sum().item() for g in gradients.values()))
         assert norm > 0.5  # clipping does something
@@ -368,8 +375,9 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
             second[name] = beta2 * second[name] + (1 - beta2) * g * g
             if values[name].dim() > 1:
                 values[name] = values[name] * (1 - rates[step - 1] * 0.1)
-            mean, spread = first[name] / (1 - beta1**step), second[name] / (1 - beta2**step)
-            values[name] = values[name] - rates[step - 1] * mean / (spread.sqrt() + 1e-8)
+            mean = first[name] / (1 - beta1**step)
+            square = second[name] / (1 - beta2**step)
+            values[name] = values[name] - rates[step - 1] * mean / (square.sqrt() + 1e-8)
             torch.testing.assert_close(
                 parameters[name].detach(), values[name], rtol=1e-4, atol=1e-5
             )
@@ -390,7 +398,7 @@ def test_three_steps(corpus: Corpus, target_folder: Path, tmp_path: Path) -> Non
 
 
 class Numbered:
-    """Five prompts of different lengths, each under its key; the target continues them by itself before it answers."""
+    """Five prompts of different lengths, by key; the target extends them before it answers."""
 
     longest = 16
 
@@ -399,25 +407,25 @@ class Numbered:
         self.about: dict[str, Any] = {"kind": "test"}
         self.texts = {key: tuple(range(key, 2 * key + 1)) for key in (0, 1, 4, 6, 9)}
 
-    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
-        return (Prompt(key, ids) for key, ids in self.texts.items() if key not in known)
+    def prompts(self, keys: Container[int]) -> Iterator[Prompt]:
+        return (Prompt(key, ids) for key, ids in self.texts.items() if key not in keys)
 
 
 @pytest.mark.parametrize("opening", [None, Opening(3)])
 def test_a_row_is_drawn_with_its_own_seed(
     opening: Opening | None, model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Each token is the first whose cumulative probability exceeds the uniform of (row seed, position)."""
+    """Each token is the first whose cumulative probability exceeds the uniform of its position."""
     settings = Settings(seed=5, max_tokens=10, temperatures=(0.7,), shares=(1.0,))
     lm = SpeculativeLM(CausalTarget(tiny.copy_of(model), "tiny"), "none", None, max_len=64)
     source = Numbered(opening)
     with CorpusWriter(
         tmp_path, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB
     ) as writer:
-        tally = Ledger(writer, [])
-        for _ in generate.generate(lm, source, tally, settings, tokens=10_000, rows=3):
+        ledger = Ledger(writer, [])
+        for _ in generate.generate(lm, source, ledger, settings, tokens=10_000, rows=3):
             pass
-        tally.close()
+        ledger.close()
     corpus = Corpus(tmp_path)
     rows = [corpus[i] for i in range(len(corpus))]
     assert sorted(row.key for row in rows) == sorted(source.texts)
@@ -429,11 +437,11 @@ def test_a_row_is_drawn_with_its_own_seed(
             temperature = 1.0 if len(text) < answer else 0.7
             with torch.no_grad():
                 logits = model(torch.tensor([text])).logits[0, -1].double()
-            law = (logits / temperature).softmax(-1).tolist()
+            probabilities = (logits / temperature).softmax(-1).tolist()
             batch = Batch.of([text], [SamplingParams()], [row_seed(5, row.key)])
             uniform = Noise.of(batch).uniform(Purpose.TARGET, 1).item()
             token = 0
-            while math.fsum(law[: token + 1]) <= uniform:
+            while math.fsum(probabilities[: token + 1]) <= uniform:
                 token += 1
             text.append(token)
         assert row.tokens.tolist() == text

@@ -37,7 +37,7 @@ BOOKS = ["log_every=1", "save_every=5", "eval_every=1000", "eval_prompts=2", "ev
 def trained(
     kind: str, out: Path, target: Path, corpus: Corpus, *changes: str, stop: int | None = None
 ) -> list[dict[str, Any]]:
-    """Run (or go on with) a run; its log."""
+    """Start or resume a run; returns its log."""
     r = recipe.load(kind, [*TINY[kind], *BOOKS, *changes])
     plan = prepare.prepare(r, model=str(target), data=corpus.folder, out=out, device="cpu")
     for progress in plan.trainer.run():
@@ -105,11 +105,9 @@ def test_learns_and_leaves_a_folder_that_runs(
     ]
     assert curve["step"] == 80 and curve["held_out_loss"] > 0
     card = (tmp_path / "README.md").read_text()
-    assert (
-        "specdiff train" in card
-        and f"kind: {kind}" in card
-        and str(corpus.tokens) in card.replace(",", "")
-    )
+    assert "specdiff train" in card
+    assert f"kind: {kind}" in card
+    assert str(corpus.tokens) in card.replace(",", "")
     if kind == "target":
         AutoModelForCausalLM.from_pretrained(tmp_path)
         return
@@ -117,15 +115,15 @@ def test_learns_and_leaves_a_folder_that_runs(
     target = CausalTarget(tiny.copy_of(model), "tiny")
     drafter = catalog.drafter(str(tmp_path), target.info)
     prompts = tiny.prompts(3)
-    wanted = [tiny.plain(model, p, 20) for p in prompts]
-    assert tiny.decoded(target, drafter, tiny.batch_of(prompts, 20, temperature=0)) == wanted
+    expected = [tiny.plain(model, p, 20) for p in prompts]
+    assert tiny.decoded(target, drafter, tiny.batch_of(prompts, 20, temperature=0)) == expected
 
 
 @pytest.mark.parametrize("process", ["absorb", "uniform"])
 def test_score_entropy_pretraining_and_finetuning(
     process: str, tmp_path: Path, target_folder: Path, corpus: Corpus
 ) -> None:
-    """The paper's own way, from scratch and then from that checkpoint, its moving average being what is exported."""
+    """The paper's own way, from scratch and then from that checkpoint; the average is exported."""
     sizes = [
         "blocks=1",
         "hidden_size=32",
@@ -181,18 +179,19 @@ def test_score_entropy_pretraining_and_finetuning(
 
 
 def test_resuming_is_exact(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
-    """A run stopped twice logs the very losses, and ends in the very tensors, of one that was not."""
+    """A run stopped twice has the losses and the final tensors of an uninterrupted one."""
     options = ("steps=17", "dropout=0.3", "ema=0.9", "accumulation=2")
     whole = trained("sedd", tmp_path / "whole", target_folder, corpus, *options)
     for stop in (7, 13, None):
         parts = trained("sedd", tmp_path / "parts", target_folder, corpus, *options, stop=stop)
     assert parts == whole and len(whole) == 17
     for name in ("model.safetensors", "training/checkpoints/00000017/training.safetensors"):
-        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        a = load_file(tmp_path / "whole" / name)
+        b = load_file(tmp_path / "parts" / name)
         assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_time_limit_saves_and_goes_on(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
+def test_time_limit_saves_and_resumes(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
     r = recipe.load("sedd", [*TINY["sedd"], *BOOKS, "steps=8"])
     steps = []
     for _ in range(3):
@@ -208,19 +207,17 @@ def test_time_limit_saves_and_goes_on(tmp_path: Path, target_folder: Path, corpu
 
 
 def test_stopped_while_measuring(tmp_path: Path, target_folder: Path, corpus: Corpus) -> None:
-    """The step was saved before it was measured, so only the measurement is made up for."""
+    """The step was saved before it was measured, so only the measurement is repeated."""
     log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2", stop=2)
-    assert [entry["step"] for entry in log] == [1, 2] and not (
-        tmp_path / "training" / "curve.jsonl"
-    ).exists()
+    assert [entry["step"] for entry in log] == [1, 2]
+    assert not (tmp_path / "training" / "curve.jsonl").exists()
     log = trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2")
     curve = [
         json.loads(line)
         for line in (tmp_path / "training" / "curve.jsonl").read_text().splitlines()
     ]
-    assert [entry["step"] for entry in log] == [1, 2, 3, 4] and [
-        point["step"] for point in curve
-    ] == [2, 4]
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4]
+    assert [point["step"] for point in curve] == [2, 4]
     assert (
         trained("sedd", tmp_path, target_folder, corpus, "steps=4", "eval_every=2") == log
     )  # finished: nothing runs again

@@ -1,4 +1,4 @@
-"""Training with everything on another device than the host: corpus rows come from the host, and all else stays where the model is."""
+"""Training on another device than the host, where only the corpus rows are."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondDevice]:
 def taught(
     corpus: Corpus, model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """The corpus with the target's states beside it."""
+    """The corpus with the target's states."""
     folder = tmp_path_factory.mktemp("taught") / "corpus"
     shutil.copytree(corpus.folder, folder)
     store_states(model, folder)
@@ -62,7 +62,8 @@ def store_states(model: PreTrainedModel, folder: Path) -> None:
 
 
 def test_the_device_itself(device: SecondDevice) -> None:
-    here, there = torch.ones(3), torch.ones(3, device=DEVICE)
+    here = torch.ones(3)
+    there = torch.ones(3, device=DEVICE)
     assert (here.device, there.device, there[1:].device, there.cpu().device) == (
         HOST,
         DEVICE,
@@ -115,24 +116,24 @@ def test_a_run(
 ) -> None:
     """A forecast, then a run that is measured and resumed: the losses of the host."""
     r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
-    plan = prepare.prepare(
+    run = prepare.prepare(
         r, model=str(target_folder), data=corpus.folder, out=tmp_path / "host", device="cpu"
     )
-    wanted = records(plan, r.steps)
+    expected = records(run, r.steps)
     request.getfixturevalue("device")
-    plan = prepare.prepare(
+    run = prepare.prepare(
         r, model=str(target_folder), data=corpus.folder, out=tmp_path / "forecast"
     )
-    assert plan.target.info.device == DEVICE
-    assert {p.device for p in plan.trainer.task.parameters()} == {DEVICE}
-    assert {b.device for b in plan.trainer.task.buffers()} == {DEVICE}
-    assert prepare.forecast(plan)["tokens_per_step"] > 0
-    plan = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
-    measured = records(plan, 1)
-    plan = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
-    assert plan.trainer.step == 1
-    measured += records(plan, r.steps)
-    assert [m["loss"] for m in measured] == pytest.approx([w["loss"] for w in wanted], rel=1e-6)
+    assert run.target.info.device == DEVICE
+    assert {p.device for p in run.trainer.task.parameters()} == {DEVICE}
+    assert {b.device for b in run.trainer.task.buffers()} == {DEVICE}
+    assert prepare.forecast(run)["tokens_per_step"] > 0
+    run = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
+    measured = records(run, 1)
+    run = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path / "there")
+    assert run.trainer.step == 1
+    measured += records(run, r.steps)
+    assert [m["loss"] for m in measured] == pytest.approx([e["loss"] for e in expected], rel=1e-6)
     curve, host = (
         json.loads((tmp_path / name / "training" / "curve.jsonl").read_text())
         for name in ("there", "host")
@@ -141,14 +142,14 @@ def test_a_run(
         assert curve[name] == pytest.approx(host[name], rel=1e-4)
 
 
-def records(plan: prepare.Plan, last: int) -> list[dict[str, Any]]:
+def records(run: prepare.TrainingRun, last: int) -> list[dict[str, Any]]:
     """What is logged up to step `last`, and measured there where that is due."""
     logged = []
-    for progress in plan.trainer.run():
+    for progress in run.trainer.run():
         if progress.evaluated is None:
             logged.append(progress.record)
         if progress.step == last and (
-            progress.evaluated is not None or last < plan.trainer.recipe.steps
+            progress.evaluated is not None or last < run.trainer.recipe.steps
         ):
             break
     return logged
@@ -173,17 +174,17 @@ def test_in_half_precision(
     corpus: Corpus,
     taught: Path,
 ) -> None:
-    """As on a GPU: a target in bfloat16 and a network under autocast; about the losses of float32."""
+    """As on a GPU: a bfloat16 target and a network under autocast, with about float32's losses."""
     tiny.model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "target")
     r = recipe.load(kind, [*SMALL, *BOOKS, *changes])
 
     def losses(out: str) -> list[float]:
-        plan = prepare.prepare(
+        run = prepare.prepare(
             r, model=str(tmp_path / "target"), data=corpus.folder, out=tmp_path / out, device="cpu"
         )
         if stored:
-            plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
-        return [record["loss"] for record in records(plan, r.steps)]
+            run.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
+        return [record["loss"] for record in records(run, r.steps)]
 
     host = losses("host")
     monkeypatch.setattr(
@@ -206,10 +207,10 @@ def test_states_from_the_disk(
     taught: Path,
 ) -> None:
     r = recipe.load(kind, [*SMALL, *BOOKS, "init=null"])
-    plan = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path)
-    plan.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
-    assert plan.trainer.one_step()["loss"] > 0
-    assert plan.trainer.held_out()["held_out_loss"] > 0
+    run = prepare.prepare(r, model=str(target_folder), data=corpus.folder, out=tmp_path)
+    run.trainer.task.teacher = PrecomputedTeacher(Corpus(taught))
+    assert run.trainer.one_step()["loss"] > 0
+    assert run.trainer.held_out()["held_out_loss"] > 0
 
 
 def test_states_are_computed_where_the_target_is(
@@ -219,24 +220,23 @@ def test_states_are_computed_where_the_target_is(
     folder = tmp_path / "corpus"
     shutil.copytree(corpus.folder, folder)
     store_states(tiny.model("llama").to(DEVICE), folder)
-    wanted, read = Corpus(taught).features(3), Corpus(folder).features(3)
-    assert wanted is not None and read is not None
-    for ours, host in zip(read, wanted, strict=True):
+    expected = Corpus(taught).features(3)
+    actual = Corpus(folder).features(3)
+    assert expected is not None and actual is not None
+    for ours, host in zip(actual, expected, strict=True):
         assert torch.equal(ours, host)
 
 
 def test_word_frequencies_where_the_head_is(device: SecondDevice) -> None:
-    head, counts = (
-        torch.randn(9, 4, generator=torch.Generator().manual_seed(0)),
-        torch.arange(1, 10),
-    )
+    head = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    counts = torch.arange(1, 10)
     shift = initialize.unigram_shift(head.to(DEVICE), counts)
     assert shift.device == DEVICE
     assert torch.equal(shift.cpu(), initialize.unigram_shift(head, counts))
 
 
 class Prompts:
-    """Three prompts; the target continues them by itself before it answers."""
+    """Three prompts; the target extends them before it answers."""
 
     longest = 8
 
@@ -244,8 +244,8 @@ class Prompts:
         self.opening = Opening(3)
         self.about: dict[str, Any] = {"kind": "test"}
 
-    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
-        return (Prompt(key, tuple(range(key + 1))) for key in range(3) if key not in known)
+    def prompts(self, keys: Container[int]) -> Iterator[Prompt]:
+        return (Prompt(key, tuple(range(key + 1))) for key in range(3) if key not in keys)
 
 
 def test_a_corpus_is_written_there(
@@ -262,12 +262,12 @@ def test_a_corpus_is_written_there(
         with CorpusWriter(
             folder, {"target": "tiny", "source": "test"}, vocab_size=tiny.VOCAB
         ) as writer:
-            tally = Ledger(writer, [])
+            ledger = Ledger(writer, [])
             for _ in generate(
-                lm, Prompts(), tally, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2
+                lm, Prompts(), ledger, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2
             ):
                 pass
-            tally.close()
+            ledger.close()
         rows = [Corpus(folder)[i] for i in range(3)]
         texts[place] = {row.key: row.tokens.tolist() for row in rows}
     assert texts[HOST] == texts[DEVICE]

@@ -1,7 +1,7 @@
 """Losses, draws and rates of training, worked out again in plain loops over a corpus of three rows.
 
-Networks and target run on one unpadded text at a time; all that is made of their numbers (laws, divergences, weights, means) is
-computed here token by token.
+Networks and target run on one unpadded text at a time; distributions, divergences, weights and
+means are computed here from their logits, token by token.
 """
 
 import math
@@ -23,10 +23,10 @@ from specdiff.data.corpus import Corpus, CorpusWriter, Row
 from specdiff.errors import UnsupportedModelError
 from specdiff.nn.ddit import SEDD
 from specdiff.training import initialize, recipe
-from specdiff.training.causal_task import AutoregressiveTask
+from specdiff.training.canvas_task import CanvasTask
+from specdiff.training.causal_task import AutoregressiveTask, TargetTask
 from specdiff.training.recipe import Recipe
-from specdiff.training.score_entropy_task import SEDDTask
-from specdiff.training.target_task import TargetTask
+from specdiff.training.score_entropy_task import ScoreEntropyTask
 from specdiff.training.teacher import OnlineTeacher
 
 VOCAB = 12
@@ -79,14 +79,14 @@ def softmax(logits: list[float]) -> list[float]:
     return [math.exp(v - top) / total for v in logits]
 
 
-def law_after(model: PreTrainedModel, tokens: list[int]) -> list[float]:
-    """The target's law of the token that follows."""
+def distribution_after(model: PreTrainedModel, tokens: list[int]) -> list[float]:
+    """The target's distribution of the token that follows."""
     with torch.no_grad():
         return softmax(model(torch.tensor([tokens])).logits[0, -1].tolist())
 
 
 def accepted(logits: list[float], p: list[float] | None, truth: int, vocab: list[int]) -> float:
-    """The chance that a drafted token is accepted: the overlap with the target's law, or the truth's own probability."""
+    """The acceptance probability: the overlap with the target, or the probability of the truth."""
     q = softmax(logits)
     if p is None:
         return q[vocab.index(truth)] if truth in vocab else 0.0
@@ -96,7 +96,7 @@ def accepted(logits: list[float], p: list[float] | None, truth: int, vocab: list
 def loss_of(
     logits: list[float], p: list[float] | None, truth: int, vocab: list[int], r: Recipe
 ) -> float:
-    """One position: cross-entropy, or a divergence from the target's law mixed with it. A token outside costs nothing."""
+    """Loss of one position; a token outside the draft vocabulary has no cross-entropy."""
     q = softmax(logits)
     cross_entropy = -math.log(q[vocab.index(truth)]) if truth in vocab else 0.0
     if p is None:
@@ -141,12 +141,16 @@ def shaken(network: torch.nn.Module) -> None:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
-def sedd_task(r: Recipe, corpus: Corpus, model: PreTrainedModel) -> SEDDTask:
+def task_of(network: SEDD) -> type[CanvasTask] | type[ScoreEntropyTask]:
+    return CanvasTask if network.config.attention == "causal-context" else ScoreEntropyTask
+
+
+def sedd_task(r: Recipe, corpus: Corpus, model: PreTrainedModel) -> Any:
     network = initialize.sedd(r, corpus, range(3), model)
     shaken(network)
     head = model.get_output_embeddings().weight.detach()
     teacher = OnlineTeacher(model) if r.objective == "distill" else None
-    task = SEDDTask(r, corpus, network, head, teacher, {})
+    task = task_of(network)(r, corpus, network, head, teacher, {})
     return task.eval()
 
 
@@ -154,11 +158,14 @@ def vocab_of(network: Any) -> list[int]:
     return network.draft_vocab.tolist()
 
 
-def on_canvas(task: SEDDTask, past: list[int], canvas: list[int]) -> list[list[list[float]]]:
-    """Logits [clean, canvas] of one canvas behind one text: a clean token sees `window` clean ones, a canvas token its
-    anchor's past and the canvas."""
+def on_canvas(task: CanvasTask, past: list[int], canvas: list[int]) -> list[list[list[float]]]:
+    """Logits [clean, canvas] of one canvas after one text.
+
+    A clean token sees `window` clean ones, a canvas token its anchor's past and the canvas.
+    """
     window = task.network.config.context_window
-    L, G = len(past), len(canvas)
+    L = len(past)
+    G = len(canvas)
     mask = torch.zeros(1, 1, L + G, L + G, dtype=torch.bool)
     for i in range(L + G):
         last = min(i, L - 1)
@@ -170,7 +177,7 @@ def on_canvas(task: SEDDTask, past: list[int], canvas: list[int]) -> list[list[l
     return [logits[:L], logits[L:]]
 
 
-def alone(task: SEDDTask, x: list[int], t: float) -> list[list[float]]:
+def alone(task: ScoreEntropyTask, x: list[int], t: float) -> list[list[float]]:
     """Logits of a whole corrupted text, its noise level that of the log-linear schedule."""
     sigma = -math.log(1 - (1 - 1e-3) * t)
     with torch.no_grad():
@@ -195,22 +202,28 @@ def alone(task: SEDDTask, x: list[int], t: float) -> list[list[float]]:
 def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
     r = recipe.load("sedd", [*CANVASES, *changes])
     task = sedd_task(r, corpus, model)
-    vocab, mask = vocab_of(task.network), VOCAB
+    vocab = vocab_of(task.network)
+    mask = VOCAB
     batch = task.prepare(range(3), torch.Generator().manual_seed(1))
     progress = 0.25
     with torch.no_grad():
         loss, records = task(batch, progress)
 
-    sums, weights, first, accepts, following = [], [], [], [], []
+    sums = []
+    weights = []
+    first = []
+    accepts = []
+    following = []
     beyond = revealed_canvases = 0
     for b, row in enumerate(ROWS):
         for anchor, revealed in zip(
-            batch["anchors"][b].tolist(), batch["revealed"][b].tolist(), strict=True
+            batch.anchors[b].tolist(), batch.revealed[b].tolist(), strict=True
         ):
             true = row[anchor + 1 : anchor + 4]
             canvas = [true[k] if k < revealed else mask for k in range(3)]
             _, logits = on_canvas(task, row[: anchor + 1], canvas)
-            q, losses = [], []
+            q = []
+            losses = []
             for k in range(3):
                 if k >= len(true):
                     q.append(0.0)
@@ -220,7 +233,7 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
                     losses.append(None)
                 else:
                     p = (
-                        law_after(model, row[: anchor + 1 + k])
+                        distribution_after(model, row[: anchor + 1 + k])
                         if r.objective == "distill"
                         else None
                     )
@@ -242,8 +255,8 @@ def test_canvases(changes: list[str], corpus: Corpus, model: PreTrainedModel) ->
     assert first
     assert beyond
     assert revealed_canvases  # every case is there
-    wanted = math.fsum(sums) / math.fsum(weights) + r.auxiliary * (1 - progress) * mean(following)
-    assert loss.item() == pytest.approx(wanted, rel=NEAR)
+    expected = math.fsum(sums) / math.fsum(weights) + r.auxiliary * (1 - progress) * mean(following)
+    assert loss.item() == pytest.approx(expected, rel=NEAR)
     assert records["q1"].item() == pytest.approx(mean(first), rel=NEAR)
     assert records["expected_tau"].item() == pytest.approx(1 + mean(accepts), rel=NEAR)
 
@@ -262,20 +275,29 @@ def test_a_window_as_it_is_drafted(
 ) -> None:
     r = recipe.load("sedd", [*WINDOWS, *changes])
     task = sedd_task(r, corpus, model)
-    vocab, mask = vocab_of(task.network), VOCAB
-    sums, weights, first, accepts = [], [], [], []
+    vocab = vocab_of(task.network)
+    mask = VOCAB
+    sums = []
+    weights = []
+    first = []
+    accepts = []
     rows = [0, 1, 2, 0, 0, 1]
     batch = task.prepare(rows, torch.Generator().manual_seed(5))
     with torch.no_grad():
         loss, records = task(batch, 0.0)
     for b, row in enumerate(ROWS[i] for i in rows):
-        anchor = int(batch["start"][b]) + batch["drafted"][b].tolist().index(0) - 1
+        anchor = int(batch.corrupted.start[b]) + batch.end.index[b].tolist().index(0) - 1
         past = row[max(0, anchor + 1 - 4) : anchor + 1]
         t = min(1.0, 3 / (len(past) + 3) / (1 - 1e-3))
         logits = alone(task, past + [mask] * 3, t)[len(past) :]
-        q, losses = [0.0] * 3, [0.0] * 3
+        q = [0.0] * 3
+        losses = [0.0] * 3
         for k, truth in enumerate(row[anchor + 1 : anchor + 4]):
-            p = law_after(model, row[: anchor + 1 + k]) if r.objective == "distill" else None
+            p = (
+                distribution_after(model, row[: anchor + 1 + k])
+                if r.objective == "distill"
+                else None
+            )
             q[k] = accepted(logits[k], p, truth, vocab)
             losses[k] = loss_of(logits[k], p, truth, vocab, r)
         inside = min(3, len(row) - anchor - 1)
@@ -293,21 +315,25 @@ def test_a_window_as_it_is_drafted(
     "changes", [["objective=denoise"], ["divergence=forward", "truth_share=0.2"]], ids=" ".join
 )
 def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTrainedModel) -> None:
-    """The sum over masked positions of loss / t, over all positions: the bound of MDLM, per token."""
+    """The sum over masked positions of loss / t, over all positions: MDLM's bound, per token."""
     r = recipe.load("sedd", [*WINDOWS, "drafting_share=0", "length=5", *changes])
     task = sedd_task(r, corpus, model)
-    vocab, mask = vocab_of(task.network), VOCAB
+    vocab = vocab_of(task.network)
+    mask = VOCAB
     rows = [0, 1, 2, 2, 1, 0, 1]
     batch = task.prepare(rows, torch.Generator().manual_seed(1))
     with torch.no_grad():
         loss, _ = task(batch, 0.0)
-    terms, tokens, unpredictable = [], 0, 0
+    terms = []
+    tokens = 0
+    unpredictable = 0
     for b, row in enumerate(ROWS[i] for i in rows):
-        start, t = int(batch["start"][b]), batch["t"][b].item()
+        start = int(batch.corrupted.start[b])
+        t = batch.corrupted.t[b].item()
         crop = row[start : start + 5]
-        x = batch["x"][b].tolist()[: len(crop)]
+        x = batch.corrupted.x[b].tolist()[: len(crop)]
         assert all(x[i] in (token, mask) for i, token in enumerate(crop))
-        assert batch["real"][b].tolist() == [i < len(crop) for i in range(5)]
+        assert batch.corrupted.real[b].tolist() == [i < len(crop) for i in range(5)]
         logits = alone(task, x, t)
         tokens += len(crop)
         for i, token in enumerate(x):
@@ -316,17 +342,19 @@ def test_masks_at_uniform_time(changes: list[str], corpus: Corpus, model: PreTra
             if start + i == 0:
                 unpredictable += 1  # nothing comes before the first token
                 continue
-            p = law_after(model, row[: start + i]) if r.objective == "distill" else None
+            p = distribution_after(model, row[: start + i]) if r.objective == "distill" else None
             terms.append(loss_of(logits[i], p, crop[i], vocab, r) / t)
     assert unpredictable
-    assert batch["start"].max() > 0
+    assert batch.corrupted.start.max() > 0
     assert loss.item() == pytest.approx(math.fsum(terms) / tokens, rel=NEAR)
 
 
 @pytest.mark.parametrize("drafted", [True, False])
 def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) -> None:
-    """sigma'(t) times (sum of scores - r log s(truth) + r (log r - 1)) at every MASK, r = 1 / (e^sigma - 1); in nats a token, or
-    a MASK of a canvas."""
+    """sigma'(t) (sum of scores - r log s(truth) + r (log r - 1)) at every MASK.
+
+    r = 1 / (e^sigma - 1); in nats per token, or per MASK of a canvas.
+    """
     share = 1 if drafted else 0
     r = recipe.load("sedd", [*WINDOWS, *SCORES, f"drafting_share={share}", "length=7"])
     task = sedd_task(r, corpus, model)
@@ -334,14 +362,17 @@ def test_score_entropy(drafted: bool, corpus: Corpus, model: PreTrainedModel) ->
     batch = task.prepare(rows, torch.Generator().manual_seed(4))
     with torch.no_grad():
         loss, _ = task(batch, 0.0)
-    terms, count = [], 0
+    terms = []
+    count = 0
     for b, row in enumerate(ROWS[i] for i in rows):
-        start, t = int(batch["start"][b]), batch["t"][b].item()
+        start = int(batch.corrupted.start[b])
+        t = batch.corrupted.t[b].item()
         masked = 1 - (1 - 1e-3) * t  # e^-sigma
-        sigma, rate = -math.log(masked), (1 - 1e-3) / masked
+        sigma = -math.log(masked)
+        rate = (1 - 1e-3) / masked
         ratio = 1 / math.expm1(sigma)
-        real = int(batch["real"][b].sum())
-        x = batch["x"][b].tolist()[:real]
+        real = int(batch.corrupted.real[b].sum())
+        x = batch.corrupted.x[b].tolist()[:real]
         logits = alone(task, x, t)
         for i, token in enumerate(x):
             inside = start + i < len(row)
@@ -375,12 +406,13 @@ def test_autoregressive(changes: list[str], corpus: Corpus, model: PreTrainedMod
     vocab = vocab_of(network)
     with torch.no_grad():
         loss, records = task(task.prepare(range(3), torch.Generator()), 0.0)
-    losses, answers = [], []
+    losses = []
+    answers = []
     for row, prompt_length in zip(ROWS, PROMPTS, strict=True):
         for i in range(1, len(row)):
             with torch.no_grad():
                 logits = network.logits(network.hidden(torch.tensor([row[:i]])))[0, -1].tolist()
-            p = law_after(model, row[:i]) if teacher is not None else None
+            p = distribution_after(model, row[:i]) if teacher is not None else None
             losses.append(loss_of(logits, p, row[i], vocab, r))
             if i >= prompt_length:
                 answers.append(accepted(logits, p, row[i], vocab))
@@ -393,7 +425,9 @@ def test_the_target_itself(corpus: Corpus, model: PreTrainedModel) -> None:
     with torch.no_grad():
         loss, _ = task(task.prepare(range(3), torch.Generator()), 0.0)
     losses = [
-        -math.log(law_after(model, row[:i])[row[i]]) for row in ROWS for i in range(1, len(row))
+        -math.log(distribution_after(model, row[:i])[row[i]])
+        for row in ROWS
+        for i in range(1, len(row))
     ]
     assert loss.item() == pytest.approx(mean(losses), rel=NEAR)
 
@@ -410,10 +444,10 @@ def test_draft_lengths_are_drawn_from_the_list(corpus: Corpus, model: PreTrained
     counts = {2: 0, 4: 0, 7: 0}
     for seed in range(400):
         batch = task.prepare([0], torch.Generator().manual_seed(seed))
-        draft_len = int(batch["draft_len"])
+        draft_len = batch.draft_len
         counts[draft_len] += 1
-        assert batch["anchors"].shape == (1, 9 // draft_len)
-    assert all(abs(counts[n] - wanted) < 50 for n, wanted in {2: 100, 4: 200, 7: 100}.items())
+        assert batch.anchors.shape == (1, 9 // draft_len)
+    assert all(abs(counts[n] - expected) < 50 for n, expected in {2: 100, 4: 200, 7: 100}.items())
 
 
 def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedModel) -> None:
@@ -423,9 +457,9 @@ def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedMode
     widths = set()
     for seed in range(30):
         batch = task.prepare([0], torch.Generator().manual_seed(seed))
-        widths.add(int(batch["real"].sum()))
-        anchor = int(batch["start"][0]) + batch["drafted"][0].tolist().index(0) - 1
-        assert int(batch["start"][0]) == max(0, anchor + 1 - 4)
+        widths.add(int(batch.corrupted.real.sum()))
+        anchor = int(batch.corrupted.start[0]) + batch.end.index[0].tolist().index(0) - 1
+        assert int(batch.corrupted.start[0]) == max(0, anchor + 1 - 4)
     assert max(widths) == 7
 
 
@@ -433,11 +467,11 @@ def test_a_drafted_window_fits_the_network(corpus: Corpus, model: PreTrainedMode
 
 
 @pytest.mark.parametrize(
-    ("blocks", "layers", "wanted"),
+    ("blocks", "layers", "expected"),
     [(1, 2, [0]), (2, 30, [0, 29]), (4, 10, [0, 3, 6, 9]), (3, 3, [0, 1, 2])],
 )
-def test_layers_are_spread(blocks: int, layers: int, wanted: list[int]) -> None:
-    assert initialize._spread(blocks, layers) == wanted
+def test_layers_are_spread(blocks: int, layers: int, expected: list[int]) -> None:
+    assert initialize._spread(blocks, layers) == expected
 
 
 def test_a_small_model_begins_with_the_target_s_first_and_last_layer(corpus: Corpus) -> None:
@@ -453,7 +487,7 @@ def test_a_small_model_begins_with_the_target_s_first_and_last_layer(corpus: Cor
 
 
 def test_a_block_begins_with_the_target_s_attention(corpus: Corpus) -> None:
-    """The same states in, the same out: query heads find their group's keys, and positions turn alike."""
+    """Equal states in, equal states out: heads see their group's keys, positions rotate alike."""
     torch.manual_seed(0)
     target = LlamaForCausalLM(
         LlamaConfig(**SIZES, num_hidden_layers=3, num_key_value_heads=2)
@@ -473,8 +507,8 @@ def test_a_block_begins_with_the_target_s_attention(corpus: Corpus) -> None:
     ):
         with torch.no_grad():
             ours = block.attn_out(block.attend(states, angle, causal, None))
-            wanted, _ = layer.self_attn(states, turns, None)
-        assert (ours - wanted).abs().max() < 1e-5
+            expected, _ = layer.self_attn(states, turns, None)
+        assert (ours - expected).abs().max() < 1e-5
         assert torch.equal(block.norm1.weight, layer.input_layernorm.weight)
         assert torch.equal(block.norm2.weight, layer.post_attention_layernorm.weight)
         assert torch.equal(block.mlp[0].weight[:64], layer.mlp.up_proj.weight)
@@ -482,7 +516,7 @@ def test_a_block_begins_with_the_target_s_attention(corpus: Corpus) -> None:
 
 
 def test_a_new_network_is_open(corpus: Corpus, model: PreTrainedModel) -> None:
-    """Gates at 1, the target's final norm at a tenth, a MASK embedding of the table's size, and all of it carries gradients."""
+    """Gates at 1, the target's final norm at a tenth, a MASK embedding of the table's size."""
     network = initialize.sedd(recipe.load("sedd", CANVASES), corpus, range(3), model)
     norm = model.get_parameter("model.norm.weight")
     assert torch.allclose(network.output_layer.norm_final.weight, 0.1 * norm)
@@ -492,14 +526,14 @@ def test_a_new_network_is_open(corpus: Corpus, model: PreTrainedModel) -> None:
         assert gate2.eq(1).all()
         assert not any(part.any() for part in (shift1, scale1, shift2, scale2))
     table = model.get_input_embeddings().weight
-    spread = network.vocab_embed.mask_embedding.square().mean().sqrt()
-    assert 0.5 < spread / table.std() < 1.5
+    deviation = network.vocab_embed.mask_embedding.square().mean().sqrt()
+    assert 0.5 < deviation / table.std() < 1.5
 
 
-def test_an_earlier_network_goes_on_with_this_run_s_own_settings(
+def test_an_earlier_network_takes_this_run_s_settings(
     corpus: Corpus, model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """Its weights, but not its dropout, and the output that the new objective makes of it; what is exported drafts without."""
+    """Its weights, but the run's own dropout and output; the exported network has no dropout."""
     first = sedd_task(
         recipe.load("sedd", [*WINDOWS, *SCORES, "length=7", "dropout=0.3"]), corpus, model
     )
@@ -558,7 +592,7 @@ def test_a_batch_that_teaches_nothing(
         }
         r = recipe.load("sedd", changes[kind])
         network = initialize.sedd(r, corpus, range(2, 5), model)
-        task = SEDDTask(r, corpus, network, None, None, {})
+        task = task_of(network)(r, corpus, network, None, None, {})
     loss, records = task(task.prepare(range(2), torch.Generator().manual_seed(0)), 0.0)
     assert loss.isfinite()
     assert all(value.isfinite() for value in records.values())

@@ -16,7 +16,7 @@ from specdiff.unicode import valid
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from specdiff.training.prepare import Plan
+    from specdiff.training.prepare import TrainingRun
     from specdiff.training.trainer import TrainingProgress
 
 
@@ -114,7 +114,7 @@ def _training() -> Any:
     return prepare, recipe
 
 
-def _run(plan: "Plan", out: Path, max_minutes: float | None, notes: "Console") -> dict[str, Any]:
+def _run(plan: "TrainingRun", out: Path, max_minutes: float | None, notes: "Console") -> dict[str, Any]:
     """Train behind a progress bar. Returns the last evaluation, or where the run stands."""
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar

@@ -1,1 +1,1 @@
-"""Corpora, teachers and training: how a drafter is made for a target."""
+"""Training: recipes, tasks and the trainer that turn a corpus into a drafter."""

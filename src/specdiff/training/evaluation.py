@@ -1,13 +1,11 @@
-"""What a drafter is worth, measured where it counts: held-out prompts through the real decode loop.
-
-Shapes: G drafted positions, C columns.
-"""
+"""Evaluation of a trained drafter: held-out prompts through the real decode loop."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from specdiff import catalog, engine
-from specdiff.data.corpus import Corpus
+from specdiff.data.corpus import Corpus, Row
 from specdiff.drafters.base import Drafter
 from specdiff.errors import TargetError
 from specdiff.noise import row_seed
@@ -18,15 +16,17 @@ from specdiff.verify import verifier
 
 
 def held_out_prompts(corpus: Corpus, rows: Sequence[int], count: int) -> list[list[int]]:
-    """Prompts of held-out rows, spread over them; a text without a prompt lends its first half."""
-    chosen = [rows[i * len(rows) // min(count, len(rows))] for i in range(min(count, len(rows)))]
-    found = [corpus[i] for i in chosen]
-    return [
-        r.tokens[
-            : max(1, r.prompt_length if 0 < r.prompt_length < len(r.tokens) else len(r.tokens) // 2)
-        ].tolist()
-        for r in found
-    ]
+    """Prompts of `count` held-out rows, evenly spread; of a text without one, its first half."""
+    count = min(count, len(rows))
+    return [_prompt(corpus[rows[i * len(rows) // count]]) for i in range(count)]
+
+
+def _prompt(row: Row) -> list[int]:
+    length = row.prompt_length
+    if not 0 < length < len(row.tokens):
+        length = max(1, len(row.tokens) // 2)
+    prompt: list[int] = row.tokens[:length].tolist()
+    return prompt
 
 
 def acceptance(
@@ -41,47 +41,47 @@ def acceptance(
     seed: int = 0,
 ) -> dict[str, Any]:
     """tau, alpha and the acceptance of each draft position, over all prompts at once."""
-    room = target.info.max_positions
-    requests = [
-        engine.Request(
-            list(p)[-(room - 2) :],
-            SamplingParams(
-                max_tokens=min(max_tokens, room - min(len(p), room - 2)),
-                temperature=temperature,
-                stop_token_ids=tuple(stop_ids),
-            ),
-            row_seed(seed, i),
+    requests: list[engine.Request] = []
+    for i, prompt in enumerate(prompts):
+        ids = list(prompt)[-(target.info.max_positions - 2) :]
+        params = SamplingParams(
+            max_tokens=min(max_tokens, target.info.max_positions - len(ids)),
+            temperature=temperature,
+            stop_token_ids=tuple(stop_ids),
         )
-        for i, p in enumerate(prompts)
-    ]
-    total = Stats()
-    length = draft_len or drafter.draft_len
-    for p in engine.run(
-        target, drafter, requests, verifier=verifier("token"), draft_len=length, rows=len(requests)
+        requests.append(engine.Request(ids, params, row_seed(seed, i)))
+    stats = Stats()
+    for output in engine.run(
+        target,
+        drafter,
+        requests,
+        verifier=verifier("token"),
+        draft_len=draft_len or drafter.draft_len,
+        rows=len(requests),
     ):
-        if p.error is not None:
-            raise TargetError(p.error)
-        total.add(p.drafted, p.accepted, len(p.tokens), p.seconds)
+        if output.error is not None:
+            raise TargetError(output.error)
+        stats.add(output.drafted, output.accepted, len(output.tokens), output.seconds)
     return {
-        "tau": round(total.tau, 4),
-        "alpha": round(total.alpha, 4),
-        "per_position": [round(v, 4) for v in total.per_position],
+        "tau": round(stats.tau, 4),
+        "alpha": round(stats.alpha, 4),
+        "per_position": [round(v, 4) for v in stats.per_position],
     }
 
 
 def of_folder(
-    folder: str,
+    folder: str | Path,
     target: Target[Any],
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int,
     stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Acceptance at temperature 0 and 1 of the drafter in `folder`: the very files its users will run."""
-    drafter = catalog.drafter(folder, target.info)
-    measured: dict[str, Any] = {}
+    """Acceptance at temperature 0 and 1 of the drafter in `folder`, loaded as its users load it."""
+    drafter = catalog.drafter(str(folder), target.info)
+    metrics: dict[str, Any] = {}
     for temperature in (0.0, 1.0):
-        found = acceptance(
+        result = acceptance(
             target,
             drafter,
             prompts,
@@ -89,5 +89,5 @@ def of_folder(
             max_tokens=max_tokens,
             stop_ids=stop_ids,
         )
-        measured |= {f"{name}_at_{temperature:g}": value for name, value in found.items()}
-    return measured
+        metrics |= {f"{name}_at_{temperature:g}": value for name, value in result.items()}
+    return metrics

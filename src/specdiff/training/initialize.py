@@ -1,10 +1,10 @@
-"""Where a run's network begins: from scratch, from the target's own layers, or from an earlier drafter.
+"""Initial networks: from scratch, from the target's own layers, or from an earlier drafter.
 
 Shapes: V target vocabulary, C draft vocabulary, H width.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -23,25 +23,15 @@ from specdiff.training.task import most_frequent
 
 Network = TypeVar("Network", SEDD, SmallLM)
 CONDITIONING = 128  # width of the sigma embedding, as in the authors' checkpoints
+LAYER = re.compile(r"(layers|h)\.(\d+)\.")
+QUERY = "self_attn.q_proj.weight"
 
 
 def sedd(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrainedModel) -> SEDD:
-    """A SEDD network as the recipe says. Raises ConfigError or UsageError where it does not fit the target."""
+    """The SEDD network of a recipe. Raises ConfigError or UsageError if the target does not fit."""
+    if recipe.init is not None and recipe.init != "target":
+        return _earlier_sedd(recipe, recipe.init, target)
     text = target.config.get_text_config()
-    if recipe.init not in (None, "target"):
-        assert recipe.init is not None
-        network = SEDD.from_pretrained(recipe.init)
-        _fits(network.config.tokens, text.vocab_size, recipe.init)
-        if network.config.attention != recipe.attention or network.config.process != recipe.process:
-            raise UsageError(
-                f"{recipe.init} is a network of attention {network.config.attention!r} and process {network.config.process!r}, "
-                f"but the recipe says {recipe.attention!r} and {recipe.process!r}"
-            )
-        for block in network.blocks:
-            assert isinstance(block, Block)
-            block.dropout = recipe.dropout  # the run's, not the one the checkpoint was trained with
-        network.config = replace(network.config, output=_output(recipe))
-        return _borrow_from(network, target) if network.config.borrow_embeddings else network
     width = recipe.hidden_size or text.hidden_size
     vocab = most_frequent(corpus, rows, text.vocab_size, recipe.draft_vocab)
     config = SEDDConfig(
@@ -73,8 +63,25 @@ def sedd(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrained
     return network
 
 
+def _earlier_sedd(recipe: Recipe, folder: str, target: PreTrainedModel) -> SEDD:
+    network = SEDD.from_pretrained(folder)
+    config = network.config
+    _check_vocabulary(config.tokens, target, folder)
+    if config.attention != recipe.attention or config.process != recipe.process:
+        raise UsageError(
+            f"{folder} has attention {config.attention!r} and process {config.process!r}, "
+            f"but the recipe says {recipe.attention!r} and {recipe.process!r}; "
+            f"set attention={config.attention} and process={config.process}"
+        )
+    for block in network.blocks:
+        assert isinstance(block, Block)
+        block.dropout = recipe.dropout  # the run's, not the one the checkpoint was trained with
+    network.config = replace(config, output=_output(recipe))
+    return _borrow_from(network, target) if config.borrow_embeddings else network
+
+
 def _output(recipe: Recipe) -> str:
-    """What the objective makes of the output: cross-entropy and distillation leave a score's scale free."""
+    """How the output is read: cross-entropy and distillation leave a score's scale free."""
     return "score" if recipe.objective == "score_entropy" else "denoiser"
 
 
@@ -82,43 +89,18 @@ def autoregressive(
     recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrainedModel
 ) -> SmallLM:
     """A causal LM of the target's family with fewer layers, or an earlier drafter."""
-    text = target.config.get_text_config()
-    if recipe.init not in (None, "target"):
-        assert recipe.init is not None
+    if recipe.init is not None and recipe.init != "target":
         network = SmallLM.from_pretrained(recipe.init)
-        if not network.borrows:
-            _fits(network.vocab_size, text.vocab_size, recipe.init)
-            return network
-        return _borrow_from(network, target)
-    config = type(text).from_dict(
-        {key: value for key, value in text.to_dict().items() if not key.startswith("_")}
-    )  # without its folder
-    names = {"num_hidden_layers", "n_layer", "num_layers"} & set(config.to_dict())
-    for name in names:
-        setattr(config, name, recipe.blocks)
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: recipe.blocks]
-    if recipe.hidden_size and recipe.hidden_size != config.hidden_size:
-        if recipe.borrow_embeddings:
-            raise UsageError(
-                f"hidden_size {recipe.hidden_size} with borrowed embeddings of width {config.hidden_size}; leave it null"
-            )
-        heads = recipe.heads or max(1, recipe.hidden_size // 64)
-        if recipe.hidden_size % heads:
-            raise UsageError(f"hidden_size {recipe.hidden_size} is not a multiple of heads {heads}")
-        config.hidden_size = recipe.hidden_size
-        config.intermediate_size = 4 * recipe.hidden_size
-        config.num_attention_heads = config.num_key_value_heads = heads
-        config.head_dim = recipe.hidden_size // heads
-    vocab = (
-        most_frequent(corpus, rows, text.vocab_size, recipe.draft_vocab)
-        if recipe.borrow_embeddings
-        else None
-    )
-    config.borrow_embeddings, config.draft_vocab_size = (
-        recipe.borrow_embeddings,
-        None if vocab is None else len(vocab),
-    )
+        if network.borrows:
+            return _borrow_from(network, target)
+        _check_vocabulary(network.vocab_size, target, recipe.init)
+        return network
+    config = _shallow_config(recipe, target)
+    vocab = None
+    if recipe.borrow_embeddings:
+        vocab = most_frequent(corpus, rows, config.vocab_size, recipe.draft_vocab)
+    config.borrow_embeddings = recipe.borrow_embeddings
+    config.draft_vocab_size = None if vocab is None else len(vocab)
     network = SmallLM(config)
     if vocab is not None:
         network.draft_vocab.copy_(vocab)
@@ -127,10 +109,40 @@ def autoregressive(
     return _borrow_from(network, target) if recipe.borrow_embeddings else network
 
 
-def _fits(found: int, wanted: int, where: str) -> None:
-    if found != wanted:
+def _shallow_config(recipe: Recipe, target: PreTrainedModel) -> Any:
+    """The target's own config with the recipe's depth and width."""
+    text = target.config.get_text_config()
+    public = {key: value for key, value in text.to_dict().items() if not key.startswith("_")}
+    config = type(text).from_dict(public)
+    for name in {"num_hidden_layers", "n_layer", "num_layers"} & set(config.to_dict()):
+        setattr(config, name, recipe.blocks)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: recipe.blocks]
+    width = recipe.hidden_size
+    if width is None or width == config.hidden_size:
+        return config
+    if recipe.borrow_embeddings:
+        raise UsageError(
+            f"hidden_size {width} does not fit the borrowed embeddings of width "
+            f"{config.hidden_size}; leave it null"
+        )
+    heads = recipe.heads or max(1, width // 64)
+    if width % heads:
+        raise UsageError(f"hidden_size {width} is not a multiple of heads {heads}")
+    config.hidden_size = width
+    config.intermediate_size = 4 * width
+    config.num_attention_heads = heads
+    config.num_key_value_heads = heads
+    config.head_dim = width // heads
+    return config
+
+
+def _check_vocabulary(size: int, target: PreTrainedModel, folder: str) -> None:
+    expected = target.config.get_text_config().vocab_size
+    if size != expected:
         raise ConfigError(
-            f"{where} writes a vocabulary of {found} tokens, but the target has {wanted}; start from a drafter of this target"
+            f"{folder} has a vocabulary of {size} tokens, but the target has {expected}; "
+            f"start from a drafter of this target"
         )
 
 
@@ -138,7 +150,8 @@ def _borrow_from(network: Network, target: PreTrainedModel) -> Network:
     head: Any = target.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UsageError(
-            f"{target.config.model_type} has no plain output matrix to borrow; train with borrow_embeddings=false"
+            f"{target.config.model_type} has no plain output matrix to borrow; "
+            f"train with --set borrow_embeddings=false"
         )
     table: Any = target.get_input_embeddings()
     network.borrow(table.weight.detach(), head.weight.detach())
@@ -147,16 +160,15 @@ def _borrow_from(network: Network, target: PreTrainedModel) -> Network:
 
 def _final_norm(target: PreTrainedModel) -> Tensor | None:
     """The weight of the norm before the target's head, whatever its family calls it."""
-    norms = [
-        m for name, m in target.base_model.named_children() if "norm" in name or name == "ln_f"
-    ]
+    children = target.base_model.named_children()
+    norms = [module for name, module in children if "norm" in name or name == "ln_f"]
     return norms[-1].get_parameter("weight").detach().float() if norms else None
 
 
 def _open(network: SEDD, counts: Int[Tensor, "V"], norm: Float[Tensor, "H"] | None) -> None:
-    """Open gates, a read-out that already knows word frequencies, and a MASK embedding of the table's size.
+    """Open the gates, set the read-out to word frequencies, scale the MASK embedding to the table.
 
-    From the authors' zeros, a short run spends its budget learning to open its gates (LAB.md).
+    From the authors' zeros, a short run spends its budget on opening its gates (LAB.md).
     """
     width = network.config.hidden_size
     table = network.vocab_embed
@@ -166,27 +178,26 @@ def _open(network: SEDD, counts: Int[Tensor, "V"], norm: Float[Tensor, "H"] | No
         table.mask_embedding.normal_(std=table.weight.std().item())
         for block in network.blocks:
             gates = block.get_parameter("adaLN_modulation.bias").view(6, width)
-            gates[2], gates[5] = 1.0, 1.0
+            gates[2] = 1.0
+            gates[5] = 1.0
         if norm is not None:
             network.output_layer.norm_final.weight.copy_(0.1 * norm)
     shift = unigram_shift(network.head.float(), columns)
     with torch.no_grad():
-        network.output_layer.adaLN_modulation.bias[:width].copy_(
-            shift
-        )  # the head may lie on another device
+        # copied, for the head may be on another device
+        network.output_layer.adaLN_modulation.bias[:width].copy_(shift)
 
 
 def unigram_shift(head: Float[Tensor, "C H"], counts: Int[Tensor, "C"]) -> Float[Tensor, "H"]:
-    """The state whose read-out is nearest to the corpus's word frequencies: training need not spend steps on those."""
+    """The state whose read-out is nearest to the corpus's word frequencies: saves early steps."""
     shift = torch.zeros(head.shape[1], device=head.device, requires_grad=True)
     frequency = (counts.float() / counts.sum()).to(head.device)
     optimizer = torch.optim.LBFGS([shift], max_iter=100)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = (
-            -(frequency * torch.log_softmax(head @ shift, -1)).sum() + 1e-4 * shift.square().sum()
-        )
+        cross_entropy = -(frequency * torch.log_softmax(head @ shift, -1)).sum()
+        loss = cross_entropy + 1e-4 * shift.square().sum()
         loss.backward()
         return loss
 
@@ -195,71 +206,75 @@ def unigram_shift(head: Float[Tensor, "C H"], counts: Int[Tensor, "C"]) -> Float
 
 
 def _spread(blocks: int, layers: int) -> list[int]:
-    """Which of the target's layers a shallow network begins with: the first and the last, others evenly between."""
+    """The target's layers that a shallow network copies: first, last, others evenly between."""
     return [round(i * (layers - 1) / max(1, blocks - 1)) for i in range(blocks)]
 
 
-LAYER = re.compile(r"(layers|h)\.(\d+)\.")
-
-
 def _copy_layers(network: nn.Module, target: PreTrainedModel) -> None:
-    """Chosen layers, final norm and positions of the target, by name; raises UsageError where a shape differs."""
+    """Copy layers, final norm and positions by name. Raises UsageError if a shape differs."""
     source = target.state_dict()
-    layers = target.config.get_text_config().num_hidden_layers
     own = network.state_dict()
-    blocks = 1 + max(int(m.group(2)) for k in own if (m := LAYER.search(k)))
-    chosen = _spread(blocks, layers)
+    blocks = 1 + max(int(match.group(2)) for name in own if (match := LAYER.search(name)))
+    layers = _spread(blocks, target.config.get_text_config().num_hidden_layers)
     with torch.no_grad():
         for name, tensor in own.items():
-            origin = LAYER.sub(lambda m: f"{m.group(1)}.{chosen[int(m.group(2))]}.", name)
+            origin = LAYER.sub(lambda m: f"{m.group(1)}.{layers[int(m.group(2))]}.", name)
             if origin not in source:
                 continue
             if source[origin].shape != tensor.shape:
                 raise UsageError(
-                    f"init: target needs the target's sizes, but {name} is {list(tensor.shape)}, not {list(source[origin].shape)}"
+                    f"init: target needs the target's sizes, but {name} is {list(tensor.shape)}, "
+                    f"not {list(source[origin].shape)}; leave hidden_size and heads null"
                 )
             tensor.copy_(source[origin])
 
 
 def _copy_attention(network: SEDD, target: PreTrainedModel) -> None:
-    """Attention and norms of the target's layers; its gated MLP and shared key heads have no exact place in SEDD's block.
+    """Copy attention and norms of the target's layers into SEDD's blocks.
 
-    Key/value heads are repeated for their groups; of the gated MLP, `up` and `down` fill the rows they have.
+    Their gated MLP and shared key heads have no exact counterpart there: key and value heads are
+    repeated for their groups, and the MLP's `up` and `down` fill the rows they have.
     """
     text = target.config.get_text_config()
+    own = network.config
     source = target.state_dict()
-    found = [k for k in source if k.endswith("self_attn.q_proj.weight")]
-    if (
-        not found
-        or network.config.hidden_size != text.hidden_size
-        or network.config.n_heads != text.num_attention_heads
-    ):
+    queries = [name for name in source if name.endswith(QUERY)]
+    equal = (own.hidden_size, own.n_heads) == (text.hidden_size, text.num_attention_heads)
+    if not queries or not equal:
         raise UsageError(
-            f"init: target copies layers of Llama-like targets of equal width and heads; {target.config.model_type} with "
-            f"{text.hidden_size} and {text.num_attention_heads} does not match {network.config.hidden_size} and {network.config.n_heads}"
+            f"init: target copies layers of Llama-like targets of equal width and heads; "
+            f"{target.config.model_type} with {text.hidden_size} and {text.num_attention_heads} "
+            f"does not match {own.hidden_size} and {own.n_heads}"
         )
-    groups = text.num_attention_heads // text.num_key_value_heads
-    head = text.hidden_size // text.num_attention_heads
-    for block, layer in zip(network.blocks, _spread(len(network.blocks), len(found)), strict=True):
+    layers = _spread(len(network.blocks), len(queries))
+    for block, layer in zip(network.blocks, layers, strict=True):
         assert isinstance(block, Block)
-        prefix = found[layer].removesuffix("self_attn.q_proj.weight")
-
-        of = {
-            name.removeprefix(prefix).removesuffix(".weight"): w
-            for name, w in source.items()
+        prefix = queries[layer].removesuffix(QUERY)
+        weights = {
+            name.removeprefix(prefix).removesuffix(".weight"): tensor
+            for name, tensor in source.items()
             if name.startswith(prefix)
         }
-        keys, values = (
-            of[name].view(-1, head, of[name].shape[1]).repeat_interleave(groups, 0).flatten(0, 1)
-            for name in ("self_attn.k_proj", "self_attn.v_proj")
-        )
-        up, down = of["mlp.up_proj"], of["mlp.down_proj"]
-        wide, narrow = block.get_parameter("mlp.0.weight"), block.get_parameter("mlp.2.weight")
-        n = min(len(up), len(wide))
-        with torch.no_grad():
-            block.attn_qkv.weight.copy_(torch.cat([of["self_attn.q_proj"], keys, values]))
-            block.attn_out.weight.copy_(of["self_attn.o_proj"])
-            block.norm1.weight.copy_(of["input_layernorm"])
-            block.norm2.weight.copy_(of["post_attention_layernorm"])
-            wide[:n].copy_(up[:n])
-            narrow[:, :n].copy_(down[:, :n])
+        groups = text.num_attention_heads // text.num_key_value_heads
+        _copy_block(block, weights, text.hidden_size // text.num_attention_heads, groups)
+
+
+@torch.no_grad()
+def _copy_block(block: Block, weights: Mapping[str, Tensor], head: int, groups: int) -> None:
+    """Copy one layer's weights; `head` is the width of a head, `groups` the queries per key."""
+
+    def repeated(weight: Tensor) -> Tensor:
+        heads = weight.view(-1, head, weight.shape[1])
+        return heads.repeat_interleave(groups, 0).flatten(0, 1)
+
+    keys = repeated(weights["self_attn.k_proj"])
+    values = repeated(weights["self_attn.v_proj"])
+    block.attn_qkv.weight.copy_(torch.cat([weights["self_attn.q_proj"], keys, values]))
+    block.attn_out.weight.copy_(weights["self_attn.o_proj"])
+    block.norm1.weight.copy_(weights["input_layernorm"])
+    block.norm2.weight.copy_(weights["post_attention_layernorm"])
+    wide = block.get_parameter("mlp.0.weight")
+    narrow = block.get_parameter("mlp.2.weight")
+    n = min(len(weights["mlp.up_proj"]), len(wide))
+    wide[:n].copy_(weights["mlp.up_proj"][:n])
+    narrow[:, :n].copy_(weights["mlp.down_proj"][:, :n])

@@ -1,8 +1,9 @@
-"""What training minimises: losses per position, and weights that turn them into expected accepted tokens.
+"""Training objectives: losses per position, and weights that make them expected accepted tokens.
 
-Shapes: N positions (any leading shape), C columns (the vocabulary, or the draft vocabulary), G drafted positions of one
-canvas; B rows, L positions, V states of a process. Logits, draft law q and teacher law p share the C columns, and nothing
-is reduced over positions. Logits are finite and in float32 or wider: a vocabulary's sum does not survive bfloat16.
+Shapes: N positions (any leading shape), C columns (the vocabulary, or the draft vocabulary),
+G drafted positions of one canvas; B rows, L positions, V states of a process. Logits, the draft
+distribution q and the teacher distribution p share the C columns, and nothing is reduced over
+positions. Logits are finite and in float32 or wider: a vocabulary's sum does not survive bfloat16.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,9 +18,8 @@ from specdiff.diffusion.schedule import Schedule
 from specdiff.errors import UsageError
 
 DIVERGENCES = ("forward", "reverse", "tv", "hybrid", "l1")
-LOG_FLOOR = (
-    -30.0
-)  # stands for a teacher's -inf where it would be summed: 50k columns at e^-30 weigh 5e-9
+# replaces a teacher's -inf where it would be summed: 50k columns at e^-30 weigh 5e-9
+LOG_FLOOR = -30.0
 
 
 def score_entropy(
@@ -30,9 +30,10 @@ def score_entropy(
     x: Int[Tensor, "B L"],
     x0: Int[Tensor, "B L"],
 ) -> Float[Tensor, "B L"]:
-    """sigma'(t) SE(log_score; x_t, x_0): the diffusion-weighted denoising score entropy (L_DWDSE of SEDD, Lou et al. 2024).
+    """sigma'(t) SE(log_score; x_t, x_0): the diffusion-weighted denoising score entropy.
 
-    Its sum over positions, in the mean over uniform t, bounds the negative log-likelihood.
+    Summed over positions and averaged over uniform t, it bounds the negative log-likelihood
+    (L_DWDSE of SEDD, Lou et al. 2024).
     """
     return schedule.rate(t)[:, None] * process.score_entropy(
         log_score, schedule.total(t)[:, None], x, x0
@@ -42,37 +43,40 @@ def score_entropy(
 def denoise(
     logits: Float[Tensor, "*N C"], truth: Int[Tensor, "*N"], t: Float[Tensor, "*N"] | None = None
 ) -> Float[Tensor, "*N"]:
-    """-log q(truth), over t when given: the masked-diffusion bound (MDLM, Sahoo et al. 2024; Ou et al. 2024).
+    """-log q(truth), divided by t if there is one: the masked-diffusion bound.
 
-    A negative truth (padding, or a token outside the draft vocabulary) costs exactly 0 and has no gradient.
+    A negative truth (padding, or a token outside the draft vocabulary) costs exactly 0 and has no
+    gradient. Source: MDLM, Sahoo et al. 2024; Ou et al. 2024.
     """
     target = truth.clamp(min=-1)
     loss = F.cross_entropy(
         logits.reshape(-1, logits.shape[-1]), target.reshape(-1), ignore_index=-1, reduction="none"
     ).reshape(truth.shape)
-    return (
-        loss if t is None else loss / t.masked_fill(truth < 0, 1)
-    )  # padding may have no time: 0/0
+    if t is None:
+        return loss
+    return loss / t.masked_fill(truth < 0, 1)  # padding may have no time: 0/0
 
 
 def distill(
     logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"], divergence: str
 ) -> Float[Tensor, "*N"]:
-    """A divergence of the draft law q = softmax(logits) from the teacher's law p, per position.
+    """Divergence of the draft distribution q = softmax(logits) from the teacher's p, by position.
 
-    The teacher's law is that of its full vocabulary, of which these columns hold the mass P <= 1; q is 0 on the rest. With
-    a = sum_x min(p, q), the exact expected acceptance whatever P is, and "equal" meaning up to a constant in the parameters:
+    p is over the teacher's full vocabulary, of which these columns hold the mass P <= 1; q is 0
+    elsewhere. With a = sum_x min(p, q), the exact expected acceptance for any P, and "equal"
+    meaning up to a constant in the parameters:
 
-    - forward: sum_x p log(p/q). Equal to P KL(p/P || q): positions count by the mass a draft can reach. The rest, on which
-      the full KL is infinite, is left out, so the value may be negative, down to P log P.
+    - forward: sum_x p log(p/q). Equal to P KL(p/P || q): positions count by the mass a draft can
+      reach. The other columns, on which the full KL is infinite, are left out, so the value may
+      be negative, down to P log P.
     - reverse: sum_x q log(q/p), the full KL(q || p), least at -log P.
     - tv: -log a, a full-vocabulary quantity, least at -log P (LK losses, Samarin et al. 2026).
-    - hybrid: e^{-3a} forward + (1 - e^{-3a})(1 - a), a detached in the weights only (LK losses): forward while a is small,
-      then the full total variation distance 1 - a.
+    - hybrid: e^{-3a} forward + (1 - e^{-3a})(1 - a), a detached in the weights only (LK losses):
+      forward while a is small, then the full total variation distance 1 - a.
     - l1: sum_x |p - q|. The full distance, 2 (1 - a), is larger by the constant 1 - P (DSpark).
 
-    A teacher may give columns -inf (top-k), even all of them: such a position has no gradient. Reverse, infinite there,
-    is the exception: it charges q 30 nats on each ruled-out column.
+    A teacher may give columns -inf (top-k), even all of them: such a position has no gradient.
+    Reverse, infinite there, is the exception: it charges q 30 nats on each excluded column.
 
     Raises:
         UsageError: an unknown divergence.
@@ -81,7 +85,8 @@ def distill(
         raise UsageError(
             f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}"
         )
-    log_q, log_p = logits.log_softmax(-1), teacher_logprobs.clamp(min=LOG_FLOOR)
+    log_q = logits.log_softmax(-1)
+    log_p = teacher_logprobs.clamp(min=LOG_FLOOR)
     p = teacher_logprobs.exp()
     if divergence == "forward":
         return (p * (log_p - log_q)).sum(-1)
@@ -100,15 +105,16 @@ def distill(
 def overlap(
     logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"]
 ) -> Float[Tensor, "*N"]:
-    """sum_x min(p, q): the exact expected acceptance of one position (Leviathan et al. 2023, section 3)."""
+    """sum_x min(p, q): the exact expected acceptance of a position (Leviathan et al. 2023)."""
     return torch.minimum(logits.softmax(-1), teacher_logprobs.exp()).sum(-1)
 
 
 def expected_accepted(q: Float[Tensor, "*N G"]) -> Float[Tensor, "*N"]:
-    """sum_j prod_{i<=j} q_i: the accepted tokens of a canvas. Its negative is the streak loss itself (SpecDiff-2).
+    """sum_j prod_{i<=j} q_i: the expected accepted tokens of a canvas.
 
-    Here and below q_i is the probability that position i is accepted once all before it are: the draft's probability of the
-    true token, or the overlap when distilling.
+    Here and below q_i is the probability that position i is accepted once all before it are: the
+    draft's probability of the true token, or the overlap when distilling. Its negative is the
+    streak loss itself (SpecDiff-2).
     """
     return q.cumprod(-1).sum(-1)
 
@@ -120,13 +126,12 @@ def uniform(q: Float[Tensor, "*N G"]) -> Float[Tensor, "*N G"]:
 
 def exponential(q: Float[Tensor, "*N G"], scale: float) -> Float[Tensor, "*N G"]:
     """w_k = exp(-(k - 1)/scale), k = 1..G (DFlash, DSpark); q gives the shape alone."""
-    return torch.exp(-torch.arange(q.shape[-1], dtype=q.dtype, device=q.device) / scale).expand(
-        q.shape
-    )
+    k = torch.arange(q.shape[-1], dtype=q.dtype, device=q.device)
+    return torch.exp(-k / scale).expand(q.shape)
 
 
 def streak(q: Float[Tensor, "*N G"]) -> Float[Tensor, "*N G"]:
-    """w_i = prod_{k<i} q_k: with them, sum_i w_i (-log q_i) is the stabler form of the streak loss (SpecDiff-2)."""
+    """w_i = prod_{k<i} q_k: sum_i w_i (-log q_i) is the stabler streak loss (SpecDiff-2)."""
     reached = q.detach().cumprod(-1)
     return torch.cat([torch.ones_like(reached[..., :1]), reached[..., :-1]], dim=-1)
 
@@ -134,7 +139,8 @@ def streak(q: Float[Tensor, "*N G"]) -> Float[Tensor, "*N G"]:
 def d_pace(q: Float[Tensor, "*N G"], a: float = 0.5) -> Float[Tensor, "*N G"]:
     """w_j = sum_{m>=j} prod_{i<=m} ((1 - a) q_i + a) (D-PACE, Wu et al. 2026).
 
-    The gradient expected_accepted has in log q_j, of a q raised towards 1 so that late positions learn from the start.
+    The gradient of expected_accepted in log q_j, with q raised towards 1 so that late positions
+    learn from the start.
     """
     reached = ((1 - a) * q.detach() + a).cumprod(-1)
     return reached.flip(-1).cumsum(-1).flip(-1)

@@ -1,4 +1,4 @@
-"""From a target, a corpus and a recipe to a run that is ready to go on."""
+"""Preparing a training run: from a target, a corpus and a recipe to a trainer."""
 
 import importlib
 import resource
@@ -20,20 +20,21 @@ from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.targets.causal import CausalTarget
 from specdiff.text.lm import SpeculativeLM, tokenizer_of
 from specdiff.training import evaluation, initialize, model_card
-from specdiff.training.causal_task import AutoregressiveTask
+from specdiff.training.canvas_task import CanvasTask
+from specdiff.training.causal_task import AutoregressiveTask, TargetTask
+from specdiff.training.checkpoint import check_folder
 from specdiff.training.recipe import Recipe
-from specdiff.training.score_entropy_task import SEDDTask
-from specdiff.training.target_task import TargetTask
+from specdiff.training.score_entropy_task import ScoreEntropyTask
 from specdiff.training.task import Task
 from specdiff.training.teacher import OnlineTeacher, PrecomputedTeacher, Teacher
-from specdiff.training.trainer import Trainer, check_folder
+from specdiff.training.trainer import Trainer
 
 TRACKERS = ("none", "tensorboard", "trackio")
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """A run before its first step: the trainer, and what it was made of."""
+class TrainingRun:
+    """A run before its next step: the trainer, and what it was built from."""
 
     trainer: Trainer
     target: CausalTarget
@@ -50,8 +51,8 @@ def prepare(
     command: str = "specdiff train",
     license: str = "apache-2.0",
     log_to: str = "none",
-) -> Plan:
-    """Load everything, resume if `out` holds a checkpoint, and check that all of it fits together.
+) -> TrainingRun:
+    """Load everything, check that it fits together, and resume if `out` holds a checkpoint.
 
     Raises CorpusError, ConfigError, UsageError, ... each naming the value and the fix.
     """
@@ -59,48 +60,31 @@ def prepare(
         raise UsageError(f"unknown --log-to {log_to!r}; known are {', '.join(TRACKERS)}")
     corpus = Corpus(data)
     corpus.verify()
-    training, held_out = corpus.split(recipe.held_out)
     check_folder(out)
     accelerator = accelerator_for(recipe, device)
     torch.manual_seed(recipe.seed)
-    trained = recipe.kind == "target"
-    target, folder = catalog.target(
-        model,
-        torch.float32 if trained or accelerator.device.type == "cpu" else None,
-        accelerator.device,
-    )
+    frozen = recipe.kind != "target" and accelerator.device.type != "cpu"
+    dtype = None if frozen else torch.float32
+    target, folder = catalog.target(model, dtype, accelerator.device)
     assert isinstance(target, CausalTarget)
-    if corpus.manifest["vocab_size"] != target.info.vocab_size:
-        raise CorpusError(
-            f"{data} holds tokens of a vocabulary of {corpus.manifest['vocab_size']}, but {model} has {target.info.vocab_size}; "
-            f"make its corpus with:  specdiff data --model {model} --out DIR"
-        )
-    model_folder = generate.model_files(model)
-    if out.exists() and out.resolve() == model_folder.resolve():
-        raise UsageError(
-            f"--out {out} is the target's own folder, whose weights would be replaced; choose another --out"
-        )
+    _check_target(corpus, target, model, out)
     identity = generate.identity(model)
-    _compare(corpus, identity)
-    sources = {"corpus": corpus.digest, "target": identity["target_weights"]}
+    _warn_of_another_target(corpus, identity)
+    training, held_out = corpus.split(recipe.held_out)
     tokenizer = tokenizer_of(folder)
-    task = _task(
-        recipe, corpus, training, target, tokenizer, catalog.same_target(model), sources["target"]
-    )
-    evaluate = None
-    if not trained:
-        prompts = evaluation.held_out_prompts(corpus, held_out, recipe.eval_prompts)
-        ends = SpeculativeLM(target, "none", tokenizer, 2).end_ids
-        evaluate = partial(
-            evaluation.of_folder,
-            target=target,
-            prompts=prompts,
-            max_tokens=recipe.eval_tokens,
-            stop_ids=ends,
-        )
-
-    def describe() -> None:
-        model_card.write(
+    weights = identity["target_weights"]
+    task = _task(recipe, corpus, training, target, tokenizer, catalog.same_target(model), weights)
+    trainer = Trainer(
+        task,
+        recipe,
+        out,
+        accelerator,
+        training,
+        held_out,
+        sources={"corpus": corpus.digest, "target": weights},
+        evaluate=_evaluation(recipe, corpus, held_out, target, tokenizer),
+        describe=partial(
+            model_card.write,
             out,
             recipe,
             corpus,
@@ -109,31 +93,36 @@ def prepare(
             task.sizes(),
             base_model=catalog.hub_id(model),
             license=license,
-        )
-
-    trainer = Trainer(
-        task,
-        recipe,
-        out,
-        accelerator,
-        training,
-        held_out,
-        sources,
-        evaluate=lambda folder: evaluate(str(folder)) if evaluate else {},
-        describe=describe,
+        ),
         track=_tracker(log_to, out, recipe) if accelerator.is_main_process else None,
     )
-    return Plan(trainer, target, corpus)
+    return TrainingRun(trainer, target, corpus)
 
 
-def _compare(corpus: Corpus, identity: Mapping[str, str]) -> None:
-    """Warn of a corpus that another target wrote: possible, but rarely meant. Texts stored verbatim are nobody's."""
+def _check_target(corpus: Corpus, target: CausalTarget, model: str, out: Path) -> None:
+    size = corpus.manifest["vocab_size"]
+    if size != target.info.vocab_size:
+        raise CorpusError(
+            f"{corpus.folder} holds tokens of a vocabulary of {size}, but {model} has "
+            f"{target.info.vocab_size}; make its corpus with:  "
+            f"specdiff data --model {model} --out DIR"
+        )
+    if out.exists() and out.resolve() == generate.model_files(model).resolve():
+        raise UsageError(
+            f"--out {out} is the target's own folder, whose weights would be replaced; "
+            f"choose another --out"
+        )
+
+
+def _warn_of_another_target(corpus: Corpus, identity: Mapping[str, str]) -> None:
+    """Warn of a corpus that another target generated; verbatim texts have no such target."""
     about = corpus.manifest["about"]
     name = "target_weights" if "target_weights" in about else "target_sha256"
     if "temperatures" in about and about.get(name) != identity[name]:
         warnings.warn(
-            f"{corpus.folder} was written by {about.get('target')} ({name} {about.get(name)}), not by {identity['target']} "
-            f"({identity[name]}); a drafter learns most from its own target's text",
+            f"{corpus.folder} was written by {about.get('target')} ({name} {about.get(name)}), "
+            f"not by {identity['target']} ({identity[name]}); a drafter learns most from its own "
+            f"target's text",
             stacklevel=3,
         )
 
@@ -141,78 +130,92 @@ def _compare(corpus: Corpus, identity: Mapping[str, str]) -> None:
 def accelerator_for(recipe: Recipe, device: str) -> Accelerator:
     """One process, DDP or FSDP2, as accelerate's own configuration and launcher say."""
     cuda = torch.cuda.is_available() and device != "cpu"
-    bf16 = recipe.precision == "bf16" or (
-        recipe.precision == "auto" and cuda and torch.cuda.is_bf16_supported()
-    )
-    return Accelerator(
-        cpu=not cuda and device in ("auto", "cpu"), mixed_precision="bf16" if bf16 else "no"
+    bf16 = recipe.precision == "bf16"
+    if recipe.precision == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported()
+    cpu = not cuda and device in ("auto", "cpu")
+    return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+
+
+def _evaluation(
+    recipe: Recipe,
+    corpus: Corpus,
+    held_out: Sequence[int],
+    target: CausalTarget,
+    tokenizer: Any,
+) -> Callable[[Path], dict[str, Any]] | None:
+    """Acceptance of an exported drafter; None when the target itself is trained."""
+    if recipe.kind == "target":
+        return None
+    return partial(
+        evaluation.of_folder,
+        target=target,
+        prompts=evaluation.held_out_prompts(corpus, held_out, recipe.eval_prompts),
+        max_tokens=recipe.eval_tokens,
+        stop_ids=SpeculativeLM(target, "none", tokenizer, 2).end_ids,
     )
 
 
 def _task(
     recipe: Recipe,
     corpus: Corpus,
-    training: Sequence[int],
+    rows: Sequence[int],
     target: CausalTarget,
     tokenizer: Any,
     targets: list[str],
     target_weights: str,
-) -> Task:
+) -> Task[Any]:
     model = target.model
     if recipe.kind == "target":
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
+        model.requires_grad_(True)
         return TargetTask(recipe, corpus, model, tokenizer)
     model.requires_grad_(False)
-    teacher: Teacher | None = None
-    if recipe.objective == "distill":
-        if corpus.has_features:
-            corpus.check_features(target_weights)
-        teacher = PrecomputedTeacher(corpus) if corpus.has_features else OnlineTeacher(model)
-        if target.info.head is None:
-            raise UsageError(
-                f"{model.config.model_type} has no plain output matrix to learn from; train with --set objective=denoise"
-            )
+    teacher = _teacher(recipe, corpus, target, target_weights)
+    head = target.info.head
     about = {"targets": targets}
-    if recipe.kind == "sedd":
-        return SEDDTask(
-            recipe,
-            corpus,
-            initialize.sedd(recipe, corpus, training, model),
-            target.info.head,
-            teacher,
-            about,
+    if recipe.kind == "autoregressive":
+        small = initialize.autoregressive(recipe, corpus, rows, model)
+        return AutoregressiveTask(recipe, corpus, small, head, teacher, about)
+    network = initialize.sedd(recipe, corpus, rows, model)
+    if network.config.attention == "causal-context":
+        return CanvasTask(recipe, corpus, network, head, teacher, about)
+    return ScoreEntropyTask(recipe, corpus, network, head, teacher, about)
+
+
+def _teacher(
+    recipe: Recipe, corpus: Corpus, target: CausalTarget, target_weights: str
+) -> Teacher | None:
+    if recipe.objective != "distill":
+        return None
+    if corpus.has_features:
+        corpus.check_features(target_weights)
+    teacher = PrecomputedTeacher(corpus) if corpus.has_features else OnlineTeacher(target.model)
+    if target.info.head is None:
+        raise UsageError(
+            f"{target.model.config.model_type} has no plain output matrix to learn from; "
+            f"train with --set objective=denoise"
         )
-    return AutoregressiveTask(
-        recipe,
-        corpus,
-        initialize.autoregressive(recipe, corpus, training, model),
-        target.info.head,
-        teacher,
-        about,
-    )
+    return teacher
 
 
-def forecast(plan: Plan, steps: int = 3) -> dict[str, Any]:
-    """Sizes, memory and time of a run, from a few real steps, the first left out. Nothing is saved."""
-    trainer, times = plan.trainer, []
+def forecast(run: TrainingRun, steps: int = 3) -> dict[str, Any]:
+    """Sizes, memory and time of a run, from a few real steps after a first one. Saves nothing."""
+    trainer = run.trainer
     before = trainer.tokens
+    times = []
     for _ in range(steps + 1):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         trainer.one_step()
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - start)
     sizes = trainer.task.sizes()
-    copies = 4 + (
-        trainer.recipe.ema is not None
-    )  # weights, gradients, two moments, and the moving average
-    cuda = trainer.accelerator.device.type == "cuda"
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
+    # weights, gradients, two moments, and the moving average
+    copies = 4 + (trainer.recipe.ema is not None)
+    if trainer.accelerator.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return sizes | {
-        "corpus_tokens": plan.corpus.tokens,
+        "corpus_tokens": run.corpus.tokens,
         "tokens_per_step": (trainer.tokens - before) / len(times),
         "state_bytes": sizes["trained"] * 4 * copies,
         "peak_bytes": peak,
@@ -224,29 +227,34 @@ def forecast(plan: Plan, steps: int = 3) -> dict[str, Any]:
 def _tracker(
     name: str, out: Path, recipe: Recipe
 ) -> Callable[[dict[str, float], int], None] | None:
-    """A function that logs to tensorboard or trackio. Raises MissingExtraError if that is not installed."""
+    """A function that logs to tensorboard or trackio. Raises MissingExtraError if it is missing."""
     if name == "none":
         return None
     try:
-        if name == "tensorboard":
-            board: Any = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-                str(out / "training" / "tensorboard")
-            )
-
-            def to_tensorboard(values: dict[str, float], step: int) -> None:
-                for key, value in values.items():
-                    board.add_scalar(key, value, step)
-                board.flush()
-
-            return to_tensorboard
-        trackio: Any = importlib.import_module("trackio")
+        return _tensorboard(out) if name == "tensorboard" else _trackio(out, recipe)
     except ModuleNotFoundError as error:
         raise MissingExtraError(
             f"--log-to {name} needs {error.name}:  pip install {name}"
         ) from None
+
+
+def _tensorboard(out: Path) -> Callable[[dict[str, float], int], None]:
+    tensorboard: Any = importlib.import_module("torch.utils.tensorboard")
+    writer = tensorboard.SummaryWriter(str(out / "training" / "tensorboard"))
+
+    def log(values: dict[str, float], step: int) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return log
+
+
+def _trackio(out: Path, recipe: Recipe) -> Callable[[dict[str, float], int], None]:
+    trackio: Any = importlib.import_module("trackio")
     trackio.init(project="specdiff", name=out.name, config=recipe.model_dump())
 
-    def to_trackio(values: dict[str, float], step: int) -> None:
+    def log(values: dict[str, float], step: int) -> None:
         trackio.log(values, step=step)
 
-    return to_trackio
+    return log

@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a training run computes, checked before it starts. Unknown keys are refused."""
+"""Recipes: every setting that decides what a training run computes, checked before it starts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +17,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Recipe(BaseModel):
-    """One run. Sizes left null are the target's; docs/train-a-drafter.md says when to change what."""
+    """The settings of one run; unknown keys are refused.
+
+    Sizes left null are the target's; docs/train-a-drafter.md says when to change what.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["sedd", "autoregressive", "target"]
 
     # the network
-    init: str | None = (
-        None  # "target" (its first and last layers), a drafter's folder or hub id, or null: from scratch
-    )
+    # "target" (its first and last layers), a drafter's folder or hub id, or null: from scratch
+    init: str | None = None
     blocks: Count = 2
     hidden_size: Count | None = None
     heads: Count | None = None
@@ -37,28 +39,23 @@ class Recipe(BaseModel):
     time_conditioning: bool = False
     process: Literal["absorb", "uniform"] = "absorb"
     schedule: Literal["loglinear", "geometric"] = "loglinear"
-    length: Count = 1024  # most positions a bidirectional network sees
+    length: Count = 1024  # maximum positions of a bidirectional network
     dropout: Share = 0.0
 
     # what it learns
     objective: Literal["score_entropy", "denoise", "distill"] = "distill"
     divergence: str = "hybrid"  # distill only
-    truth_share: Share = (
-        0.0  # distill only: that share of the loss is cross-entropy on the corpus's own tokens
-    )
-    drafting_share: Share = (
-        1.0  # share of batches corrupted as drafting does it; the others at uniform t
-    )
-    draft_lens: tuple[Count, ...] = (2, 4, 4, 8)  # one of them per batch
+    truth_share: Share = 0.0  # distill only: share of cross-entropy on the corpus's own tokens
+    drafting_share: Share = 1.0  # share of batches corrupted as in drafting; the others: uniform t
+    draft_lens: tuple[Count, ...] = (2, 4, 4, 8)  # one of them is drawn per batch
     canvas_tokens: Count = 512  # drafted positions per row and batch (causal context)
-    revealed: Share = 0.15  # canvases with a revealed first part, as between left-to-right passes
+    revealed: Share = 0.15  # share of canvases with a revealed start, as between passes
     weights: str = "exponential"  # over the positions of a draft
     weight_scale: Annotated[float, Field(gt=0)] = 6.0
-    auxiliary: Annotated[float, Field(ge=0)] = (
-        0.5  # first weight of the context's own next-token loss; falls to 0 (causal context)
-    )
+    # initial weight of the context's own next-token loss; decays to 0 (causal context)
+    auxiliary: Annotated[float, Field(ge=0)] = 0.5
 
-    # how
+    # how it is optimized
     steps: Count = 3000
     rows: Count = 4  # per process and accumulated batch
     accumulation: Count = 1
@@ -70,9 +67,9 @@ class Recipe(BaseModel):
     clip: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on a GPU that has it
-    seed: Annotated[int, Field(ge=0, lt=1 << 23)] = 0  # the draws of all steps fit 63 bits with it
+    seed: Annotated[int, Field(ge=0, lt=1 << 23)] = 0  # keeps the keys of all draws in 63 bits
 
-    # what is kept and measured
+    # what is saved and measured
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
     draft_len: Count = 4  # what the finished drafter proposes per round
     save_dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -83,43 +80,49 @@ class Recipe(BaseModel):
     log_every: Count = 10
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _names_exist(self) -> Self:
         if self.divergence not in DIVERGENCES:
             raise ValueError(
                 f"divergence {self.divergence!r} is unknown; known are {', '.join(DIVERGENCES)}"
             )
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights {self.weights!r} is unknown; known are {', '.join(WEIGHTS)}")
+        if not self.draft_lens:
+            raise ValueError("draft_lens must name at least one draft length")
+        return self
+
+    @model_validator(mode="after")
+    def _network_fits_objective(self) -> Self:
+        scores = self.objective == "score_entropy"
         if self.kind == "sedd" and self.attention == "causal-context":
-            if self.objective == "score_entropy" or self.drafting_share < 1:
+            if scores or self.drafting_share < 1:
                 raise ValueError(
                     "score_entropy and uniform t (drafting_share < 1) need attention: bidirectional"
                 )
             if self.time_conditioning or self.process == "uniform":
                 raise ValueError(
-                    "a causal context is cached, so it needs time_conditioning: false and process: absorb"
+                    "a causal context is cached, so it needs time_conditioning: false "
+                    "and process: absorb"
                 )
-        if self.process == "uniform" and (
-            self.objective != "score_entropy" or self.drafting_share > 0
-        ):
+        if self.process == "uniform" and (not scores or self.drafting_share > 0):
             raise ValueError(
-                "the uniform process has no MASK: it needs objective: score_entropy and drafting_share: 0"
+                "the uniform process has no MASK: it needs objective: score_entropy "
+                "and drafting_share: 0"
             )
-        if self.objective == "score_entropy" and self.draft_vocab is not None:
-            raise ValueError("score_entropy compares whole laws: it needs draft_vocab: null")
-        if self.kind != "sedd" and self.objective == "score_entropy":
+        if scores and self.draft_vocab is not None:
+            raise ValueError("score_entropy needs the whole vocabulary: draft_vocab: null")
+        if scores and self.kind != "sedd":
             raise ValueError(
-                f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise (cross-entropy) or distill"
+                f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise "
+                f"(cross-entropy) or distill"
             )
         if self.kind == "target" and self.objective != "denoise":
             raise ValueError("kind: target learns its data set: objective: denoise (cross-entropy)")
-        if not self.draft_lens:
-            raise ValueError("draft_lens must name at least one draft length")
         return self
 
 
 def names() -> list[str]:
-    """The recipes that come with the package."""
+    """The recipes packaged with specdiff."""
     return sorted(p.stem for p in RECIPES.glob("*.yaml"))
 
 
@@ -138,8 +141,8 @@ def load(source: str, changes: Sequence[str] = ()) -> Recipe:
     if not isinstance(data, dict):
         raise UsageError(f"{path} must hold key: value lines, not a {type(data).__name__}")
     for change in changes:
-        key, given, value = change.partition("=")
-        if not given:
+        key, separator, value = change.partition("=")
+        if not separator:
             raise UsageError(f"--set takes key=value, not {change!r}")
         try:
             data[key.strip()] = yaml.safe_load(value)
@@ -159,9 +162,9 @@ def checked(data: dict[str, Any], where: str) -> Recipe:
             raise UsageError(
                 f"{where}: unknown key {key!r}; known are {', '.join(Recipe.model_fields)}"
             ) from None
-        told = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
         value = f"{key} = {_at(data, first['loc'])!r}: " if key else ""
-        raise UsageError(f"{where}: {value}{told}") from None
+        raise UsageError(f"{where}: {value}{message}") from None
 
 
 def _at(data: Any, location: Sequence[Any]) -> Any:

@@ -1,0 +1,80 @@
+"""Training a SEDD drafter with a causal context: many canvases per row in one pass.
+
+Shapes: B rows, L tokens, N canvases a row, G tokens a canvas, T = L + N G, H width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from specdiff.nn.ddit import SEDD
+from specdiff.training import canvases, objectives
+from specdiff.training.batches import CanvasBatch, RowBatch
+from specdiff.training.canvases import Canvases
+from specdiff.training.task import DrafterTask, Metrics, mean, weighted_mean
+
+
+class CanvasTask(DrafterTask[CanvasBatch]):
+    """Losses of the hidden canvas positions; the clean ones add a next-token loss that fades."""
+
+    network: SEDD
+
+    def prepare(self, rows: Sequence[int], generator: torch.Generator) -> CanvasBatch:
+        recipe = self.recipe
+        batch = self.row_batch_with_states(rows)
+        draft_len = canvases.pick_draft_len(recipe.draft_lens, generator)
+        count = max(1, recipe.canvas_tokens // draft_len)
+        anchors = canvases.pick_anchors(batch.lengths, batch.prompts, count, generator)
+        revealed = canvases.pick_revealed(anchors.shape, draft_len, recipe.revealed, generator)
+        return CanvasBatch(batch, anchors, revealed, draft_len)
+
+    def forward(self, batch: CanvasBatch, progress: float) -> tuple[Tensor, Metrics]:
+        layout, states = self.states(batch)
+        B, L = batch.rows.ids.shape
+        counted = layout.hidden & layout.inside
+        row = torch.arange(B, device=counted.device)[:, None, None].expand_as(counted)[counted]
+        logits = self.network.logits(states[:, L:].view(*layout.slot.shape, -1)[counted])
+        losses = self.token_losses(logits, batch.rows, row, layout.slot[counted])
+        # revealed positions count as accepted
+        q = torch.where(layout.inside, 1.0, 0.0).masked_scatter(counted, losses.q)
+        weight = objectives.WEIGHTS[self.recipe.weights](q, self.recipe.weight_scale)
+        loss = weighted_mean(losses.loss, weight[counted])
+        whole = layout.hidden[..., 0] & layout.inside[..., -1]  # nothing revealed, no padding
+        metrics = {
+            "q1": mean(q[..., 0][whole]),
+            "expected_tau": 1 + mean(objectives.expected_accepted(q)[whole]),
+        }
+        auxiliary = self.recipe.auxiliary * (1 - progress)
+        if auxiliary > 0:
+            loss = loss + auxiliary * self._next_token(states[:, :L], batch.rows)
+        return loss, metrics
+
+    def states(self, batch: CanvasBatch) -> tuple[Canvases, Float[Tensor, "B T H"]]:
+        """The layout of a pass, and the network's states at all of its positions."""
+        rows = batch.rows
+        config = self.network.config
+        layout = canvases.lay_out(
+            rows.ids,
+            rows.lengths,
+            batch.anchors,
+            batch.revealed,
+            batch.draft_len,
+            config.context_window,
+            config.tokens,
+        )
+        sigma = torch.zeros(len(rows.ids), device=rows.ids.device)
+        states = self.network.hidden(
+            layout.ids, sigma, mask=layout.mask, positions=layout.positions
+        )
+        return layout, states
+
+    def _next_token(self, states: Float[Tensor, "B L H"], batch: RowBatch) -> Float[Tensor, ""]:
+        """Clean positions predict their successor, which builds the features that canvases read."""
+        ids = batch.ids
+        following = torch.full_like(ids, -1)
+        following[:, :-1] = self.columns[ids[:, 1:]]
+        inside = torch.arange(ids.shape[1], device=ids.device) < batch.lengths[:, None] - 1
+        counted = inside & (following >= 0)
+        return mean(objectives.denoise(self.network.logits(states[counted]), following[counted]))
