@@ -163,7 +163,7 @@ def _is_sedd(config: Mapping[str, Any]) -> bool:
     """Our drafters say so; the authors' checkpoints have no model_type, MDLM's are of the same network."""
     from specdiff.nn import mdlm
 
-    return mdlm.recognised(config) or bool(
+    return mdlm.recognized(config) or bool(
         config.get("model_type", "sedd" if "graph" in config and "noise" in config else None)
         == "sedd"
     )

@@ -65,7 +65,7 @@ def law(family: str, sampler: str, passes: int) -> Tensor:
         s = torch.where(
             live[:, None, None], s, 1.0
         )  # canvases that cannot be: two tokens of a pair the data lacks
-        probs = reverse._law(process, schedule, s, canvases, now[None], then, sampler, None)
+        probs = reverse._next(process, schedule, s, canvases, now[None], then, sampler, None)
         step = probs[:, 0, :, None] * probs[:, 1, None, :]
         reached = (reached.flatten()[:, None, None] * step).sum(0)
     return reached

@@ -102,13 +102,13 @@ def test_a_folder_is_a_drafter(folder: Path, options: dict[str, Any]) -> None:
     assert bool(rounds[-1].batch.done.all())
 
 
-def test_a_config_without_model_type_is_recognised_by_its_fields_and_relatives_are_not(
+def test_a_config_without_model_type_is_recognized_by_its_fields_and_relatives_are_not(
     folder: Path,
 ) -> None:
     edit(folder, model_type=...)
     assert SEDD.from_pretrained(folder).config.tokens == tiny.VOCAB
     for relative in ("udlm", "bd3lm"):
-        assert not mdlm.recognised(FLAT | {"model_type": relative})
+        assert not mdlm.recognized(FLAT | {"model_type": relative})
     edit(folder, model_type="udlm")
     with pytest.raises(
         ConfigError, match="no drafter format with model_type 'udlm' is known; known are sedd, mdlm"
