@@ -86,7 +86,7 @@ def target(
 ) -> tuple[Target[Any], Path | str]:
     """The target a spec names, self-tested, and the folder its tokenizer is in. `options`: see `specdiff.load`."""
     folder = model_folder(spec)
-    from specdiff.models.ragged import load_model
+    from specdiff.models.loading import load_model
     from specdiff.targets.causal import attached
 
     try:

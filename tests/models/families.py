@@ -210,8 +210,13 @@ def _plain(model_type: str, **changes: Any) -> Callable[[], Any]:
 
 
 PHIMOE = {"short_mscale": 1.2, "long_mscale": 1.4}
-DISTANCE, STATE, NOTHING, APART = "alibi", "a state", "no keys and values", "apart from its answer"
-LAYERS, ROPE, PADDED = "layers of type", "rotary embeddings of type", "its padding"
+DISTANCE = "alibi"
+STATE = "a state"
+NO_CACHE = "no key/value cache"
+APART = "separately from its answer"
+LAYERS = "layers of type"
+ROPE = "rotary embeddings of type"
+PADDED = "its padding"
 REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be told
     (Family("BLOOM", "bigscience/bloom-560m", _plain("bloom")), DISTANCE),
     (Family("MPT", "mosaicml/mpt-7b", _plain("mpt")), DISTANCE),
@@ -230,9 +235,9 @@ REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be 
     (Family("Qwen3-Next", "Qwen/Qwen3-Next-80B-A3B-Instruct", _plain("qwen3_next")), LAYERS),
     (Family("MiniMax", "MiniMaxAI/MiniMax-Text-01-hf", _plain("minimax")), LAYERS),
     (Family("Llama 4", "meta-llama/Llama-4-Scout-17B-16E", _plain("llama4_text")), LAYERS),
-    (Family("GPT", "openai-community/openai-gpt", _plain("openai-gpt")), NOTHING),
-    (Family("XLNet", "xlnet/xlnet-base-cased", _plain("xlnet")), NOTHING),
-    (Family("Reformer", "google/reformer-enwik8", _plain("reformer")), NOTHING),
+    (Family("GPT", "openai-community/openai-gpt", _plain("openai-gpt")), NO_CACHE),
+    (Family("XLNet", "xlnet/xlnet-base-cased", _plain("xlnet")), NO_CACHE),
+    (Family("Reformer", "google/reformer-enwik8", _plain("reformer")), NO_CACHE),
     (
         Family(
             "Phi-3.5-MoE",
@@ -257,7 +262,7 @@ REFUSED: list[tuple[Family, str]] = [  # with a word of the reason that must be 
 def page() -> str:
     """docs/supported-models.md."""
     from specdiff.errors import UnsupportedModelError
-    from specdiff.models.sight import refuse
+    from specdiff.models.refusals import refuse
 
     def why(family: Family | Rope) -> str:
         try:

@@ -27,8 +27,8 @@ import tiny
 from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
+from specdiff.models.refusals import SERVED_ROPE, refuse
 from specdiff.models.self_test import LENGTH, self_test
-from specdiff.models.sight import SERVED_ROPE, refuse
 from specdiff.targets.causal import CausalTarget
 
 NEW = 16
@@ -43,7 +43,7 @@ def test_a_supported_family_is_exact(family: Family) -> None:
     """Prompts and continuations of several windows, rows of different length, one token or more rejected in nearly every round."""
     plain = model(family)
     target = CausalTarget(tiny.copy_of(plain))
-    assert target.ragged.sight.window == family.window
+    assert target.ragged.masks.window == family.window
     prompts = [p * 2 for p in tiny.prompts(2, VOCAB)] + [
         torch.randint(VOCAB, (19,), generator=torch.Generator().manual_seed(1)).tolist()
     ]
@@ -120,7 +120,7 @@ def test_the_self_test_sees_a_wrong_window_of_any_size(
 ) -> None:
     target = CausalTarget(wide(family))
     assert target.error < 1e-5
-    assert target.ragged.sight.window == 4 * LENGTH  # the narrow one is gone again
+    assert target.ragged.masks.window == 4 * LENGTH  # the narrow one is gone again
     for wrong in (lambda window: None, lambda window: window + 1, lambda window: window - 1):
         with monkeypatch.context() as patch:
             right = masks.causal
@@ -136,26 +136,26 @@ def test_the_self_test_sees_a_wrong_window_of_any_size(
 def test_the_self_test_sees_windows_in_the_wrong_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     family = next(f for f in SLIDING if f.name == "Gemma 3")
     target = CausalTarget(wide(family))
-    sight = target.ragged.sight
-    real = sight.looking
+    builder = target.ragged.masks
+    real = builder.applied
 
     def turned(*arguments: Any) -> AbstractContextManager[Any]:
-        looking = real(*arguments)
+        context = real(*arguments)
 
         class Swapped:
             def __enter__(self) -> Any:
-                mask = looking.__enter__()
+                mask = context.__enter__()
                 return {
                     "full_attention": mask["sliding_attention"],
                     "sliding_attention": mask["full_attention"],
                 }
 
-            def __exit__(self, *told: Any) -> Any:
-                return looking.__exit__(*told)
+            def __exit__(self, *error: Any) -> Any:
+                return context.__exit__(*error)
 
         return Swapped()
 
-    monkeypatch.setattr(sight, "looking", turned)
+    monkeypatch.setattr(builder, "applied", turned)
     with pytest.raises(UnsupportedModelError, match="self-test"):
         self_test(target.ragged)
 

@@ -20,7 +20,7 @@ from specdiff.errors import (
     WeightsError,
 )
 from specdiff.models import gguf
-from specdiff.models.ragged import load_model
+from specdiff.models.loading import load_model
 
 IDS = torch.randint(3, ggufs.VOCAB, (1, 60), generator=torch.Generator().manual_seed(1))
 
