@@ -1,4 +1,4 @@
-"""The uniform process against its definition: slow loops, matrix exponentials, Bayes, and float32 at a real vocabulary."""
+"""The uniform process against its definition: loops, matrix exponentials, Bayes, real sizes."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_staggered_score_is_the_inverse_exponential_applied(delta: float) -> Non
 
 
 def test_an_analytic_step_of_the_true_score_is_the_exact_posterior() -> None:
-    """Bayes: p(y earlier | x now) = p(y earlier) p(x now | y) / p(x now), for any law of the data."""
+    """Bayes: p(y earlier | x now) = p(y earlier) p(x now | y) / p(x now), for any data."""
     data = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
     now, earlier = (
         torch.matrix_exp(1.1 * rate_matrix()) @ data,
@@ -133,7 +133,10 @@ def test_gradient_of_score_entropy() -> None:
 @pytest.mark.parametrize("near", [True, False], ids=["near the truth", "anywhere"])
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.1, 5.0, 20.0])
 def test_score_entropy_in_float32_at_a_real_vocabulary(sigma: float, near: bool) -> None:
-    """Against sums of exact float64 terms; the authors' way to the ratio is NaN or off by its whole size at low noise."""
+    """Against sums of exact float64 terms.
+
+    At low noise the authors' formula for the ratio is NaN, or off by its whole size.
+    """
     process, x, x0 = Uniform(50257), torch.tensor([[7, 7]]), torch.tensor([[7, 50256]])
     odds = 1 + process.tokens / math.expm1(torch.tensor(sigma).item())
     ratios = torch.ones(1, 2, process.tokens, dtype=torch.float64)
@@ -165,7 +168,7 @@ def test_transition_in_float32_at_a_real_vocabulary(sigma: float) -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
 def test_corruption_follows_the_transition(sigma: float) -> None:
-    """A fine grid of uniforms stands for the unit interval: the shares are the transition's, to the grid's step."""
+    """Over a fine grid of uniforms the shares are the transition's, to the grid's step."""
     n = 20_000
     u = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[None]
     out = PROCESS.corrupt(torch.full((1, n), 2), double(sigma), u)
