@@ -31,7 +31,7 @@ import specdiff
 import tiny
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.errors import UsageError
-from specdiff.hf import custom_generate
+from specdiff.hf import custom_generate, inputs
 from specdiff.noise import Noise
 from specdiff.targets.causal import attached
 from specdiff.types import Context, Draft
@@ -653,12 +653,12 @@ def test_text_alone_for_a_model_that_sees() -> None:
 
 @pytest.mark.parametrize("value", [{}, (), [], (None, None), {"a": None, "b": {}}])
 def test_empty_model_inputs_are_nothing(value: Any) -> None:
-    assert custom_generate._empty(value)
+    assert inputs.is_empty(value)
 
 
 @pytest.mark.parametrize("value", [0, False, "", torch.zeros(0), [0], {"a": 1}])
 def test_other_model_inputs_are_something(value: Any) -> None:
-    assert not custom_generate._empty(value) or value == ""
+    assert not inputs.is_empty(value) or value == ""
 
 
 TYPES: dict[str, tuple[dict[str, Any], str]] = {

@@ -12,7 +12,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,12 +27,13 @@ from transformers import (
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from specdiff import catalog, decode
 from specdiff.controller import draft_length
 from specdiff.drafters.base import Drafter, NoDrafter
-from specdiff.errors import UnsupportedModelError, UsageError
+from specdiff.errors import UsageError
+from specdiff.hf.inputs import check_types, refuse, unpadded
 from specdiff.hf.output import OutputWriter, StopRules
 from specdiff.hf.params_drafter import ParamsDrafter
 from specdiff.hf.processed_target import ProcessedTarget
@@ -43,11 +44,6 @@ from specdiff.targets.causal import CausalTarget, attached
 from specdiff.types import Batch, Params, Round, SamplingParams
 from specdiff.verify import verifier as verifier_named
 
-PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# model inputs that transformers prepares for its own loop; others would change the logits
-PREPARED = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-)
 COLDEST = 1e-30  # logits divided by less overflow: only the argmax remains
 # ranges of SamplingParams
 HINTS: dict[str, tuple[float, float]] = {"repetition_penalty": (1e-6, 1e6)}
@@ -110,8 +106,8 @@ def custom_generate(
     or embeddings as input, processors with a memory, padding that is not on the left), and
     UnsupportedModelError for a model that fails the self-test.
     """
-    _refuse(model, generation_config, model_kwargs)
-    _check(drafter, drafter_options, verifier, stats)
+    refuse(model, generation_config, model_kwargs)
+    check_types(drafter, drafter_options, verifier, stats)
     target = attached(model)
     if input_ids.device != target.info.device:
         raise UsageError(
@@ -120,7 +116,7 @@ def custom_generate(
         )
     pad = generation_config._pad_token_tensor
     rules = StopRules(stopping_criteria, input_ids, 0 if pad is None else int(pad))
-    prompts = _prompts(input_ids, model_kwargs)
+    prompts = unpadded(input_ids, model_kwargs)
     reach = max(map(len, prompts)) + rules.max_new
     if reach > target.info.max_positions:
         raise UsageError(
@@ -157,19 +153,6 @@ def custom_generate(
     return writer.output(run.batch) if detailed else writer.finish(run.batch)
 
 
-def _check(drafter: Any, options: Any, verifier: Any, stats: Any) -> None:
-    """Raises UsageError for an argument of a wrong type."""
-    if not isinstance(drafter, (str, os.PathLike, Drafter)):
-        kinds = "a name, a folder or a specdiff.Drafter"
-        raise UsageError(f"drafter must be {kinds}, not {drafter!r}; 'none' decodes plainly")
-    if options is not None and not isinstance(options, Mapping):
-        raise UsageError(f"drafter_options must be a mapping of keyword arguments, not {options!r}")
-    if not isinstance(verifier, str):
-        raise UsageError(f"verifier must be a name, not {verifier!r}")
-    if stats is not None and not isinstance(stats, Stats):
-        raise UsageError(f"stats must be a specdiff.Stats, not {stats!r}")
-
-
 def _streamer(
     text_streamer: BaseStreamer | None,
     prompts: Int[Tensor, "B P"],
@@ -191,82 +174,6 @@ def _streamer(
     put: Any = text_streamer.put  # untyped in transformers
     put(prompts.cpu())
     return text_streamer
-
-
-def _refuse(
-    model: PreTrainedModel, config: GenerationConfig, model_kwargs: Mapping[str, Any]
-) -> None:
-    """Raises an error if the answer could differ from that of plain `generate`."""
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"a {model.config.model_type} model encodes its prompt separately from its answer, "
-            "which cannot be drafted for"
-        )
-    mode = config.get_generation_mode()
-    if mode not in PLAIN:
-        raise UsageError(
-            "custom_generate=specdiff.custom_generate does greedy search and sampling, not "
-            f"{mode.value}; leave out the option that asks for it (num_beams, penalty_alpha, "
-            "prompt_lookup_num_tokens, ...), or custom_generate"
-        )
-    if model.training:
-        raise UsageError(
-            "the model is in training mode, where dropout changes its distribution at every pass; "
-            "call model.eval() first"
-        )
-    inner = [
-        name for name in ("output_attentions", "output_hidden_states") if getattr(config, name)
-    ]
-    if inner:
-        raise UsageError(
-            f"{inner[0]} cannot be given: positions are scored several at a time; leave it out, "
-            "or custom_generate"
-        )
-    cache = model_kwargs.get("past_key_values")
-    # transformers' mark of a cache that the user passed
-    if cache is not None and "_is_user_defined" in vars(cache):
-        raise UsageError(
-            "past_key_values cannot be continued; leave it out, "
-            "and give the whole text as input_ids"
-        )
-    unknown = sorted(
-        name for name, value in model_kwargs.items() if name not in PREPARED and not _empty(value)
-    )
-    if unknown:
-        raise UsageError(
-            f"{unknown[0]} as model input is not supported: drafts are token ids alone; "
-            "leave it out, or custom_generate"
-        )
-
-
-def _empty(value: Any) -> bool:
-    """None, or a collection of nothing else, as transformers prepares for absent images, say."""
-    if isinstance(value, Mapping):
-        return all(_empty(part) for part in value.values())
-    return value is None or (isinstance(value, Sequence) and all(_empty(part) for part in value))
-
-
-def _prompts(input_ids: Int[Tensor, "B P"], model_kwargs: Mapping[str, Any]) -> list[list[int]]:
-    """The rows without their padding.
-
-    Raises UsageError if padding is not on the left, or positions are not counted from its end.
-    """
-    mask = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if mask is None else mask.long()
-    holes = bool((mask[:, -1:] != 1).any()) or bool((mask.diff(dim=1) < 0).any())
-    if not input_ids.shape[1] or holes:
-        raise UsageError(
-            "attention_mask must be zeros, then ones up to the end of each row; tokenize with "
-            "padding_side='left', and give the mask (without one, transformers takes every pad "
-            "token for padding, inside a text too)"
-        )
-    positions = model_kwargs.get("position_ids")
-    default = (mask.cumsum(1) - 1) * mask
-    if positions is not None and (
-        positions.shape[-1] != mask.shape[1] or bool((positions * mask != default).any())
-    ):
-        raise UsageError("position_ids must count the attended tokens from 0; leave them out")
-    return [row[-int(n) :].tolist() for row, n in zip(input_ids, mask.sum(1), strict=True)]
 
 
 def _drafter(
@@ -293,9 +200,12 @@ def _drafter(
             return cache[key]
     built = catalog.drafter(spec, target.info, options)
     if spec == "auto" and isinstance(built, NoDrafter):
-        plainly = "decoding plainly; drafter='ngram' needs no training"
-        message = f"no drafter was trained for {target.info.name!r}: {plainly}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"no drafter was trained for {target.info.name!r}: decoding without drafts; "
+            "drafter='ngram' needs no training",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     with LOCK:
         built = cache.setdefault(key, built)
         cache.move_to_end(key)
