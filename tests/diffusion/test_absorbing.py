@@ -74,9 +74,8 @@ def test_score_entropy_against_a_slow_version() -> None:
 def test_score_entropy_is_zero_at_the_true_ratio_and_has_no_gradient_there() -> None:
     sigma = torch.tensor([[0.7]], dtype=torch.float64)
     point = torch.full((1, 1, TOKENS + 1), -40.0, dtype=torch.float64)
-    point[0, 0, 2] = -math.log(
-        math.expm1(0.7)
-    )  # the score of a known x0: p(x0)/p(MASK) = 1/(e^sigma - 1)
+    # the score of a known x0: p(x0)/p(MASK) = 1/(e^sigma - 1)
+    point[0, 0, 2] = -math.log(math.expm1(0.7))
     point.requires_grad_()
     loss = PROCESS.score_entropy(point, sigma, torch.tensor([[MASK]]), torch.tensor([[2]]))
     loss.sum().backward()

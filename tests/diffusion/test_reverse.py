@@ -17,9 +17,10 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 
 TOKENS = 3
+# two tokens that hang together
 DATA = torch.tensor(
     [[0.30, 0.02, 0.05], [0.03, 0.20, 0.02], [0.01, 0.12, 0.25]], dtype=torch.float64
-)  # two tokens that hang together
+)
 FAMILIES: dict[str, tuple[Process, Schedule]] = {
     "absorbing": (Absorbing(TOKENS), Loglinear(1e-5)),
     "absorbing geometric": (Absorbing(TOKENS), Geometric(1e-4, 12.0)),
@@ -40,9 +41,8 @@ def noised(process: Process, sigma: Tensor) -> Tensor:
 def exact_log_score(process: Process) -> reverse.LogScore:
     def log_score(ids: Tensor, sigma: Tensor) -> Tensor:
         p = noised(process, sigma[0].double())
-        row = torch.stack(
-            [p[:, ids[:, 1]].T, p[ids[:, 0]]], dim=1
-        )  # each position changed, the other held
+        # each position changed, the other held
+        row = torch.stack([p[:, ids[:, 1]].T, p[ids[:, 0]]], dim=1)
         return (row / p[ids[:, 0], ids[:, 1]][:, None, None]).log()
 
     return log_score
@@ -63,9 +63,8 @@ def law(family: str, sampler: str, passes: int) -> Tensor:
         then = times[i + 1][None] if i + 1 < passes else None
         s = score(canvases, schedule.total(now[None])).exp()
         live = noised(process, schedule.total(now)).flatten() > 0
-        s = torch.where(
-            live[:, None, None], s, 1.0
-        )  # canvases that cannot be: two tokens of a pair the data lacks
+        # canvases that cannot be: two tokens of a pair the data lacks
+        s = torch.where(live[:, None, None], s, 1.0)
         probs = reverse._next(process, schedule, s, canvases, now[None], then, sampler, None)
         step = probs[:, 0, :, None] * probs[:, 1, None, :]
         reached = (reached.flatten()[:, None, None] * step).sum(0)
@@ -149,9 +148,8 @@ def test_steps_at_a_real_vocabulary(process: Process, sigma: float) -> None:
         x,
         torch.tensor([[sigma]], dtype=torch.float64),
     )
-    assert (
-        settled[..., 77].min().item() > 0.98
-    )  # a known x0, found again from its own score, up to float32's 1e-7 of each of 50k ratios
+    # a known x0, found again from its own score, up to float32's 1e-7 of each of 50k ratios
+    assert settled[..., 77].min().item() > 0.98
 
 
 def slow_analytic(process: Process, score: Tensor, x: Tensor, d: float) -> Tensor:

@@ -111,9 +111,8 @@ def test_score_entropy_is_zero_at_the_true_ratio_and_positive_elsewhere(sigma: f
     truth = true_ratios(sigma, X, X0).log().requires_grad_()
     loss = PROCESS.score_entropy(truth, double(sigma), X, X0)
     loss.sum().backward()
-    assert (
-        loss.abs().max() < 1e-11 and truth.grad is not None and truth.grad.abs().max() < 1e-8
-    )  # the error of matrix_exp
+    # the error of matrix_exp
+    assert loss.abs().max() < 1e-11 and truth.grad is not None and truth.grad.abs().max() < 1e-8
     for seed in range(5):
         away = truth.detach() + 0.1 * torch.randn(
             1, 4, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -183,11 +182,12 @@ def test_corruption_gives_every_token_of_a_real_vocabulary_the_same_share(sigma:
     threshold = -math.expm1(-torch.tensor(sigma).item())
     tokens = torch.arange(process.tokens, dtype=torch.float64)
     x0 = torch.full((1, process.tokens), 7)
+    # token j owns [j, j + 1) / V of the threshold, nearly to both ends
     for place in (
         1e-4,
         0.5,
         1 - 1e-4,
-    ):  # token j owns [j, j + 1) / V of the threshold, nearly to both ends
+    ):
         got = process.corrupt(
             x0, torch.tensor([[sigma]]), threshold * ((tokens + place) / process.tokens)[None]
         )

@@ -159,10 +159,11 @@ def test_processors_count_the_draft_above_them(setting: str) -> None:
         "do_sample": False,
     } | SETTINGS[setting]
     want = theirs(net, **options)
+    # the first matters to one-token prompts alone
     if setting not in (
         "forced beginning",
         "minimal length",
-    ):  # the first matters to one-token prompts alone
+    ):
         assert not torch.equal(
             want, theirs(net, **padded(rows), max_new_tokens=NEW, do_sample=False)
         )

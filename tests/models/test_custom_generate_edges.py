@@ -709,9 +709,8 @@ def test_few_drafters_are_kept() -> None:
     assert custom_generate._drafter(target, "ngram", {"longest": 1}) is first
     for longest in range(2, 30):
         custom_generate._drafter(target, "ngram", {"longest": longest})
-        assert (
-            custom_generate._drafter(target, "ngram", {"longest": 1}) is first
-        )  # used again and again
+        # used again and again
+        assert custom_generate._drafter(target, "ngram", {"longest": 1}) is first
     assert len(custom_generate.DRAFTERS[target]) == custom_generate.MOST_DRAFTERS
     assert custom_generate._drafter(target, "ngram", {"longest": 2}) is not None
 

@@ -441,9 +441,8 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     ) as caught:
         folder = gguf.converted(path)
     assert len(caught) == 1
-    assert (
-        gguf.converted(path) == folder
-    )  # the same one for as long as the process runs, and no second warning
+    # the same one for as long as the process runs, and no second warning
+    assert gguf.converted(path) == folder
     assert torch.equal(logits(rebuilt(path)), logits(ggufs.model("llama")))
 
 

@@ -141,11 +141,12 @@ def test_rows_continue_from_their_prefixes(family: str, monkeypatch: pytest.Monk
         [row[:n] for row, n in zip(ids, sizes, strict=True)],
         torch.zeros(4, dtype=torch.long),
     )
+    # all rejected
     target.score(
         cache,
         tiny.batch_of([row[:n].tolist() for row, n in zip(ids, sizes, strict=True)]),
         Draft(ids[:, :3]),
-    )  # all rejected
+    )
     joined = ids.clone()
     joined[0, 30:], joined[3], joined[2, 4:] = 7, 11, 5
     prompts = [joined[row, :n] for row, n in zip(rows, (31, 30, 20), strict=True)]

@@ -111,9 +111,8 @@ def test_agrees_with_the_reference(process: str) -> None:
     ids = torch.randint(config.vocab_size, (4, 11), generator=torch.Generator().manual_seed(1))
     if absorb:
         ids[:, ::3] = config.mask_id
-    sigma = torch.tensor(
-        [1e-3, 0.3, 2.0, -math.log(1e-3)]
-    )  # both sides of expm1's 0.5; the last is t = 1
+    # both sides of expm1's 0.5; the last is t = 1
+    sigma = torch.tensor([1e-3, 0.3, 2.0, -math.log(1e-3)])
     with torch.no_grad():
         got = network(ids, sigma)
     assert got.dtype == torch.float32
@@ -307,9 +306,8 @@ def test_passes_over_a_cache_equal_one_banded_pass() -> None:
             torch.testing.assert_close(
                 states, full.gather(1, at[..., None].expand(-1, -1, tiny.WIDTH)), rtol=0, atol=1e-5
             )
-            read = read + torch.tensor(
-                advance
-            )  # not all that was written is kept: the rest is overwritten
+            # not all that was written is kept: the rest is overwritten
+            read = read + torch.tensor(advance)
 
 
 def borrowed(**changes: Any) -> tuple[SEDD, Tensor, Tensor]:

@@ -62,9 +62,8 @@ def test_it_is_the_network_it_was_written_from(folder: Path) -> None:
     with torch.no_grad():
         raw = loaded.logits(loaded.hidden(ids, sigma))
         assert torch.equal(raw, network().logits(network().hidden(ids, sigma)))
-        assert torch.equal(
-            raw, loaded.logits(loaded.hidden(ids, 3 * sigma))
-        )  # time_conditioning false: sigma is 0
+        # time_conditioning false: sigma is 0
+        assert torch.equal(raw, loaded.logits(loaded.hidden(ids, 3 * sigma)))
     assert raw.shape[-1] == tiny.VOCAB + 1 and (raw.gather(-1, ids[..., None]) != 0).all()
 
 
