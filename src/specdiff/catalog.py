@@ -91,7 +91,7 @@ def target(
     `options` are those of `specdiff.load`.
     """
     folder = model_folder(spec)
-    from specdiff.models.ragged import load_model
+    from specdiff.models.loading import load_model
     from specdiff.targets.causal import attached
 
     try:
@@ -169,7 +169,7 @@ def _is_sedd(config: Mapping[str, Any]) -> bool:
     """By model_type; the authors' checkpoints have none, and MDLM's are of the same network."""
     from specdiff.nn import mdlm
 
-    if mdlm.recognised(config):
+    if mdlm.recognized(config):
         return True
     if "model_type" in config:
         return bool(config["model_type"] == "sedd")

@@ -1,4 +1,4 @@
-"""The absorbing process against its definition: slow loops, matrix exponentials, and the identities of SEDD."""
+"""The absorbing process against its definition: loops, matrix exponentials, SEDD's identities."""
 
 import math
 
@@ -74,9 +74,8 @@ def test_score_entropy_against_a_slow_version() -> None:
 def test_score_entropy_is_zero_at_the_true_ratio_and_has_no_gradient_there() -> None:
     sigma = torch.tensor([[0.7]], dtype=torch.float64)
     point = torch.full((1, 1, TOKENS + 1), -40.0, dtype=torch.float64)
-    point[0, 0, 2] = -math.log(
-        math.expm1(0.7)
-    )  # the score of a known x0: p(x0)/p(MASK) = 1/(e^sigma - 1)
+    # the score of a known x0: p(x0)/p(MASK) = 1/(e^sigma - 1)
+    point[0, 0, 2] = -math.log(math.expm1(0.7))
     point.requires_grad_()
     loss = PROCESS.score_entropy(point, sigma, torch.tensor([[MASK]]), torch.tensor([[2]]))
     loss.sum().backward()
@@ -85,7 +84,10 @@ def test_score_entropy_is_zero_at_the_true_ratio_and_has_no_gradient_there() -> 
 
 
 def test_weighted_score_entropy_is_cross_entropy_over_t_up_to_a_constant() -> None:
-    """With s = p/(e^sigma - 1), sigma' SE = CE sigma'/(e^sigma - 1) + const, which is CE/t for the loglinear schedule."""
+    """With s = p/(e^sigma - 1), sigma' SE = CE sigma'/(e^sigma - 1) + const.
+
+    That is CE/t for the loglinear schedule.
+    """
     schedule, t = Loglinear(), torch.tensor([0.37], dtype=torch.float64)
     sigma = schedule.total(t)[:, None]
     x, x0 = torch.tensor([[MASK]]), torch.tensor([[1]])

@@ -1,7 +1,8 @@
-"""The samplers of both processes: exact laws on a small space, float64 references at a real vocabulary, whole samples.
+"""Reverse samplers of both processes: exact distributions, float64 references, samples.
 
-The law of a sampler with T passes is computed, not sampled: all canvases are rows, and each step's products over positions
-make one transition matrix. Shapes: M canvases of L = 2 positions, V states.
+The distribution of a sampler with T passes is computed, not sampled: all canvases are rows, and
+each step's products over positions make one transition matrix. Shapes: M canvases of L = 2
+positions, V states.
 """
 
 import itertools
@@ -16,9 +17,10 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 
 TOKENS = 3
+# two tokens that hang together
 DATA = torch.tensor(
     [[0.30, 0.02, 0.05], [0.03, 0.20, 0.02], [0.01, 0.12, 0.25]], dtype=torch.float64
-)  # two tokens that hang together
+)
 FAMILIES: dict[str, tuple[Process, Schedule]] = {
     "absorbing": (Absorbing(TOKENS), Loglinear(1e-5)),
     "absorbing geometric": (Absorbing(TOKENS), Geometric(1e-4, 12.0)),
@@ -39,16 +41,15 @@ def noised(process: Process, sigma: Tensor) -> Tensor:
 def exact_log_score(process: Process) -> reverse.LogScore:
     def log_score(ids: Tensor, sigma: Tensor) -> Tensor:
         p = noised(process, sigma[0].double())
-        row = torch.stack(
-            [p[:, ids[:, 1]].T, p[ids[:, 0]]], dim=1
-        )  # each position changed, the other held
+        # each position changed, the other held
+        row = torch.stack([p[:, ids[:, 1]].T, p[ids[:, 0]]], dim=1)
         return (row / p[ids[:, 0], ids[:, 1]][:, None, None]).log()
 
     return log_score
 
 
 def law(family: str, sampler: str, passes: int) -> Tensor:
-    """Every pair's exact chance after T passes, by stacking all canvases as rows of the sampler's own steps."""
+    """Every pair's exact chance after T passes: all canvases are rows of the sampler's steps."""
     process, schedule = FAMILIES[family]
     score, n = exact_log_score(process), process.states
     canvases = torch.tensor(list(itertools.product(range(n), repeat=2)))
@@ -62,10 +63,9 @@ def law(family: str, sampler: str, passes: int) -> Tensor:
         then = times[i + 1][None] if i + 1 < passes else None
         s = score(canvases, schedule.total(now[None])).exp()
         live = noised(process, schedule.total(now)).flatten() > 0
-        s = torch.where(
-            live[:, None, None], s, 1.0
-        )  # canvases that cannot be: two tokens of a pair the data lacks
-        probs = reverse._law(process, schedule, s, canvases, now[None], then, sampler, None)
+        # canvases that cannot be: two tokens of a pair the data lacks
+        s = torch.where(live[:, None, None], s, 1.0)
+        probs = reverse._next(process, schedule, s, canvases, now[None], then, sampler, None)
         step = probs[:, 0, :, None] * probs[:, 1, None, :]
         reached = (reached.flatten()[:, None, None] * step).sum(0)
     return reached
@@ -74,7 +74,7 @@ def law(family: str, sampler: str, passes: int) -> Tensor:
 @both
 @families
 def test_with_the_exact_score_the_samplers_tend_to_the_datas_law(family: str, sampler: str) -> None:
-    """The bias of updating positions independently within a step, and Euler's own, shrinks about as 1 / T."""
+    """The bias of independent updates within a step, and Euler's own, shrinks about as 1 / T."""
     off = [
         float((law(family, sampler, passes) - DATA).abs().sum()) / 2 for passes in (4, 16, 64, 256)
     ]
@@ -85,7 +85,7 @@ def test_with_the_exact_score_the_samplers_tend_to_the_datas_law(family: str, sa
 @both
 @pytest.mark.parametrize("family", ["absorbing", "uniform geometric"])
 def test_samples_follow_that_law(family: str, sampler: str) -> None:
-    """Chi-square of real samples against DATA after many steps, and against the computed law after few."""
+    """Chi-square of samples against DATA after many steps, the computed distribution after few."""
     process, schedule = FAMILIES[family]
     for passes, rows, expected in [(4, 20_000, law(family, sampler, 4)), (200, 4_000, DATA)]:
         generator = torch.Generator().manual_seed(passes)
@@ -95,10 +95,9 @@ def test_samples_follow_that_law(family: str, sampler: str) -> None:
             exact_log_score(process), process, schedule, x, x == 0, passes, draws, sampler=sampler
         )
         counts = torch.bincount(out[:, 0] * TOKENS + out[:, 1], minlength=TOKENS**2).double()
-        wanted = rows * expected.flatten()
-        assert ((counts - wanted) ** 2 / wanted).sum().item() < 31.8, (
-            passes
-        )  # 8 degrees of freedom, p = 1e-4
+        reference = rows * expected.flatten()
+        # 8 degrees of freedom, p = 1e-4
+        assert ((counts - reference) ** 2 / reference).sum().item() < 31.8, passes
 
 
 def test_a_wrong_process_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +117,7 @@ def test_a_wrong_process_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.1, 5.0, 20.0])
 def test_steps_at_a_real_vocabulary(process: Process, sigma: float) -> None:
-    """From float32 log-scores near the truth and anywhere: laws, and those that the definitions give in float64."""
+    """float32 log-scores, near the truth or not, give the float64 definitions' distributions."""
     if isinstance(process, Absorbing):
         x, odds = torch.tensor([[process.mask_id] * 2]), 1 / math.expm1(sigma)
         truth = torch.full((1, 2, process.states), math.log(odds) - 30)
@@ -129,8 +128,8 @@ def test_steps_at_a_real_vocabulary(process: Process, sigma: float) -> None:
         truth[0, 0, 77], truth[0, 1] = excess, -excess
     noise = torch.randn(1, 2, process.states, generator=torch.Generator().manual_seed(0))
     for log_score in (truth, truth + 0.5 * noise, noise):
-        given = log_score.scatter(-1, x[..., None], 0.0)
-        score, s = given.double().exp(), torch.tensor([[sigma]], dtype=torch.float64)
+        zeroed = log_score.scatter(-1, x[..., None], 0.0)
+        score, s = zeroed.double().exp(), torch.tensor([[sigma]], dtype=torch.float64)
         for name, got in {
             "analytic": reverse.analytic(process, score, x, s / 4),
             "euler": reverse.euler(process, score, x, s / 4),
@@ -149,9 +148,8 @@ def test_steps_at_a_real_vocabulary(process: Process, sigma: float) -> None:
         x,
         torch.tensor([[sigma]], dtype=torch.float64),
     )
-    assert (
-        settled[..., 77].min().item() > 0.98
-    )  # a known x0, found again from its own score, up to float32's 1e-7 of each of 50k ratios
+    # a known x0, found again from its own score, up to float32's 1e-7 of each of 50k ratios
+    assert settled[..., 77].min().item() > 0.98
 
 
 def slow_analytic(process: Process, score: Tensor, x: Tensor, d: float) -> Tensor:
@@ -176,10 +174,10 @@ def slow_analytic(process: Process, score: Tensor, x: Tensor, d: float) -> Tenso
 
 @both
 def test_given_tokens_stand_in_every_pass_and_at_the_end(sampler: str) -> None:
-    process, seen = Uniform(TOKENS), []
+    process, canvases_seen = Uniform(TOKENS), []
 
     def log_score(ids: Tensor, sigma: Tensor) -> Tensor:
-        seen.append(ids)
+        canvases_seen.append(ids)
         return torch.zeros(*ids.shape, TOKENS)
 
     x, free = (
@@ -191,8 +189,8 @@ def test_given_tokens_stand_in_every_pass_and_at_the_end(sampler: str) -> None:
         return torch.rand(50, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
 
     out = reverse.sample(log_score, process, Geometric(), x, free, 5, draws, sampler=sampler)
-    assert len(seen) == 5
-    for ids in [*seen, out]:
+    assert len(canvases_seen) == 5
+    for ids in [*canvases_seen, out]:
         assert torch.equal(ids[~free], x[~free]) and len(ids[free].unique()) == TOKENS
 
 

@@ -1,4 +1,4 @@
-"""The uniform process against its definition: slow loops, matrix exponentials, Bayes, and float32 at a real vocabulary."""
+"""The uniform process against its definition: loops, matrix exponentials, Bayes, real sizes."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_staggered_score_is_the_inverse_exponential_applied(delta: float) -> Non
 
 
 def test_an_analytic_step_of_the_true_score_is_the_exact_posterior() -> None:
-    """Bayes: p(y earlier | x now) = p(y earlier) p(x now | y) / p(x now), for any law of the data."""
+    """Bayes: p(y earlier | x now) = p(y earlier) p(x now | y) / p(x now), for any data."""
     data = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05], dtype=torch.float64)
     now, earlier = (
         torch.matrix_exp(1.1 * rate_matrix()) @ data,
@@ -111,9 +111,8 @@ def test_score_entropy_is_zero_at_the_true_ratio_and_positive_elsewhere(sigma: f
     truth = true_ratios(sigma, X, X0).log().requires_grad_()
     loss = PROCESS.score_entropy(truth, double(sigma), X, X0)
     loss.sum().backward()
-    assert (
-        loss.abs().max() < 1e-11 and truth.grad is not None and truth.grad.abs().max() < 1e-8
-    )  # the error of matrix_exp
+    # the error of matrix_exp
+    assert loss.abs().max() < 1e-11 and truth.grad is not None and truth.grad.abs().max() < 1e-8
     for seed in range(5):
         away = truth.detach() + 0.1 * torch.randn(
             1, 4, TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -133,7 +132,10 @@ def test_gradient_of_score_entropy() -> None:
 @pytest.mark.parametrize("near", [True, False], ids=["near the truth", "anywhere"])
 @pytest.mark.parametrize("sigma", [1e-5, 1e-3, 0.1, 5.0, 20.0])
 def test_score_entropy_in_float32_at_a_real_vocabulary(sigma: float, near: bool) -> None:
-    """Against sums of exact float64 terms; the authors' way to the ratio is NaN or off by its whole size at low noise."""
+    """Against sums of exact float64 terms.
+
+    At low noise the authors' formula for the ratio is NaN, or off by its whole size.
+    """
     process, x, x0 = Uniform(50257), torch.tensor([[7, 7]]), torch.tensor([[7, 50256]])
     odds = 1 + process.tokens / math.expm1(torch.tensor(sigma).item())
     ratios = torch.ones(1, 2, process.tokens, dtype=torch.float64)
@@ -165,7 +167,7 @@ def test_transition_in_float32_at_a_real_vocabulary(sigma: float) -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
 def test_corruption_follows_the_transition(sigma: float) -> None:
-    """A fine grid of uniforms stands for the unit interval: the shares are the transition's, to the grid's step."""
+    """Over a fine grid of uniforms the shares are the transition's, to the grid's step."""
     n = 20_000
     u = ((torch.arange(n, dtype=torch.float64) + 0.5) / n)[None]
     out = PROCESS.corrupt(torch.full((1, n), 2), double(sigma), u)
@@ -180,11 +182,12 @@ def test_corruption_gives_every_token_of_a_real_vocabulary_the_same_share(sigma:
     threshold = -math.expm1(-torch.tensor(sigma).item())
     tokens = torch.arange(process.tokens, dtype=torch.float64)
     x0 = torch.full((1, process.tokens), 7)
+    # token j owns [j, j + 1) / V of the threshold, nearly to both ends
     for place in (
         1e-4,
         0.5,
         1 - 1e-4,
-    ):  # token j owns [j, j + 1) / V of the threshold, nearly to both ends
+    ):
         got = process.corrupt(
             x0, torch.tensor([[sigma]]), threshold * ((tokens + place) / process.tokens)[None]
         )

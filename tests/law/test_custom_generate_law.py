@@ -172,7 +172,7 @@ def test_processors_that_miss_the_draft_are_caught(
     net: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """BUG: every position is processed with the committed tokens alone."""
-    honest = processed_target.shown
+    honest = processed_target.padded_rows
 
     def blind(prompt: Tensor, batch: Any, pad: int, draft: Any = None) -> Tensor:
         return honest(
@@ -184,7 +184,7 @@ def test_processors_that_miss_the_draft_are_caught(
             else replace(draft, tokens=torch.full_like(draft.tokens, PROMPT[0])),
         )
 
-    monkeypatch.setattr(processed_target, "shown", blind)
+    monkeypatch.setattr(processed_target, "padded_rows", blind)
     drafter = DenoisingDrafter(ToyDenoiser(V, seed=5), steps=2)
     for setting, verifier in (("counting", "token"), ("counting", "block"), ("filtered", "match")):
         assert compare(texts(net, setting, verifier, drafter), law(net, setting)) < 1e-6, verifier

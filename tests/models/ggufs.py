@@ -28,8 +28,9 @@ from transformers import (
 VOCAB = 261  # four specials, the bytes, and one merge
 LENGTH = 64
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": LENGTH, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": LENGTH,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     "tie_word_embeddings": False,
 }  # fmt: skip
 WIDE: dict[str, Any] = {
@@ -84,7 +85,7 @@ def write(
     tensors: Mapping[str, torch.Tensor | None] | None = None,
     tokenizer: str | None = "gpt2",
 ) -> Path:
-    """Write a model. `fields` and `tensors` are added, replace those of the same name, or (None) leave them out."""
+    """Write a model. `fields` and `tensors` add to its own, or replace them; None removes one."""
     writer = GGUFWriter(path, architecture)
     for key, value in {**metadata(net, architecture), **(fields or {})}.items():
         if value is not None:

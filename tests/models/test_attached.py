@@ -1,4 +1,4 @@
-"""What is remembered of a model is what is true of it now: its window, layers, RoPE, attention and weights may change."""
+"""Targets follow changes of their model: its window, layers, RoPE, attention and weights."""
 
 import warnings
 from collections.abc import Callable
@@ -26,12 +26,12 @@ def family(name: str) -> PreTrainedModel:
 
 
 def ours(net: PreTrainedModel, prompt: list[int], **options: Any) -> list[int]:
-    given = {
+    defaults = {
         "custom_generate": specdiff.custom_generate,
         "trust_remote_code": True,
         "drafter": "ngram",
-    } | options
-    return tiny.plain(net, prompt, NEW, **given)
+    }
+    return tiny.plain(net, prompt, NEW, **(defaults | options))
 
 
 def narrow(net: PreTrainedModel) -> None:
@@ -127,7 +127,7 @@ def test_a_window_that_changes_under_a_loaded_target() -> None:
 
 
 def test_gpt_neo_keeps_the_window_it_was_built_with() -> None:
-    """Its bands are made once: a config that is changed afterwards changes nothing in the model, and nothing here."""
+    """Its bands are made once: a later change of the config changes neither the model nor this."""
     net = family("GPT-Neo")
     prompt = torch.randint(VOCAB, (30,), generator=torch.Generator().manual_seed(1)).tolist()
     text = tiny.plain(net, prompt, NEW)
@@ -183,7 +183,7 @@ def test_the_attention_may_change() -> None:
 def test_a_borrowing_drafter_follows_its_target(
     change: Callable[[PreTrainedModel], None], tmp_path: Path
 ) -> None:
-    """A drafter of a folder reads and writes through the tables as they are now, a draft vocabulary's rows among them."""
+    """A drafter of a folder uses the tables as they are now, also a draft vocabulary's rows."""
     net = family("Llama, SmolLM2")
     config = type(net.config)(
         **{**net.config.to_dict(), "borrow_embeddings": True, "draft_vocab_size": 20}

@@ -1,4 +1,4 @@
-"""Inside transformers: `generate(custom_generate=specdiff.custom_generate)` gives what `generate` gives."""
+"""`generate(custom_generate=specdiff.custom_generate)` gives the same output as `generate`."""
 
 import copy
 import gc
@@ -151,7 +151,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_processors_count_the_draft_above_them(setting: str) -> None:
-    """Greedy text under each of transformers' processors, by drafters that are mostly right, wrong, or untrained."""
+    """Greedy text under each of transformers' processors; right, wrong and untrained drafts."""
     net, rows = tiny.model("llama"), 4
     options: dict[str, Any] = {
         **padded(rows),
@@ -159,10 +159,11 @@ def test_processors_count_the_draft_above_them(setting: str) -> None:
         "do_sample": False,
     } | SETTINGS[setting]
     want = theirs(net, **options)
+    # the first matters to one-token prompts alone
     if setting not in (
         "forced beginning",
         "minimal length",
-    ):  # the first matters to one-token prompts alone
+    ):
         assert not torch.equal(
             want, theirs(net, **padded(rows), max_new_tokens=NEW, do_sample=False)
         )
@@ -180,7 +181,7 @@ def test_processors_count_the_draft_above_them(setting: str) -> None:
 
 
 def test_a_constraint_never_sees_what_it_forbids() -> None:
-    """Behind a draft token without a chance it is shown a lawful text, as it would be without drafts."""
+    """After a draft token of probability 0 it sees an allowed text, as it would without drafts."""
     net, prompt = tiny.model("llama"), torch.tensor([[1, 2, 3]])
 
     def strict(batch: int, ids: Tensor) -> list[int]:
@@ -224,7 +225,7 @@ WARPERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("warper", WARPERS)
 def test_every_sampled_token_came_from_the_prepared_scores(warper: str) -> None:
-    """The scores told of each step are transformers' processors on the model's own logits, and gave the token a chance."""
+    """Reported scores are the processors' on the model's logits; each token had a chance."""
     net, rows, prepared = tiny.model("llama"), padded(4), list[Any]()
 
     def listening(
@@ -241,8 +242,8 @@ def test_every_sampled_token_came_from_the_prepared_scores(warper: str) -> None:
         **WARPERS[warper],
     }
     net.generate(custom_generate=listening, **sampling)
-    told = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    out = ours(net, **sampling, **told, drafter=tiny.drafter(attached(net).info), draft_len=4)
+    details = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    out = ours(net, **sampling, **details, drafter=tiny.drafter(attached(net).info), draft_len=4)
     width = rows["input_ids"].shape[1]
     assert len(out.scores) == len(out.logits) == 12
     mask = torch.cat([rows["attention_mask"], torch.ones(4, 12, dtype=torch.long)], dim=1)
@@ -292,7 +293,7 @@ class Odd(StoppingCriteria):
 @pytest.mark.parametrize("end", [None, EOS])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_own_criteria_cut_inside_a_draft(net: PreTrainedModel, rows: int, end: int | None) -> None:
-    """With an end of text the others are padded; without one transformers lets all go on until the last has ended."""
+    """With an end of text ended rows are padded; without one all continue until the last ends."""
     options: dict[str, Any] = {
         **padded(rows),
         "max_new_tokens": NEW,
@@ -318,7 +319,7 @@ def test_own_criteria_cut_inside_a_draft(net: PreTrainedModel, rows: int, end: i
 
 
 class Columns:
-    """A streamer that keeps what it is given."""
+    """A streamer that stores what it gets."""
 
     def __init__(self) -> None:
         self.put_: list[Tensor] = []
@@ -340,12 +341,13 @@ class Columns:
 
 def test_columns_come_while_rows_are_written() -> None:
     net = tiny.model("llama")
-    texts, seen = [tiny.plain(net, p, NEW) for p in tiny.prompts(4)], list[int]()
+    texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(4)]
+    rounds_so_far = list[int]()
 
     class Early(Columns):
         def put(self, value: Tensor) -> None:
             super().put(value)
-            seen.append(rounds.rounds)
+            rounds_so_far.append(rounds.rounds)
 
     columns, rounds = Early(), specdiff.Stats()
     options: dict[str, Any] = {
@@ -364,7 +366,7 @@ def test_columns_come_while_rows_are_written() -> None:
     )
     assert torch.equal(got, theirs(net, **options))
     columns.match(got, options["input_ids"])
-    assert len(set(seen)) > 3
+    assert len(set(rounds_so_far)) > 3
 
 
 def test_time_that_is_up() -> None:
@@ -379,14 +381,14 @@ def test_time_that_is_up() -> None:
 def test_sampling_follows_the_global_seed(net: PreTrainedModel) -> None:
     def drawn(seed: int, **options: Any) -> Tensor:
         transformers.set_seed(seed)
-        given = {"drafter": tiny.drafter(attached(net).info), **options}
+        arguments = {"drafter": tiny.drafter(attached(net).info), **options}
         return ours(
             net,
             input_ids=torch.tensor([[1, 2, 3]]),
             max_new_tokens=12,
             do_sample=True,
             num_return_sequences=3,
-            **given,
+            **arguments,
         )
 
     out = drawn(1)
@@ -401,7 +403,7 @@ def test_sampling_follows_the_global_seed(net: PreTrainedModel) -> None:
 
 
 def test_the_drafter_sees_what_is_asked() -> None:
-    """A drafter of the target's very law is always right, under temperature and filters alike."""
+    """A drafter with the target's distribution is always right, under temperature and filters."""
     from specdiff.drafters.autoregressive import AutoregressiveDrafter
     from specdiff.nn.small_lm import SmallLM
 
@@ -439,10 +441,10 @@ def test_a_model_can_be_forgotten() -> None:
     net = tiny.model("llama")
     ours(net, **padded(2), max_new_tokens=3, do_sample=False)
     ours(net, **padded(2), max_new_tokens=3, do_sample=False, drafter_options={"longest": 2})
-    told = weakref.ref(net)
+    reference = weakref.ref(net)
     del net
     gc.collect()
-    assert told() is None
+    assert reference() is None
 
 
 def test_auto_says_where_there_is_no_drafter() -> None:
@@ -486,7 +488,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "positions": ({"position_ids": torch.arange(10).expand(2, 10)}, "position_ids must count"),
     "room": ({"max_new_tokens": 300}, "may reach 309 tokens, but the model has 256 positions"),
-    "drafter": ({"drafter": "nobody"}, "unknown drafter 'nobody'"),
+    "drafter": ({"drafter": "unheard-of"}, "unknown drafter 'unheard-of'"),
     "options": (
         {"drafter": NGramDrafter, "drafter_options": {"longest": 1}},
         "drafter_options need a drafter given by name",
@@ -532,7 +534,7 @@ def test_other_models_and_modes_are_refused() -> None:
         "vocab_size": 16,
         "decoder_start_token_id": 0,
     }
-    with pytest.raises(UnsupportedModelError, match="encodes its prompt apart"):
+    with pytest.raises(UnsupportedModelError, match="encodes its prompt separately"):
         ours(
             transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval(),
             input_ids=ids,
@@ -542,7 +544,7 @@ def test_other_models_and_modes_are_refused() -> None:
 
 @pytest.mark.real
 def test_smollm_in_a_padded_batch(lm: specdiff.SpeculativeLM) -> None:
-    """The bundled drafter is found by itself; stop strings, penalties and streaming as transformers does them."""
+    """The bundled drafter is the default; stop strings, penalties, streaming as transformers'."""
     net, tokenizer = lm.target.model, lm.tokenizer
     prompts = [
         lm.encode("Count from one to five."),

@@ -1,4 +1,4 @@
-"""Inside transformers, at the edges of its options: what plain `generate` takes is taken, the rest is refused by name."""
+"""custom_generate at the edges of generate's options: each is served, or refused by name."""
 
 import json
 import math
@@ -31,7 +31,7 @@ import specdiff
 import tiny
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.errors import UsageError
-from specdiff.hf import custom_generate
+from specdiff.hf import custom_generate, inputs
 from specdiff.noise import Noise
 from specdiff.targets.causal import attached
 from specdiff.types import Context, Draft
@@ -105,7 +105,7 @@ def test_an_end_that_no_token_has(net: PreTrainedModel, end: int | list[int]) ->
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_constraint_is_not_asked_behind_an_end(net: PreTrainedModel, verifier: str) -> None:
-    """What a draft holds behind an end is no text, be the end the draft's own or the only token the constraint allows."""
+    """Draft tokens after an end are no text, be it the draft's own or the only allowed token."""
     prompt = torch.tensor([PROMPT])
 
     def until_the_end(batch: int, ids: Tensor) -> list[int]:
@@ -140,16 +140,16 @@ def test_a_constraint_is_not_asked_behind_an_end(net: PreTrainedModel, verifier:
 
 
 def test_drafted_ends_beside_other_rows(net: PreTrainedModel) -> None:
-    """A row with a drafted end is shown as one that has ended, where the others go on: padded.
+    """A row with a drafted end looks like one that has ended, where the others continue: padded.
 
     So is one whose only valid token is an end, where the draft holds another.
     """
-    prompts, shown = padded(3), list[list[int]]()
+    prompts, answers = padded(3), list[list[int]]()
     width = prompts["input_ids"].shape[1]
 
     def listening(batch: int, ids: Tensor) -> list[int]:
-        shown.append(ids[width:].tolist())
-        closes = batch == 0 and len(shown[-1]) == 6
+        answers.append(ids[width:].tolist())
+        closes = batch == 0 and len(answers[-1]) == 6
         return [EOS] if closes else list(range(tiny.VOCAB))
 
     options: dict[str, Any] = {
@@ -162,9 +162,9 @@ def test_drafted_ends_beside_other_rows(net: PreTrainedModel) -> None:
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(3)]
     for drafter in (Fixed([3, EOS, 5, 5, 5]), Fixed([3] * 5), tiny.Hinted(texts, tiny.VOCAB, 99)):
         assert torch.equal(ours(net, **options, drafter=drafter, draft_len=5), want)
-    behind = [answer[answer.index(EOS) + 1 :] for answer in shown if EOS in answer]
-    assert behind
-    assert not any(any(rest) for rest in behind)  # 0 is the pad
+    after = [answer[answer.index(EOS) + 1 :] for answer in answers if EOS in answer]
+    assert after
+    assert not any(any(rest) for rest in after)  # 0 is the pad
 
 
 # processors with a memory
@@ -184,7 +184,10 @@ class Counter(LogitsProcessor):
 
 
 class Matcher(LogitsProcessor):
-    """Moves on by the last token of each call, as a grammar's automaton does; begins anew where the text is `start` wide."""
+    """Advances by the last token of each call, as a grammar's automaton does.
+
+    Restarts where the text is `start` wide.
+    """
 
     def __init__(self, start: int | None = None, *, strict: bool = False) -> None:
         self.state, self.start, self.strict, self.width = 0, start, strict, 0
@@ -223,7 +226,7 @@ MEMORIES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "prefix_allowed_tokens_fn",
         lambda: {"prefix_allowed_tokens_fn": remembering_fn()},
     ),
-    "behind a filter": (
+    "after a filter": (
         "Counter",
         lambda: {"logits_processor": [Counter()], "repetition_penalty": 1.2},
     ),
@@ -254,9 +257,10 @@ def test_without_drafts_a_memory_is_kept(
 ) -> None:
     options = MEMORIES[memory][1]
     for rows in (1, 3):
-        given: dict[str, Any] = {**padded(rows), **PLAIN, "eos_token_id": end}
+        arguments: dict[str, Any] = {**padded(rows), **PLAIN, "eos_token_id": end}
         assert torch.equal(
-            ours(net, **given, **options(), drafter="none"), theirs(net, **given, **options())
+            ours(net, **arguments, **options(), drafter="none"),
+            theirs(net, **arguments, **options()),
         )
 
 
@@ -358,7 +362,7 @@ def test_a_function_is_a_processor_too(net: PreTrainedModel) -> None:
 
 
 def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
-    """argmax reads them so, and so does sampling here. The scores reported are the processors' own."""
+    """As argmax reads them, so does sampling here. Reported scores are the processors' own."""
 
     def insisting(input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, input_ids.shape[1] % tiny.VOCAB] = torch.inf
@@ -378,7 +382,7 @@ def test_scores_of_infinity_name_a_token(net: PreTrainedModel) -> None:
 
 
 def test_a_dead_end_that_only_a_draft_enters(net: PreTrainedModel) -> None:
-    """A token that the target does not say leads to where nothing is allowed: nobody goes there."""
+    """A token that the target does not choose leads to where nothing is allowed: never entered."""
 
     def dead_end(input_ids: Tensor, scores: Tensor) -> Tensor:
         return scores.masked_fill(
@@ -434,7 +438,7 @@ class Countdown(StoppingCriteria):
 @pytest.mark.parametrize("end", [None, EOS, -1])
 @pytest.mark.parametrize("rows", [1, 3, 5])
 def test_criteria_may_have_a_memory(net: PreTrainedModel, rows: int, end: int | None) -> None:
-    """They are asked about every width once and in order, however far ahead of the others a row is."""
+    """They are called once for every width, in order, however far ahead of the others a row is."""
     options: dict[str, Any] = {**padded(rows), **PLAIN, "eos_token_id": end}
     want = theirs(net, **options, stopping_criteria=StoppingCriteriaList([Countdown()]))
     texts = [tiny.plain(net, p, NEW) for p in tiny.prompts(rows)]
@@ -484,7 +488,7 @@ SAMPLING: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", SAMPLING)
 def test_the_processors_define_the_distribution(net: PreTrainedModel, case: str) -> None:
-    """Each reported score is what transformers' processors make of the logits there, and gave its token a chance."""
+    """Reported scores are transformers' processors on the logits, and gave the token a chance."""
     lists, rows = list[Any](), padded(3)
 
     def listening(
@@ -524,10 +528,10 @@ def test_next_to_no_temperature_is_greedy(
     net: PreTrainedModel, cold: dict[str, Any], drafter: str
 ) -> None:
     """transformers divides by it, gets infinities, and fails."""
-    made: Any = drafter if drafter == "ngram" else tiny.drafter(attached(net).info)
+    instance: Any = drafter if drafter == "ngram" else tiny.drafter(attached(net).info)
     options: dict[str, Any] = {**padded(3), "max_new_tokens": NEW, "repetition_penalty": 1.2}
     want = theirs(net, **options, do_sample=False)
-    assert torch.equal(ours(net, **options, do_sample=True, **cold, drafter=made), want)
+    assert torch.equal(ours(net, **options, do_sample=True, **cold, drafter=instance), want)
 
 
 def test_a_cold_temperature_hides_no_processor_behind_it(net: PreTrainedModel) -> None:
@@ -551,7 +555,7 @@ def test_a_cold_temperature_hides_no_processor_behind_it(net: PreTrainedModel) -
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_seed_fixes_the_draft_length(net: PreTrainedModel, sampled: bool, verifier: str) -> None:
-    """Where the text depends on the length of drafts, clocks must not choose it: every round drafts K then.
+    """Where the text depends on the length of drafts, clocks must not choose it: K in every round.
 
     An automatic length times a few plain rounds after its first drafts.
     """
@@ -569,9 +573,11 @@ def test_a_seed_fixes_the_draft_length(net: PreTrainedModel, sampled: bool, veri
     assert (stats.plain_rounds > 0) == automatic
     if not automatic:
         assert stats.drafted == 5 * stats.rounds
-    chosen = specdiff.Stats()
-    ours(net, input_ids=torch.tensor([[1, 2, 3]]), **options, stats=chosen, draft_len="auto")
-    assert chosen.plain_rounds > 0
+    automatic_stats = specdiff.Stats()
+    ours(
+        net, input_ids=torch.tensor([[1, 2, 3]]), **options, stats=automatic_stats, draft_len="auto"
+    )
+    assert automatic_stats.plain_rounds > 0
 
 
 # what else may come
@@ -613,7 +619,7 @@ def vision() -> PreTrainedModel:
         eos_token_id=None,
         pad_token_id=None,
     )
-    sight = CLIPVisionConfig(
+    image = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,
@@ -621,14 +627,14 @@ def vision() -> PreTrainedModel:
         image_size=8,
         patch_size=4,
     )
-    made = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=sight, text_config=text, image_token_index=47)
+    net = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=image, text_config=text, image_token_index=47)
     ).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in net.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6)
-    return made
+    return net
 
 
 def test_text_alone_for_a_model_that_sees() -> None:
@@ -647,12 +653,12 @@ def test_text_alone_for_a_model_that_sees() -> None:
 
 @pytest.mark.parametrize("value", [{}, (), [], (None, None), {"a": None, "b": {}}])
 def test_empty_model_inputs_are_nothing(value: Any) -> None:
-    assert custom_generate._empty(value)
+    assert inputs.is_empty(value)
 
 
 @pytest.mark.parametrize("value", [0, False, "", torch.zeros(0), [0], {"a": 1}])
 def test_other_model_inputs_are_something(value: Any) -> None:
-    assert not custom_generate._empty(value) or value == ""
+    assert not inputs.is_empty(value) or value == ""
 
 
 TYPES: dict[str, tuple[dict[str, Any], str]] = {
@@ -703,9 +709,8 @@ def test_few_drafters_are_kept() -> None:
     assert custom_generate._drafter(target, "ngram", {"longest": 1}) is first
     for longest in range(2, 30):
         custom_generate._drafter(target, "ngram", {"longest": longest})
-        assert (
-            custom_generate._drafter(target, "ngram", {"longest": 1}) is first
-        )  # used again and again
+        # used again and again
+        assert custom_generate._drafter(target, "ngram", {"longest": 1}) is first
     assert len(custom_generate.DRAFTERS[target]) == custom_generate.MOST_DRAFTERS
     assert custom_generate._drafter(target, "ngram", {"longest": 2}) is not None
 
@@ -726,11 +731,11 @@ def test_options_that_are_objects_are_never_confused(tmp_path: Path) -> None:
     )
     target = attached(tiny.model("llama"))
     one, other = Same(), Same()
-    made: Any = [
+    drafters: Any = [
         custom_generate._drafter(target, f"{file}:Keeping", {"what": what}) for what in (one, other)
     ]
-    assert made[0].what is one
-    assert made[1].what is other
+    assert drafters[0].what is one
+    assert drafters[1].what is other
 
 
 def test_threads_share_one_drafter() -> None:
@@ -746,11 +751,10 @@ def test_threads_share_one_drafter() -> None:
 
     with ThreadPoolExecutor(8) as pool:
         lists = list(pool.map(build, range(8)))
-    assert {type(made).__name__ for made_by_one in lists for made in made_by_one} == {
-        "NGramDrafter"
-    }
+    for drafters in lists:
+        assert {type(drafter).__name__ for drafter in drafters} == {"NGramDrafter"}
     assert len(custom_generate.DRAFTERS[target]) <= custom_generate.MOST_DRAFTERS
-    for place, made in enumerate(lists):
-        assert [drafter.longest for drafter in made] == [
+    for place, drafters in enumerate(lists):
+        assert [drafter.longest for drafter in drafters] == [
             1 + (place + turn) % 12 for turn in range(200)
         ]  # type: ignore[attr-defined]

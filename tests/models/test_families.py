@@ -1,4 +1,4 @@
-"""Every family of the table: exact in logits and in greedy text, beyond its window; or refused with the reason."""
+"""Model families: exact in logits and greedy text, beyond the window; or refused with a reason."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,8 +27,8 @@ import tiny
 from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
+from specdiff.models.refusals import SERVED_ROPE, refuse
 from specdiff.models.self_test import LENGTH, self_test
-from specdiff.models.sight import SERVED_ROPE, refuse
 from specdiff.targets.causal import CausalTarget
 
 NEW = 16
@@ -40,10 +40,10 @@ sliding = pytest.mark.parametrize("family", SLIDING, ids=lambda f: f.name)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @each
 def test_a_supported_family_is_exact(family: Family) -> None:
-    """Prompts and continuations of several windows, rows of different length, one token or more rejected in nearly every round."""
+    """Several windows of text, rows of different length, a rejection in nearly every round."""
     plain = model(family)
     target = CausalTarget(tiny.copy_of(plain))
-    assert target.ragged.sight.window == family.window
+    assert target.ragged.masks.window == family.window
     prompts = [p * 2 for p in tiny.prompts(2, VOCAB)] + [
         torch.randint(VOCAB, (19,), generator=torch.Generator().manual_seed(1)).tolist()
     ]
@@ -60,7 +60,7 @@ def test_a_supported_family_is_exact(family: Family) -> None:
     ids=lambda f: f.name,
 )
 def test_up_to_the_last_position(family: Family) -> None:
-    """Drafts that reach past the last position, where GPT-Neo's own band and the position tables end."""
+    """Drafts past the last position, where GPT-Neo's own band and the position tables end."""
     plain = model(family)
     target = CausalTarget(tiny.copy_of(plain))
     prompt = torch.randint(
@@ -74,7 +74,7 @@ def test_up_to_the_last_position(family: Family) -> None:
 
 @torch.inference_mode()
 def logits_error(target: CausalTarget, plain: PreTrainedModel, ids: torch.Tensor) -> float:
-    """The largest difference of any logit behind rejected drafts, rows advancing unevenly."""
+    """The largest difference of any logit after rejected drafts, rows advancing unevenly."""
     want = plain(ids, use_cache=False).logits
     cache, start, worst = RaggedCache(len(ids), ids.shape[1] + 8), torch.tensor([1, 4, 7]), 0.0
     for row, size in enumerate(start.tolist()):
@@ -106,11 +106,11 @@ def wide(family: Family) -> PreTrainedModel:
     setattr(config, field, 4 * LENGTH)
     auto: Any = AutoModelForCausalLM
     torch.manual_seed(0)
-    made: PreTrainedModel = auto.from_config(config)
+    net: PreTrainedModel = auto.from_config(config)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in net.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)
-    return made.eval()
+    return net.eval()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -120,7 +120,7 @@ def test_the_self_test_sees_a_wrong_window_of_any_size(
 ) -> None:
     target = CausalTarget(wide(family))
     assert target.error < 1e-5
-    assert target.ragged.sight.window == 4 * LENGTH  # the narrow one is gone again
+    assert target.ragged.masks.window == 4 * LENGTH  # the narrow one is gone again
     for wrong in (lambda window: None, lambda window: window + 1, lambda window: window - 1):
         with monkeypatch.context() as patch:
             right = masks.causal
@@ -136,26 +136,26 @@ def test_the_self_test_sees_a_wrong_window_of_any_size(
 def test_the_self_test_sees_windows_in_the_wrong_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     family = next(f for f in SLIDING if f.name == "Gemma 3")
     target = CausalTarget(wide(family))
-    sight = target.ragged.sight
-    real = sight.looking
+    builder = target.ragged.masks
+    real = builder.applied
 
     def turned(*arguments: Any) -> AbstractContextManager[Any]:
-        looking = real(*arguments)
+        context = real(*arguments)
 
         class Swapped:
             def __enter__(self) -> Any:
-                mask = looking.__enter__()
+                mask = context.__enter__()
                 return {
                     "full_attention": mask["sliding_attention"],
                     "sliding_attention": mask["full_attention"],
                 }
 
-            def __exit__(self, *told: Any) -> Any:
-                return looking.__exit__(*told)
+            def __exit__(self, *error: Any) -> Any:
+                return context.__exit__(*error)
 
         return Swapped()
 
-    monkeypatch.setattr(sight, "looking", turned)
+    monkeypatch.setattr(builder, "applied", turned)
     with pytest.raises(UnsupportedModelError, match="self-test"):
         self_test(target.ragged)
 
@@ -206,7 +206,7 @@ def test_a_rope_type_that_follows_the_length_is_refused(rope: Rope) -> None:
 def test_the_self_test_sees_frequencies_that_follow_the_length(
     rope: Rope, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the config being asked, with the usual thousands of positions before anything changes."""
+    """Without a look at the config, with thousands of positions before anything changes."""
     monkeypatch.setattr("specdiff.models.ragged.refuse", lambda config: None)
     far = rope.config()
     far.max_position_embeddings = 131072
@@ -280,7 +280,7 @@ def test_an_encoder_fails_the_self_test() -> None:
     torch.manual_seed(0)
     net = BertLMHeadModel(BertConfig(**sizes))
     for parameter in net.parameters():
-        parameter.data *= 10  # as it is made, its tokens hardly look at each other
+        parameter.data *= 10  # as it is built, its tokens hardly look at each other
     with pytest.raises(UnsupportedModelError, match="bert model fails the self-test"):
         CausalTarget(net)
 

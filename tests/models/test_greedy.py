@@ -35,7 +35,7 @@ def flips(net: PreTrainedModel, got: list[list[int]], want: list[list[int]]) -> 
 def pair(
     request: pytest.FixtureRequest,
 ) -> tuple[PreTrainedModel, object, list[list[int]], list[list[int]]]:
-    """An untouched model, a target of the same weights, eight prompts, and transformers' own greedy text for each."""
+    """An untouched model, a target of the same weights, eight prompts, their greedy texts."""
     net = tiny.model(request.param)
     prompts = tiny.prompts(8)
     texts = [tiny.plain(net, p, NEW) for p in prompts]
@@ -53,20 +53,20 @@ def test_a_random_drafter(pair: tuple, steps: int, rows: int) -> None:
     ]
     parted = 0
     for i, draft_len in enumerate(LENGTHS):
-        chosen = slice(i, i + rows) if rows == 1 else slice(0, rows)
+        part = slice(i, i + rows) if rows == 1 else slice(0, rows)
         got = tiny.decoded(
             target,
             drafters[i % 2],
-            tiny.batch_of(prompts[chosen], NEW, temperature=0.0),
+            tiny.batch_of(prompts[part], NEW, temperature=0.0),
             draft_len=draft_len,
         )
-        parted += flips(net, got, texts[chosen])
+        parted += flips(net, got, texts[part])
     assert parted <= 1
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_drafter_that_is_mostly_right(pair: tuple, verifier: str) -> None:
-    """Long accepted prefixes, drafts cut by the limit, rejections in between, under every verifier."""
+    """Long accepted prefixes, drafts cut by the limit, rejections in between; every verifier."""
     net, target, prompts, texts = pair
     parted = 0
     for draft_len in LENGTHS:
@@ -90,7 +90,7 @@ def test_no_drafter(pair: tuple) -> None:
 
 
 def test_up_to_the_last_position(pair: tuple) -> None:
-    """Drafts that reach past the model's last position are clamped: the text still runs exactly up to it."""
+    """Drafts past the model's last position are clamped: the text runs exactly up to it."""
     net, target, _, _ = pair
     limit = target.info.max_positions
     prompt = torch.randint(
@@ -123,10 +123,10 @@ class Counts(LogitsProcessor):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_penalties_and_bias_are_those_of_transformers(family: str) -> None:
-    """Greedy text of `generate` with its own processors, through drafters that are right, wrong, and untrained."""
+    """`generate`'s greedy text with its own processors, by right, wrong and untrained drafters."""
     net, target, prompts = tiny.model(family), tiny.target(family), tiny.prompts(4)
     bias = {3: -4.0, 7: 6.0, 20: 3.0}
-    asked = {
+    options = {
         "repetition_penalty": 1.4,
         "presence_penalty": 0.9,
         "frequency_penalty": 0.5,
@@ -147,7 +147,7 @@ def test_penalties_and_bias_are_those_of_transformers(family: str) -> None:
     for drafter in drafters:
         for draft_len in (1, 4, 9) if drafter.draft_len else (None,):
             for verifier in ("block", "match"):
-                batch = tiny.batch_of(prompts, NEW, temperature=0.0, **asked)
+                batch = tiny.batch_of(prompts, NEW, temperature=0.0, **options)
                 assert (
                     tiny.decoded(
                         target, drafter, batch, draft_len=draft_len, verifier=VERIFIERS[verifier]

@@ -1,4 +1,4 @@
-"""Targets that are quantised or lie on several devices load through `model_options`, and stay exact."""
+"""Targets that are quantized or lie on several devices load through `model_options`, exactly."""
 
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ def net() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def folder(net: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("placed")
-    net.save_pretrained(made)
-    return made
+    path = tmp_path_factory.mktemp("placed")
+    net.save_pretrained(path)
+    return path
 
 
 def greedy_equals(lm: specdiff.SpeculativeLM, net: PreTrainedModel) -> None:
@@ -59,7 +59,7 @@ def test_a_device_map(folder: Path, net: PreTrainedModel, place: Any) -> None:
 def test_a_model_whose_layers_lie_elsewhere(
     folder: Path, net: PreTrainedModel, tmp_path: Path
 ) -> None:
-    """A layer on disk is on meta until it runs; its weights arrive and leave by a hook, which nothing of ours may remove."""
+    """A layer on disk is on meta until it runs: a hook, which must stay, loads its weights."""
     options = {"device_map": {**SPREAD, "lm_head": "disk"}, "offload_folder": str(tmp_path)}
     lm = specdiff.load(str(folder), "none", model_options=options)
     info = lm.target.info
@@ -85,7 +85,7 @@ def test_an_offloaded_embedding_is_refused(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (
             {"model_options": {"trust_remote_code": True}},
@@ -98,8 +98,8 @@ def test_an_offloaded_embedding_is_refused(folder: Path, tmp_path: Path) -> None
         ({"drafter_device": "toaster"}, "device 'toaster' is not usable here"),
     ],
 )
-def test_options_that_cannot_be(folder: Path, options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_options_that_cannot_be(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         specdiff.load(str(folder), "none", **options)
 
 
@@ -116,17 +116,17 @@ class Int8(nn.Module):
         return nn.functional.linear(x, self.packed * self.scale)
 
 
-def quantised(net: PreTrainedModel, change: Any) -> PreTrainedModel:
-    made = tiny.copy_of(net)
-    for name, module in list(made.named_modules()):
+def quantized(net: PreTrainedModel, change: Any) -> PreTrainedModel:
+    copy = tiny.copy_of(net)
+    for name, module in list(copy.named_modules()):
         if isinstance(module, nn.Linear):
             parent, _, last = name.rpartition(".")
-            setattr(made.get_submodule(parent), last, change(module))
-    return made
+            setattr(copy.get_submodule(parent), last, change(module))
+    return copy
 
 
 def test_weights_of_eight_bits_stay_exact(net: PreTrainedModel) -> None:
-    small = quantised(net, Int8)
+    small = quantized(net, Int8)
     target = CausalTarget(tiny.copy_of(small))
     assert target.info.head is None  # packed: nothing a drafter could borrow
     greedy_equals(specdiff.SpeculativeLM(target, "none", None, 64), small)
@@ -145,9 +145,9 @@ class Crowded(nn.Module):
 
 
 def test_activations_rounded_together_are_refused(net: PreTrainedModel) -> None:
-    """A token's logits would depend on its neighbours in the batch, and scoring a draft would change them."""
+    """A token's logits would depend on its neighbors in the batch; scoring a draft changes them."""
     with pytest.raises(UnsupportedModelError, match="self-test"):
-        CausalTarget(quantised(net, Crowded))
+        CausalTarget(quantized(net, Crowded))
 
 
 def test_a_quantisation_that_is_not_installed_says_so(folder: Path) -> None:

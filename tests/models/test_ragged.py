@@ -1,4 +1,4 @@
-"""The ragged cache under unmodified Hugging Face models: every row at its own length, equal to a plain full forward."""
+"""The ragged cache under unmodified Hugging Face models: rows of any length, as a plain forward."""
 
 import re
 from typing import Any
@@ -38,7 +38,7 @@ def full(net: PreTrainedModel, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_ragged_scoring_equals_a_full_forward(family: str, attention: str) -> None:
-    """Rows admitted one by one, advancing unevenly, with rejected drafts in between and across a bucket's edge."""
+    """Rows admitted one by one, advancing unevenly, rejected drafts, across a bucket's edge."""
     net, total, taps = tiny.model(family), 150, (0, 1)
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(tiny.VOCAB, (4, total), generator=generator)
@@ -69,7 +69,7 @@ def test_ragged_scoring_equals_a_full_forward(family: str, attention: str) -> No
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_roles_view(family: str) -> None:
-    """open, admit, score, keep, release: rows 0 and K of the scores, features of prompt[:-1], and a row used again."""
+    """open, admit, score, keep, release: scores 0 and K, features of prompt[:-1], a reused row."""
     target = tiny.target(family)
     plain = tiny.model(family)
     prompts = tiny.prompts(3)
@@ -124,12 +124,16 @@ def test_a_long_prompt_is_admitted_in_chunks(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_rows_go_on_from_what_they_kept(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row from another position, in chunks, one at the end of its slots, one with nothing left to read, a neighbour untouched."""
+def test_rows_continue_from_their_prefixes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row from another position, in chunks; one at the end of its slots, one fully read.
+
+    A neighbor is untouched.
+    """
     monkeypatch.setattr("specdiff.targets.causal.CHUNK", 5)
     target, plain = tiny.target(family), tiny.model(family)
     ids = torch.randint(tiny.VOCAB, (4, 40), generator=torch.Generator().manual_seed(4))
-    sizes, kept, rows = [31, 24, 9, 12], torch.tensor([30, 0, 4]), torch.tensor([0, 3, 2])
+    sizes = [31, 24, 9, 12]
+    prefix_lengths, rows = torch.tensor([30, 0, 4]), torch.tensor([0, 3, 2])
     cache = target.open(4, 33)
     target.admit(
         cache,
@@ -137,15 +141,16 @@ def test_rows_go_on_from_what_they_kept(family: str, monkeypatch: pytest.MonkeyP
         [row[:n] for row, n in zip(ids, sizes, strict=True)],
         torch.zeros(4, dtype=torch.long),
     )
+    # all rejected
     target.score(
         cache,
         tiny.batch_of([row[:n].tolist() for row, n in zip(ids, sizes, strict=True)]),
         Draft(ids[:, :3]),
-    )  # all rejected
+    )
     joined = ids.clone()
     joined[0, 30:], joined[3], joined[2, 4:] = 7, 11, 5
     prompts = [joined[row, :n] for row, n in zip(rows, (31, 30, 20), strict=True)]
-    target.admit(cache, rows, prompts, kept)
+    target.admit(cache, rows, prompts, prefix_lengths)
     texts = [prompts[0], ids[1, :24], prompts[2], prompts[1]]
     out = target.score(
         cache,
@@ -294,14 +299,14 @@ def test_a_model_in_training_keeps_its_attention_dropout() -> None:
 
 
 def test_masks() -> None:
-    seen = masks.causal(torch.tensor([[2, 3]]), 5)[0, 0]
-    assert seen.long().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    visible = masks.causal(torch.tensor([[2, 3]]), 5)[0, 0]
+    assert visible.long().tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     banded = masks.causal(torch.tensor([[2, 3]]), 5, window=2)[0, 0]
     assert banded.long().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
-    floats = masks.additive(seen[None, None], torch.bfloat16)[0, 0]
+    floats = masks.additive(visible[None, None], torch.bfloat16)[0, 0]
     assert floats.dtype == torch.bfloat16
     assert floats.isfinite().all()
-    assert torch.equal(floats == 0, seen)
+    assert torch.equal(floats == 0, visible)
 
 
 class Deaf(LlamaForCausalLM):
@@ -348,7 +353,7 @@ class Broken(LlamaForCausalLM):
 
 
 class Stretched(LlamaForCausalLM):
-    """A Llama that counts positions twice as fast once any row of the forward is longer than the 40 it was trained for."""
+    """A Llama that counts positions twice as fast once a row is longer than its trained 40."""
 
     def forward(self, *arguments: Any, position_ids: Tensor | None = None, **options: Any) -> Any:
         if (
@@ -437,12 +442,11 @@ def test_a_sabotaged_model_fails_the_self_test(kind: type[PreTrainedModel]) -> N
     net.load_state_dict(tiny.model("llama").state_dict())
     with pytest.raises(UnsupportedModelError) as caught:
         CausalTarget(net)
-    told = re.search(
-        r"llama model fails the self-test: .* differs from a plain forward by (\S+) of its largest logit",
-        str(caught.value),
-    )
-    assert told, str(caught.value)
-    error = float(told.group(1))
+    message = str(caught.value)
+    pattern = r"llama model fails the self-test: .* differs from a plain forward by (\S+) of its"
+    match = re.search(rf"{pattern} largest logit", message)
+    assert match, message
+    error = float(match.group(1))
     assert error != error if kind is Broken else error > 5e-3
     assert "allowed 1e-03 in torch.float32" in str(caught.value)
 
@@ -468,7 +472,7 @@ def test_half_precision_passes_the_self_test(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_model_still_generates_on_its_own(family: str) -> None:
-    """A target's model is the user's own object: padded batches and plain generate mean what they meant before."""
+    """A target's model stays the user's own: padded batches and plain generate are unchanged."""
     net = tiny.model(family)
     ids = torch.tensor([[0, 0, 0, 5, 9], [3, 1, 4, 1, 5]])
     mask = torch.tensor([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])

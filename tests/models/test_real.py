@@ -15,8 +15,10 @@ from specdiff.verify import VERIFIERS
 pytestmark = pytest.mark.real
 NEW = 16
 QUESTIONS = (
-    "Write a haiku about rain.", "What is 12 + 30?", "List three colours, and say why you like each.", "Explain why the sky is blue.",
-    "Say hello.", "Name a river in Africa.", "Say 'good morning' in French.", "Give me one tip for sleeping well.",
+    "Write a haiku about rain.", "What is 12 + 30?",
+    "List three colours, and say why you like each.", "Explain why the sky is blue.",
+    "Say hello.", "Name a river in Africa.",
+    "Say 'good morning' in French.", "Give me one tip for sleeping well.",
 )  # fmt: skip
 
 
@@ -44,14 +46,15 @@ def test_greedy_text_is_the_targets_own(
     verifier: str,
 ) -> None:
     """Long accepted prefixes, and rejections in between."""
-    chosen = texts[:3]
-    batch = tiny.batch_of([t[:-NEW] for t in chosen], NEW, temperature=0.0)
-    drafter = tiny.Hinted(chosen, lm.target.info.vocab_size, flaw=9)
+    first = texts[:3]
+    batch = tiny.batch_of([t[:-NEW] for t in first], NEW, temperature=0.0)
+    drafter = tiny.Hinted(first, lm.target.info.vocab_size, flaw=9)
     got = tiny.decoded(lm.target, drafter, batch, draft_len=draft_len, verifier=VERIFIERS[verifier])
-    assert flips(untouched, got, chosen) <= 1
+    assert flips(untouched, got, first) <= 1
 
 
-# Every draft length with every number of passes; and each of both in a batch of one and of eight (forty by eight takes its time).
+# Every draft length with every number of passes; each of both in a batch of one and of eight
+# (forty by eight is slow).
 IN_EIGHT = {(1, 2), (1, 4), (4, 1), (8, 2), (16, 4), (40, 1)}
 
 
@@ -66,62 +69,64 @@ def test_greedy_text_through_the_bundled_diffusion_drafter(
 ) -> None:
     drafter = catalog.drafter("sedd", lm.target.info, {"steps": steps})
     new = 3 if draft_len == 40 else 6
-    chosen = [
-        t[: len(t) - NEW + new]
-        for t in (texts if (draft_len, steps) in IN_EIGHT else texts[steps : steps + 1])
-    ]
+    batch = texts if (draft_len, steps) in IN_EIGHT else texts[steps : steps + 1]
+    prefixes = [t[: len(t) - NEW + new] for t in batch]
     got = tiny.decoded(
         lm.target,
         drafter,
-        tiny.batch_of([t[:-new] for t in chosen], new, temperature=0.0),
+        tiny.batch_of([t[:-new] for t in prefixes], new, temperature=0.0),
         draft_len=draft_len,
     )
-    assert flips(untouched, got, chosen) <= 1
+    assert flips(untouched, got, prefixes) <= 1
 
 
 @pytest.mark.parametrize("drafter", ["sedd", "autoregressive", "ngram"])
 def test_matching_gives_the_text_of_plain_decoding_under_every_option(
     lm: SpeculativeLM, drafter: str
 ) -> None:
-    """L4 of a real target: same seed, same tokens, whatever drafts, in whatever batch, streamed or not."""
-    options = {
+    """L4 of a real target: same seed, same tokens, with any drafter and batch, streamed or not."""
+    options: dict[str, Any] = {
         "top_p": 0.9,
         "repetition_penalty": 1.3,
         "frequency_penalty": 0.4,
         "logit_bias": {198: 2.0},
         "temperature": 0.8,
     }
-    asked: dict[str, Any] = {
-        "max_tokens": 6,
-        "seed": 3,
-        "verifier": "match",
-        "ignore_eos": True,
-    } | options
-    plain, made = (SpeculativeLM(lm.target, d, lm.tokenizer, lm.max_len) for d in ("none", drafter))
-    expected = plain.generate(QUESTIONS[1], **asked).token_ids
-    assert made.generate([QUESTIONS[1], QUESTIONS[2]], **asked)[0].token_ids == expected
-    *_, last = made.stream(QUESTIONS[1], draft_len=7, **asked)
+    options |= {"max_tokens": 6, "seed": 3, "verifier": "match", "ignore_eos": True}
+    plain = SpeculativeLM(lm.target, "none", lm.tokenizer, lm.max_len)
+    fast = SpeculativeLM(lm.target, drafter, lm.tokenizer, lm.max_len)
+    expected = plain.generate(QUESTIONS[1], **options).token_ids
+    assert fast.generate([QUESTIONS[1], QUESTIONS[2]], **options)[0].token_ids == expected
+    *_, last = fast.stream(QUESTIONS[1], draft_len=7, **options)
     assert last.generation.token_ids == expected
 
 
-# To record anew, after a drafter was trained or exchanged: run this test and write the value its failure tells.
-RECORDED = {
-    "sedd": 1.3559,
-    "autoregressive": 1.3793,
-}  # tokens a round over CHORES, temperature 0, 4 drafted tokens, 16 tokens each
-CHORES = ("Count from 1 to 20.", "List the days of the week.", "Write a Python function that adds two numbers.",
-          "Repeat: the cat sat on the mat, the cat sat on the mat.", "Give me three tips for learning a language.")  # fmt: skip
+# tokens a round over CHORES, temperature 0, 4 drafted tokens, 16 tokens each; after a drafter was
+# trained or replaced, run the test below and copy the value from its failure
+RECORDED = {"sedd": 1.3559, "autoregressive": 1.3793}
+CHORES = (
+    "Count from 1 to 20.",
+    "List the days of the week.",
+    "Write a Python function that adds two numbers.",
+    "Repeat: the cat sat on the mat, the cat sat on the mat.",
+    "Give me three tips for learning a language.",
+)
 
 
 @pytest.mark.parametrize("drafter", RECORDED)
 def test_the_bundled_drafters_are_as_good_as_they_were(lm: SpeculativeLM, drafter: str) -> None:
     """L6: nothing about loading, drafting or verifying may cost acceptance."""
-    made = catalog.drafter(drafter, lm.target.info)
-    found = acceptance(
-        lm.target, made, [lm.encode(q) for q in CHORES], temperature=0.0, max_tokens=16, draft_len=4
+    instance = catalog.drafter(drafter, lm.target.info)
+    result = acceptance(
+        lm.target,
+        instance,
+        [lm.encode(q) for q in CHORES],
+        temperature=0.0,
+        max_tokens=16,
+        draft_len=4,
     )
-    assert found["tau"] >= 0.95 * RECORDED[drafter], (
-        f"{drafter}: tau {found['tau']}, recorded {RECORDED[drafter]}; all of it: {found}"
+    assert result["tau"] >= 0.95 * RECORDED[drafter], (
+        f"{drafter}: tau {result['tau']}, recorded {RECORDED[drafter]}; all of it: {result}"
     )
 
 

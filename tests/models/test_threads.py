@@ -1,4 +1,4 @@
-"""Many threads on one target: every text is what it is alone, and nothing of a stream outlives it."""
+"""Many threads on one target: every text is as alone, and no stream leaves anything in place."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""A checkpoint holds the whole model and nothing else; its sizes fit together; it is written whole or not at all."""
+"""Checkpoints: the whole model and nothing else, sizes that fit together, atomic writes."""
 
 import json
 import os

@@ -111,9 +111,8 @@ def test_agrees_with_the_reference(process: str) -> None:
     ids = torch.randint(config.vocab_size, (4, 11), generator=torch.Generator().manual_seed(1))
     if absorb:
         ids[:, ::3] = config.mask_id
-    sigma = torch.tensor(
-        [1e-3, 0.3, 2.0, -math.log(1e-3)]
-    )  # both sides of expm1's 0.5; the last is t = 1
+    # both sides of expm1's 0.5; the last is t = 1
+    sigma = torch.tensor([1e-3, 0.3, 2.0, -math.log(1e-3)])
     with torch.no_grad():
         got = network(ids, sigma)
     assert got.dtype == torch.float32
@@ -131,17 +130,17 @@ def test_agrees_with_the_reference(process: str) -> None:
 
 
 def test_every_parameter_matters() -> None:
-    """The comparison above would miss a parameter without effect: move each, and the output moves."""
+    """The comparison above would miss a parameter without effect: changing each has one."""
     network = tiny.sedd(tiny.sedd_config(tokens=23))
     ids, sigma = torch.arange(8)[None], torch.tensor([0.7])
     ids[0, 3] = 23
     with torch.no_grad():
         before = network(ids, sigma)
         for name, parameter in network.named_parameters():
-            kept = parameter.clone()
+            original = parameter.clone()
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
             assert (network(ids, sigma) - before).abs().max() > 1e-3, name
-            parameter.copy_(kept)
+            parameter.copy_(original)
 
 
 def test_bf16_keeps_the_offset_exact() -> None:
@@ -241,7 +240,7 @@ def test_saved_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_loads_the_authors_layout(tmp_path: Path) -> None:
-    """rotary_emb.inv_freq in the file, keys of their training run in the config, and optional ones absent."""
+    """rotary_emb.inv_freq in the file, training keys in the config, and optional ones absent."""
     network = tiny.sedd(tiny.sedd_config(tokens=23))
     tensors = {**network.state_dict(), "rotary_emb.inv_freq": torch.rand(4)}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -289,7 +288,7 @@ def test_a_left_padded_row_equals_the_row_alone() -> None:
 
 
 def test_passes_over_a_cache_equal_one_banded_pass() -> None:
-    """Rows of different length, fed in uneven chunks through a RaggedCache, attend exactly as under one causal mask."""
+    """Rows of different length in uneven chunks through a RaggedCache: as under one causal mask."""
     network, window, total = tiny.sedd(tiny.sedd_config(time_conditioning=False)), 4, 12
     ids = torch.randint(tiny.VOCAB, (2, total), generator=torch.Generator().manual_seed(4))
     i = torch.arange(total)
@@ -307,9 +306,8 @@ def test_passes_over_a_cache_equal_one_banded_pass() -> None:
             torch.testing.assert_close(
                 states, full.gather(1, at[..., None].expand(-1, -1, tiny.WIDTH)), rtol=0, atol=1e-5
             )
-            read = read + torch.tensor(
-                advance
-            )  # not all that was written is kept: the rest is overwritten
+            # not all that was written is kept: the rest is overwritten
+            read = read + torch.tensor(advance)
 
 
 def borrowed(**changes: Any) -> tuple[SEDD, Tensor, Tensor]:

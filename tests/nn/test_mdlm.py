@@ -1,4 +1,4 @@
-"""MDLM's checkpoints: written here in their layout from a tiny network, they load into the same function and draft."""
+"""MDLM checkpoints, written in their layout from a tiny network: the same function, and drafts."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from specdiff.nn.ddit import SEDD
 from specdiff.types import Round
 
 FLAT = {
-    "model_type": "mdlm", "vocab_size": tiny.VOCAB + 1, "hidden_dim": tiny.WIDTH, "n_blocks": 2, "n_heads": 4, "cond_dim": 16,
+    "model_type": "mdlm", "vocab_size": tiny.VOCAB + 1, "hidden_dim": tiny.WIDTH,
+    "n_blocks": 2, "n_heads": 4, "cond_dim": 16,
     "model_length": 96, "dropout": 0.1, "time_conditioning": False,
 }  # fmt: skip
 
@@ -61,9 +62,8 @@ def test_it_is_the_network_it_was_written_from(folder: Path) -> None:
     with torch.no_grad():
         raw = loaded.logits(loaded.hidden(ids, sigma))
         assert torch.equal(raw, network().logits(network().hidden(ids, sigma)))
-        assert torch.equal(
-            raw, loaded.logits(loaded.hidden(ids, 3 * sigma))
-        )  # time_conditioning false: sigma is 0
+        # time_conditioning false: sigma is 0
+        assert torch.equal(raw, loaded.logits(loaded.hidden(ids, 3 * sigma)))
     assert raw.shape[-1] == tiny.VOCAB + 1 and (raw.gather(-1, ids[..., None]) != 0).all()
 
 
@@ -102,13 +102,13 @@ def test_a_folder_is_a_drafter(folder: Path, options: dict[str, Any]) -> None:
     assert bool(rounds[-1].batch.done.all())
 
 
-def test_a_config_without_model_type_is_recognised_by_its_fields_and_relatives_are_not(
+def test_a_config_without_model_type_is_recognized_by_its_fields_and_relatives_are_not(
     folder: Path,
 ) -> None:
     edit(folder, model_type=...)
     assert SEDD.from_pretrained(folder).config.tokens == tiny.VOCAB
     for relative in ("udlm", "bd3lm"):
-        assert not mdlm.recognised(FLAT | {"model_type": relative})
+        assert not mdlm.recognized(FLAT | {"model_type": relative})
     edit(folder, model_type="udlm")
     with pytest.raises(
         ConfigError, match="no drafter format with model_type 'udlm' is known; known are sedd, mdlm"
@@ -117,7 +117,7 @@ def test_a_config_without_model_type_is_recognised_by_its_fields_and_relatives_a
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"vocab_size": ...}, r"config\.json lacks the key 'vocab_size'"),
         ({"vocab_size": 1}, "vocab_size counts MASK, so it must be at least 2, not 1"),
@@ -127,14 +127,14 @@ def test_a_config_without_model_type_is_recognised_by_its_fields_and_relatives_a
         ({"time_conditioning": 0}, "time_conditioning must be of type bool, not 0"),
     ],
 )
-def test_a_bad_config_is_told(folder: Path, changes: dict[str, Any], told: str) -> None:
+def test_a_bad_config_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     edit(folder, **changes)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         SEDD.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda t: t.pop("backbone.output_layer.linear.bias"),
@@ -147,9 +147,9 @@ def test_a_bad_config_is_told(folder: Path, changes: dict[str, Any], told: str) 
         ),
     ],
 )
-def test_bad_tensors_are_told(folder: Path, change: Callable[[Any], Any], told: str) -> None:
+def test_bad_tensors_are_named(folder: Path, change: Callable[[Any], Any], message: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
-    with pytest.raises(WeightsError, match=told):
+    with pytest.raises(WeightsError, match=message):
         SEDD.from_pretrained(folder)

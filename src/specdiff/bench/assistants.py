@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from specdiff import catalog
 from specdiff.errors import UnsupportedModelError
-from specdiff.models.ragged import load_model
+from specdiff.models.loading import load_model
 from specdiff.nn.small_lm import SmallLM
 from specdiff.types import TargetInfo
 

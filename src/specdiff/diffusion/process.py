@@ -1,6 +1,7 @@
 """Forward processes of discrete diffusion (SEDD, section 3; the SEDD code's "graph").
 
-Shapes: B rows, L positions, V states (tokens, and MASK last when absorbing). Scores are ratios p(y)/p(x), score[x] = 1.
+Shapes: B rows, L positions, V states (tokens, and MASK last when absorbing).
+Scores are ratios p(y)/p(x), score[x] = 1.
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +34,7 @@ class Process(ABC):
 
     @abstractmethod
     def limit(self, uniform: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        """What is left of any x_0 after endless noise, by one uniform in [0, 1) a position."""
+        """The limit of x_t under endless noise, by one uniform in [0, 1) a position."""
 
     @abstractmethod
     def transp_transition(
@@ -59,13 +60,19 @@ class Process(ABC):
         x: Int[Tensor, "B L"],
         x0: Int[Tensor, "B L"],
     ) -> Float[Tensor, "B L"]:
-        """Denoising score entropy (SEDD, eq. 4) per position, 0 at the true ratio p(y|x0)/p(x|x0)."""
+        """Denoising score entropy (SEDD, eq. 4) per position.
+
+        It is 0 at the true ratio p(y|x0)/p(x|x0).
+        """
 
     @final
     def reverse_rate(
         self, x: Int[Tensor, "B L"], score: Float[Tensor, "B L V"]
     ) -> Float[Tensor, "B L V"]:
-        """The reverse process's rates out of x: transp_rate * score off the diagonal, minus their sum on it."""
+        """The reverse process's rates out of x.
+
+        transp_rate * score off the diagonal, minus their sum on it.
+        """
         rate = self.transp_rate(x) * score
         rate = rate.scatter(-1, x[..., None], 0)
         return rate.scatter(-1, x[..., None], -rate.sum(-1, keepdim=True))
@@ -96,7 +103,10 @@ class Absorbing(Process):
     def transp_transition(
         self, x: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"]
     ) -> Float[Tensor, "B L V"]:
-        """Entry y: the chance that y has become x after noise sigma, e^-s [y = x] + (1 - e^-s) [x = MASK]."""
+        """Entry y: the chance that y has become x after noise sigma.
+
+        e^-s [y = x] + (1 - e^-s) [x = MASK].
+        """
         stay = torch.exp(-sigma)[..., None]
         return stay * F.one_hot(x, self.states) + torch.where(
             (x == self.mask_id)[..., None], 1 - stay, 0
@@ -110,7 +120,10 @@ class Absorbing(Process):
     def staggered_score(
         self, score: Float[Tensor, "B L V"], dsigma: Float[Tensor, "B 1"]
     ) -> Float[Tensor, "B L V"]:
-        """The score dsigma earlier, e^{-d Q} applied: s'_y = e^d s_y, and s'_MASK gains (1 - e^d) sum_y s_y."""
+        """The score dsigma earlier, e^{-d Q} applied.
+
+        s'_y = e^d s_y, and s'_MASK gains (1 - e^d) sum_y s_y.
+        """
         grown = dsigma.exp()[..., None]
         extra = (1 - grown[..., 0]) * score.sum(-1)
         score = score * grown
@@ -123,9 +136,10 @@ class Absorbing(Process):
         x: Int[Tensor, "B L"],
         x0: Int[Tensor, "B L"],
     ) -> Float[Tensor, "B L"]:
-        """Denoising score entropy (SEDD, eq. 4) per position: sum_{y != MASK} s_y - r log s_{x0} + r (log r - 1), r = 1/(e^sigma - 1).
+        """Denoising score entropy (SEDD, eq. 4) per position.
 
-        Only masked positions count; the others are 0.
+        sum_{y != MASK} s_y - r log s_{x0} + r (log r - 1), with r = 1/(e^sigma - 1). Only masked
+        positions count; the others are 0.
         """
         r = 1 / torch.expm1(sigma.expand_as(x))
         positive = log_score[..., :-1].exp().sum(-1)
@@ -144,32 +158,35 @@ class Uniform(Process):
     def corrupt(
         self, x0: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"], uniform: Float64[Tensor, "B L"]
     ) -> Int[Tensor, "B L"]:
-        """x_t given x_0: with probability 1 - e^-sigma, a token drawn uniformly (possibly the same one).
+        """x_t given x_0: with probability 1 - e^-sigma, a uniform token (possibly the same one).
 
-        Below the threshold, uniform / threshold is uniform again and picks the token. That takes float64: the 24 bits of
-        a float32 would leave most of 50k tokens unreachable at low noise.
+        Below the threshold, uniform / threshold is uniform again and picks the token. That takes
+        float64: the 24 bits of a float32 would leave most of 50k tokens unreachable at low noise.
 
         Raises:
             UsageError: `uniform` is not float64.
         """
         if uniform.dtype != torch.float64:
             raise UsageError(
-                f"Uniform.corrupt needs float64 uniforms, got {uniform.dtype}: draw them with dtype=torch.float64"
+                f"Uniform.corrupt needs float64 uniforms, got {uniform.dtype}: "
+                "draw them with dtype=torch.float64"
             )
         replaced = -torch.expm1(-sigma.double())
-        token = (
-            uniform / replaced * self.tokens
-        ).long()  # below V: of doubles u < p, u/p rounds to 1 - 2^-53 at most
+        # below V: of doubles u < p, u/p rounds to 1 - 2^-53 at most
+        token = (uniform / replaced * self.tokens).long()
         return torch.where(uniform < replaced, token, x0)
 
     def limit(self, uniform: Float[Tensor, "B L"]) -> Int[Tensor, "B L"]:
-        """Any token, each as likely."""
+        """Any token, all equally likely."""
         return (uniform * self.tokens).long()
 
     def transp_transition(
         self, x: Int[Tensor, "B L"], sigma: Float[Tensor, "B 1"]
     ) -> Float[Tensor, "B L V"]:
-        """Entry y: the chance that y has become x after noise sigma, e^-s [y = x] + (1 - e^-s)/V."""
+        """Entry y: the chance that y has become x after noise sigma.
+
+        e^-s [y = x] + (1 - e^-s)/V.
+        """
         onto = (-torch.expm1(-sigma) / self.states).expand_as(x)[..., None]
         stay = torch.exp(-sigma).expand_as(x)[..., None]
         return onto.expand(*x.shape, self.states).scatter(-1, x[..., None], stay + onto)
@@ -183,9 +200,8 @@ class Uniform(Process):
         self, score: Float[Tensor, "B L V"], dsigma: Float[Tensor, "B 1"]
     ) -> Float[Tensor, "B L V"]:
         """The score dsigma earlier, e^{-d Q} applied: s'_y = e^d s_y + (1 - e^d)/V sum_z s_z."""
-        return score * dsigma.exp()[..., None] - torch.expm1(dsigma)[..., None] * score.mean(
-            -1, keepdim=True
-        )
+        mean = score.mean(-1, keepdim=True)
+        return score * dsigma.exp()[..., None] - torch.expm1(dsigma)[..., None] * mean
 
     def score_entropy(
         self,
@@ -194,20 +210,21 @@ class Uniform(Process):
         x: Int[Tensor, "B L"],
         x0: Int[Tensor, "B L"],
     ) -> Float[Tensor, "B L"]:
-        """Denoising score entropy (SEDD, eq. 4) per position: 1/V sum_{y != x} s_y - r_y log s_y + r_y (log r_y - 1).
+        """Denoising score entropy (SEDD, eq. 4) per position.
 
-        With a = 1 + V/(e^sigma - 1), the true ratio r_y is 1/a when x = x0; otherwise it is a for y = x0 and 1 for the rest.
+        1/V sum_{y != x} s_y - r_y log s_y + r_y (log r_y - 1). With a = 1 + V/(e^sigma - 1), the
+        true ratio r_y is 1/a when x = x0; otherwise it is a for y = x0 and 1 for all others.
         """
         V = self.states
-        excess = V / torch.expm1(
-            sigma.expand_as(x)
-        )  # a - 1; the authors' 1/a = 1 - V/(e^sigma - 1 + V) cancels in fp32
+        # a - 1; the authors' 1/a = 1 - V/(e^sigma - 1 + V) cancels in fp32
+        excess = V / torch.expm1(sigma.expand_as(x))
         log_a = torch.log1p(excess)
         ratio = 1 / (1 + excess)
-        # s_x = 1 is left out before summing: next to it, scores of the size of 1/a ~ 1e-10 would be lost
+        # s_x = 1 is left out before summing: next to it, scores of about 1/a ~ 1e-10 would be lost
         positive = log_score.exp().scatter(-1, x[..., None], 0).sum(-1) / V
-        at_x, at_x0 = (log_score.gather(-1, i[..., None])[..., 0] for i in (x, x0))
+        at_x = log_score.gather(-1, x[..., None])[..., 0]
+        at_x0 = log_score.gather(-1, x0[..., None])[..., 0]
         plain = (log_score.sum(-1) - at_x) / V
-        kept = -ratio * plain - (V - 1) / V * ratio * (log_a + 1)
+        same = -ratio * plain - (V - 1) / V * ratio * (log_a + 1)
         moved = -plain - at_x0 * excess / V + ((1 + excess) * (log_a - 1) - (V - 2)) / V
-        return positive + torch.where(x == x0, kept, moved)
+        return positive + torch.where(x == x0, same, moved)

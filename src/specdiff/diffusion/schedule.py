@@ -21,7 +21,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loglinear:
-    """sigma(t) = -log(1 - (1 - eps) t), so that an absorbing token is MASK with probability (1 - eps) t."""
+    """sigma(t) = -log(1 - (1 - eps) t): an absorbing token is MASK with probability (1 - eps) t."""
 
     eps: float = 1e-3
 
@@ -53,7 +53,6 @@ class Geometric:
         """The t with 1 - e^-sigma(t) = share, clamped to [0, 1]."""
         if share >= 1:
             return 1.0
-        t = math.log(-math.log1p(-share) / self.sigma_min) / math.log(
-            self.sigma_max / self.sigma_min
-        )
+        ratio = math.log(self.sigma_max / self.sigma_min)
+        t = math.log(-math.log1p(-share) / self.sigma_min) / ratio
         return min(1.0, max(0.0, t))

@@ -20,6 +20,7 @@ from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.ragged import RaggedModel
 from specdiff.models.self_test import self_test
+from specdiff.nn.borrowed import scatter
 from specdiff.nn.linear import stream_weights
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
@@ -149,8 +150,7 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         """Over the target's vocabulary: what the draft vocabulary lacks cannot be drawn."""
         if self.model.draft_vocab_size is None:
             return fitted(logits, self.vocab_size)
-        full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
-        return full.index_copy_(2, self.model.draft_vocab, logits)
+        return scatter(logits, self.model.draft_vocab, self.vocab_size)
 
 
 def autoregressive(

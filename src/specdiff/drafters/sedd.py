@@ -22,6 +22,7 @@ from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, k
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.masks import causal
+from specdiff.nn.borrowed import scatter
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import stream_weights
 from specdiff.types import Context, TargetInfo
@@ -116,8 +117,7 @@ class SEDDDenoiser:
         )
         logits = self._logits(context, state, canvas, sigma)
         if self.model.config.draft_vocab_size is not None:
-            full = logits.new_full((*logits.shape[:2], self.vocab_size), -torch.inf)
-            return full.index_copy_(2, self.model.draft_vocab, logits)
+            return scatter(logits, self.model.draft_vocab, self.vocab_size)
         return fitted(logits[..., : self.model.config.tokens], self.vocab_size)
 
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:

@@ -1,1 +1,1 @@
-"""The loop inside transformers' `generate`."""
+"""Speculative decoding inside transformers' `generate`."""

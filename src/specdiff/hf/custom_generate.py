@@ -1,6 +1,7 @@
-"""The loop inside transformers: `model.generate(**inputs, custom_generate=specdiff.custom_generate, ...)`.
+"""The decoding loop for transformers: `model.generate(custom_generate=specdiff.custom_generate)`.
 
-transformers prepares everything (processors, stopping criteria, lengths, expanded rows), and calls this in place of its own loop.
+transformers prepares everything (processors, stopping criteria, lengths, expanded rows), and calls
+this in place of its own loop.
 
 Shapes: B rows, P prompt width with its padding, L columns of the longest answer.
 """
@@ -11,7 +12,7 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,13 +27,14 @@ from transformers import (
     StoppingCriteriaList,
     TemperatureLogitsWarper,
 )
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from specdiff import catalog, decode
 from specdiff.controller import draft_length
 from specdiff.drafters.base import Drafter, NoDrafter
-from specdiff.errors import UnsupportedModelError, UsageError
-from specdiff.hf.output import Ending, Written
+from specdiff.errors import UsageError
+from specdiff.hf.inputs import check_types, refuse, unpadded
+from specdiff.hf.output import OutputWriter, StopRules
 from specdiff.hf.params_drafter import ParamsDrafter
 from specdiff.hf.processed_target import ProcessedTarget
 from specdiff.hf.repeats import own
@@ -42,13 +44,8 @@ from specdiff.targets.causal import CausalTarget, attached
 from specdiff.types import Batch, Params, Round, SamplingParams
 from specdiff.verify import verifier as verifier_named
 
-PLAIN = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-# what transformers prepares for its own loop; all else would change what the model sees
-PREPARED = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-)
-COLDEST = 1e-30  # logits divided by less overflow, and nothing but the argmax is left
-# what our own sampling takes
+COLDEST = 1e-30  # logits divided by less overflow: only the argmax remains
+# ranges of SamplingParams
 HINTS: dict[str, tuple[float, float]] = {"repetition_penalty": (1e-6, 1e6)}
 TEMPERED: dict[str, tuple[float, float]] = {
     "temperature": (COLDEST, 1e6),
@@ -76,102 +73,94 @@ def custom_generate(
     stats: Stats | None = None,
     **model_kwargs: Any,
 ) -> Int[Tensor, "B P+L"] | GenerateDecoderOnlyOutput:
-    """Speculative decoding for `model.generate(**inputs, custom_generate=specdiff.custom_generate, ...)`: rows of the same law as
-    without it, in the same shape; in float32 the same tokens where do_sample is off. Not to be called by hand.
+    """Speculative decoding in `model.generate(**inputs, custom_generate=specdiff.custom_generate)`.
 
-    Processors, criteria, end-of-text and length limits, left-padded batches, num_return_sequences, return_dict_in_generate with
-    output_scores and output_logits are transformers' own. Processors must be functions of the token ids and the scores, since a
-    draft's positions are processed ahead of time. Your own, and prefix_allowed_tokens_fn, are asked about some texts twice; one
-    that answers differently is refused (drafter="none" asks about every position once, in order, and takes it). Criteria get
-    None for scores. Where do_sample is on, all randomness comes from torch's default generator: `transformers.set_seed` fixes it.
+    The output has the same distribution and shape as without it, and in float32 the same tokens if
+    do_sample is off. Not meant to be called directly.
 
-    The model is tested at its first use, and again once its config, attention or weights have changed: whether scoring drafts
-    gives its own logits. It keeps computing the same by itself.
+    Processors, criteria, end-of-text and length limits, left-padded batches, num_return_sequences,
+    and return_dict_in_generate with output_scores and output_logits work as in transformers.
+    Processors must be functions of the token ids and the scores, since a draft's positions are
+    processed ahead of time. Your own, and prefix_allowed_tokens_fn, are called twice for some
+    texts; one that answers differently is refused. (With drafter="none" each position is processed
+    once, in order, so a processor with a memory works.) Criteria get None for scores. If do_sample
+    is on, all randomness comes from torch's default generator: `transformers.set_seed` fixes it.
+
+    The model is tested at its first use, and again once its config, attention or weights have
+    changed: scoring a draft must give the model's own logits. Its own forward is not changed.
 
     Args:
-        drafter: a spec as in `specdiff.load` ("auto": the bundled one for this model, "ngram": from the text itself), or a Drafter.
+        drafter: a spec as in `specdiff.load` ("auto": the bundled one for this model, "ngram": from
+            the text itself), or a Drafter.
         drafter_options: keyword arguments of a drafter given by spec.
         verifier: "token", "block", "match" or "match-gumbel".
-        draft_len: K, "auto" (drafting rests while it does not pay), or None: "auto" where the text cannot depend on it (greedy and
-            match), else the drafter's own.
-        text_streamer: a transformers streamer; gets the prompts, each column of tokens, and the end. generate's own `streamer` does
-            too. (generate keeps `tokenizer` to itself, and with it stop_strings: pass
-            stopping_criteria=[StopStringCriteria(tokenizer, strings)].)
-        stats: a `specdiff.Stats` to add this run's rounds to, those of all rows.
-        model_kwargs: what transformers prepared.
+        draft_len: K, "auto" (drafting is off while it does not pay), or None: "auto" where the text
+            cannot depend on it (greedy and match), else the drafter's own.
+        text_streamer: a transformers streamer; gets the prompts, each column of tokens, and the
+            end. So does generate's own `streamer`. (generate does not pass on `tokenizer`, which
+            stop_strings need: pass stopping_criteria=[StopStringCriteria(tokenizer, strings)].)
+        stats: a `specdiff.Stats` to which the rounds of all rows are added.
+        model_kwargs: the model inputs that transformers prepared.
 
-    Raises UsageError for what cannot be kept (beams, assistants, outputs of inner layers, a cache or embeddings as input, processors
-    with memory, padding elsewhere than on the left), and UnsupportedModelError for a model that fails the self-test.
+    Raises UsageError for what is not supported (beams, assistants, outputs of inner layers, a cache
+    or embeddings as input, processors with a memory, padding that is not on the left), and
+    UnsupportedModelError for a model that fails the self-test.
     """
-    _refuse(model, generation_config, model_kwargs)
-    _check(drafter, drafter_options, verifier, stats)
+    refuse(model, generation_config, model_kwargs)
+    check_types(drafter, drafter_options, verifier, stats)
     target = attached(model)
     if input_ids.device != target.info.device:
         raise UsageError(
-            f"input_ids are on {input_ids.device}, the model on {target.info.device}; move them there"
+            f"input_ids are on {input_ids.device}, the model on {target.info.device}; "
+            "move them there"
         )
     pad = generation_config._pad_token_tensor
-    ending = Ending(stopping_criteria, input_ids, 0 if pad is None else int(pad))
-    prompts = _prompts(input_ids, model_kwargs)
-    reach = max(map(len, prompts)) + ending.new
+    rules = StopRules(stopping_criteria, input_ids, 0 if pad is None else int(pad))
+    prompts = unpadded(input_ids, model_kwargs)
+    reach = max(map(len, prompts)) + rules.max_new
     if reach > target.info.max_positions:
-        raise UsageError(f"prompt and answer may reach {reach} tokens, but the model has {target.info.max_positions} positions; "
-                         f"lower max_new_tokens")  # fmt: skip
-    made = _drafter(target, drafter, drafter_options)
-    processors, sampled = _sampling(logits_processor, bool(generation_config.do_sample))
-    prepared = ProcessedTarget(
-        target, processors, input_ids, ending.pad, drafted=made.draft_len > 0
-    )
-    length = draft_length(draft_len, made, steady=sampled and not verifier.startswith("match"))
-    batch = _batch(prompts, ending, sampled, input_ids.device)
-    hinted = ParamsDrafter(made, _hint(generation_config, batch, sampled))
-    slots = reach + max(made.draft_len, length if isinstance(length, int) else 0) + 1
+        raise UsageError(
+            f"prompt and answer may reach {reach} tokens, but the model has "
+            f"{target.info.max_positions} positions; lower max_new_tokens"
+        )
+    base = _drafter(target, drafter, drafter_options)
+    processors, sampling = _sampling(logits_processor, bool(generation_config.do_sample))
+    scorer = ProcessedTarget(target, processors, input_ids, rules.pad, drafted=base.draft_len > 0)
+    length = draft_length(draft_len, base, steady=sampling and not verifier.startswith("match"))
+    batch = _batch(prompts, rules, sampling, input_ids.device)
+    proposer = ParamsDrafter(base, _hint(generation_config, batch, sampling))
+    slots = reach + max(base.draft_len, length if isinstance(length, int) else 0) + 1
     streamer = _streamer(text_streamer, input_ids)
-    run = decode.start(prepared, hinted, batch, verifier=verifier_named(verifier), slots=slots)
+    run = decode.start(scorer, proposer, batch, verifier=verifier_named(verifier), slots=slots)
     rows = torch.arange(len(prompts), device=input_ids.device)
     detailed = bool(generation_config.return_dict_in_generate)
     scores = detailed and bool(generation_config.output_scores)
     logits = detailed and bool(generation_config.output_logits)
-    written = Written(ending, streamer, stats, scores=scores, logits=logits)
+    writer = OutputWriter(rules, streamer, stats, scores=scores, logits=logits)
+    stop = rules if rules.criteria else None
     last: Round | None = None
     try:
         decode.admit(run, rows)
         while not bool(run.batch.done.all()):
-            last = decode.step(
-                run,
-                length if isinstance(length, int) else length(last),
-                ending if ending.rest else None,
-            )
-            prepared.check(run.cache, last)  # first: a processor's fault is not the target's
+            K = length if isinstance(length, int) else length(last)
+            last = decode.step(run, K, stop)
+            scorer.check(run.cache, last)  # first: a processor's fault is not the target's
             decode.raise_if_failed(last)
-            written.add(last, run.cache)
+            writer.add(last, run.cache)
     finally:
         decode.release(run, rows)
-    prepared.finish(run.cache)
-    return written.output(run.batch) if detailed else written.finish(run.batch)
-
-
-def _check(drafter: Any, options: Any, verifier: Any, stats: Any) -> None:
-    """Raises UsageError for an argument of a wrong type."""
-    if not isinstance(drafter, (str, os.PathLike, Drafter)):
-        kinds = "a name, a folder or a specdiff.Drafter"
-        raise UsageError(f"drafter must be {kinds}, not {drafter!r}; 'none' decodes plainly")
-    if options is not None and not isinstance(options, Mapping):
-        raise UsageError(f"drafter_options must be a mapping of keyword arguments, not {options!r}")
-    if not isinstance(verifier, str):
-        raise UsageError(f"verifier must be a name, not {verifier!r}")
-    if stats is not None and not isinstance(stats, Stats):
-        raise UsageError(f"stats must be a specdiff.Stats, not {stats!r}")
+    scorer.finish(run.cache)
+    return writer.output(run.batch) if detailed else writer.finish(run.batch)
 
 
 def _streamer(
     text_streamer: BaseStreamer | None,
     prompts: Int[Tensor, "B P"],
 ) -> BaseStreamer | None:
-    """`text_streamer`, or the one that `generate` was called with, with the prompts put into it.
+    """`text_streamer` with the prompts put into it, or the streamer passed to `generate`.
 
-    generate puts the prompts into its own, but hands it to no custom loop: whoever reads from it
-    would wait for ever. Raises UsageError where there are two.
+    generate puts the prompts into its own streamer, but passes it to no custom loop: a reader would
+    wait forever. Raises UsageError if both are present.
     """
     code = inspect.unwrap(GenerationMixin.generate).__code__
     frame = inspect.currentframe()
@@ -187,78 +176,12 @@ def _streamer(
     return text_streamer
 
 
-def _refuse(
-    model: PreTrainedModel, config: GenerationConfig, model_kwargs: Mapping[str, Any]
-) -> None:
-    """Raises where the answer could not be what `generate` gives without us."""
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"a {model.config.model_type} model encodes its prompt apart from its answer, which cannot be drafted for"
-        )
-    mode = config.get_generation_mode()
-    if mode not in PLAIN:
-        raise UsageError(f"custom_generate=specdiff.custom_generate does greedy search and sampling, not {mode.value}; leave out what "
-                         f"asks for it (num_beams, penalty_alpha, prompt_lookup_num_tokens, ...), or custom_generate")  # fmt: skip
-    if model.training:
-        raise UsageError(
-            "the model is in training mode, where dropout makes its law another at every pass; call model.eval() first"
-        )
-    inner = [
-        name for name in ("output_attentions", "output_hidden_states") if getattr(config, name)
-    ]
-    if inner:
-        raise UsageError(
-            f"{inner[0]} cannot be given: positions are scored several at a time; leave it out, or custom_generate"
-        )
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and "_is_user_defined" in vars(
-        cache
-    ):  # transformers' own mark; its fresh one has none
-        raise UsageError(
-            "past_key_values cannot be continued; leave it out, and give the whole text as input_ids"
-        )
-    unknown = sorted(
-        name for name, value in model_kwargs.items() if name not in PREPARED and not _empty(value)
-    )
-    if unknown:
-        raise UsageError(
-            f"{unknown[0]} as model input is not supported: drafts are token ids alone; leave it out, or custom_generate"
-        )
-
-
-def _empty(value: Any) -> bool:
-    """None, or a collection of nothing else: what transformers prepares for images, say, that are not there."""
-    if isinstance(value, Mapping):
-        return all(_empty(part) for part in value.values())
-    return value is None or (isinstance(value, Sequence) and all(_empty(part) for part in value))
-
-
-def _prompts(input_ids: Int[Tensor, "B P"], model_kwargs: Mapping[str, Any]) -> list[list[int]]:
-    """The rows without their padding. Raises UsageError where it is not on the left, or positions are not counted from its end."""
-    given = model_kwargs.get("attention_mask")
-    mask = torch.ones_like(input_ids) if given is None else given.long()
-    if (
-        not input_ids.shape[1]
-        or bool((mask[:, -1] != 1).any())
-        or bool((mask.diff(dim=1) < 0).any())
-    ):
-        raise UsageError("attention_mask must be zeros, then ones up to the end of each row; tokenize with padding_side='left', and give "
-                         "the mask (without one, transformers takes every pad token for padding, inside a text too)")  # fmt: skip
-    positions = model_kwargs.get("position_ids")
-    usual = (mask.cumsum(1) - 1) * mask
-    if positions is not None and (
-        positions.shape[-1] != mask.shape[1] or bool((positions * mask != usual).any())
-    ):
-        raise UsageError("position_ids must count the attended tokens from 0; leave them out")
-    return [row[-int(n) :].tolist() for row, n in zip(input_ids, mask.sum(1), strict=True)]
-
-
 def _drafter(
     target: CausalTarget,
     drafter: str | os.PathLike[str] | Drafter[Any],
     options: Mapping[str, Any] | None,
 ) -> Drafter[Any]:
-    """The drafter of a spec, built once while it is among the target's most recently used."""
+    """The drafter of a spec, cached while it is among the target's most recently used."""
     if isinstance(drafter, Drafter):
         if options:
             raise UsageError(
@@ -268,46 +191,53 @@ def _drafter(
     spec = os.fspath(drafter)
     try:
         key = json.dumps([spec, dict(options or {})], sort_keys=True)
-    except TypeError:  # options that are objects: no text tells two of them apart for certain
+    except TypeError:  # options that are objects: no text identifies them for certain
         return catalog.drafter(spec, target.info, options)
     with LOCK:
-        known = DRAFTERS.setdefault(target, OrderedDict())
-        if key in known:
-            known.move_to_end(key)
-            return known[key]
+        cache = DRAFTERS.setdefault(target, OrderedDict())
+        if key in cache:
+            cache.move_to_end(key)
+            return cache[key]
     built = catalog.drafter(spec, target.info, options)
     if spec == "auto" and isinstance(built, NoDrafter):
-        plainly = "decoding plainly; drafter='ngram' needs no training"
-        message = f"no drafter was trained for {target.info.name!r}: {plainly}"
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"no drafter was trained for {target.info.name!r}: decoding without drafts; "
+            "drafter='ngram' needs no training",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     with LOCK:
-        built = known.setdefault(key, built)
-        known.move_to_end(key)
-        while len(known) > MOST_DRAFTERS:
-            known.popitem(last=False)
+        built = cache.setdefault(key, built)
+        cache.move_to_end(key)
+        while len(cache) > MOST_DRAFTERS:
+            cache.popitem(last=False)
     return built
 
 
-def _sampling(processors: LogitsProcessorList, sampled: bool) -> tuple[LogitsProcessorList, bool]:
+def _sampling(processors: LogitsProcessorList, sampling: bool) -> tuple[LogitsProcessorList, bool]:
     """The processors, and whether to sample.
 
-    A temperature next to 0 leaves nothing but the argmax, whatever warpers come after it.
+    A temperature close to 0 leaves only the argmax, whatever warpers come after it.
     """
     cold = [type(p) is TemperatureLogitsWarper and p.temperature < COLDEST for p in processors]
-    if not sampled or True not in cold:
-        return processors, sampled
+    if not sampling or True not in cold:
+        return processors, sampling
     place = cold.index(True)
     if any(own(p) for p in processors[place:]):
-        return processors, sampled
+        return processors, sampling
     return LogitsProcessorList(processors[:place]), False
 
 
-def _batch(prompts: list[list[int]], ending: Ending, sampled: bool, device: torch.device) -> Batch:
-    """Rows whose own parameters are neutral: the processors have said it all."""
+def _batch(
+    prompts: list[list[int]], rules: StopRules, sampling: bool, device: torch.device
+) -> Batch:
+    """Rows with neutral sampling parameters: the processors define the distribution."""
     params = SamplingParams(
-        max_tokens=ending.new, temperature=1.0 if sampled else 0.0, stop_token_ids=ending.ids
+        max_tokens=rules.max_new,
+        temperature=1.0 if sampling else 0.0,
+        stop_token_ids=rules.end_ids,
     )
-    root = int(torch.randint(1 << 62, ())) if sampled else 0
+    root = int(torch.randint(1 << 62, ())) if sampling else 0
     return Batch.of(
         prompts,
         [params] * len(prompts),
@@ -316,20 +246,19 @@ def _batch(prompts: list[list[int]], ending: Ending, sampled: bool, device: torc
     )
 
 
-def _hint(config: GenerationConfig, batch: Batch, sampled: bool) -> Params:
-    """What a drafter can make use of: the sampling parameters, as far as they are ours too.
+def _hint(config: GenerationConfig, batch: Batch, sampling: bool) -> Params:
+    """Sampling parameters for the drafter, as far as SamplingParams has them.
 
-    The processors define the distribution, so a value outside our own range is replaced by the
-    closest one in it.
+    The processors define the distribution, so a value outside the range of SamplingParams is
+    replaced by the closest one in it.
     """
-    ranges = HINTS | TEMPERED if sampled else HINTS
-    values = {name: getattr(config, name) for name in ranges}
-    sampling: dict[str, Any] = {
-        name: min(max(value, ranges[name][0]), ranges[name][1])
-        for name, value in values.items()
-        if value is not None
-    }
-    if not sampled:
-        sampling["temperature"] = 0.0
-    params = SamplingParams(**sampling)
+    ranges = HINTS | TEMPERED if sampling else HINTS
+    values: dict[str, Any] = {}
+    for name, (lowest, highest) in ranges.items():
+        value = getattr(config, name)
+        if value is not None:
+            values[name] = min(max(value, lowest), highest)
+    if not sampling:
+        values["temperature"] = 0.0
+    params = SamplingParams(**values)
     return Params.stack([params] * len(batch.length), batch.params.limit, batch.length.device)

@@ -1,4 +1,4 @@
-"""A drafter that is told what a request asks, where the target's law is made by other means than sampling parameters."""
+"""A drafter with sampling parameters of its own, for targets that other means than these shape."""
 
 from dataclasses import replace
 from typing import TypeVar
@@ -14,24 +14,29 @@ State = TypeVar("State")
 
 
 class ParamsDrafter(Drafter[State]):
-    """`drafter`, which sees `params` (one entry a row of the batch) as its batch's. It drafts closer to the target then; what it
-    hands on is the law its tokens were drawn from, as ever, so nothing else depends on them."""
+    """`drafter`, which sees `params` (one entry for each row) in place of its batch's.
+
+    Its drafts are then closer to the target. The output does not depend on them: the drafter
+    reports the distribution that its tokens were drawn from, as always.
+    """
 
     def __init__(self, drafter: Drafter[State], params: Params) -> None:
-        self.drafter, self.params = drafter, params
-        self.taps, self.draft_len = drafter.taps, drafter.draft_len
+        self.drafter = drafter
+        self.params = params
+        self.taps = drafter.taps
+        self.draft_len = drafter.draft_len
 
     def open(self, rows: int, slots: int) -> State:
         return self.drafter.open(rows, slots)
 
     def admit(self, state: State, context: Context, rows: Int[Tensor, "R"]) -> None:
-        self.drafter.admit(state, self._asked(context), rows)
+        self.drafter.admit(state, self._with_params(context), rows)
 
     def propose(self, context: Context, state: State, noise: Noise, draft_len: int) -> Draft:
-        return self.drafter.propose(self._asked(context), state, noise, draft_len)
+        return self.drafter.propose(self._with_params(context), state, noise, draft_len)
 
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         self.drafter.release(state, rows)
 
-    def _asked(self, context: Context) -> Context:
+    def _with_params(self, context: Context) -> Context:
         return replace(context, batch=replace(context.batch, params=self.params))

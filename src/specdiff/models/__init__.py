@@ -1,1 +1,1 @@
-"""Hugging Face causal LMs over a ragged static cache."""
+"""Hugging Face causal LMs: loading, the ragged static cache, the self-test, GGUF files."""

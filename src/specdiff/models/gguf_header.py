@@ -1,8 +1,9 @@
-"""What a GGUF file says of its own computation, compared with the model transformers builds from it.
+"""GGUF metadata, compared with the model that transformers builds from the file.
 
-transformers drops metadata and tensors it has no place for, and takes a config class's defaults for what it does not
-read. So every key of the file's architecture must either agree with the finished config or be known not to matter, and
-every tensor must have a parameter. Names are llama.cpp's.
+transformers drops metadata and tensors that it has no place for, and takes a config class's
+defaults for keys that it does not read. So every key of the file's architecture must either agree
+with the finished config or be known not to matter, and every tensor must have a parameter. Names
+are llama.cpp's.
 """
 
 import copy
@@ -15,11 +16,10 @@ from typing import Any, Self
 from specdiff.errors import UnsupportedModelError, WeightsError
 from specdiff.weights import few
 
-# Those whose models the tests rebuild bit for bit.
+# The architectures whose models the tests rebuild bit for bit.
 ARCHITECTURES = ("gemma2", "gemma3", "gpt2", "llama", "phi3", "qwen2", "qwen3")
-ROPE_FREQS = (
-    "rope_freqs.weight"  # the divisor of each rotary frequency, where a model scales them unevenly
-)
+# the divisor of each rotary frequency, in models that scale them unevenly
+ROPE_FREQS = "rope_freqs.weight"
 REQUIRED = (
     "block_count",
     "context_length",
@@ -28,13 +28,16 @@ REQUIRED = (
     "attention.head_count",
 )
 HARMLESS = ("context_length", "rope.scaling.finetuned", "tensor_data_layout")
-# Gemmas whose attention scale llama.cpp knows by their depth, while the file does not state it.
+# Gemmas whose attention scale llama.cpp derives from their depth; the file does not state it.
 UNEVEN_SCALE = {("gemma2", 46), ("gemma3", 62)}
 
 
 @dataclass(frozen=True)
 class Header:
-    """The metadata and the tensor table of a file. `fields` holds the keys of its architecture, without that prefix."""
+    """The metadata and the tensor table of a file.
+
+    `fields` holds the keys of its architecture, without that prefix.
+    """
 
     path: Path
     architecture: str
@@ -44,16 +47,16 @@ class Header:
 
     @classmethod
     def read(cls, path: Path, source: Path) -> Self:
-        """Read `source`, which errors call `path`. Raises WeightsError for a part of a model or an adapter.
+        """Read `source`, which errors call `path`.
 
-        Raises UnsupportedModelError for an architecture that is not served.
+        Raises WeightsError for a part of a model or an adapter, UnsupportedModelError for an
+        architecture that is not served.
         """
         from gguf import MODEL_ARCH_NAMES, GGUFReader
         from transformers.integrations.gguf import read_gguf_metadata
 
-        read_gguf_metadata(
-            str(source)
-        )  # GGUFReader would follow the lengths of a damaged file for ever
+        # first, as GGUFReader would follow the lengths of a damaged file forever
+        read_gguf_metadata(str(source))
         reader: Any = GGUFReader(source)
 
         def value(key: str) -> Any:
@@ -64,7 +67,8 @@ class Header:
         if parts > 1:
             part = int(value("split.no") or 0) + 1
             raise WeightsError(
-                f"{path} is part {part} of a model split into {parts} files; join them with llama-gguf-split --merge"
+                f"{path} is part {part} of a model split into {parts} files; "
+                "join them with llama-gguf-split --merge"
             )
         kind = value("general.type") or "model"
         if kind != "model":
@@ -82,46 +86,45 @@ class Header:
             key.removeprefix(prefix): value(key) for key in reader.fields if key.startswith(prefix)
         }
         sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
-        rope_freqs = [
-            tensor.data.tolist() for tensor in reader.tensors if tensor.name == ROPE_FREQS
-        ]
-        header = cls(path, architecture, fields, sizes, tuple(rope_freqs[0]) if rope_freqs else ())
+        rope_freqs: tuple[float, ...] = ()
+        for tensor in reader.tensors:
+            if tensor.name == ROPE_FREQS:
+                rope_freqs = tuple(tensor.data.tolist())
+        header = cls(path, architecture, fields, sizes, rope_freqs)
         header._check_keys()
         return header
 
     def adapted(self, config: Any) -> Any:
-        """transformers' config of this file, with the rotary scaling and the length that it leaves out.
+        """transformers' config of this file, plus the rotary scaling and the length that it omits.
 
         Raises UnsupportedModelError naming the key that the config contradicts or does not know.
         """
         layers = self.fields["block_count"]
         if (self.architecture, layers) in UNEVEN_SCALE:
             raise UnsupportedModelError(
-                f"{self.path}: a {self.architecture} of {layers} layers scales attention in a way that GGUF does not "
-                "state; load its safetensors instead"
+                f"{self.path}: a {self.architecture} of {layers} layers scales attention in a way "
+                "that GGUF does not state; load its safetensors instead"
             )
         config.max_position_embeddings = self.fields["context_length"]
         implied = _implied(config)
         for key, value in {**self._defaults(implied), **self.fields}.items():
             if key in HARMLESS or self._agrees(key, value, implied.get(key)):
                 continue
-            built = (
-                f"transformers builds {implied[key]!r}"
-                if key in implied
-                else "that key is not understood"
-            )
-            name = f"{self.architecture}.{key}"
+            problem = "that key is not understood"
+            if key in implied:
+                problem = f"transformers builds {implied[key]!r}"
             raise UnsupportedModelError(
-                f"{self.path}: {name} is {value!r}, but {built}; load the model's safetensors instead"
+                f"{self.path}: {self.architecture}.{key} is {value!r}, but {problem}; "
+                "load the model's safetensors instead"
             )
         if self._scales_frequencies():
             config.rope_parameters = self._rope(config, implied)
         return config
 
     def check_tensors(self, parameters: Mapping[str, int]) -> None:
-        """Every parameter of the model (name -> elements) has a tensor here, and every tensor a parameter.
+        """Check that parameters (name -> elements) and the file's tensors match one to one.
 
-        Raises WeightsError naming those that have not.
+        Raises WeightsError naming those that do not.
         """
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -142,16 +145,18 @@ class Header:
         problems += [f"holds {few(surplus)}, which the model has no place for"] * bool(surplus)
         if problems:
             raise WeightsError(
-                f"{self.path} {' and '.join(problems)}; it cannot be loaded as a {self.architecture} model"
+                f"{self.path} {' and '.join(problems)}; "
+                f"it cannot be loaded as a {self.architecture} model"
             )
         for name, size in expected.items():
             if present[name] != size:
                 raise WeightsError(
-                    f"{self.path}: {name} holds {present[name]} numbers, but its metadata asks for {size}"
+                    f"{self.path}: {name} holds {present[name]} numbers, "
+                    f"but its metadata asks for {size}"
                 )
 
     def _check_keys(self) -> None:
-        """What llama.cpp requires is there, and each value is one for all layers."""
+        """Every key that llama.cpp requires is present, and each value is one for all layers."""
         missing = [key for key in (*REQUIRED, *self._own_keys()) if key not in self.fields]
         if missing:
             raise WeightsError(
@@ -160,8 +165,8 @@ class Header:
         for key, value in self.fields.items():
             if isinstance(value, list):
                 raise UnsupportedModelError(
-                    f"{self.path}: {self.architecture}.{key} is {value}, one value for each layer, which is not served; "
-                    "load the model's safetensors instead"
+                    f"{self.path}: {self.architecture}.{key} is {value}, one value for each "
+                    "layer, which is not served; load the model's safetensors instead"
                 )
 
     def _own_keys(self) -> tuple[str, ...]:
@@ -172,7 +177,7 @@ class Header:
         return ("attention.layer_norm_rms_epsilon", *window)
 
     def _defaults(self, implied: Mapping[str, Any]) -> dict[str, Any]:
-        """What llama.cpp takes where the file is silent."""
+        """llama.cpp's defaults for keys that the file lacks."""
         heads = self.fields["attention.head_count"]
         head_dim = self.fields.get("attention.key_length", self.fields["embedding_length"] // heads)
         defaults = {
@@ -188,7 +193,7 @@ class Header:
         return defaults
 
     def _agrees(self, key: str, value: Any, implied: Any) -> bool:
-        """Whether a value of the file says what the finished config says."""
+        """Whether a value of the file agrees with the finished config."""
         if key == "attention.sliding_window":
             return self._window(value) == self._window(implied)
         if isinstance(value, float) and isinstance(implied, int | float):
@@ -204,7 +209,10 @@ class Header:
         return self.architecture == "llama" and bool(self.rope_freqs)
 
     def _rope(self, config: Any, implied: Mapping[str, Any]) -> dict[str, Any]:
-        """The scaling of Llama 3 whose frequencies are this file's. Raises UnsupportedModelError if there is none."""
+        """The scaling of Llama 3 with this file's frequencies.
+
+        Raises UnsupportedModelError if there is none.
+        """
         import torch
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -226,19 +234,21 @@ class Header:
             frequencies.double(), plain / divisors, rtol=1e-5, atol=0
         ):
             raise UnsupportedModelError(
-                f"{self.path}: the rotary scaling of {ROPE_FREQS} is not that of Llama 3; load the model's safetensors instead"
+                f"{self.path}: the rotary scaling of {ROPE_FREQS} is not that of Llama 3; "
+                "load the model's safetensors instead"
             )
         rope: dict[str, Any] = scaled.rope_parameters
         return rope
 
 
 def _implied(config: Any) -> dict[str, Any]:
-    """What a finished config says under the file's names; None: it has nothing of the kind."""
+    """A finished config under the file's names; None for a key that it has no field for."""
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     ropes = getattr(config, "rope_parameters", None) or {}
     rope = ropes.get("full_attention", ropes)  # where each kind of layer has its own
     rope_type = rope.get("rope_type", "default")
+    rotary = int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else None
     scalar = getattr(config, "query_pre_attn_scalar", None) or head_dim
     inner = (
         getattr(config, "intermediate_size", None)
@@ -263,9 +273,7 @@ def _implied(config: Any) -> dict[str, Any]:
         "final_logit_softcapping": getattr(config, "final_logit_softcapping", None),
         "rope.freq_base": rope.get("rope_theta"),
         "rope.freq_base_swa": ropes.get("sliding_attention", rope).get("rope_theta"),
-        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0))
-        if rope
-        else None,
+        "rope.dimension_count": rotary,
         "rope.scaling.type": "none" if rope_type == "default" else rope_type,
         "rope.scaling.factor": rope.get("factor", 1.0),
         "rope.scaling.original_context_length": config.max_position_embeddings,

@@ -1,14 +1,16 @@
-"""The self-test a target passes at load: ragged scoring equals a plain full forward, or the model is refused.
+"""Self-test of a target at load: ragged scoring equals a plain full forward, or it is refused.
 
-The plain forwards are those of the untouched model, each row alone. Against them stand rows of one batch that differ in
-length, a rejected draft, and a second stream in a cache of another size, their forwards interleaved: what depends on
-neighbors, on the cache, or on what was computed before shows.
+The plain forwards are those of the untouched model, each row alone. They are compared with rows of
+one batch that differ in length, a rejected draft, and a second stream in a cache of another size,
+their forwards interleaved: any dependence on neighbors, on the cache, or on earlier computation
+shows.
 
-What depends on the length itself would not show in so short a text. Where the config names positions (how many the model
-was trained for, how many it has), rows lie across each of them: the tokens are few, their position ids are not. Where the
-model has a sliding window, the test runs once more with the window narrowed to a few positions, in the model and in the
-masks alike: that the right layers slide, and by exactly the window, is thus shown at every load. That the number itself is
-read from the same config field on both sides is what remains for the masks' own tests.
+A dependence on the length itself would not show in such a short text. If the config names positions
+(how many the model was trained for, how many it has), rows lie across each of them: few tokens, but
+large position ids. If the model has a sliding window, the test runs again with the window narrowed
+to a few positions, in the model and in the masks alike: every load thus shows that the right layers
+slide, and by exactly the window. That both sides read the number from the same config field is left
+to the tests of the masks.
 """
 
 import re
@@ -22,30 +24,33 @@ from torch import Tensor
 
 from specdiff.errors import UnsupportedModelError
 from specdiff.models.cache import BUCKET, RaggedCache
-from specdiff.models.ragged import RaggedModel, home
+from specdiff.models.loading import home
+from specdiff.models.ragged import RaggedModel
 
-LENGTH, SHORT, LONG, DRAFT = 12, 4, 6, 4  # of a row; of what is read before the first draft
+LENGTH = 12  # tokens of a row
+SHORT = 4  # tokens read before the first draft, of the first row
+LONG = 6  # ... and of the others
+DRAFT = 4
 NARROW = 3  # a window that the rows slide out of even before the first draft
-TOLERANCE = {
-    torch.float32: 1e-3,
-    torch.float64: 1e-6,
-}  # of the largest logit; 16-bit dtypes round far more coarsely
+# relative to the largest logit; 16-bit dtypes round far more coarsely
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 COARSE = 0.08
 POSITIONS = re.compile("position|seq_|sequence|ctx|chunk")  # config fields that count positions
 
 
 @torch.inference_mode()
 def self_test(model: RaggedModel) -> float:
-    """Rows at different lengths, a rejected draft, two streams. Returns the error relative to the largest logit.
+    """Rows of different length, a rejected draft, two streams.
 
-    Raises UnsupportedModelError naming it where it is out of tolerance, or what the model raised.
+    Returns the error relative to the largest logit. Raises UnsupportedModelError if it is out of
+    tolerance, or if the model raised an exception.
     """
     net = model.model
     try:
         with model.lock:
             errors = _errors(model)
-            if model.sight.window is not None and model.sight.window > NARROW:
-                with model.sight.narrowed(NARROW):
+            if model.masks.window is not None and model.masks.window > NARROW:
+                with model.masks.narrowed(NARROW):
                     errors += _errors(model)
     except torch.OutOfMemoryError:
         raise
@@ -57,24 +62,28 @@ def self_test(model: RaggedModel) -> float:
         RuntimeError,
         TypeError,
         ValueError,
-    ) as raised:
-        message = f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
+    ) as exception:
+        message = f"{type(exception).__name__}: {' '.join(str(exception).split())[:200]}"
         raise UnsupportedModelError(
-            f"this {net.config.model_type} model fails the self-test, scoring over the ragged cache: {message}"
-        ) from raised
+            f"this {net.config.model_type} model fails the self-test, "
+            f"scoring over the ragged cache: {message}"
+        ) from exception
     error = float(torch.stack(errors).max())  # a NaN stays one
     allowed = TOLERANCE.get(net.dtype, COARSE)
     if not error <= allowed:
         raise UnsupportedModelError(
-            f"this {net.config.model_type} model fails the self-test: scoring over the ragged cache differs from a plain forward by "
-            f"{error:.1e} of its largest logit (allowed {allowed:.0e} in {net.dtype}), so its output could not be exact"
+            f"this {net.config.model_type} model fails the self-test: scoring over the ragged "
+            f"cache differs from a plain forward by {error:.1e} of its largest logit "
+            f"(allowed {allowed:.0e} in {net.dtype}), so its output could not be exact"
         )
     return error
 
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """The rows under test, and what the untouched model says of each of them alone. The first begins at position 0.
+    """The rows under test, and the untouched model's logits of each row alone.
+
+    The first row begins at position 0.
 
     Shapes: R rows, L = LENGTH tokens of each, V vocabulary, T rows and N tokens of one forward.
     """
@@ -105,7 +114,8 @@ def _errors(model: RaggedModel) -> list[Tensor]:
     text = _text(model)
     device = text.ids.device
     rows = torch.arange(len(text.ids), device=device)
-    first, others = rows[:1], rows[1:]
+    first = rows[:1]
+    others = rows[1:]
 
     def span(starts: Int[Tensor, "T"], size: int) -> Int[Tensor, "T N"]:
         return starts[:, None] + torch.arange(size, device=device)
@@ -135,24 +145,22 @@ def _text(model: RaggedModel) -> _Text:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab, (len(starts), LENGTH), generator=generator).to(device)
     positions = starts[:, None] + torch.arange(LENGTH, device=device)
+    logits = []
     with model.untouched():
-        logits = [
-            net(
-                row[None],
-                use_cache=False,
-                **({"position_ids": where[None]} if int(where[0]) else {}),
-            )
-            .logits.float()
-            .to(device)
-            for row, where in zip(ids, positions, strict=True)
-        ]
+        for row, place in zip(ids, positions, strict=True):
+            options = {"position_ids": place[None]} if int(place[0]) else {}
+            out = net(row[None], use_cache=False, **options)
+            logits.append(out.logits.float().to(device))
     return _Text(model, ids, positions, torch.cat(logits))
 
 
 def _starts(model: RaggedModel) -> Iterator[int]:
-    """Where rows must start to lie across each number of positions that the config names, as far as the model has positions."""
+    """The starts of rows that lie across each number of positions that the config names.
+
+    None goes beyond the positions that the model has.
+    """
     net = model.model
-    # transformers' mark of a rotary embedding that computes any position; a table ends with the last one
+    # transformers' mark of a rotary embedding that computes any position; a table has a last one
     endless = any("original_max_seq_len" in vars(module) for module in net.modules())
     last = model.max_positions - LENGTH
     starts = {number - LONG for number in _numbers(net.config.get_text_config().to_dict())}

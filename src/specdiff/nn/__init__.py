@@ -1,1 +1,1 @@
-"""Networks of our own: the SEDD diffusion transformer."""
+"""Drafter networks: the SEDD diffusion transformer and small causal LMs."""

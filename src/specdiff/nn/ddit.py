@@ -1,10 +1,12 @@
-"""The score network of SEDD (Lou, Meng, Ermon 2024, arXiv 2310.16834): a diffusion transformer over tokens.
+"""SEDD's score network: a diffusion transformer over tokens (Lou, Meng, Ermon 2024).
 
-It reads and writes the authors' checkpoint layout (`louaaron/sedd-small`), without flash-attn and on any device. Ours adds
-an attention mask, so rows of different length share a batch; a key/value cache, for networks whose context is causal; and
+Paper: arXiv 2310.16834. It reads and writes the authors' checkpoint layout
+(`louaaron/sedd-small`), without flash-attn and on any device. Additions: an attention mask, so that
+rows of different length share a batch; a key/value cache, for networks whose context is causal; and
 `borrow_embeddings`, where a drafter reads and writes through its target's own embedding and head.
 
-Shapes: B rows, L positions of this call, S attended positions, H width, A heads, V output words (MASK last when absorbing).
+Shapes: B rows, L positions of this call, S attended positions, H width, A heads, V output words
+(MASK last when absorbing), C output columns (V, or the draft vocabulary).
 """
 
 import math
@@ -17,8 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from specdiff import weights
-from specdiff.errors import ConfigError, WeightsError
+from specdiff.errors import WeightsError
 from specdiff.nn import mdlm
+from specdiff.nn.borrowed import BorrowedEmbedding, check_tables, head_rows, scatter
 from specdiff.nn.linear import linear
 from specdiff.nn.sedd_config import SEDDConfig
 
@@ -26,7 +29,7 @@ FREQUENCIES = 256  # width of the sinusoidal embedding of sigma
 
 
 class KeyValueStore(Protocol):
-    """What attention needs of a cache: store this call's keys and values, hand back all that may be attended."""
+    """A key/value cache: stores this call's keys and values, returns all that may be attended."""
 
     def update(
         self, keys: Float[Tensor, "B A L D"], values: Float[Tensor, "B A L D"], layer_idx: int
@@ -45,27 +48,8 @@ class Embedding(nn.Module):
         return F.embedding(ids, self.embedding)
 
 
-class BorrowedEmbedding(nn.Module):
-    """The target's table, with one vector of our own for MASK (the id just past it)."""
-
-    weight: Tensor
-
-    def __init__(self, size: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.full((size, dim), torch.nan), persistent=False)
-        self.mask_embedding = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
-        masked = ids == len(self.weight)
-        return torch.where(
-            masked[..., None],
-            self.mask_embedding,
-            F.embedding(ids.masked_fill(masked, 0), self.weight).float(),
-        )
-
-
 class SigmaEmbedding(nn.Module):
-    """Noise level -> conditioning vector, a sinusoid through a small MLP (sigma is not rescaled)."""
+    """Noise level -> conditioning vector: a sinusoid through an MLP (sigma is not rescaled)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -73,9 +57,8 @@ class SigmaEmbedding(nn.Module):
 
     def forward(self, sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C"]:
         half = FREQUENCIES // 2
-        frequency = torch.exp(
-            -math.log(1e4) * torch.arange(half, device=sigma.device, dtype=torch.float32) / half
-        )
+        steps = torch.arange(half, device=sigma.device, dtype=torch.float32)
+        frequency = torch.exp(-math.log(1e4) * steps / half)
         angle = sigma[:, None].float() * frequency
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         conditioning: Tensor = F.silu(self.mlp(features.to(next(self.mlp.parameters()).dtype)))
@@ -95,18 +78,24 @@ class LayerNorm(nn.Module):
 
 def rotate(x: Float[Tensor, "B A L D"], angle: Float[Tensor, "B L P"]) -> Float[Tensor, "B A L D"]:
     """Rotary position embedding, rotate-half convention (Su et al. 2021)."""
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    cos = angle.cos()[:, None].to(x.dtype)
+    sin = angle.sin()[:, None].to(x.dtype)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the conditioning vector (adaLN; Peebles & Xie 2023)."""
+    """Attention and MLP under adaLN (Peebles & Xie 2023).
+
+    Each is shifted, scaled and gated by the conditioning vector.
+    """
 
     def __init__(self, layer: int, config: SEDDConfig) -> None:
         super().__init__()
         dim = config.hidden_size
-        self.layer, self.heads, self.dropout = layer, config.n_heads, config.dropout
+        self.layer = layer
+        self.heads = config.n_heads
+        self.dropout = config.dropout
         self.norm1 = LayerNorm(dim)
         self.attn_qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.attn_out = nn.Linear(dim, dim, bias=False)
@@ -126,13 +115,11 @@ class Block(nn.Module):
         mask: Bool[Tensor, "B 1 L S"] | None,
         cache: KeyValueStore | None,
     ) -> Float[Tensor, "B L H"]:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(conditioning)[
-            :, None
-        ].chunk(6, dim=-1)
+        modulation = self.adaLN_modulation(conditioning)[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         h = (self.norm1(x) * (1 + scale1) + shift1).to(self.attn_qkv.weight.dtype)
-        x = x + gate1 * F.dropout(
-            self.attn_out(self.attend(h, angle, mask, cache)), self.dropout, self.training
-        )
+        h = self.attn_out(self.attend(h, angle, mask, cache))
+        x = x + gate1 * F.dropout(h, self.dropout, self.training)
         h = (self.norm2(x) * (1 + scale2) + shift2).to(self.attn_qkv.weight.dtype)
         out: Tensor = x + gate2 * F.dropout(self.mlp(h), self.dropout, self.training)
         return out
@@ -144,10 +131,10 @@ class Block(nn.Module):
         mask: Bool[Tensor, "B 1 L S"] | None,
         cache: KeyValueStore | None,
     ) -> Float[Tensor, "B L H"]:
-        q, k, v = (
-            self.attn_qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # layout (three, head, dim)
-        q, k = rotate(q, angle), rotate(k, angle)
+        split = self.attn_qkv(h).unflatten(-1, (3, self.heads, -1))  # layout (three, head, dim)
+        q, k, v = split.permute(2, 0, 3, 1, 4)
+        q = rotate(q, angle)
+        k = rotate(k, angle)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         attended: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -155,7 +142,7 @@ class Block(nn.Module):
 
 
 class OutputLayer(nn.Module):
-    """Final adaLN norm, then the checkpoint's own read-out, or none where the target's head is borrowed."""
+    """Final adaLN norm, then the checkpoint's own read-out; none if the target's is borrowed."""
 
     def __init__(self, config: SEDDConfig) -> None:
         super().__init__()
@@ -179,7 +166,10 @@ class OutputLayer(nn.Module):
 
 
 class SEDD(nn.Module):
-    """SEDD's network. `model(ids, sigma)` gives the log-score; drafting calls `hidden` and `logits` on the canvas alone."""
+    """SEDD's network. `model(ids, sigma)` gives the log-score.
+
+    Drafting calls `hidden` and `logits`, the latter on the canvas alone.
+    """
 
     draft_vocab: Tensor
     head: Tensor
@@ -187,10 +177,11 @@ class SEDD(nn.Module):
     def __init__(self, config: SEDDConfig) -> None:
         super().__init__()
         self.config = config
-        borrowed = config.borrow_embeddings
-        self.vocab_embed = (BorrowedEmbedding if borrowed else Embedding)(
-            config.tokens if borrowed else config.vocab_size, config.hidden_size
-        )
+        self.vocab_embed: BorrowedEmbedding | Embedding
+        if config.borrow_embeddings:
+            self.vocab_embed = BorrowedEmbedding(config.tokens, config.hidden_size)
+        else:
+            self.vocab_embed = Embedding(config.vocab_size, config.hidden_size)
         self.sigma_map = SigmaEmbedding(config.cond_dim)
         self.blocks = nn.ModuleList([Block(i, config) for i in range(config.n_blocks)])
         self.output_layer = OutputLayer(config)
@@ -199,25 +190,31 @@ class SEDD(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a checkpoint folder or hub id in the authors' layout, in MDLM's, or a borrowed one (then call `borrow`).
+        """Load a checkpoint folder or hub id, in the authors' layout or MDLM's.
 
-        Raises ConfigError or WeightsError, naming the file and the field or tensor.
+        Call `borrow` on a network with `borrow_embeddings` before use. Raises ConfigError or
+        WeightsError, naming the file and the field or tensor.
         """
         path = weights.locate(folder)
-        data, where = weights.read_config(path), str(path / weights.CONFIG)
-        foreign = mdlm.recognised(data)
+        data = weights.read_config(path)
+        where = str(path / weights.CONFIG)
+        foreign = mdlm.recognized(data)
         config = mdlm.config(data, where) if foreign else SEDDConfig.from_json(data, where)
         model = cls(config)
-        weights.load_into(
-            model, path, ignore=("rotary_emb.inv_freq",), prefix=mdlm.PREFIX if foreign else ""
-        )
-        if config.draft_vocab_size is not None and not bool(
-            ((model.draft_vocab >= 0) & (model.draft_vocab < config.tokens)).all()
-        ):
+        prefix = mdlm.PREFIX if foreign else ""
+        weights.load_into(model, path, ignore=("rotary_emb.inv_freq",), prefix=prefix)
+        ids = model.draft_ids
+        if ids is not None and not bool(((ids >= 0) & (ids < config.tokens)).all()):
             raise WeightsError(
-                f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of {config.tokens}"
+                f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of "
+                f"{config.tokens}"
             )
         return model.to(dtype).eval()
+
+    @property
+    def draft_ids(self) -> Int[Tensor, "C"] | None:
+        """The draft vocabulary, ids of the borrowed head's rows; None for the whole vocabulary."""
+        return None if self.config.draft_vocab_size is None else self.draft_vocab
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any
@@ -226,24 +223,14 @@ class SEDD(nn.Module):
         weights.save(self, Path(folder), {**self.config.to_json(), **extra}, dtype)
 
     def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
-        """Read and write through the target's embedding and head; only the `draft_vocab` rows of the head are kept.
+        """Read and write through the target's embedding and the `draft_vocab` rows of its head.
 
         Raises ConfigError if the target's sizes are not those this network was trained for.
         """
-        expected = (self.config.tokens, self.config.hidden_size)
-        if tuple(embedding.shape) != expected or tuple(head.shape) != expected:
-            raise ConfigError(
-                f"this drafter borrows an embedding of {expected[0]} words x {expected[1]}, but the target's is "
-                f"{embedding.shape[0]} x {embedding.shape[1]}; use a drafter trained for this target"
-            )
+        check_tables(embedding, head, self.config.tokens, self.config.hidden_size)
         assert isinstance(self.vocab_embed, BorrowedEmbedding)
         self.vocab_embed.weight = embedding.detach()
-        rows = (
-            head.detach()
-            if self.config.draft_vocab_size is None
-            else head.detach()[self.draft_vocab.to(head.device)]
-        )
-        self.register_buffer("head", rows, persistent=False)
+        self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
         return self
 
     def hidden(
@@ -255,17 +242,18 @@ class SEDD(nn.Module):
         positions: Int[Tensor, "B L"] | None = None,
         cache: KeyValueStore | None = None,
     ) -> Float[Tensor, "B L H"]:
-        """The normed final states. `mask` says who attends whom (None: everyone); positions default to 0..L-1."""
+        """The normed final states.
+
+        Without a `mask` every position attends to all; `positions` default to 0..L-1.
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         size = self.config.hidden_size // self.config.n_heads
-        frequency = 1e-4 ** (
-            torch.arange(0, size, 2, device=ids.device, dtype=torch.float32) / size
-        )
-        angle = positions[..., None].float() * frequency
-        conditioning = self.sigma_map(
-            sigma if self.config.time_conditioning else torch.zeros_like(sigma)
-        )
+        exponent = torch.arange(0, size, 2, device=ids.device, dtype=torch.float32) / size
+        angle = positions[..., None].float() * 1e-4**exponent
+        if not self.config.time_conditioning:
+            sigma = torch.zeros_like(sigma)
+        conditioning = self.sigma_map(sigma)
         x = self.vocab_embed(ids).float()  # the residual stream stays in fp32
         for block in self.blocks:
             x = block(x, conditioning, angle, mask, cache)
@@ -273,7 +261,7 @@ class SEDD(nn.Module):
         return states
 
     def logits(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
-        """Raw network output, before any sigma offset: C = V columns, or the borrowed (draft) vocabulary without MASK."""
+        """Raw network output, before any sigma offset. A borrowed head has no MASK column."""
         if self.output_layer.linear is not None:
             read_out = self.output_layer.linear
             return linear(hidden.to(read_out.weight.dtype), read_out.weight, read_out.bias).float()
@@ -285,7 +273,7 @@ class SEDD(nn.Module):
         sigma: Float[Tensor, "B"],
         mask: Bool[Tensor, "B 1 L L"] | None = None,
     ) -> Float[Tensor, "B L V"]:
-        """The log-score log s_theta(x, sigma)_y (SEDD section 3), zero at each position's current token."""
+        """The log-score log s_theta(x, sigma)_y (SEDD section 3), 0 at each position's token."""
         return self.log_score(self.logits(self.hidden(ids, sigma, mask=mask)), ids, sigma)
 
     def log_score(
@@ -293,27 +281,20 @@ class SEDD(nn.Module):
     ) -> Float[Tensor, "B L V"]:
         """The log-score at positions that hold `ids`, from their raw output.
 
-        A denoiser's is that of its law: s = p / (e^sigma - 1) at MASK (Ou et al. 2024), whatever the scale of its logits.
+        A denoiser's follows from its distribution: s = p / (e^sigma - 1) at MASK (Ou et al. 2024),
+        whatever the scale of its logits.
         """
         score = logits
-        if self.config.borrow_embeddings:
-            columns = (
-                self.draft_vocab
-                if self.config.draft_vocab_size is not None
-                else slice(0, self.config.tokens)
-            )
-            full = score.new_full((*score.shape[:-1], self.config.vocab_size), -torch.inf)
-            full[..., columns] = score
-            score = full
+        if self.draft_ids is not None:
+            score = scatter(score, self.draft_ids, self.config.vocab_size)
+        elif self.config.borrow_embeddings and self.config.mask_id is not None:
+            score = F.pad(score, (0, 1), value=-torch.inf)
         # fp32 on purpose: the offset reaches 17.7 at t = 1, where bf16 numbers are 0.125 apart
         s = sigma.float()[:, None, None]
         if self.config.output == "denoiser":
             clean = score[..., : self.config.tokens].log_softmax(-1) - torch.expm1(s).log()
             score = F.pad(clean, (0, 1))
         elif self.config.scale_by_sigma:
-            score = (
-                score
-                - torch.where(s < 0.5, torch.expm1(s), s.exp() - 1).log()
-                - math.log(self.config.vocab_size - 1)
-            )
+            offset = torch.where(s < 0.5, torch.expm1(s), s.exp() - 1).log()
+            score = score - offset - math.log(self.config.vocab_size - 1)
         return score.scatter(-1, ids[..., None], 0.0)

@@ -1,7 +1,8 @@
-"""Checkpoints of MDLM (Sahoo et al. 2024, `kuleshov-group/mdlm-owt`): SEDD's network under other names, trained as a denoiser.
+"""MDLM checkpoints (Sahoo et al. 2024, `kuleshov-group/mdlm-owt`): SEDD's network as a denoiser.
 
-Their config is flat and counts MASK, the last index, in `vocab_size`; their tensors' names begin with `backbone.`. The output
-is neither offset by sigma nor zeroed at the current token, and sigma is 0 unless `time_conditioning` is true.
+Their config is flat and counts MASK, the last index, in `vocab_size`; tensor names begin with
+`backbone.`. The output is neither offset by sigma nor zeroed at the current token, and sigma is 0
+unless `time_conditioning` is true.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,14 @@ from specdiff.nn.sedd_config import SEDDConfig
 PREFIX = "backbone."
 
 
-def recognised(data: Mapping[str, Any]) -> bool:
-    """Is this MDLM's config.json? (Its relatives UDLM and BD3LM share the fields, not the network, and say so in `model_type`.)"""
-    return bool(
-        data.get("model_type", "mdlm" if {"hidden_dim", "model_length"} <= data.keys() else None)
-        == "mdlm"
-    )
+def recognized(data: Mapping[str, Any]) -> bool:
+    """Whether this is MDLM's config.json.
+
+    Its relatives UDLM and BD3LM share the fields, not the network; their `model_type` says so.
+    """
+    if "model_type" in data:
+        return bool(data["model_type"] == "mdlm")
+    return {"hidden_dim", "model_length"} <= data.keys()
 
 
 def config(data: Mapping[str, Any], where: str) -> SEDDConfig:
@@ -32,9 +35,8 @@ def config(data: Mapping[str, Any], where: str) -> SEDDConfig:
         raise ConfigError(f"{where}: vocab_size counts MASK, so it must be at least 2, not {vocab}")
     if hidden % heads:
         raise ConfigError(f"{where}: hidden_dim {hidden} is not a multiple of n_heads {heads}")
-    timed = weights.field(
-        {"time_conditioning": False, **data}, "time_conditioning", bool, where
-    )  # their own default
+    defaults = {"time_conditioning": False}  # MDLM's own
+    timed = weights.field({**defaults, **data}, "time_conditioning", bool, where)
     return SEDDConfig(
         vocab - 1,
         hidden,

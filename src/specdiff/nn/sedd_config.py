@@ -12,11 +12,12 @@ from specdiff.errors import ConfigError
 class SEDDConfig:
     """Sizes of a SEDD network, under the names of the authors' `config.json`.
 
-    `process` is their "graph". `attention="causal-context"` lets clean context positions see only their past (at most
-    `context_window` of it), so that their keys and values never change and can be cached; the canvas stays bidirectional.
-    `output` says what the network was trained to give: "score" (score entropy: its exponential is the score), or "denoiser"
-    (cross-entropy, distillation, MDLM: softmax is p(x0 | x_t), and its scale means nothing).
-    `time_conditioning=False` feeds sigma = 0: the optimal absorbing denoiser does not depend on time (Ou et al. 2024).
+    `process` is their "graph". `attention="causal-context"` lets clean context positions see only
+    their past (at most `context_window` of it), so that their keys and values never change and can
+    be cached; the canvas stays bidirectional. `output` names the training target: "score" (score
+    entropy: its exponential is the score), or "denoiser" (cross-entropy, distillation, MDLM:
+    softmax is p(x0 | x_t), and the scale is arbitrary). `time_conditioning=False` feeds sigma = 0:
+    the optimal absorbing denoiser does not depend on time (Ou et al. 2024).
     """
 
     tokens: int
@@ -39,15 +40,18 @@ class SEDDConfig:
     output: str = "score"
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a width that cannot be split into heads of an even size, as rotary embedding turns pairs."""
+        """Raises ConfigError for a width that cannot be split into heads of an even size.
+
+        Rotary embedding rotates pairs.
+        """
         if self.hidden_size % self.n_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not a multiple of n_heads {self.n_heads}"
             )
         if self.hidden_size // self.n_heads % 2:
             raise ConfigError(
-                f"hidden_size {self.hidden_size} over n_heads {self.n_heads} gives heads of odd size "
-                f"{self.hidden_size // self.n_heads}; it must be even"
+                f"hidden_size {self.hidden_size} over n_heads {self.n_heads} gives heads of odd "
+                f"size {self.hidden_size // self.n_heads}; it must be even"
             )
 
     @property
@@ -62,7 +66,10 @@ class SEDDConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> Self:
-        """Read a checkpoint's `config.json`; extra keys are ignored. Raises ConfigError naming a missing or bad field."""
+        """Read a checkpoint's `config.json`; extra keys are ignored.
+
+        Raises ConfigError naming a missing or bad field.
+        """
         model = weights.section(data, "model", where)
         graph = weights.section(data, "graph", where)
         noise = weights.section(data, "noise", where)
@@ -89,7 +96,8 @@ class SEDDConfig:
         weights.choice({"output": config.output}, "output", ("score", "denoiser"), where)
         if config.output == "denoiser" and config.process == "uniform":
             raise ConfigError(
-                f"{where}: output is 'denoiser', but the uniform process has no MASK to denoise; it needs 'score'"
+                f"{where}: output is 'denoiser', but the uniform process has no MASK to denoise; "
+                "it needs 'score'"
             )
         return config
 
@@ -104,32 +112,32 @@ class SEDDConfig:
             "dropout",
             "scale_by_sigma",
         )
-        noise = (
-            {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-            if self.schedule == "geometric"
-            else {}
-        )
+        noise: dict[str, Any] = {"type": self.schedule}
+        if self.schedule == "geometric":
+            noise |= {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
         return {
             "model_type": "sedd",
             "tokens": self.tokens,
             "graph": {"type": self.process},
-            "noise": {"type": self.schedule, **noise},
+            "noise": noise,
             "model": {key: getattr(self, key) for key in model},
             **{key: getattr(self, key) for key in _OURS},
         }
 
 
 def _optional(data: Mapping[str, Any], kinds: Mapping[str, type], where: str) -> dict[str, Any]:
-    """The keys that are there and not null, checked."""
-    return {
-        key: weights.positive(data, key, where)
-        if kind is int
-        else weights.number(data, key, where)
-        if kind is float
-        else weights.field(data, key, kind, where)
-        for key, kind in kinds.items()
-        if data.get(key) is not None
-    }
+    """The keys that are present and not null, checked."""
+    values: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        if data.get(key) is None:
+            continue
+        if kind is int:
+            values[key] = weights.positive(data, key, where)
+        elif kind is float:
+            values[key] = weights.number(data, key, where)
+        else:
+            values[key] = weights.field(data, key, kind, where)
+    return values
 
 
 _OURS: Mapping[str, type] = {

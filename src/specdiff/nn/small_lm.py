@@ -1,9 +1,11 @@
-"""A small Hugging Face causal LM as a drafter's network, which may read and write through its target's own embedding and head.
+"""A small Hugging Face causal LM as a drafter's network, optionally without its own embeddings.
 
-A folder with `borrow_embeddings` in its config.json holds the body alone (and the draft vocabulary); any other folder is a
+A folder with `borrow_embeddings` in its config.json holds the body alone (and the draft
+vocabulary): it reads and writes through its target's embedding and head. Any other folder is a
 plain Hugging Face checkpoint.
 
-Shapes: B rows, L positions, H width, V target vocabulary, C output columns (V, or the draft vocabulary).
+Shapes: B rows, L positions, H width, V target vocabulary, C output columns (V, or the draft
+vocabulary).
 """
 
 import copy
@@ -12,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -21,47 +22,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from specdiff import files, weights
 from specdiff.errors import ConfigError, WeightsError
-from specdiff.nn.linear import linear
+from specdiff.nn.borrowed import BorrowedHead, BorrowedLookup, check_tables, head_rows
 
-BORROW, DRAFT_VOCAB = (
-    "borrow_embeddings",
-    "draft_vocab_size",
-)  # our own keys in a Hugging Face config
-
-
-class _Borrowed(nn.Module):
-    """A table of the target's, neither trained nor stored. NaN until it is borrowed, so that forgetting to is loud."""
-
-    weight: Tensor
-
-    def __init__(self, rows: int, width: int) -> None:
-        super().__init__()
-        self.register_buffer(
-            "weight", torch.full((1, 1), torch.nan).expand(rows, width), persistent=False
-        )
-
-
-class BorrowedLookup(_Borrowed):
-    """ids -> rows of the target's embedding, in the precision of the network's body."""
-
-    dtype = torch.float32
-
-    def forward(self, ids: Int[Tensor, "*B"]) -> Float[Tensor, "*B H"]:
-        return F.embedding(ids, self.weight).to(self.dtype)
-
-
-class BorrowedHead(_Borrowed):
-    """Hidden states -> logits over rows of the target's head."""
-
-    def forward(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
-        return linear(hidden, self.weight)
+# keys that specdiff adds to a Hugging Face config
+BORROW = "borrow_embeddings"
+DRAFT_VOCAB = "draft_vocab_size"
 
 
 class SmallLM(nn.Module):
     """`net` is a causal LM of transformers, of the family and sizes `config` names.
 
-    Two keys of ours may stand in the config: `borrow_embeddings` (its input embedding and its head are the target's: call
-    `borrow`) and, with it, `draft_vocab_size` (the head keeps the rows `draft_vocab`, ascending). Raises ConfigError.
+    The config may hold two keys of specdiff's own: `borrow_embeddings` (the input embedding and the
+    head are the target's: call `borrow`) and, with it, `draft_vocab_size` (the head has the rows
+    `draft_vocab`, ascending). Raises ConfigError.
     """
 
     draft_vocab: Tensor
@@ -95,35 +68,39 @@ class SmallLM(nn.Module):
             return cls(config, _plain(path, config, dtype)).eval()
         model = cls(config)
         weights.load_into(model, path)
-        if model.draft_vocab_size is not None:
-            ids = model.draft_vocab
-            if not bool(((ids >= 0) & (ids < model.vocab_size)).all()) or bool(
-                (ids.diff() <= 0).any()
-            ):
-                raise WeightsError(
-                    f"{path / weights.TENSORS}: draft_vocab must hold ascending ids of the {model.vocab_size} words"
-                )
-        for (
-            parameter
-        ) in model.parameters():  # not the buffers: rotary frequencies must stay float32
+        ids = model.draft_ids
+        if ids is not None and not (
+            bool(((ids >= 0) & (ids < model.vocab_size)).all()) and bool((ids.diff() > 0).all())
+        ):
+            raise WeightsError(
+                f"{path / weights.TENSORS}: draft_vocab must hold ascending ids of the "
+                f"{model.vocab_size} words"
+            )
+        # not the buffers: rotary frequencies must stay float32
+        for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         return model.eval()
+
+    @property
+    def draft_ids(self) -> Int[Tensor, "C"] | None:
+        """The draft vocabulary, ids of the borrowed head's rows; None for the whole vocabulary."""
+        return None if self.draft_vocab_size is None else self.draft_vocab
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, **extra: Any
     ) -> None:
-        """Write config.json (with `extra` keys) and the safetensors; each file appears whole or not at all.
+        """Write config.json (with `extra` keys) and the safetensors, each file atomically.
 
         Raises StorageError.
         """
-        config, path = copy.deepcopy(self.config), Path(folder)
+        config = copy.deepcopy(self.config)
+        path = Path(folder)
         config.update({**extra, "dtype": dtype or self.net.dtype})
         if self.borrows:
             weights.save(self, path, config.to_dict(), dtype)
             return
-        net = copy.deepcopy(self.net).to(
-            dtype
-        )  # transformers knows which tensors are tied, and writes each once
+        # transformers knows which tensors are tied, and writes each once
+        net = copy.deepcopy(self.net).to(dtype)
         net.config = config
         with files.storing(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -133,29 +110,20 @@ class SmallLM(nn.Module):
                     file.replace(path / file.name)
 
     def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
-        """Read and write through the target's embedding and head; only the `draft_vocab` rows of the head are kept.
+        """Read and write through the target's embedding and the `draft_vocab` rows of its head.
 
         Raises ConfigError if the target's sizes are not those this network was trained for.
         """
-        expected = (self.vocab_size, self.width)
-        for part, table in (("embedding", embedding), ("head", head)):
-            if tuple(table.shape) != expected:
-                raise ConfigError(
-                    f"this drafter borrows an {part} of {expected[0]} words x {expected[1]}, but the target's is "
-                    f"{table.shape[0]} x {table.shape[1]}; use a drafter trained for this target"
-                )
-        rows = (
-            head.detach()
-            if self.draft_vocab_size is None
-            else head.detach()[self.draft_vocab.to(head.device)]
-        )
-        lookup, read_out = self.net.get_input_embeddings(), self.net.get_output_embeddings()
-        lookup.weight, lookup.dtype = embedding.detach(), self.net.dtype
-        read_out.weight = rows.to(self.net.dtype)
+        check_tables(embedding, head, self.vocab_size, self.width)
+        lookup = self.net.get_input_embeddings()
+        lookup.weight = embedding.detach()
+        lookup.dtype = self.net.dtype
+        read_out = self.net.get_output_embeddings()
+        read_out.weight = head_rows(head, self.draft_ids).to(self.net.dtype)
         return self
 
     def hidden(self, ids: Int[Tensor, "B L"]) -> Float[Tensor, "B L H"]:
-        """The normed final states of a causal pass. Rows start at 0 and may be padded on the right."""
+        """The normed final states of a causal pass. Rows start at 0; padding is on the right."""
         states: Tensor = self.net.base_model(ids, use_cache=False).last_hidden_state
         return states
 
@@ -166,18 +134,16 @@ class SmallLM(nn.Module):
 
 
 def _options(config: PretrainedConfig) -> tuple[bool, int | None]:
-    """Our keys of a config, checked: whether it borrows, and the size of its draft vocabulary."""
+    """specdiff's own keys, checked: whether it borrows, and the draft vocabulary's size."""
     where = f"{weights.CONFIG} of a {config.model_type} drafter"
-    given = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key in (BORROW, DRAFT_VOCAB) and value is not None
-    }
-    borrows = weights.field({BORROW: False, **given}, BORROW, bool, where)
-    size = weights.positive(given, DRAFT_VOCAB, where) if DRAFT_VOCAB in given else None
+    fields = config.to_dict()
+    options = {key: fields[key] for key in (BORROW, DRAFT_VOCAB) if fields.get(key) is not None}
+    borrows = weights.field({BORROW: False, **options}, BORROW, bool, where)
+    size = weights.positive(options, DRAFT_VOCAB, where) if DRAFT_VOCAB in options else None
     if size is not None and not borrows:
         raise ConfigError(
-            f"{where}: {DRAFT_VOCAB} {size} are rows of the target's head, so it needs {BORROW} true"
+            f"{where}: {DRAFT_VOCAB} {size} are rows of the target's head, so it needs "
+            f"{BORROW} true"
         )
     words = config.get_text_config().vocab_size
     if size is not None and size > words:
@@ -231,7 +197,8 @@ def _plain(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
             )
     except (OSError, ValueError, RuntimeError, ArithmeticError, SafetensorError) as error:
         raise WeightsError(
-            f"the safetensors of {path} cannot be read (truncated or damaged?): {' '.join(str(error).split())}"
+            f"the safetensors of {path} cannot be read (truncated or damaged?): "
+            f"{' '.join(str(error).split())}"
         ) from error
     weights.complete(path, report)
     loaded: PreTrainedModel = net

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdiff.models.cache import RaggedCache
-from specdiff.models.ragged import RaggedModel, home, lock_of
+from specdiff.models.loading import home
+from specdiff.models.ragged import RaggedModel, lock_of
 from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from specdiff.data.corpus import Corpus
 from specdiff.errors import ConfigError, UsageError
-from specdiff.nn.ddit import SEDD, Block, BorrowedEmbedding
+from specdiff.nn.borrowed import BorrowedEmbedding
+from specdiff.nn.ddit import SEDD, Block
 from specdiff.nn.sedd_config import SEDDConfig
 from specdiff.nn.small_lm import SmallLM
 from specdiff.training.recipe import Recipe

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from specdiff import files
 from specdiff.data.corpus import Corpus, pad
 from specdiff.errors import CorpusError, UnsupportedModelError
-from specdiff.models.ragged import home
+from specdiff.models.loading import home
 
 # log_z is computed from the rounded states, so that the stored probabilities sum to 1
 STORED = torch.bfloat16
