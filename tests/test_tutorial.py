@@ -100,8 +100,8 @@ def test_every_block_runs_in_order(
         captured = capfd.readouterr()
         told += captured.out + captured.err
     for wanted in (
-        "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of", "the source gave out",
-        "parameters trained", "time is up at step 1 of 4", "going on from step 1 of 4", '"tau_at_1"', "speculative / plain",
+        "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of", "the source was exhausted",
+        "parameters trained", "time is up at step 1 of 4", "resuming from step 1 of 4", '"tau_at_1"', "speculative / plain",
         "by position [",
     ):  # fmt: skip
         assert wanted in told, f"{wanted!r} is not in:\n{told}"
