@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from specdiff import SpeculativeLM, cli, engine
+from specdiff.cli import data_progress
 from specdiff.data import generate, sources
 from specdiff.data.corpus import Corpus, CorpusWriter, Row
 from specdiff.data.generate import CorpusSettings
@@ -649,7 +650,7 @@ def test_progress_is_reported_from_the_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("specdiff.cli.data"), "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(data_progress, "FIRST_SECONDS", 0.0)
     arguments = [a for a in command(folder, tmp_path / "c", 900)[2:] if a != "-q"]
     code, _, err = here(*arguments, "--rows", "64")
     assert code == 0

@@ -1,15 +1,14 @@
 """`specdiff data`: the target writes the corpus its drafters learn from."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdiff.cli import terminal
+from specdiff.cli.data_progress import lines, progress_bar
 from specdiff.cli.options import quiet_libraries
 from specdiff.errors import UsageError
 
@@ -20,11 +19,8 @@ if TYPE_CHECKING:
     from specdiff.data.generate import CorpusSettings
     from specdiff.data.ledger import CorpusSummary
     from specdiff.data.sources import Source
-    from specdiff.data.write import CorpusProgress, Report
     from specdiff.text.lm import SpeculativeLM
 
-FIRST_SECONDS = 5.0  # until the second line of progress where stderr is no terminal
-REPORT_SECONDS = 60.0  # between later lines
 TEMPERATURES = "1.0,0.7,0"
 SHARES = "0.4,0.2,0.4"  # of TEMPERATURES
 
@@ -175,7 +171,7 @@ def data(
     batch = _batch(rows)
     quiet_libraries()
     import specdiff
-    from specdiff.data import sources, write
+    from specdiff.data import sources
     from specdiff.data.corpus import check_folder
     from specdiff.devices import keep_freed_memory
 
@@ -185,16 +181,14 @@ def data(
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}", log=True):
         lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
+    job = _Job(lm, out, tokens, batch, shard_tokens, notes)
     longest = lm.max_len if verbatim else lm.max_len - max_tokens
     begin = time.perf_counter()
     summary: CorpusSummary | CorpusForecast | None = None
     stored = 0
     try:
         if from_tokens:
-            with _progress(notes, "importing") as report:
-                summary = write.write_imported(
-                    lm, from_tokens, out, shard_tokens=shard_tokens, report=report
-                )
+            summary = job.import_rows(from_tokens)
         elif verbatim or tokens:
             origin = sources.source(
                 lm,
@@ -206,27 +200,31 @@ def data(
                 strict=strict,
             )
             if verbatim:
-                summary = _pack(lm, origin, out, tokens, shard_tokens, notes)
+                summary = job.pack(origin)
             elif dry_run:
-                summary = _forecast(lm, origin, settings, tokens, batch, features, notes)
+                summary = job.forecast(origin, settings, features)
             else:
-                summary = _generate(lm, origin, settings, out, tokens, batch, shard_tokens, notes)
+                summary = job.generate(origin, settings)
         if features and not dry_run:
-            stored = _features(lm, out, notes)
+            stored = job.features()
     except KeyboardInterrupt:
         notes.print(
             f"stopped; finished rows are in {out}. To resume, repeat the command.", soft_wrap=True
         )
         raise typer.Exit(130) from None
-    seconds = round(time.perf_counter() - begin, 2)
-    lines = [] if summary is None else _lines(out, summary)
-    fields: dict[str, Any] = {"out": str(out), "target": model, "seconds": seconds}
+    fields: dict[str, Any] = {
+        "out": str(out),
+        "target": model,
+        "seconds": round(time.perf_counter() - begin, 2),
+    }
+    report = []
     if summary is not None:
+        report = lines(out, summary)
         fields |= ({"dry_run": True} if dry_run else {}) | asdict(summary)
     if stored:
-        lines.append(f"final states of {stored} tokens are stored")
+        report.append(f"final states of {stored} tokens are stored")
         fields["feature_tokens"] = stored
-    notes.print("\n".join(lines), soft_wrap=True)
+    notes.print("\n".join(report), soft_wrap=True)
     if as_json:
         terminal.print_json(fields)
 
@@ -257,171 +255,79 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
         raise UsageError(f"{option} must be numbers separated by commas, not {text!r}") from None
 
 
-def _forecast(
-    lm: "SpeculativeLM",
-    source: "Source",
-    settings: "CorpusSettings",
-    tokens: int,
-    rows: int | None,
-    features: bool,
-    notes: "Console",
-) -> "CorpusForecast":
-    from specdiff.data.forecast import forecast
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A corpus folder to fill, and the console that shows progress."""
 
-    with terminal.status(notes, "measuring", log=True):
-        return forecast(lm, source, settings, tokens=tokens, rows=rows, features=features)
+    lm: "SpeculativeLM"
+    out: Path
+    tokens: int
+    rows: int | None
+    shard_tokens: int
+    notes: "Console"
 
+    def forecast(
+        self, source: "Source", settings: "CorpusSettings", features: bool
+    ) -> "CorpusForecast":
+        from specdiff.data.forecast import forecast
 
-def _generate(
-    lm: "SpeculativeLM",
-    source: "Source",
-    settings: "CorpusSettings",
-    out: Path,
-    tokens: int,
-    rows: int | None,
-    shard_tokens: int,
-    notes: "Console",
-) -> "CorpusSummary":
-    from specdiff.data.forecast import trial
-    from specdiff.data.write import write_generated
-
-    if rows is None:
-        with terminal.status(notes, "measuring how many rows at a time are fastest", log=True):
-            rows = trial(lm, source, settings).rows
-    with _progress(notes, f"writing, {rows} rows at a time") as report:
-        return write_generated(
-            lm,
-            source,
-            settings,
-            out,
-            tokens=tokens,
-            rows=rows,
-            shard_tokens=shard_tokens,
-            report=report,
-        )
-
-
-def _pack(
-    lm: "SpeculativeLM",
-    source: "Source",
-    out: Path,
-    tokens: int,
-    shard_tokens: int,
-    notes: "Console",
-) -> "CorpusSummary":
-    from specdiff.data.sources import RecordSource
-    from specdiff.data.write import write_packed
-
-    if not isinstance(source, RecordSource):
-        raise UsageError(
-            "--verbatim stores texts as they are: "
-            "name them with --source jsonl or text and --input, or with --dataset"
-        )
-    with _progress(notes, "packing") as report:
-        return write_packed(
-            lm, source, out, tokens=tokens, shard_tokens=shard_tokens, report=report
-        )
-
-
-def _features(lm: "SpeculativeLM", out: Path, notes: "Console") -> int:
-    from specdiff.targets.causal import CausalTarget
-    from specdiff.training import features
-
-    assert isinstance(lm.target, CausalTarget)
-    with _progress(notes, "final states") as report:
-        return features.store(lm.target, out, report)
-
-
-@contextmanager
-def _progress(notes: "Console", title: str) -> "Iterator[Report]":
-    """A progress bar.
-
-    Where stderr is no terminal: a line at once, one after the first seconds, then one a minute.
-    """
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(),
-    )
-    begin = 0.0
-    due = 0.0
-    with Progress(
-        *columns,
-        console=notes,
-        disable=not notes.is_terminal,
-        transient=True,
-        speed_estimate_period=300,
-    ) as bar:
-        task = bar.add_task(title, total=None, note="")
-
-        def report(progress: "CorpusProgress") -> None:
-            nonlocal begin, due
-            now = time.perf_counter()
-            begin = begin or now
-            note = _note(progress, now - begin)
-            completed = min(progress.total or progress.tokens, progress.tokens)
-            bar.update(task, total=progress.total or None, completed=completed, note=note)
-            if not notes.is_terminal and now >= due:
-                due = now + (REPORT_SECONDS if due else FIRST_SECONDS)
-                state = f"{title}: {progress.tokens} of {progress.total or 'all'} tokens"
-                notes.print(", ".join(filter(None, (state, note))), soft_wrap=True)
-
-        yield report
-
-
-def _note(progress: "CorpusProgress", seconds: float) -> str:
-    """Speed and counts; empty before the first token."""
-    if not progress.processed:
-        return ""
-    parts = [f"{progress.processed / max(seconds, 1e-9):.0f} tok/s"]
-    if progress.unsettled is not None:
-        parts.append(f"{progress.unsettled} tokens in unfinished rows")
-    if progress.rows is not None:
-        parts.append(f"{progress.rows} rows stored, {progress.dropped} dropped")
-    return ", ".join(parts)
-
-
-def _lines(out: Path, summary: "CorpusSummary | CorpusForecast") -> list[str]:
-    """The closing summary in words."""
-    from specdiff.data.forecast import CorpusForecast
-    from specdiff.data.write import GenerationSummary
-
-    if isinstance(summary, CorpusForecast):
-        return [
-            f"would write {summary.tokens} tokens ({summary.disk_bytes / 1e6:.0f} MB) to {out} "
-            f"in about {summary.estimated_seconds / 60:.0f} min: "
-            f"{summary.rows_at_a_time} rows at a time give "
-            f"{summary.trial_tokens_per_second} tok/s"
-        ]
-    dropped = ", ".join(f"{n} {reason}" for reason, n in summary.dropped.items()) or "none"
-    lines = [
-        f"{out}: {summary.tokens} tokens in {summary.rows} rows, {summary.shards} shards; "
-        f"dropped: {dropped}"
-    ]
-    lines += [f"first {reason}: {detail}" for reason, detail in summary.first_dropped.items()]
-    if isinstance(summary, GenerationSummary):
-        lines.append(
-            f"generated {summary.generated_tokens} tokens at {summary.tokens_per_second} tok/s, "
-            f"{summary.rows_at_a_time} rows at a time"
-        )
-        if summary.source_exhausted:
-            lines.append(
-                "the source was exhausted before --tokens was reached; "
-                "give more prompts, or use --source self"
+        with terminal.status(self.notes, "measuring", log=True):
+            return forecast(
+                self.lm, source, settings, tokens=self.tokens, rows=self.rows, features=features
             )
-    for temperature, counts in summary.by_temperature.items():
-        lines.append(
-            f"temperature {temperature}: {counts['rows']} rows, "
-            f"{100 * counts['repeated_share']:.1f} % of answer tokens in repeated 8-grams"
-        )
-    return lines
+
+    def generate(self, source: "Source", settings: "CorpusSettings") -> "CorpusSummary":
+        from specdiff.data.forecast import trial
+        from specdiff.data.write import write_generated
+
+        rows = self.rows
+        if rows is None:
+            title = "measuring how many rows at a time are fastest"
+            with terminal.status(self.notes, title, log=True):
+                rows = trial(self.lm, source, settings).rows
+        with progress_bar(self.notes, f"writing, {rows} rows at a time") as report:
+            return write_generated(
+                self.lm,
+                source,
+                settings,
+                self.out,
+                tokens=self.tokens,
+                rows=rows,
+                shard_tokens=self.shard_tokens,
+                report=report,
+            )
+
+    def import_rows(self, path: Path) -> "CorpusSummary":
+        from specdiff.data.write import write_imported
+
+        with progress_bar(self.notes, "importing") as report:
+            return write_imported(
+                self.lm, path, self.out, shard_tokens=self.shard_tokens, report=report
+            )
+
+    def pack(self, source: "Source") -> "CorpusSummary":
+        from specdiff.data.sources import RecordSource
+        from specdiff.data.write import write_packed
+
+        if not isinstance(source, RecordSource):
+            raise UsageError(
+                "--verbatim stores texts as they are: "
+                "name them with --source jsonl or text and --input, or with --dataset"
+            )
+        with progress_bar(self.notes, "packing") as report:
+            return write_packed(
+                self.lm,
+                source,
+                self.out,
+                tokens=self.tokens,
+                shard_tokens=self.shard_tokens,
+                report=report,
+            )
+
+    def features(self) -> int:
+        from specdiff.targets.causal import CausalTarget
+        from specdiff.training import features
+
+        assert isinstance(self.lm.target, CausalTarget)
+        with progress_bar(self.notes, "final states") as report:
+            return features.store(self.lm.target, self.out, report)
