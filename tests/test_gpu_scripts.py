@@ -154,7 +154,7 @@ def test_the_chain_runs_and_goes_on(target: Path, tmp_path: Path) -> None:
     assert Corpus(gpu / "corpus").tokens >= 1500
     call("2-train-sedd.sh")
     said = call("2-train-sedd.sh", SPECDIFF_GPU_MINUTES="5")
-    assert "going on from step" in said or "steps are done" in said
+    assert "resuming from step" in said or "steps are done" in said
     last = json.loads((gpu / "sedd" / "training" / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == int((gpu / "sedd.steps").read_text())
     (gpu / "autoregressive.steps").write_text("3\n")

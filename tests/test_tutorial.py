@@ -108,8 +108,8 @@ def test_every_block_runs_in_order(
         output += captured.out + captured.err
     for message in (
         "would write 1500 tokens", "% of answer tokens in repeated 8-grams", "final states of",
-        "the source gave out", "parameters trained", "time is up at step 1 of 4",
-        "going on from step 1 of 4", '"tau_at_1"', "speculative / plain", "by position [",
+        "the source was exhausted", "parameters trained", "time is up at step 1 of 4",
+        "resuming from step 1 of 4", '"tau_at_1"', "speculative / plain", "by position [",
     ):  # fmt: skip
         assert message in output, f"{message!r} is not in:\n{output}"
     for name in (

@@ -2,6 +2,7 @@
 
 import json
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +142,13 @@ def test_duplicates_are_dropped_also_in_a_later_run(tmp_path: Path) -> None:
         t.close()
     with writer(tmp_path) as w:
         t = tally(w)
-        assert t.known == {first.key, 10}
+        assert t.keys == {first.key, 10}
         assert t.add(second) and not t.add(Row(first.tokens, 1, 1.0, 11))
         t.drop(12, "question-empty")
         summary = t.close()
-    assert summary["dropped"] == {"duplicate": 2, "question-empty": 1} and summary["rows"] == 2
-    assert json.loads((tmp_path / "manifest.json").read_text())["notes"]["counts"] == summary
+    assert summary.dropped == {"duplicate": 2, "question-empty": 1} and summary.rows == 2
+    counts = json.loads((tmp_path / "manifest.json").read_text())["notes"]["counts"]
+    assert counts == asdict(summary)
     assert sorted(contents(tmp_path)) == [0, 1]
 
 
@@ -160,9 +162,9 @@ def test_what_was_not_flushed_is_not_counted_either(tmp_path: Path) -> None:
     w.lock.release()  # as if the process were gone
     t = tally(writer(tmp_path))
     assert (
-        t.known == {0}
-        and t.summary()["by_temperature"]["0"]["rows"] == 1
-        and t.summary()["rows"] == 1
+        t.keys == {0}
+        and t.summary().by_temperature["0"]["rows"] == 1
+        and t.summary().rows == 1
     )
 
 
@@ -183,7 +185,7 @@ def test_import_of_token_rows(tmp_path: Path) -> None:
         with writer(tmp_path / "c") as w:
             t = tally(w)
             assert sum(packing.add_rows(packing.read_rows(path, VOCAB), t)) in (9, 0)
-            assert t.close()["dropped"] == {"duplicate": 1}
+            assert t.close().dropped == {"duplicate": 1}
     found = Corpus(tmp_path / "c")
     assert [
         (found[i].tokens.tolist(), found[i].prompt_length, found[i].temperature) for i in range(2)

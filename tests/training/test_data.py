@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from specdiff import SpeculativeLM, cli, engine
+from specdiff.cli import data_progress
 from specdiff.data import generate, sources
 from specdiff.data.corpus import Corpus, CorpusWriter, Row
-from specdiff.data.generate import Settings
+from specdiff.data.generate import CorpusSettings
 from specdiff.data.ledger import Ledger
 from specdiff.data.records import Record
 from specdiff.data.sources import OPENING_TOKENS, RecordSource, SelfSource
@@ -44,7 +46,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|im_end|>", "<|im_start|>"]
-SETTINGS = Settings(seed=5, max_tokens=12)
+SETTINGS = CorpusSettings(seed=5, max_tokens=12)
 
 
 def made_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
@@ -118,7 +120,7 @@ def write(
     out: Path,
     tokens: int = 400,
     rows: int = 8,
-    settings: Settings = SETTINGS,
+    settings: CorpusSettings = SETTINGS,
 ) -> dict[str, Any]:
     with CorpusWriter(
         out, generate.about(lm, source, settings), vocab_size=VOCAB, shard_tokens=120
@@ -126,7 +128,7 @@ def write(
         tally = Ledger(writer, Corpus(out).columns())
         for _ in generate.generate(lm, source, tally, settings, tokens=tokens, rows=rows):
             pass
-        return tally.close()
+        return asdict(tally.close())
 
 
 def texts(out: Path) -> dict[int, Row]:
@@ -151,7 +153,7 @@ def same(one: dict[int, Row], other: dict[int, Row]) -> int:
 
 def test_the_target_asks_itself(lm: SpeculativeLM, tmp_path: Path) -> None:
     tokenizer = lm.tokenizer
-    prefix, suffix = sources.turn(lm)
+    prefix, suffix = sources.user_turn(lm)
     assert (
         tokenizer.decode(prefix) == "<|im_start|>user\n"
         and tokenizer.decode(suffix) == "<|im_end|>\n<|im_start|>assistant\n"
@@ -190,7 +192,7 @@ def test_each_row_is_a_function_of_its_key(lm: SpeculativeLM, tmp_path: Path) ->
     assert list(a)[: len(c)] == list(c) == sorted(c) and same(a, c) == len(c) >= 5
     dropped = [Corpus(tmp_path / name).manifest["notes"]["dropped"] for name in "ab"]
     assert dropped[0] == dropped[1]
-    write(lm, SelfSource(lm, 48), tmp_path / "d", settings=Settings(seed=6, max_tokens=12))
+    write(lm, SelfSource(lm, 48), tmp_path / "d", settings=CorpusSettings(seed=6, max_tokens=12))
     d = texts(tmp_path / "d")
     assert any(not torch.equal(a[k].tokens, d[k].tokens) for k in a.keys() & d.keys())
 
@@ -204,7 +206,7 @@ def test_a_corpus_is_the_shortest_run_of_keys_that_reaches_the_goal(
     ]  # so that later rows are longer than the mean of those before them
     records = [Record("", {"prompt": [3] * (length - 1)}) for length in lengths]
     source = RecordSource(lm, lambda: records, {}, longest=100)
-    fixed = Settings(
+    fixed = CorpusSettings(
         max_tokens=1, temperatures=(1.0,), shares=(1.0,)
     )  # all that were begun end at once
     for goal, rows in ((10, 2), (100, 7), (200, 9)):
@@ -251,7 +253,7 @@ def test_temperatures_come_in_their_shares_and_keep_their_law(
 )
 def test_bad_mixtures(temperatures: Any, shares: Any, told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        Settings(temperatures=temperatures, shares=shares)
+        CorpusSettings(temperatures=temperatures, shares=shares)
 
 
 def test_a_model_without_a_template_starts_from_its_first_token(
@@ -297,7 +299,7 @@ def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
     assert [p.cut for p in found] == [False, False, False, True, False, False, False] and len(
         found[3].ids
     ) == 16
-    assert [p.refused for p in found[5:]] == [sources.EMPTY, sources.TOO_LONG]
+    assert [p.reason for p in found[5:]] == [sources.EMPTY, sources.TOO_LONG]
     assert [p.key for p in source.prompts({0, 2})] == [1, 3, 4, 5, 6]
     summary = write(lm, source, tmp_path / "c", tokens=10_000)  # gives out before that
     assert summary["dropped"].pop("duplicate", 0) <= 1 and summary["dropped"] == {
@@ -401,14 +403,14 @@ def test_data_sets(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.Monkey
 def test_it_gives_up_where_nothing_new_comes(
     lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "BARREN", 20)
+    monkeypatch.setattr(generate, "MAX_CONSECUTIVE_DROPS", 20)
     source = RecordSource(lm, lambda: [Record("line 1", {"prompt": [3, 4]})] * 500, {}, longest=8)
     with pytest.raises(CorpusError, match=r"the last 20 texts were all dropped .*duplicate"):
         write(
             lm,
             source,
             tmp_path / "c",
-            settings=Settings(max_tokens=3, temperatures=(0.0,), shares=(1.0,)),
+            settings=CorpusSettings(max_tokens=3, temperatures=(0.0,), shares=(1.0,)),
         )
     assert len(texts(tmp_path / "c")) == 1  # what was finished is kept
 
@@ -648,7 +650,7 @@ def test_progress_is_reported_from_the_start(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.import_module("specdiff.cli.data"), "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(data_progress, "FIRST_SECONDS", 0.0)
     arguments = [a for a in command(folder, tmp_path / "c", 900)[2:] if a != "-q"]
     code, _, err = here(*arguments, "--rows", "64")
     assert code == 0
@@ -708,6 +710,11 @@ def test_the_command_imports(
             "no such file: /nowhere.jsonl",
         ),
         (("--tokens", "9", "--max-tokens", "2000"), 2, "exceed max_len 256"),
+        (
+            ("--tokens", "9", "--verbatim", "--dry-run"),
+            2,
+            "give --tokens N, and neither --from-tokens nor --verbatim",
+        ),
         (("--from-tokens", "/nowhere.safetensors"), 2, "no such file: /nowhere.safetensors"),
         (("--features",), 1, "holds no manifest.json"),
         (

@@ -14,9 +14,9 @@ import tiny
 from specdiff import SpeculativeLM, catalog, decode, verify
 from specdiff.data import generate
 from specdiff.data.corpus import Corpus, CorpusWriter, Row
-from specdiff.data.generate import Settings
+from specdiff.data.generate import CorpusSettings
 from specdiff.data.ledger import Ledger
-from specdiff.data.sources import Opening, Prompt
+from specdiff.data.sources import Opening, SourcePrompt
 from specdiff.diffusion.process import Absorbing, Uniform
 from specdiff.diffusion.schedule import Loglinear
 from specdiff.noise import Noise, Purpose, row_seed
@@ -407,8 +407,8 @@ class Numbered:
         self.about: dict[str, Any] = {"kind": "test"}
         self.texts = {key: tuple(range(key, 2 * key + 1)) for key in (0, 1, 4, 6, 9)}
 
-    def prompts(self, keys: Container[int]) -> Iterator[Prompt]:
-        return (Prompt(key, ids) for key, ids in self.texts.items() if key not in keys)
+    def prompts(self, keys: Container[int]) -> Iterator[SourcePrompt]:
+        return (SourcePrompt(key, ids) for key, ids in self.texts.items() if key not in keys)
 
 
 @pytest.mark.parametrize("opening", [None, Opening(3)])
@@ -416,7 +416,7 @@ def test_a_row_is_drawn_with_its_own_seed(
     opening: Opening | None, model: PreTrainedModel, tmp_path: Path
 ) -> None:
     """Each token is the first whose cumulative probability exceeds the uniform of its position."""
-    settings = Settings(seed=5, max_tokens=10, temperatures=(0.7,), shares=(1.0,))
+    settings = CorpusSettings(seed=5, max_tokens=10, temperatures=(0.7,), shares=(1.0,))
     lm = SpeculativeLM(CausalTarget(tiny.copy_of(model), "tiny"), "none", None, max_len=64)
     source = Numbered(opening)
     with CorpusWriter(

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 import tiny
 from specdiff import SpeculativeLM
 from specdiff.data.corpus import Corpus, CorpusWriter
-from specdiff.data.generate import Settings, generate
+from specdiff.data.generate import CorpusSettings, generate
 from specdiff.data.ledger import Ledger
-from specdiff.data.sources import Opening, Prompt
+from specdiff.data.sources import Opening, SourcePrompt
 from specdiff.targets.causal import CausalTarget
 from specdiff.training import initialize, prepare, recipe
 from specdiff.training.teacher import PrecomputedTeacher, precompute
@@ -244,8 +244,8 @@ class Prompts:
         self.opening = Opening(3)
         self.about: dict[str, Any] = {"kind": "test"}
 
-    def prompts(self, keys: Container[int]) -> Iterator[Prompt]:
-        return (Prompt(key, tuple(range(key + 1))) for key in range(3) if key not in keys)
+    def prompts(self, keys: Container[int]) -> Iterator[SourcePrompt]:
+        return (SourcePrompt(key, tuple(range(key + 1))) for key in range(3) if key not in keys)
 
 
 def test_a_corpus_is_written_there(
@@ -264,7 +264,7 @@ def test_a_corpus_is_written_there(
         ) as writer:
             ledger = Ledger(writer, [])
             for _ in generate(
-                lm, Prompts(), ledger, Settings(seed=1, max_tokens=8), tokens=10_000, rows=2
+                lm, Prompts(), ledger, CorpusSettings(seed=1, max_tokens=8), tokens=10_000, rows=2
             ):
                 pass
             ledger.close()

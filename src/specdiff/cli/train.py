@@ -17,50 +17,91 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from specdiff.training.prepare import TrainingRun
-    from specdiff.training.trainer import TrainingProgress
+    from specdiff.training.trainer import Trainer, TrainingProgress
 
 
 def train(
-    data: Annotated[Path, typer.Option(help="Corpus folder, made by 'specdiff data'.")],
-    out: Annotated[Path, typer.Option(help="The drafter's folder; an interrupted run is resumed.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="Corpus folder, written by 'specdiff data'.", rich_help_panel="Data"),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The drafter's folder; an interrupted run is resumed.", rich_help_panel="Output"
+        ),
+    ],
     model: Annotated[
         str,
         typer.Option(
-            "--target", "--model", help="The target: hub id, folder, file.gguf or built-in name."
+            "--target",
+            "--model",
+            help="The target: hub id, folder, file.gguf or built-in name.",
+            rich_help_panel="Data",
         ),
     ] = "smollm2-135m",
     recipe: Annotated[
         str,
         typer.Option(
-            help="sedd, autoregressive, target, sedd-pretrain, sedd-finetune or a FILE.yaml."
+            help="sedd, autoregressive, target, sedd-pretrain, sedd-finetune or a FILE.yaml.",
+            rich_help_panel="Training",
         ),
     ] = "sedd",
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of the recipe; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="key=value of the recipe; may be repeated.", rich_help_panel="Training"
+        ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel="Training")
+    ] = "auto",
     max_minutes: Annotated[
-        float | None, typer.Option(help="Stop after that long, resumably.")
+        float | None,
+        typer.Option(
+            help="Stop after this time; the same command resumes.", rich_help_panel="Training"
+        ),
     ] = None,
-    license: Annotated[str, typer.Option(help="Named in the model card.")] = "apache-2.0",
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="CPU threads; fewer than cores if other work runs on them.",
+            rich_help_panel="Training",
+        ),
+    ] = None,
+    license: Annotated[
+        str, typer.Option(help="License in the model card.", rich_help_panel="Output")
+    ] = "apache-2.0",
     log_to: Annotated[
         str,
         typer.Option(
-            help="none, tensorboard or trackio; log.jsonl and curve.jsonl are always written."
+            help="none, tensorboard or trackio; log.jsonl and curve.jsonl are always written.",
+            rich_help_panel="Output",
         ),
     ] = "none",
-    threads: Annotated[
-        int | None, typer.Option(help="CPU threads; fewer than cores where other work runs beside.")
-    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes, memory and time; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Print sizes, memory and time; write nothing.",
+            rich_help_panel="Output",
+        ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the closing measurement as one JSON object.")
+        bool,
+        typer.Option(
+            "--json",
+            help="Print the closing measurement as one JSON object.",
+            rich_help_panel="Output",
+        ),
     ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", help="No progress.", rich_help_panel="Output")
+    ] = False,
 ) -> None:
-    """Train a drafter for a target. Stop it any time; the same command resumes it. Several GPUs: accelerate launch -m specdiff train ...
+    """Train a drafter for a target. Stop any time; the same command resumes it.
+
+    Several GPUs:  accelerate launch -m specdiff train ...
 
     Example:  specdiff train --target smollm2-135m --data corpus --out my-drafter --set steps=2000
     """
@@ -71,35 +112,34 @@ def train(
     quiet_libraries()
     import torch
 
-    from specdiff.data import memory
+    from specdiff.devices import keep_freed_memory
 
     prepare, recipes = _training()
-    chosen = recipes.load(recipe, changes or ())
-    memory.keep_freed()
+    config = recipes.load(recipe, changes or ())
+    keep_freed_memory()
     if threads is not None:
         torch.set_num_threads(threads)
     notes = terminal.notes(quiet=quiet)
     command = valid(shlex.join(["specdiff", *sys.argv[1:]]))
-    with tempfile.TemporaryDirectory() as nowhere:
-        place = Path(nowhere) / "drafter" if dry_run else out
+    with tempfile.TemporaryDirectory() as scratch:
         with terminal.status(notes, f"loading {model}", log=True):
             plan = prepare.prepare(
-                chosen,
+                config,
                 model=model,
                 data=data,
-                out=place,
+                out=Path(scratch) / "drafter" if dry_run else out,
                 device=device,
                 command=command,
                 license=license,
                 log_to=log_to,
             )
         if dry_run:
-            told = prepare.forecast(plan)
-            notes.print(_forecast(told), soft_wrap=True)
+            result = prepare.forecast(plan)
+            notes.print(_forecast(result), soft_wrap=True)
         else:
-            told = _run(plan, out, max_minutes, notes)
+            result = _run(plan, out, max_minutes, notes)
     if as_json and plan.trainer.accelerator.is_main_process:
-        terminal.print_json(told)
+        terminal.print_json(result)
 
 
 def _training() -> Any:
@@ -115,18 +155,43 @@ def _training() -> Any:
 
 
 def _run(plan: "TrainingRun", out: Path, max_minutes: float | None, notes: "Console") -> dict[str, Any]:
-    """Train behind a progress bar. Returns the last evaluation, or where the run stands."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
+    """Train with a progress bar. Returns the run's position and its last evaluation."""
     trainer = plan.trainer
+    steps = trainer.recipe.steps
     if not trainer.accelerator.is_main_process:
         notes.quiet = True
-    if trainer.step == trainer.recipe.steps:
-        notes.print(f"{out} is finished: its {trainer.step} steps are done", soft_wrap=True)
+    if trainer.step == steps:
+        notes.print(f"{out} is finished: its {steps} steps are done", soft_wrap=True)
     elif trainer.step:
-        notes.print(f"going on from step {trainer.step} of {trainer.recipe.steps}", soft_wrap=True)
-    last: dict[str, Any] = {}
+        notes.print(f"resuming from step {trainer.step} of {steps}", soft_wrap=True)
+    try:
+        evaluation = _watch(trainer, max_minutes, notes)
+    except KeyboardInterrupt:
+        notes.print(
+            f"stopped at step {trainer.step}; "
+            f"to resume from the last checkpoint, repeat the command",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    if trainer.step < steps:
+        notes.print(
+            f"time is up at step {trainer.step} of {steps}; to resume, repeat the command",
+            soft_wrap=True,
+        )
+    minutes = round(trainer.spent / 60, 2)
+    return {"out": str(out), "step": trainer.step, "steps": steps, "minutes": minutes} | evaluation
+
+
+def _watch(trainer: "Trainer", max_minutes: float | None, notes: "Console") -> dict[str, Any]:
+    """Run the trainer to its end or the time limit. Returns the last evaluation, if any."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("training"),
         BarColumn(),
@@ -134,62 +199,51 @@ def _run(plan: "TrainingRun", out: Path, max_minutes: float | None, notes: "Cons
         TextColumn("{task.fields[note]}"),
         TimeRemainingColumn(),
     )
-    try:
-        with Bar(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
-            task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, note="")
-            for progress in trainer.run(None if max_minutes is None else 60 * max_minutes):
-                due = trainer.due() and not progress.evaluated
-                note = (
-                    "measuring"
-                    if due
-                    else f"loss {progress.record['loss']:.3f}"
-                    if "loss" in progress.record
-                    else ""
-                )
-                bar.update(task, completed=progress.step, note=note)
-                last = _tell(progress, notes) or last
-    except KeyboardInterrupt:
-        notes.print(
-            f"stopped at step {trainer.step}; to go on from the last checkpoint, repeat the command",
-            soft_wrap=True,
-        )
-        raise typer.Exit(130) from None
-    if trainer.step < trainer.recipe.steps:
-        notes.print(
-            f"time is up at step {trainer.step} of {trainer.recipe.steps}; to go on, repeat the command",
-            soft_wrap=True,
-        )
-    return {
-        "out": str(out),
-        "step": trainer.step,
-        "steps": trainer.recipe.steps,
-        "minutes": round(trainer.spent / 60, 2),
-    } | last
+    evaluation: dict[str, Any] = {}
+    seconds = None if max_minutes is None else 60 * max_minutes
+    with Progress(*columns, console=notes, disable=not notes.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=trainer.recipe.steps, completed=trainer.step, note="")
+        for progress in trainer.run(seconds):
+            note = ""
+            if trainer.due() and not progress.evaluated:
+                note = "measuring"
+            elif "loss" in progress.record:
+                note = f"loss {progress.record['loss']:.3f}"
+            bar.update(task, completed=progress.step, note=note)
+            _print(progress, notes)
+            evaluation = progress.evaluated or evaluation
+    return evaluation
 
 
-def _tell(p: "TrainingProgress", notes: "Console") -> dict[str, Any] | None:
-    r, e = p.record, p.evaluated
-    if e is None:
-        if not notes.is_terminal:
-            expected = f", expected tau {r['expected_tau']:.2f}" if "expected_tau" in r else ""
-            notes.print(
-                f"step {p.step}/{p.steps}  {p.seconds / 60:.1f} min  loss {r['loss']:.3f}{expected}",
-                soft_wrap=True,
-            )
-        return None
-    measured = (
-        f", tau {e['tau_at_0']:.2f} at T=0 and {e['tau_at_1']:.2f} at T=1"
-        if "tau_at_0" in e
-        else ""
-    )
-    notes.print(f"step {p.step}: held-out loss {e['held_out_loss']:.3f}{measured}", soft_wrap=True)
-    return e
+def _print(progress: "TrainingProgress", notes: "Console") -> None:
+    """A line for each evaluation; where stderr is no terminal, for each record too."""
+    step = progress.step
+    record = progress.record
+    evaluation = progress.evaluated
+    if evaluation is not None:
+        line = f"step {step}: held-out loss {evaluation['held_out_loss']:.3f}"
+        if "tau_at_0" in evaluation:
+            cold = evaluation["tau_at_0"]
+            warm = evaluation["tau_at_1"]
+            line += f", tau {cold:.2f} at T=0 and {warm:.2f} at T=1"
+        notes.print(line, soft_wrap=True)
+    elif not notes.is_terminal:
+        minutes = progress.seconds / 60
+        line = f"step {step}/{progress.steps}  {minutes:.1f} min  loss {record['loss']:.3f}"
+        if "expected_tau" in record:
+            line += f", expected tau {record['expected_tau']:.2f}"
+        notes.print(line, soft_wrap=True)
 
 
-def _forecast(f: dict[str, Any]) -> str:
+def _forecast(forecast: dict[str, Any]) -> str:
+    """A forecast in words."""
+    seconds = forecast["seconds_per_step"]
     return (
-        f"{f['trained']:,} parameters trained; {f['corpus_tokens']:,} corpus tokens; {f['tokens_per_step']:.0f} tokens a step\n"
-        f"memory: {f['state_bytes'] / 1e6:.0f} MB of weights, gradients and moments, {f['peak_bytes'] / 1e6:.0f} MB at the peak of a step\n"
-        f"time: {f['seconds_per_step']:.2f} s a step, {f['seconds_per_step'] * 1000 / 60:.0f} min per 1000 steps, "
-        f"{f['seconds_per_step'] * f['steps'] / 60:.0f} min for all {f['steps']}"
+        f"{forecast['trained']:,} parameters trained; "
+        f"{forecast['corpus_tokens']:,} corpus tokens; "
+        f"{forecast['tokens_per_step']:.0f} tokens a step\n"
+        f"memory: {forecast['state_bytes'] / 1e6:.0f} MB of weights, gradients and moments, "
+        f"{forecast['peak_bytes'] / 1e6:.0f} MB at the peak of a step\n"
+        f"time: {seconds:.2f} s a step, {seconds * 1000 / 60:.0f} min per 1000 steps, "
+        f"{seconds * forecast['steps'] / 60:.0f} min for all {forecast['steps']}"
     )

@@ -1,12 +1,12 @@
-"""The target writes its own corpus: prompts in, rows out, through the engine, until there are enough tokens.
+"""Corpora of the target's own text: prompts in, rows out, through the engine.
 
-Every row is a function of (target, settings, key): its temperature and all its randomness hang on its key alone, and `match`
-makes the text the same with any drafter and in any batch. So a run that was killed may redo what it lost.
+Every row is a function of (target, settings, key): its temperature and all its randomness depend
+on its key alone, and `match` makes the text the same with any drafter and in any batch. An
+interrupted run may therefore repeat the work that it lost.
 """
 
 import hashlib
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -15,15 +15,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from specdiff import catalog, engine
 from specdiff.controller import Controller
-from specdiff.data.corpus import Row
 from specdiff.data.ledger import Ledger
-from specdiff.data.sources import Opening, Prompt, Source
+from specdiff.data.shards import Row
+from specdiff.data.sources import Opening, Source, SourcePrompt
 from specdiff.engine import EngineStep, Request
 from specdiff.errors import CorpusError, UsageError
 from specdiff.noise import row_seed
@@ -33,16 +32,15 @@ from specdiff.verify import match
 from specdiff.weights import fingerprint
 
 FLUSH_SECONDS = 60.0
-BARREN = 1000  # texts dropped in a row before it is clear that no new ones come
-ROWS = (8, 32, 64, 128, 256, 512)
-TRIAL_SECONDS = 20.0  # no further number of rows is tried after these
-UNENDED, UNASKED = "question-unended", "question-empty"
+MAX_CONSECUTIVE_DROPS = 1000  # then no new texts are to be expected
+QUESTION_UNENDED = "question-unended"
+QUESTION_EMPTY = "question-empty"
 TARGET_FAILED = "target-failed"  # its logits were NaN or infinite
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """What a corpus is written with. Raises UsageError naming the bad value."""
+class CorpusSettings:
+    """Seed, answer length and mixture of temperatures. Raises UsageError naming the bad value."""
 
     seed: int = 0
     max_tokens: int = 256
@@ -54,42 +52,40 @@ class Settings:
             raise UsageError(
                 f"{len(self.temperatures)} temperatures need as many shares, not {len(self.shares)}"
             )
-        if any(not s >= 0 for s in self.shares) or not math.isclose(
-            sum(self.shares), 1, abs_tol=1e-6
-        ):
+        total = sum(self.shares)
+        if any(not s >= 0 for s in self.shares) or not math.isclose(total, 1, abs_tol=1e-6):
+            shares = ", ".join(f"{s:g}" for s in self.shares)
             raise UsageError(
-                f"shares must be at least 0 and sum to 1, not {', '.join(f'{s:g}' for s in self.shares)} (sum {sum(self.shares):g})"
+                f"shares must be at least 0 and sum to 1, not {shares} (sum {total:g})"
             )
         for temperature in self.temperatures:
-            SamplingParams(max_tokens=self.max_tokens, temperature=temperature)  # refuses bad ones
+            SamplingParams(max_tokens=self.max_tokens, temperature=temperature)  # checks the values
 
     def temperature(self, key: int) -> float:
-        """The key's own."""
+        """The temperature of this key's row."""
         u = row_seed(row_seed(self.seed, key), 1) / 2**64
         for temperature, share in zip(self.temperatures, self.shares, strict=True):
             u -= share
             if u < 0:
                 return temperature
-        return max(zip(self.shares, self.temperatures, strict=True))[
-            1
-        ]  # the shares' rounding error
+        # the rounding error of the shares goes to the largest
+        return max(zip(self.shares, self.temperatures, strict=True))[1]
 
 
-def about(lm: SpeculativeLM, source: Source, settings: Settings) -> dict[str, Any]:
-    """All that a row depends on besides its key."""
+def about(lm: SpeculativeLM, source: Source, settings: CorpusSettings) -> dict[str, Any]:
+    """Everything a row depends on besides its key."""
     spec = lm.target.info.name
-    name = str(Path(spec).expanduser().resolve()) if Path(spec).expanduser().is_dir() else spec
-    dtype = str(lm.target.info.dtype).removeprefix("torch.")
+    folder = Path(spec).expanduser()
     return identity(spec) | {
-        "target": name,
-        "dtype": dtype,
+        "target": str(folder.resolve()) if folder.is_dir() else spec,
+        "dtype": str(lm.target.info.dtype).removeprefix("torch."),
         "source": source.about,
         **asdict(settings),
     }
 
 
 def identity(spec: str) -> dict[str, str]:
-    """A target by name and by content. `target_sha256` is how manifests of earlier versions know it."""
+    """A target by name and by content. `target_sha256` identifies it in older manifests."""
     folder = model_files(spec)
     return {
         "target": spec,
@@ -99,7 +95,7 @@ def identity(spec: str) -> dict[str, str]:
 
 
 def model_files(spec: str) -> Path:
-    """The folder that holds a model's config.json and safetensors on this machine."""
+    """The local folder that holds a model's config.json and safetensors."""
     from transformers.utils import cached_file
 
     folder = Path(catalog.model_folder(spec))
@@ -109,7 +105,7 @@ def model_files(spec: str) -> Path:
 
 
 def first_megabytes(folder: Path) -> str:
-    """SHA-256 over config.json, and the name, size and first megabyte of each weight file: what older manifests hold."""
+    """SHA-256 over config.json and the name, size and first megabyte of each weight file."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(f"{file.name} {file.stat().st_size}".encode())
@@ -119,105 +115,128 @@ def first_megabytes(folder: Path) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    """What a round generated, and how many generated tokens wait for their text, or for that of an earlier key, to end."""
+class GenerationStep:
+    """Tokens that one round generated; `unsettled` tokens wait for unfinished rows."""
 
     tokens: int
     unsettled: int = 0
 
 
 def generate(
-    lm: SpeculativeLM, source: Source, tally: Ledger, settings: Settings, *, tokens: int, rows: int
-) -> Iterator[Written]:
-    """Write rows until the corpus has `tokens` tokens, or the source gives out; yields what each round generated.
+    lm: SpeculativeLM,
+    source: Source,
+    ledger: Ledger,
+    settings: CorpusSettings,
+    *,
+    tokens: int,
+    rows: int,
+) -> Iterator[GenerationStep]:
+    """Write rows until the corpus has `tokens` tokens or the source is exhausted.
 
-    Rows are settled in the order of their keys, and the corpus ends with the first key that reaches the goal: the same seed
-    gives the same rows, however many are written at a time. Close the generator at any time: the writer's next flush keeps
-    the settled rows. Raises CorpusError where only duplicates or unusable prompts come.
+    Rows are settled in the order of their keys, and the corpus ends with the first key that
+    reaches the goal: the same seed gives the same rows, whatever the batch size `rows`. The
+    generator may be closed at any time: the writer's next flush stores the settled rows.
+
+    Raises CorpusError if only duplicates or unusable prompts come.
     """
-    feed = _Feed(lm, source, tally, settings, tokens)
-    flushed = time.monotonic()
-    while tally.writer.tokens < tokens and not feed.exhausted:
-        with closing(serve(lm, iter(feed), slots(lm, source, settings), rows)) as turns:
-            for turn in turns:
-                generated = int(turn.round.emitted.sum())
-                feed.settle(turn, generated)
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    tally.writer.flush()
-                    flushed = time.monotonic()
-                yield Written(generated, feed.unsettled)
-                if tally.writer.tokens >= tokens:
+    feed = _Feed(lm, source, ledger, settings, tokens)
+    last_flush = time.monotonic()
+    while ledger.writer.tokens < tokens and not feed.exhausted:
+        with closing(serve(lm, iter(feed), slots(lm, source, settings), rows)) as steps:
+            for step in steps:
+                generated = int(step.round.emitted.sum())
+                feed.settle(step, generated)
+                if time.monotonic() - last_flush > FLUSH_SECONDS:
+                    ledger.writer.flush()
+                    last_flush = time.monotonic()
+                yield GenerationStep(generated, feed.unsettled)
+                if ledger.writer.tokens >= tokens:
                     return
 
 
 def serve(
     lm: SpeculativeLM, requests: Iterator[Request | None], room: int, rows: int
 ) -> Generator[EngineStep, None, None]:
-    """The engine, as a corpus needs it: `match`, and a drafter only while it pays."""
+    """The engine with `match` and a drafter that is switched off while it is slower."""
     length = Controller(lm.drafter.draft_len) if lm.drafter.draft_len else 0
     yield from engine.serve(
         lm.target, lm.drafter, requests, verifier=match, draft_len=length, rows=rows, slots=room
     )
 
 
-def slots(lm: SpeculativeLM, source: Source, settings: Settings) -> int:
-    """Positions a row needs. Raises UsageError if the target has fewer."""
+def slots(lm: SpeculativeLM, source: Source, settings: CorpusSettings) -> int:
+    """Number of positions a row needs. Raises UsageError if the target has fewer."""
     needed = source.longest + settings.max_tokens
     if needed > lm.max_len:
         raise UsageError(
-            f"prompts of up to {source.longest} tokens and answers of {settings.max_tokens} exceed max_len {lm.max_len}; "
-            f"lower --max-tokens, or raise --max-model-len (the model's own limit is {lm.target.info.max_positions})"
+            f"prompts of up to {source.longest} tokens and answers of {settings.max_tokens} "
+            f"exceed max_len {lm.max_len}; lower --max-tokens, or raise --max-model-len "
+            f"(the model's own limit is {lm.target.info.max_positions})"
         )
     return needed
 
 
+def first_prompt(source: Source) -> SourcePrompt:
+    """The first usable prompt. Raises UsageError if there is none, with the reason."""
+    why = ""
+    for prompt in source.prompts(()):
+        if not prompt.reason:
+            return prompt
+        why = why or f" (the first: {prompt.detail or prompt.reason})"
+    raise UsageError(f"the source holds no usable prompt{why}")
+
+
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What became of a key: a row, or the reason why it has none. `generated` tokens went into it."""
+    """The result of a key: a row, or the reason why it has none. It took `generated` tokens."""
 
     row: Row | None
     generated: int = 0
     cut: bool = False
-    refused: str = ""
+    reason: str = ""
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    prompt: Prompt
-    opening: Opening | None  # still to be settled; None: the answer is being written
+    prompt: SourcePrompt
+    opening: Opening | None  # being written; None: the answer is being written
 
 
 class _Feed:
-    """The engine's stream: new prompts, and before them the answers to openings that have come back."""
+    """The engine's requests: answers to finished openings first, then new prompts."""
 
     def __init__(
-        self, lm: SpeculativeLM, source: Source, tally: Ledger, settings: Settings, goal: int
+        self,
+        lm: SpeculativeLM,
+        source: Source,
+        ledger: Ledger,
+        settings: CorpusSettings,
+        goal: int,
     ) -> None:
-        self.lm, self.source, self.tally, self.settings, self.goal = (
-            lm,
-            source,
-            tally,
-            settings,
-            goal,
-        )
-        self.prompts = source.prompts(tally.known)
+        self.lm = lm
+        self.source = source
+        self.ledger = ledger
+        self.settings = settings
+        self.goal = goal
+        self.prompts = source.prompts(ledger.keys)
         self.ready: deque[tuple[_Job, Request]] = deque()
         self.running: dict[int, _Job] = {}
-        self.order: deque[int] = deque()  # keys that were begun and not settled yet
+        self.order: deque[int] = deque()  # keys that were started and are not settled
         self.outcomes: dict[int, _Outcome] = {}
         self.waiting = 0  # tokens of the rows in `outcomes`
         self.unsettled = 0
         self.place = 0
         self.exhausted = False
-        self.barren = 0
+        self.consecutive_drops = 0
 
     def __iter__(self) -> Self:
-        self.place, self.running = 0, {}  # a new engine numbers its requests from 0
+        self.place = 0  # a new engine numbers its requests from 0
+        self.running = {}
         return self
 
     def __next__(self) -> Request | None:
-        """What to run next; None while the rows that run will do."""
+        """The next request; None while the running rows suffice."""
         if not self.ready and not self._enough():
             self._pull()
         if not self.ready:
@@ -227,15 +246,13 @@ class _Feed:
         self.place += 1
         return request
 
-    def settle(self, turn: EngineStep, generated: int) -> None:
-        """Take in what the turn finished, in the order of keys."""
+    def settle(self, step: EngineStep, generated: int) -> None:
+        """Record the requests that the step finished, in the order of their keys."""
         self.unsettled += generated
-        for place, error in turn.errors().items():
-            self._close(
-                self.running.pop(place).prompt.key,
-                _Outcome(None, refused=TARGET_FAILED, detail=error),
-            )
-        for place, ids, prompt_length in turn.finished():
+        for place, error in step.errors().items():
+            key = self.running.pop(place).prompt.key
+            self._close(key, _Outcome(None, reason=TARGET_FAILED, detail=error))
+        for place, ids, prompt_length in step.finished():
             job = self.running.pop(place)
             if job.opening is not None:
                 self._opened(job.prompt, job.opening, ids, prompt_length)
@@ -243,149 +260,89 @@ class _Feed:
             key = job.prompt.key
             row = Row(ids, prompt_length, self.settings.temperature(key), key)
             header = () if self.source.opening is None else self.source.opening.header
-            self._close(
-                key, _Outcome(row, len(ids) - len(job.prompt.ids) - len(header), job.prompt.cut)
-            )
+            new = len(ids) - len(job.prompt.ids) - len(header)
+            self._close(key, _Outcome(row, new, job.prompt.cut))
 
     def _close(self, key: int, outcome: _Outcome) -> None:
         self.outcomes[key] = outcome
         self.waiting += 0 if outcome.row is None else len(outcome.row.tokens)
-        while (
-            self.order and self.order[0] in self.outcomes and self.tally.writer.tokens < self.goal
-        ):
+        while self.order and self.order[0] in self.outcomes:
+            if self.ledger.writer.tokens >= self.goal:
+                break
             first = self.order.popleft()
             self._settle(first, self.outcomes.pop(first))
 
     def _settle(self, key: int, outcome: _Outcome) -> None:
         self.unsettled -= outcome.generated
         if outcome.row is None:
-            self.tally.drop(key, outcome.refused, outcome.detail)
+            self.ledger.drop(key, outcome.reason, outcome.detail)
             new = False
         else:
             self.waiting -= len(outcome.row.tokens)
-            new = self.tally.add(outcome.row, cut=outcome.cut)
-        self.barren = 0 if new else self.barren + 1
-        if self.barren >= BARREN:
+            new = self.ledger.add(outcome.row, cut=outcome.cut)
+        self.consecutive_drops = 0 if new else self.consecutive_drops + 1
+        if self.consecutive_drops >= MAX_CONSECUTIVE_DROPS:
             raise CorpusError(
-                f"the last {BARREN} texts were all dropped ({self.tally.reasons()}), so no new ones are to be expected; "
+                f"the last {MAX_CONSECUTIVE_DROPS} texts were all dropped "
+                f"({self.ledger.reasons()}), so no new ones are to be expected; "
                 f"raise the temperatures, or give prompts with --source jsonl or text"
             )
 
     def _enough(self) -> bool:
-        """Whether the rows begun will reach the goal, at the mean length so far."""
-        writer = self.tally.writer
-        mean = (
-            writer.tokens / writer.rows
-            if writer.rows
-            else self.source.longest + self.settings.max_tokens / 2
-        )
-        return (
-            writer.tokens + self.waiting + (len(self.running) + len(self.ready)) * mean >= self.goal
-        )
+        """Whether the started rows will reach the goal, at the mean length so far."""
+        writer = self.ledger.writer
+        mean = self.source.longest + self.settings.max_tokens / 2
+        if writer.rows:
+            mean = writer.tokens / writer.rows
+        started = len(self.running) + len(self.ready)
+        return writer.tokens + self.waiting + started * mean >= self.goal
 
     def _pull(self) -> None:
+        opening = self.source.opening
         for prompt in self.prompts:
             self.order.append(prompt.key)
-            if prompt.refused:
-                self._close(
-                    prompt.key, _Outcome(None, refused=prompt.refused, detail=prompt.detail)
-                )
-            elif self.source.opening is None:
+            if prompt.reason:
+                outcome = _Outcome(None, reason=prompt.reason, detail=prompt.detail)
+                self._close(prompt.key, outcome)
+            elif opening is None:
                 return self._answer(prompt, prompt.ids)
             else:
-                opening = self.source.opening
-                params = SamplingParams(
-                    opening.limit, 1.0, stop_token_ids=tuple({*opening.ends, *self.lm.end_ids})
-                )
-                return self.ready.append(
-                    (
-                        _Job(prompt, opening),
-                        Request(prompt.ids, params, row_seed(self.settings.seed, prompt.key)),
-                    )
-                )
+                ends = tuple({*opening.ends, *self.lm.end_ids})
+                params = SamplingParams(opening.limit, 1.0, stop_token_ids=ends)
+                request = Request(prompt.ids, params, row_seed(self.settings.seed, prompt.key))
+                return self.ready.append((_Job(prompt, opening), request))
         self.exhausted = True
         return None
 
     def _opened(
-        self, prompt: Prompt, opening: Opening, ids: Int[Tensor, "L"], prompt_length: int
+        self, prompt: SourcePrompt, opening: Opening, ids: Int[Tensor, "L"], prompt_length: int
     ) -> None:
-        said = ids[prompt_length:].tolist()
-        whole = (
-            said[-1] in opening.ends
-            if opening.ends
-            else len(said) == opening.limit and said[-1] not in self.lm.end_ids
-        )
-        question = said[:-1] if opening.ends else said
-        if not whole:
-            self._close(prompt.key, _Outcome(None, len(said), refused=UNENDED))
-        elif not question or (
-            self.lm.tokenizer is not None
-            and not self.lm.tokenizer.decode(question, skip_special_tokens=True).strip()
-        ):
-            self._close(prompt.key, _Outcome(None, len(said), refused=UNASKED))
+        new = ids[prompt_length:].tolist()
+        if opening.ends:
+            complete = new[-1] in opening.ends
+            question = new[:-1]
         else:
-            self._answer(prompt, (*prompt.ids, *said, *opening.header))
+            complete = len(new) == opening.limit and new[-1] not in self.lm.end_ids
+            question = new
+        if not complete:
+            self._close(prompt.key, _Outcome(None, len(new), reason=QUESTION_UNENDED))
+        elif self._blank(question):
+            self._close(prompt.key, _Outcome(None, len(new), reason=QUESTION_EMPTY))
+        else:
+            self._answer(prompt, (*prompt.ids, *new, *opening.header))
 
-    def _answer(self, prompt: Prompt, ids: tuple[int, ...]) -> None:
-        key, s = prompt.key, self.settings
-        params = SamplingParams(s.max_tokens, s.temperature(key), stop_token_ids=self.lm.end_ids)
-        # the opening's own seed: its draws were for earlier positions, and every draw's key holds its position
-        self.ready.append((_Job(prompt, None), Request(ids, params, row_seed(s.seed, key))))
+    def _blank(self, question: list[int]) -> bool:
+        if self.lm.tokenizer is None:
+            return not question
+        return not self.lm.tokenizer.decode(question, skip_special_tokens=True).strip()
 
-
-def first_prompt(source: Source) -> Prompt:
-    """The first prompt that can be used. Raises UsageError for a source without one, saying why."""
-    why = ""
-    for prompt in source.prompts(()):
-        if not prompt.refused:
-            return prompt
-        why = why or f" (the first: {prompt.detail or prompt.refused})"
-    raise UsageError(f"the source holds no usable prompt{why}")
-
-
-def trial(
-    lm: SpeculativeLM, source: Source, settings: Settings, rows: int | None = None, rounds: int = 3
-) -> tuple[int, float]:
-    """(rows, generated tokens a second): of the number given, or of the fewest that more rows do not better by a tenth.
-
-    The fastest round counts: on a shared machine the others measure the neighbours.
-
-    Raises UsageError for a source without prompts.
-    """
-    room = slots(lm, source, settings)
-    prompt = first_prompt(source)
-    params = SamplingParams(max(2, min(rounds + 1, settings.max_tokens)))
-    best, missed, begin = (0, 0.0), 0, time.monotonic()
-    for tried in ROWS if rows is None else (rows,):
-        too_big = tried * room * _position_bytes(lm) > _free_bytes(lm.target.info.device) / 3
-        if best[0] and (too_big or missed == 2 or time.monotonic() - begin > TRIAL_SECONDS):
-            break
-        rate, last = 0.0, 0.0
-        for turn in serve(
-            lm, iter([Request(prompt.ids, params, seed) for seed in range(tried)]), room, tried
-        ):
-            made, now = (
-                int(turn.round.emitted.sum()),
-                time.perf_counter(),
-            )  # reading the count waits for the device
-            rate, last = max(rate, made / (now - last) if last else 0.0), now
-        better = rate >= 1.1 * best[1]
-        best, missed = ((tried, rate), 0) if better else (best, missed + 1)
-    return best
-
-
-def _position_bytes(lm: SpeculativeLM) -> int:
-    """Keys and values of one position of one row."""
-    info, config = lm.target.info, getattr(getattr(lm.target, "model", None), "config", None)
-    text = config.get_text_config() if config is not None else None
-    heads = getattr(text, "num_attention_heads", None) or 1
-    shared = (getattr(text, "num_key_value_heads", None) or heads) / heads
-    return int(2 * info.layers * info.hidden_size * shared * info.dtype.itemsize)
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 << 30
+    def _answer(self, prompt: SourcePrompt, ids: tuple[int, ...]) -> None:
+        key = prompt.key
+        settings = self.settings
+        params = SamplingParams(
+            settings.max_tokens, settings.temperature(key), stop_token_ids=self.lm.end_ids
+        )
+        # The seed of the opening serves again: every draw is keyed by its position, and the
+        # opening's positions came earlier.
+        request = Request(ids, params, row_seed(settings.seed, key))
+        self.ready.append((_Job(prompt, None), request))

@@ -1,100 +1,126 @@
-"""What became of every key of a corpus: rows by temperature with their loops, and what was dropped and why. Kept in the manifest."""
+"""Ledgers: the outcome of every key of a corpus, stored in its manifest.
+
+A ledger counts the rows by temperature, with their repetitions, and the dropped keys by reason.
+"""
 
 import hashlib
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from specdiff.data.corpus import CorpusWriter, Row
+from specdiff.data.corpus import CorpusWriter
+from specdiff.data.shards import Row
 from specdiff.repetition import repeated
 
 DUPLICATE = "duplicate"
 
 
-class Ledger:
-    """Counts over a corpus, also over one that an earlier process began: read once from disk, then kept up row by row."""
+@dataclass(frozen=True, slots=True)
+class CorpusSummary:
+    """Counts of a whole corpus: rows by temperature, dropped keys by reason.
 
-    def __init__(self, writer: CorpusWriter, written: Iterable[dict[str, Tensor]]) -> None:
+    `by_temperature` holds rows, tokens, answer_tokens, repeated (answer tokens in repeated
+    8-grams), their share repeated_share, and cut (rows whose prompt is the start of a document).
+    """
+
+    rows: int
+    tokens: int
+    shards: int
+    dropped: dict[str, int]
+    first_dropped: dict[str, str]
+    by_temperature: dict[str, dict[str, float]]
+
+
+class Ledger:
+    """Counts over a corpus, also over one that an earlier process began.
+
+    `shards` are the columns already on disk, read once; later rows are counted as they come.
+    """
+
+    def __init__(self, writer: CorpusWriter, shards: Iterable[dict[str, Tensor]]) -> None:
+        notes = writer.notes
         self.writer = writer
-        self.by_temperature: dict[str, dict[str, int]] = writer.notes.setdefault(
-            "by_temperature", {}
-        )
-        self.dropped: dict[str, list[int]] = writer.notes.setdefault("dropped", {})
-        self.first_dropped: dict[str, str] = writer.notes.setdefault("first_dropped", {})
-        self.known: set[int] = {key for keys in self.dropped.values() for key in keys}
+        self.by_temperature: dict[str, dict[str, int]] = notes.setdefault("by_temperature", {})
+        self.dropped: dict[str, list[int]] = notes.setdefault("dropped", {})
+        self.first_dropped: dict[str, str] = notes.setdefault("first_dropped", {})
+        self.keys: set[int] = {key for keys in self.dropped.values() for key in keys}
         self.texts: set[bytes] = set()
-        for shard in written:
-            self.known |= set(shard["keys"].tolist())
+        for shard in shards:
+            self.keys |= set(shard["keys"].tolist())
             offsets = shard["offsets"].tolist()
             self.texts |= {_digest(shard["tokens"][a:b]) for a, b in pairwise(offsets)}
 
     def add(self, row: Row, *, cut: bool = False) -> bool:
-        """Hand the row to the writer, unless the same text is there already. Returns whether it was new."""
+        """Pass the row to the writer unless its text exists. Returns whether it was new."""
         digest = _digest(row.tokens)
         if digest in self.texts:
             self.drop(row.key, DUPLICATE)
             return False
         self.texts.add(digest)
-        self.known.add(row.key)
-        counts = self.by_temperature.setdefault(
-            f"{row.temperature:g}",
-            {"rows": 0, "tokens": 0, "answer_tokens": 0, "repeated": 0, "cut": 0},
-        )
+        self.keys.add(row.key)
         answer = row.tokens[row.prompt_length :]
-        for name, value in (
-            ("tokens", len(row.tokens)),
-            ("answer_tokens", len(answer)),
-            ("repeated", repeated(answer)),
-            ("cut", int(cut)),
-        ):
+        values = {
+            "rows": 1,
+            "tokens": len(row.tokens),
+            "answer_tokens": len(answer),
+            "repeated": repeated(answer),
+            "cut": int(cut),
+        }
+        counts = self.by_temperature.setdefault(f"{row.temperature:g}", dict.fromkeys(values, 0))
+        for name, value in values.items():
             counts[name] += value
-        counts["rows"] += 1
         self.writer.add(row)  # last: a full buffer is flushed here, together with the notes
         return True
 
-    def drop(self, key: int, why: str, detail: str = "") -> None:
-        """This key gives no row, and is not tried again. `detail` names its record; the first of each reason is kept."""
-        if key in self.known:
+    def drop(self, key: int, reason: str, detail: str = "") -> None:
+        """Record that this key gives no row; it is not tried again.
+
+        `detail` names its record; the first one of each reason is stored.
+        """
+        if key in self.keys:
             return
-        self.known.add(key)
-        self.dropped.setdefault(why, []).append(key)
+        self.keys.add(key)
+        self.dropped.setdefault(reason, []).append(key)
         if detail:
-            self.first_dropped.setdefault(why, detail)
+            self.first_dropped.setdefault(reason, detail)
+
+    @property
+    def drops(self) -> int:
+        """Number of dropped keys."""
+        return sum(len(keys) for keys in self.dropped.values())
 
     def reasons(self) -> str:
-        """What was dropped, for people: counts, and the first record of each reason that names one."""
-        counts = [f"{len(keys)} {why}" for why, keys in sorted(self.dropped.items())]
-        return "; ".join(
-            [
-                ", ".join(counts) or "none",
-                *(f"first {why}: {d}" for why, d in sorted(self.first_dropped.items())),
-            ]
-        )
+        """The reasons of all drops in words, with their counts and first records."""
+        counts = [f"{len(keys)} {reason}" for reason, keys in sorted(self.dropped.items())]
+        details = [f"first {reason}: {d}" for reason, d in sorted(self.first_dropped.items())]
+        return "; ".join([", ".join(counts) or "none", *details])
 
-    def close(self) -> dict[str, Any]:
-        """Flush, and leave the closing counts in the manifest."""
+    def close(self) -> CorpusSummary:
+        """Flush the writer and store the final counts in the manifest."""
         self.writer.flush()
-        self.writer.notes["counts"] = summary = self.summary()
+        summary = self.summary()
+        self.writer.notes["counts"] = asdict(summary)
         self.writer.flush()
         return summary
 
-    def summary(self) -> dict[str, Any]:
-        """Rows, tokens, what was dropped, and by temperature the share of answer tokens in repeated 8-grams."""
-        laws = {
-            name: {**c, "repeated_share": round(c["repeated"] / max(1, c["answer_tokens"]), 4)}
-            for name, c in sorted(self.by_temperature.items(), key=lambda item: float(item[0]))
-        }
-        return {
-            "rows": self.writer.rows,
-            "tokens": self.writer.tokens,
-            "shards": len(self.writer.manifest["shards"]),
-            "dropped": {why: len(keys) for why, keys in sorted(self.dropped.items())},
-            "first_dropped": dict(sorted(self.first_dropped.items())),
-            "by_temperature": laws,
-        }
+    def summary(self) -> CorpusSummary:
+        """The counts so far."""
+        by_temperature: dict[str, dict[str, float]] = {}
+        for name in sorted(self.by_temperature, key=float):
+            counts = self.by_temperature[name]
+            share = round(counts["repeated"] / max(1, counts["answer_tokens"]), 4)
+            by_temperature[name] = {**counts, "repeated_share": share}
+        return CorpusSummary(
+            rows=self.writer.rows,
+            tokens=self.writer.tokens,
+            shards=len(self.writer.manifest["shards"]),
+            dropped={reason: len(keys) for reason, keys in sorted(self.dropped.items())},
+            first_dropped=dict(sorted(self.first_dropped.items())),
+            by_temperature=by_temperature,
+        )
 
 
 def _digest(tokens: Int[Tensor, "L"]) -> bytes:

@@ -1,39 +1,38 @@
-"""Records of line-based files and data sets: the one reader of JSON lines and of text, for corpora, suites and recipes.
+"""Records of JSON Lines files, text files and data sets, read for corpora, suites and recipes.
 
-A file is UTF-8, with or without a byte order mark, with any line ends, plain or gzipped whatever its name. What is
-wrong with a file ends the reading; what is wrong with one record is a RecordError, which the caller may count and skip.
+A file is UTF-8, with or without a byte order mark, with any line ends, plain or gzipped whatever
+its name. A fault of the file ends the reading; a fault of one record is a RecordError, which the
+caller may count and skip.
 """
 
 import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.unicode import valid
 
-CHUNK = 1000  # characters of a text file's paragraphs taken together
+CHUNK = 1000  # characters after which the paragraphs of a text file form a record
 SETS = {  # name -> hub id, configuration, field
     "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", "article"),
     "openwebtext": ("Skylion007/openwebtext", None, "text"),
     "lm1b": ("dvruette/lm1b", None, "text"),
 }
-FIELDS = (
-    "messages",
-    "prompt",
-    "text",
-    "article",
-)  # what a record's prompt may be called, in order of precedence
+FIELDS = ("messages", "prompt", "text", "article")  # that hold a prompt, in order of precedence
 GZIP = b"\x1f\x8b"
 BOM = b"\xef\xbb\xbf"
 WIDE = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of UTF-16
-NO_OBJECT, NO_FIELD, NO_TEXT = "record-not-an-object", "record-without-prompt", "record-not-text"
+NO_OBJECT = "record-not-an-object"
+NO_FIELD = "record-without-prompt"
+NO_TEXT = "record-not-text"
 
 
 class RecordError(UsageError):
-    """One record that cannot be used. `kind` is what it is counted under; the message names the record."""
+    """An unusable record, counted as `kind`; the message names the record."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -41,7 +40,7 @@ class RecordError(UsageError):
 
 
 class Record(NamedTuple):
-    """A JSON value (of a text: an object with "text"), and where it stands, for messages."""
+    """A JSON value (for a text file: an object with "text"), and its place, for messages."""
 
     place: str
     value: Any
@@ -50,7 +49,7 @@ class Record(NamedTuple):
 def lines(path: Path) -> Iterator[tuple[int, str]]:
     """The numbered lines of a UTF-8 file, without their ends.
 
-    Raises UsageError naming the file, the line and the fix where it is no such file.
+    Raises UsageError naming the file, the line and the fix.
     """
     number = 0
     try:
@@ -99,7 +98,7 @@ def read_jsonl(path: Path) -> Iterator[Record]:
 
 
 def read_texts(path: Path) -> Iterator[Record]:
-    """A text file, or every *.txt under a folder in order of name, in chunks of whole paragraphs."""
+    """Chunks of whole paragraphs of a text file, or of every *.txt under a folder, by name."""
     for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
         chunks = 0
         chunk = ""
@@ -114,7 +113,10 @@ def read_texts(path: Path) -> Iterator[Record]:
 
 
 def read_dataset(name: str) -> Iterator[Record]:
-    """The training split of a Hugging Face data set, streamed. Raises MissingExtraError, and UsageError with the fields it has."""
+    """The training split of a Hugging Face data set, streamed.
+
+    Raises MissingExtraError, or UsageError if it cannot be loaded or lacks a field for prompts.
+    """
     try:
         import datasets
     except ModuleNotFoundError:
@@ -123,28 +125,30 @@ def read_dataset(name: str) -> Iterator[Record]:
     try:
         rows = iter(datasets.load_dataset(hub, configuration, split="train", streaming=True))
         first = next(rows, None)
-    except (
-        Exception
-    ) as error:  # datasets raises dozens of kinds, its own and those of the network below it
+    except Exception as error:  # datasets raises many types, its own and those of its network
+        message = " ".join(str(error).split())
         raise UsageError(
-            f"cannot load the data set {name!r}: {type(error).__name__}: {' '.join(str(error).split())}"
+            f"cannot load the data set {name!r}: {type(error).__name__}: {message}"
         ) from error
     if first is None:
         return
-    known = field or next((f for f in FIELDS if f in first), None)
-    if known is None or known not in first:
+    column = field or next((f for f in FIELDS if f in first), None)
+    if column is None or column not in first:
         raise UsageError(
-            f"the data set {name!r} has none of the fields {', '.join(FIELDS)}; it has {', '.join(first)}"
+            f"the data set {name!r} has none of the fields {', '.join(FIELDS)}; "
+            f"it has {', '.join(first)}"
         )
-    yield Record(f"{name}, row 0", {known: first[known]})
-    for number, row in enumerate(rows, 1):
-        yield Record(f"{name}, row {number}", {known: row[known]})
+    for number, row in enumerate(chain([first], rows)):
+        yield Record(f"{name}, row {number}", {column: row[column]})
 
 
 def prompt_of(
     record: Record, fields: Sequence[str]
 ) -> tuple[str, str | list[int] | list[dict[str, Any]]]:
-    """The first of `fields` the record has, and its prompt: text, token ids, or messages. Raises RecordError."""
+    """The first of `fields` in the record, and its prompt: text, token ids, or messages.
+
+    Raises RecordError.
+    """
     value = record.value
     if not isinstance(value, Mapping):
         example = f'{{"{fields[-1]}": "..."}}'
@@ -168,7 +172,10 @@ def prompt_of(
 
 
 def messages_of(value: Any, place: str) -> list[dict[str, Any]]:
-    """A conversation whose contents are text; the text parts of a content are joined. Raises RecordError."""
+    """A conversation with text contents; the text parts of a content are joined.
+
+    Raises RecordError.
+    """
     if not isinstance(value, list) or not value:
         raise RecordError(
             NO_TEXT, f'{place}: messages must be a list of {{"role": ..., "content": ...}}'
@@ -179,7 +186,7 @@ def messages_of(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def text_of(value: Any, name: str) -> str:
-    """Text, or its parts joined. Raises RecordError naming what it is instead."""
+    """A text, or its parts joined. Raises RecordError naming the other type."""
     if isinstance(value, str):
         return valid(value)
     if not isinstance(value, list):
@@ -221,7 +228,8 @@ def _decoded(line: bytes, path: Path, number: int) -> str:
         )
     if b"\x00" in line:
         raise UsageError(
-            f"{path}, line {number} holds zero bytes: it is a binary file, or UTF-16; give UTF-8 text"
+            f"{path}, line {number} holds zero bytes: it is a binary file, or UTF-16; "
+            f"give UTF-8 text"
         )
     try:
         return line.decode("utf-8")

@@ -1,6 +1,7 @@
-"""What the target's corpus starts from: its own empty user turn, or prompts and documents someone has.
+"""Sources of a corpus: the target's own empty user turn, or existing prompts and documents.
 
-A source gives numbered prompts: the number is the text's key, so it must mean the same prompt in every run.
+A source numbers its prompts. The number is the key of the text, so it must stand for the same
+prompt in every run.
 """
 
 import hashlib
@@ -23,43 +24,44 @@ from specdiff.data.records import (
 from specdiff.errors import UsageError
 from specdiff.text.lm import SpeculativeLM
 
-TOO_LONG, EMPTY = "prompt-too-long", "prompt-empty"
-REFUSED, UNKNOWN_ID = "template-refused", "token-id-unknown"
-QUESTION_TOKENS = 128  # longer questions of a small model are mostly rambling
-OPENING_TOKENS = (
-    8  # without a template, this many tokens sampled at temperature 1 keep greedy texts apart
-)
+TOO_LONG = "prompt-too-long"
+EMPTY = "prompt-empty"
+REFUSED = "template-refused"
+UNKNOWN_ID = "token-id-unknown"
+QUESTION_TOKENS = 128  # longer questions of a small model mostly ramble
+OPENING_TOKENS = 8  # without a template, sampled at temperature 1 so that greedy texts differ
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """The tokens a text begins with. `cut`: a document's first tokens only.
+class SourcePrompt:
+    """The tokens a text begins with. `cut`: only the first tokens of a document.
 
-    `refused`: why it cannot be used, else empty; `detail` says it of this record, by name.
+    `reason`: why the prompt is unusable, else empty; `detail` explains it and names the record.
     """
 
     key: int
     ids: tuple[int, ...]
     cut: bool = False
-    refused: str = ""
+    reason: str = ""
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A whole text, numbered by its record. `refused` and `detail` as in Prompt."""
+    """A whole text, numbered by its record. `reason` and `detail` as in SourcePrompt."""
 
     key: int
     ids: tuple[int, ...]
-    refused: str = ""
+    reason: str = ""
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """How the target continues a prompt by itself before its answer counts: at temperature 1 up to `limit` tokens.
+    """The part of a prompt that the target writes itself: up to `limit` tokens at temperature 1.
 
-    With `ends` it must reach one of them, and `header` follows; without, it must fill the limit.
+    With `ends` it must end in one of these tokens, and `header` follows; without, it must have
+    `limit` tokens.
     """
 
     limit: int
@@ -68,63 +70,69 @@ class Opening:
 
 
 class Source(Protocol):
-    """`about` goes to the manifest; no text is longer than `longest` tokens when its answer begins."""
+    """Numbered prompts of at most `longest` tokens, opening included.
+
+    `about` describes the source in the manifest.
+    """
 
     about: dict[str, Any]
     longest: int
     opening: Opening | None
 
-    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
-        """The prompts whose keys are not known, in order."""
+    def prompts(self, skip: Container[int]) -> Iterator[SourcePrompt]:
+        """The prompts in order, without those whose keys are in `skip`."""
         ...
 
 
 class SelfSource:
-    """The target's own empty user turn: it writes the question too. Without a chat template: its BOS (or EOS) token."""
+    """The target's empty user turn: it writes the question too.
+
+    Without a chat template: its BOS (or EOS) token.
+    """
 
     def __init__(self, lm: SpeculativeLM, question_tokens: int = QUESTION_TOKENS) -> None:
         if getattr(lm.tokenizer, "chat_template", None):
-            self.prefix, suffix = turn(lm)
+            self.prefix, suffix = user_turn(lm)
             self.opening: Opening | None = Opening(question_tokens, suffix[:1], suffix[1:])
         else:
-            self.prefix, self.opening = (start_token(lm),), Opening(OPENING_TOKENS)
+            self.prefix = (start_token(lm),)
+            self.opening = Opening(OPENING_TOKENS)
         self.longest = len(self.prefix) + self.opening.limit + len(self.opening.header)
         self.about: dict[str, Any] = {"kind": "self", "opening_tokens": self.opening.limit}
 
-    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
-        return (Prompt(key, self.prefix) for key in count() if key not in known)
+    def prompts(self, skip: Container[int]) -> Iterator[SourcePrompt]:
+        return (SourcePrompt(key, self.prefix) for key in count() if key not in skip)
 
 
-def turn(lm: SpeculativeLM) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tokens of the chat template before a user's content, and those between its end and the answer's beginning."""
-    rendered = [
-        lm.render([{"role": "user", "content": content}])
-        for content in ("Apples", "7 dogs?", "(why", "über alles!")
-    ]
-    prefix, suffix = _common(rendered), _common([r[::-1] for r in rendered])[::-1]
+def user_turn(lm: SpeculativeLM) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The chat template's tokens before a user's content, and from its end to the answer."""
+    contents = ("Apples", "7 dogs?", "(why", "über alles!")
+    rows = [lm.render([{"role": "user", "content": content}]) for content in contents]
+    prefix = _common(rows)
+    suffix = _common([row[::-1] for row in rows])[::-1]
     if not prefix or not suffix:
         raise UsageError(
-            "the chat template puts nothing before or behind the user's words; give prompts with --source jsonl or text"
+            "the chat template puts nothing before or after the user's content; "
+            "give prompts with --source jsonl or text"
         )
     return prefix, suffix
 
 
 def start_token(lm: SpeculativeLM) -> int:
-    """BOS of tokenizer or model, else an EOS."""
+    """BOS of the tokenizer or model, else an EOS."""
     config = getattr(getattr(lm.target, "model", None), "config", None)
-    for start in (
-        getattr(lm.tokenizer, "bos_token_id", None),
-        getattr(config, "bos_token_id", None),
-        *lm.end_ids,
-    ):
+    starts = [getattr(owner, "bos_token_id", None) for owner in (lm.tokenizer, config)]
+    for start in (*starts, *lm.end_ids):
         if isinstance(start, int):
             return start
     raise UsageError(
-        "this model has neither a chat template nor a BOS or EOS token to start from; give prompts with --source jsonl or text"
+        "this model has neither a chat template nor a BOS or EOS token to start from; "
+        "give prompts with --source jsonl or text"
     )
 
 
 def _common(rows: list[list[int]]) -> tuple[int, ...]:
+    """The longest common prefix."""
     shared = []
     for column in zip(*rows, strict=False):
         if len(set(column)) > 1:
@@ -134,9 +142,10 @@ def _common(rows: list[list[int]]) -> tuple[int, ...]:
 
 
 class RecordSource:
-    """Records with "messages", "prompt" (a user's turn, or token ids) or "text" (a document: its first tokens), one key each.
+    """Records with "messages", "prompt" (a user's turn, or token ids) or "text" (a document).
 
-    A record that cannot be used is a refused prompt; with `strict` it is a RecordError.
+    Of a document the first `text_tokens` tokens become the prompt. An unusable record gives a
+    prompt with a reason; with `strict` it raises RecordError.
     """
 
     opening: Opening | None = None
@@ -162,17 +171,17 @@ class RecordSource:
         self.strict = strict
         self.about = about | {"text_tokens": self.text_tokens, "longest_prompt": longest}
 
-    def prompts(self, known: Container[int]) -> Iterator[Prompt]:
-        count = 0
+    def prompts(self, skip: Container[int]) -> Iterator[SourcePrompt]:
+        empty = True
         for key, record in enumerate(self.records()):
-            count += 1
-            if key not in known:
+            empty = False
+            if key not in skip:
                 yield self._prompt(key, record)
-        if not count:
+        if empty:
             raise UsageError(f"{self.about.get('input')} holds no prompts")
 
     def documents(self) -> Iterator[Document]:
-        """Every record as it stands, whole: for learning from texts themselves."""
+        """Every record as a whole text."""
         for key, record in enumerate(self.records()):
             try:
                 yield Document(key, self._tokens(record, whole=True)[1])
@@ -181,36 +190,39 @@ class RecordSource:
                     raise
                 yield Document(key, (), error.kind, str(error))
 
-    def _prompt(self, key: int, record: Record) -> Prompt:
+    def _prompt(self, key: int, record: Record) -> SourcePrompt:
         try:
             field, ids = self._tokens(record)
         except RecordError as error:
             if self.strict:
                 raise
-            return Prompt(key, (), refused=error.kind, detail=str(error))
+            return SourcePrompt(key, (), reason=error.kind, detail=str(error))
         if field in ("text", "article") and len(ids) > self.text_tokens:
-            return Prompt(key, ids[: self.text_tokens], cut=True)
+            return SourcePrompt(key, ids[: self.text_tokens], cut=True)
         if not ids:
-            return Prompt(key, (), refused=EMPTY)
-        return Prompt(key, ids, refused=TOO_LONG if len(ids) > self.longest else "")
+            return SourcePrompt(key, (), reason=EMPTY)
+        return SourcePrompt(key, ids, reason=TOO_LONG if len(ids) > self.longest else "")
 
     def _tokens(self, record: Record, whole: bool = False) -> tuple[str, tuple[int, ...]]:
-        """The record's field, and the tokens of what stands there. Raises RecordError; UsageError if the model cannot read any."""
+        """The record's field and its tokens.
+
+        Raises RecordError, or UsageError if the model cannot read such records at all.
+        """
         field, body = prompt_of(record, FIELDS)
         if isinstance(body, list) and isinstance(body[0], int):
             return field, self._ids(body, record.place)
         if self.lm.tokenizer is None:
             raise UsageError(
-                'the model has no tokenizer, which text needs; give token ids instead: {"prompt": [1, 2, 3]}'
+                "the model has no tokenizer, which text needs; "
+                'give token ids instead: {"prompt": [1, 2, 3]}'
             )
         if isinstance(body, list):
             return field, self._rendered(body, record.place, whole)
         if not body.strip():
             return field, ()
         if field == "prompt" and getattr(self.lm.tokenizer, "chat_template", None):
-            return field, self._rendered(
-                [{"role": "user", "content": body}], record.place, whole=False
-            )
+            messages = [{"role": "user", "content": body}]
+            return field, self._rendered(messages, record.place, whole=False)
         return field, tuple(self.lm.raw_ids(body))
 
     def _ids(self, ids: list[Any], place: str) -> tuple[int, ...]:
@@ -224,10 +236,11 @@ class RecordSource:
         return tuple(ids)
 
     def _rendered(self, messages: list[Any], place: str, whole: bool) -> tuple[int, ...]:
-        """`whole`: with the last answer, if there is one; else up to where it would begin."""
+        """`whole`: including the final answer, if there is one; else up to its beginning."""
         if not getattr(self.lm.tokenizer, "chat_template", None):
             raise UsageError(
-                'this model has no chat template, which messages need; give the text as {"prompt": ...}'
+                "this model has no chat template, which messages need; "
+                'give the text as {"prompt": ...}'
             )
         answered = messages[-1]["role"] == "assistant"
         try:
@@ -248,7 +261,10 @@ def source(
     text_tokens: int = 64,
     strict: bool = False,
 ) -> Source:
-    """The source called `kind` (self, jsonl, text), or a data set. Raises UsageError for what is missing."""
+    """The source named `kind` (self, jsonl, text), or a data set.
+
+    Raises UsageError for an unknown kind or a missing input.
+    """
     if dataset is not None:
         about = {"kind": "dataset", "input": dataset}
         return RecordSource(
@@ -264,7 +280,8 @@ def source(
     readers = {"jsonl": read_jsonl, "text": read_texts}
     if kind not in readers:
         raise UsageError(
-            f"unknown source {kind!r}; known are self, {', '.join(readers)} (or a data set with --dataset)"
+            f"unknown source {kind!r}; known are self, {', '.join(readers)} "
+            f"(or a data set with --dataset)"
         )
     if path is None:
         raise UsageError(f"--source {kind} needs --input PATH")
@@ -284,7 +301,7 @@ def source(
 
 
 def _content(path: Path) -> str:
-    """Of the input itself: a key means nothing once its record is another."""
+    """SHA-256 of the input: a key means nothing once its record has changed."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
         digest.update(bytes.fromhex(files.digest(file)))
