@@ -168,7 +168,9 @@ def test_a_drafter_that_breaks_is_told_of_in_a_line_in_the_footer_and_in_json(
     warning, footer = err.strip().splitlines()
     assert code == 0 and json.loads(out)["stats"]["faults"] == 1
     assert warning.startswith("specdiff: warning: the drafter Mine raised RuntimeError: out of ink")
-    assert footer.endswith("(3 without drafting); the drafter broke, and rested from then on")
+    assert footer.endswith(
+        "(3 without drafting); the drafter failed and was disabled for the rest of the request"
+    )
 
 
 @pytest.mark.real

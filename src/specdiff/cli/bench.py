@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from specdiff.cli import terminal
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.unicode import valid
 

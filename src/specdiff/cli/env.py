@@ -1,4 +1,4 @@
-"""`specdiff env`: what a bug report needs to say."""
+"""`specdiff env`: versions, devices and caches, for bug reports."""
 
 import platform
 from importlib import metadata

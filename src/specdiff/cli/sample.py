@@ -1,14 +1,17 @@
-"""`specdiff sample`: text from the diffusion network alone, and what the target thinks of it."""
+"""`specdiff sample`: text from the diffusion network alone, and its perplexity under the target."""
 
-import math
+import statistics
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from specdiff.cli import terminal
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli.terminal import quiet_libraries
+
+if TYPE_CHECKING:
+    from specdiff.text.sample import Sample
 
 
 def sample(
@@ -17,14 +20,16 @@ def sample(
     ] = "sedd",
     model: Annotated[
         str,
-        typer.Option(help="The target that judges: hub id, folder, file.gguf or built-in name."),
+        typer.Option(help="The target that scores it: hub id, folder, file.gguf or built-in name."),
     ] = "smollm2-135m",
-    prefix: Annotated[str, typer.Option(help="Text in front.")] = "",
-    suffix: Annotated[str, typer.Option(help="Text behind (needs a bidirectional network).")] = "",
-    length: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    prefix: Annotated[str, typer.Option(help="Text before the sample.")] = "",
+    suffix: Annotated[
+        str, typer.Option(help="Text after the sample; for bidirectional networks.")
+    ] = "",
+    length: Annotated[int, typer.Option(help="Number of tokens.")] = 64,
     steps: Annotated[int, typer.Option(help="Network passes (T).")] = 32,
     sampler: Annotated[str, typer.Option(help="analytic or euler.")] = "analytic",
-    count: Annotated[int, typer.Option(help="How many samples.")] = 1,
+    count: Annotated[int, typer.Option(help="Number of samples.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Same seed, same samples.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
@@ -33,33 +38,35 @@ def sample(
 ) -> None:
     """Write text by diffusion alone; its perplexity under the target goes to stderr.
 
-    Example:  specdiff sample --drafter louaaron/sedd-small --model gpt2 --prefix "Once" --suffix "the end." --steps 64
+    Example:  specdiff sample --prefix "The river" --length 24 --count 2 --steps 16
     """
     quiet_libraries()
     import specdiff
     from specdiff.text.sample import infill
 
     lm = specdiff.load(model, drafter, device=device, dtype=dtype)
-    made = infill(
-        lm, length=length, prefix=prefix, suffix=suffix, steps=steps, sampler=sampler, count=count, seed=seed,
-    )  # fmt: skip
-    judged = [s.perplexity for s in made if s.perplexity is not None]
-    typical = math.exp(sum(map(math.log, judged)) / len(judged)) if judged else None
-    if as_json:
-        terminal.print_json(
-            {
-                "samples": [asdict(s) for s in made],
-                "perplexity": typical,
-                "model": model,
-                "drafter": drafter,
-            }
-        )
-        return
-    print(
-        "\n\n".join(s.text if s.text is not None else " ".join(map(str, s.token_ids)) for s in made)
+    samples = infill(
+        lm,
+        length=length,
+        prefix=prefix,
+        suffix=suffix,
+        steps=steps,
+        sampler=sampler,
+        count=count,
+        seed=seed,
     )
-    if typical is not None and not quiet:
-        print(
-            f"perplexity under {model}: {typical:.1f} (geometric mean of {len(judged)})",
-            file=sys.stderr,
-        )
+    perplexities = [s.perplexity for s in samples if s.perplexity is not None]
+    mean = statistics.geometric_mean(perplexities) if perplexities else None
+    if as_json:
+        report = {"samples": [asdict(s) for s in samples], "perplexity": mean}
+        terminal.print_json({**report, "model": model, "drafter": drafter})
+        return
+    print("\n\n".join(_text(s) for s in samples))
+    if mean is not None and not quiet:
+        line = f"perplexity under {model}: {mean:.1f} (geometric mean of {len(perplexities)})"
+        print(line, file=sys.stderr)
+
+
+def _text(sample: "Sample") -> str:
+    """Its text, or token ids where the target has no tokenizer."""
+    return " ".join(map(str, sample.token_ids)) if sample.text is None else sample.text
