@@ -8,13 +8,12 @@ import os
 import re
 import sys
 import warnings
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 import specdiff
-from specdiff.cli import terminal
+from specdiff.cli import params, terminal
 from specdiff.cli.bench import bench
 from specdiff.cli.bench_report import compare, law, report
 from specdiff.cli.chat import chat
@@ -36,45 +35,25 @@ DASHED_PROMPT = (
 )
 
 
-class Verb(TyperCommand):
-    """A command whose --help reads no environment variable."""
-
-    def get_help_option(self, ctx: Any) -> Any:
-        return _not_from_environment(super().get_help_option(ctx))
-
-
-class Verbs(TyperGroup):
-    """A group of verbs."""
-
-    def get_help_option(self, ctx: Any) -> Any:
-        return _not_from_environment(super().get_help_option(ctx))
-
-
-def _not_from_environment(option: Any) -> Any:
-    if option is not None:
-        option.allow_from_autoenv = False
-    return option
-
-
+HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(
-    cls=Verbs,
     add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Lossless speculative decoding with discrete diffusion drafters.\n\n"
     'Example:  specdiff "Write a haiku about rain" --temperature 0.8   '
     "(generate is the default verb)",
-    context_settings={"auto_envvar_prefix": "SPECDIFF", "help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
 )
 for verb in (generate, chat, sample, check, data, train, env):
-    app.command(cls=Verb)(verb)
+    app.command(epilog=params.environment(verb))(verb)
 benchmark = typer.Typer(
-    cls=Verbs, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
+    rich_markup_mode="rich", context_settings=HELP, epilog=params.environment(bench)
 )
 benchmark.callback(invoke_without_command=True)(bench)
 for subcommand in (report, compare, law):
-    benchmark.command(cls=Verb)(subcommand)
+    benchmark.command()(subcommand)
 app.add_typer(benchmark, name="bench")
 
 
@@ -155,14 +134,14 @@ def _looks_like_a_prompt(arguments: list[str]) -> bool:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version and exit.", allow_from_autoenv=False),
+        typer.Option("--version", help="Print the version and exit.", metavar=""),
     ] = False,
     debug: Annotated[
         bool,
         typer.Option(
             "--debug",
-            help="Show the traceback of an error; before or after the verb, or SPECDIFF_DEBUG=1.",
-            allow_from_autoenv=False,
+            metavar="",
+            help="Show the traceback of an error (or set SPECDIFF_DEBUG=1).",
         ),
     ] = False,
 ) -> None:

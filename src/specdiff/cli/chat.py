@@ -14,14 +14,20 @@ from specdiff.cli.chat_repl import ChatRepl
 def chat(
     ctx: typer.Context,
     model: params.Model = "smollm2-135m",
-    drafter: params.DrafterSpec = "auto",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
+    max_model_len: params.MaxModelLen = 2048,
+    model_options: params.ModelOptions = "{}",
+    generation_config: params.GenerationConfig = "auto",
     system: params.System = None,
+    drafter: params.DrafterSpec = "auto",
     draft_len: params.DraftLen = "",
     steps: params.Steps = None,
     order: params.Order = None,
     sampler: params.Sampler = None,
     draft_temperature: params.DraftTemperature = None,
     verifier: params.VerifierName = "token",
+    drafter_device: params.DrafterDevice = None,
     max_tokens: params.MaxTokens = 512,
     temperature: params.Temperature = None,
     top_k: params.TopK = None,
@@ -32,16 +38,11 @@ def chat(
     frequency_penalty: params.FrequencyPenalty = 0.0,
     stop: params.Stop = None,
     seed: params.Seed = None,
-    device: params.Device = "auto",
-    drafter_device: params.DrafterDevice = None,
-    model_options: params.ModelOptions = "{}",
-    dtype: params.Dtype = "auto",
-    generation_config: params.GenerationConfig = "auto",
-    max_model_len: params.MaxModelLen = 2048,
     show_accepted: params.ShowAccepted = False,
     quiet: params.Quiet = False,
+    config: params.Config = None,
 ) -> None:
-    """Converse with MODEL, one line a turn.
+    """Chat with MODEL; each line is a turn.
 
     !help lists the commands, Ctrl-C stops an answer and keeps it, Ctrl-D leaves.
 

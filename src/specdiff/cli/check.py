@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
-from specdiff.cli.terminal import quiet_libraries
+from specdiff.cli import params, terminal
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,36 +20,33 @@ def check(
     drafter: Annotated[
         str | None,
         typer.Argument(
-            help="./file.py:Class[:json], module:Class[:json], a folder or hub id, sedd, "
-            "autoregressive or none."
+            help="./file.py:Class[:json], module:Class[:json], a name, a folder or a hub id.",
+            metavar="DRAFTER",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="The target to draft for (default: the drafter's own, or a toy)."),
+        typer.Option(help="Target of the drafter (default: its own, or a toy)."),
     ] = None,
     verifier: Annotated[
         str | None,
-        typer.Option(
-            help="Check this verifier (with DRAFTER: the pair): name or ./file.py:function."
-        ),
+        typer.Option(help="Check this verifier: a name or ./file.py:function."),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(
-            help="Check this target: hub id, folder, built-in name, ./file.py:Class, table."
-        ),
+        typer.Option(help="Check this target: a name, folder, hub id or ./file.py:Class."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: params.Json = False,
     recipes: Annotated[
         bool,
         typer.Option(
-            "--recipes", help="Instead: which ways of making a draft are lawful, enumerated."
+            "--recipes", metavar="", help="Enumerate which ways of making a draft are lawful."
         ),
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer samples: coarse bugs only.")
+        bool, typer.Option("--quick", metavar="", help="Fewer samples: coarse bugs only.")
     ] = False,
+    config: params.Config = None,
 ) -> None:
     """Check that DRAFTER (or --verifier, or --target) preserves the target's law.
 
@@ -75,7 +71,7 @@ def check(
             "--model is the target a drafter is checked with; "
             "to check a target itself give --target"
         )
-    quiet_libraries()
+    terminal.quiet_libraries()
     findings: list[Finding] = []
     progress = not as_json and sys.stderr.isatty()
     try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
+from specdiff.cli import params, terminal
 from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import CorpusError, StorageError, UsageError
 
@@ -26,9 +26,7 @@ REPORT_SECONDS = 60.0  # between the others
 
 def data(
     out: Annotated[Path, typer.Option(help="Corpus folder; an interrupted run is resumed.")],
-    model: Annotated[
-        str, typer.Option(help="Hub id, folder, file.gguf or built-in name.")
-    ] = "smollm2-135m",
+    model: params.Model = "smollm2-135m",
     tokens: Annotated[
         int, typer.Option(help="Tokens the corpus shall have, prompts included.")
     ] = 0,
@@ -63,8 +61,9 @@ def data(
         int, typer.Option(help="Tokens of a document that become its prompt.")
     ] = 64,
     shard_tokens: Annotated[int, typer.Option(help="Tokens per file.")] = 1 << 20,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
+    config: params.Config = None,
     max_model_len: Annotated[
         int, typer.Option(help="Most tokens of prompt and answer together.")
     ] = 1024,

@@ -19,8 +19,20 @@ if TYPE_CHECKING:
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt; - reads standard input.", metavar="PROMPT")
+    ],
     model: params.Model = "smollm2-135m",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
+    max_model_len: params.MaxModelLen = 2048,
+    model_options: params.ModelOptions = "{}",
+    generation_config: params.GenerationConfig = "auto",
+    system: params.System = None,
+    raw: Annotated[
+        bool,
+        params.flag("No chat template: continue the prompt.", "--raw", panel=params.MODEL),
+    ] = False,
     drafter: params.DrafterSpec = "auto",
     draft_len: params.DraftLen = "",
     steps: params.Steps = None,
@@ -28,6 +40,7 @@ def generate(
     sampler: params.Sampler = None,
     draft_temperature: params.DraftTemperature = None,
     verifier: params.VerifierName = "token",
+    drafter_device: params.DrafterDevice = None,
     max_tokens: params.MaxTokens = 256,
     temperature: params.Temperature = None,
     top_k: params.TopK = None,
@@ -36,37 +49,34 @@ def generate(
     repetition_penalty: params.RepetitionPenalty = None,
     presence_penalty: params.PresencePenalty = 0.0,
     frequency_penalty: params.FrequencyPenalty = 0.0,
-    logit_bias: Annotated[str, typer.Option(help="ID=VALUE,... with values in [-100, 100].")] = "",
-    allowed_token_ids: Annotated[str, typer.Option(help="ID,...: no other tokens.")] = "",
+    logit_bias: Annotated[
+        str, params.option("ID=VALUE,... with values from -100 to 100.", panel=params.SAMPLING)
+    ] = "",
+    allowed_token_ids: Annotated[
+        str, params.option("ID,...: no other tokens.", panel=params.SAMPLING)
+    ] = "",
     stop: params.Stop = None,
-    logprobs: Annotated[
-        int | None,
-        typer.Option(help="With --json: also report logprobs and the top N (<= 20)."),
-    ] = None,
-    seed: params.Seed = None,
     ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Continue past the end of text.")
+        bool,
+        params.flag("Continue past the end of text.", "--ignore-eos", panel=params.SAMPLING),
     ] = False,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="No chat template: continue the prompt unchanged.")
-    ] = False,
-    system: params.System = None,
-    device: params.Device = "auto",
-    drafter_device: params.DrafterDevice = None,
-    model_options: params.ModelOptions = "{}",
-    dtype: params.Dtype = "auto",
-    generation_config: params.GenerationConfig = "auto",
-    max_model_len: params.MaxModelLen = 2048,
+    seed: params.Seed = None,
     show_accepted: params.ShowAccepted = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also decode plainly; compare tokens and speed.")
+        bool,
+        params.flag("Also decode plainly, and compare.", "--compare", panel=params.OUTPUT),
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of streaming.")
-    ] = False,
+    logprobs: Annotated[
+        int | None,
+        params.option(
+            "With --json: also logprobs and the top N alternatives.", panel=params.OUTPUT
+        ),
+    ] = None,
+    as_json: params.Json = False,
     quiet: params.Quiet = False,
+    config: params.Config = None,
 ) -> None:
-    """Answer PROMPT, streaming.
+    """Answer PROMPT, streaming (the default verb).
 
     Example:  echo "Write a haiku" | specdiff generate - --temperature 0 --compare
     """

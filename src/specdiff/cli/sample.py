@@ -5,42 +5,44 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from specdiff.cli import terminal
-from specdiff.cli.terminal import quiet_libraries
+from specdiff.cli import params, terminal
 
 if TYPE_CHECKING:
     from specdiff.text.sample import Sample
 
 
 def sample(
+    model: params.Model = "smollm2-135m",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
     drafter: Annotated[
-        str, typer.Option(help="A SEDD or MDLM drafter: a folder, a hub id, or sedd.")
-    ] = "sedd",
-    model: Annotated[
         str,
-        typer.Option(help="The target that scores it: hub id, folder, file.gguf or built-in name."),
-    ] = "smollm2-135m",
-    prefix: Annotated[str, typer.Option(help="Text before the sample.")] = "",
+        params.option("A SEDD or MDLM drafter: a folder, a hub id or sedd.", panel=params.DRAFTING),
+    ] = "sedd",
+    steps: Annotated[int, params.option("Network passes (T).", panel=params.DRAFTING)] = 32,
+    sampler: Annotated[
+        str, params.option("analytic or euler.", panel=params.DRAFTING)
+    ] = "analytic",
+    prefix: Annotated[str, params.option("Text before the sample.", panel=params.SAMPLING)] = "",
     suffix: Annotated[
-        str, typer.Option(help="Text after the sample; for bidirectional networks.")
+        str,
+        params.option("Text after it; for bidirectional networks.", panel=params.SAMPLING),
     ] = "",
-    length: Annotated[int, typer.Option(help="Number of tokens.")] = 64,
-    steps: Annotated[int, typer.Option(help="Network passes (T).")] = 32,
-    sampler: Annotated[str, typer.Option(help="analytic or euler.")] = "analytic",
-    count: Annotated[int, typer.Option(help="Number of samples.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same samples.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No perplexity on stderr.")] = False,
+    length: Annotated[int, params.option("Number of tokens.", panel=params.SAMPLING)] = 64,
+    count: Annotated[int, params.option("Number of samples.", panel=params.SAMPLING)] = 1,
+    seed: Annotated[
+        int | None,
+        params.option("Same seed, same samples.", panel=params.SAMPLING, variable="SEED"),
+    ] = None,
+    as_json: params.Json = False,
+    quiet: params.Quiet = False,
+    config: params.Config = None,
 ) -> None:
     """Write text by diffusion alone; its perplexity under the target goes to stderr.
 
     Example:  specdiff sample --prefix "The river" --length 24 --count 2 --steps 16
     """
-    quiet_libraries()
+    terminal.quiet_libraries()
     import specdiff
     from specdiff.text.sample import infill
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
+from specdiff.cli import params, terminal
 from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.unicode import valid
@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 def train(
     data: Annotated[Path, typer.Option(help="Corpus folder, made by 'specdiff data'.")],
     out: Annotated[Path, typer.Option(help="The drafter's folder; an interrupted run is resumed.")],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--target", "--model", help="The target: hub id, folder, file.gguf or built-in name."
-        ),
-    ] = "smollm2-135m",
+    model: params.TrainedModel = "smollm2-135m",
     recipe: Annotated[
         str,
         typer.Option(
@@ -38,7 +33,8 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the recipe; may be repeated.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    device: params.Device = "auto",
+    config: params.Config = None,
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop after that long, resumably.")
     ] = None,
