@@ -197,15 +197,13 @@ def test_commands(
     assert code == 0 and out == f"{answer}\n"  # what stands behind !exit is no turn
     for command in COMMANDS:
         assert command in err
-    first, second = [line for line in err.splitlines() if "200 tokens are taken" in line]
+    first, second = [line for line in err.splitlines() if "200 tokens are used" in line]
     assert int(first.split()[0]) > 7 and second.startswith("0 of 200")
     assert (
         "1 answers, 2 messages" in err and "1 answers, 0 messages" in err and "7 tokens in" in err
     )
     assert "unknown command '!hope'; known are !help, !set, !status, !clear, !save, !exit" in err
-    assert (
-        f"{kept} is there already, and nothing is overwritten" in err and kept.read_text() == "mine"
-    )
+    assert f"{kept} exists and is not overwritten" in err and kept.read_text() == "mine"
     assert (
         "!save needs the name of a file" in err and "cannot write" in err and "No such file" in err
     )

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli import params, terminal
+from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.unicode import valid
 
@@ -40,9 +40,7 @@ def bench(
     suite: Annotated[
         str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")
     ] = "embedded",
-    model: Annotated[
-        str | None, typer.Option(help="The target: hub id, folder, file.gguf or built-in name.")
-    ] = None,
+    model: params.OptionalModel = None,
     drafter: Annotated[
         list[str] | None,
         typer.Option(help="One more drafter, as SPEC or NAME=SPEC; may be given again."),
@@ -80,8 +78,9 @@ def bench(
         typer.Option(help="One draft length for all; default: each drafter's best is found."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
+    config: params.Config = None,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from specdiff.cli import terminal
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import MissingExtraError, SpecdiffError
 
 JSON = typer.Option("--json", help="Print one JSON object.")

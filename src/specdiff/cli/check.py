@@ -1,17 +1,17 @@
-"""`specdiff check`: is a drafter, a verifier or a target lossless?"""
+"""`specdiff check`: whether a drafter, a verifier or a target is lossless."""
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli import params, terminal
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
     from specdiff.check import Finding
+    from specdiff.targets.base import Target
 
 RATIO_AND_MATCH = ("token", "block", "match")
 
@@ -20,72 +20,73 @@ def check(
     drafter: Annotated[
         str | None,
         typer.Argument(
-            help="./file.py:Class[:json], module:Class[:json], a folder or hub id, sedd, autoregressive, none."
+            help="./file.py:Class[:json], module:Class[:json], a name, a folder or a hub id.",
+            metavar="DRAFTER",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            help="The target to draft for. Default: a toy, or the one the drafter was trained for."
-        ),
+        typer.Option(help="Target of the drafter (default: its own, or a toy)."),
     ] = None,
     verifier: Annotated[
         str | None,
-        typer.Option(
-            help="Name or ./file.py:function: check it (with a drafter: check the drafter under it)."
-        ),
+        typer.Option(help="Check this verifier: a name or ./file.py:function."),
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(
-            help="Check this target: hub id, folder, built-in name, ./file.py:Class, table."
-        ),
+        typer.Option(help="Check this target: a name, folder, hub id or ./file.py:Class."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: params.Json = False,
     recipes: Annotated[
         bool,
         typer.Option(
-            "--recipes", help="Instead: which ways of making a draft are lawful, enumerated."
+            "--recipes", metavar="", help="Enumerate which ways of making a draft are lawful."
         ),
     ] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer samples: coarse bugs only.")
+        bool, typer.Option("--quick", metavar="", help="Fewer samples: coarse bugs only.")
     ] = False,
+    config: params.Config = None,
 ) -> None:
-    """Check that DRAFTER (or --verifier, or --target) leaves the target's law as it is. Exit code 1 if a check fails.
+    """Check that DRAFTER (or --verifier, or --target) preserves the target's law.
+
+    Exit code 1 if a check fails.
 
     Example:  specdiff check ./mine.py:Mine
     """
     if recipes:
         if drafter or verifier or target:
             raise UsageError(
-                "--recipes enumerates toy drafts of its own; leave out the drafter, --verifier and --target"
+                "--recipes enumerates toy drafts of its own; "
+                "leave out the drafter, --verifier and --target"
             )
         return _recipes(as_json)
     if drafter is None and verifier is None and target is None:
         raise UsageError(
-            "nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, or --target SPEC, or --recipes"
+            "nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, "
+            "or --target SPEC, or --recipes"
         )
     if drafter is None and model is not None:
         raise UsageError(
-            "--model is the target a drafter is checked with; to check a target itself give --target"
+            "--model is the target a drafter is checked with; "
+            "to check a target itself give --target"
         )
-    quiet_libraries()
-    found: list[Finding] = []
+    terminal.quiet_libraries()
+    findings: list[Finding] = []
     progress = not as_json and sys.stderr.isatty()
     try:
         for finding in _findings(drafter, model, verifier, target, quick):
-            found.append(finding)
+            findings.append(finding)
             if progress:
-                print(f"\r{len(found)} checks done", end="", file=sys.stderr, flush=True)
+                print(f"\r{len(findings)} checks done", end="", file=sys.stderr, flush=True)
     finally:
-        if progress and found:
+        if progress and findings:
             print(file=sys.stderr)
-    passed = all(f.passed for f in found)
+    passed = all(f.passed for f in findings)
     if as_json:
-        terminal.print_json({"passed": passed, "findings": [f.as_dict() for f in found]})
+        terminal.print_json({"passed": passed, "findings": [f.as_dict() for f in findings]})
     else:
-        _show(found)
+        _show(findings)
     raise typer.Exit(0 if passed else 1)
 
 
@@ -100,27 +101,23 @@ def _findings(
 
     cpu = torch.device("cpu")
     if target is not None:
-        toy = (
-            TableTarget.random(5)
-            if target == "table"
-            else catalog.custom_target(target)
-            if ":" in target
-            else None
-        )
-        yield from check_target(toy or catalog.target(target, torch.float32, cpu)[0], quick=quick)
+        subject: Target[Any]
+        if target == "table":
+            subject = TableTarget.random(5)
+        elif ":" in target:
+            subject = catalog.custom_target(target)
+        else:
+            subject = catalog.target(target, torch.float32, cpu)[0]
+        yield from check_target(subject, quick=quick)
     if drafter is None:
         if verifier is not None:
             yield from check_verifier(catalog.verifier(verifier), quick=quick)
         return
     names = RATIO_AND_MATCH if verifier is None else (verifier,)
-    trained_for = model or catalog.target_of(drafter)
-    chosen = (
-        {}
-        if trained_for is None
-        else {"target": catalog.target(trained_for, torch.float32, cpu)[0]}
-    )
-    subject = Subject(lambda info: catalog.drafter(drafter, info), **chosen)
-    yield from check_drafter(subject, {name: catalog.verifier(name) for name in names}, quick=quick)
+    model = model or catalog.target_of(drafter)
+    options = {} if model is None else {"target": catalog.target(model, torch.float32, cpu)[0]}
+    pair = Subject(lambda info: catalog.drafter(drafter, info), **options)
+    yield from check_drafter(pair, {name: catalog.verifier(name) for name in names}, quick=quick)
 
 
 def _recipes(as_json: bool) -> None:
@@ -143,20 +140,18 @@ def _recipes(as_json: bool) -> None:
         print(" | ".join([f"| {name if lawful else f'**{name}**'}", *cells]) + " |")
 
 
-def _show(found: "Iterable[Finding]") -> None:
+def _show(findings: "Iterable[Finding]") -> None:
     """A table on a terminal, plain lines in a pipe."""
     from rich.table import Table
     from rich.text import Text
 
     out = terminal.page()
     if not out.is_terminal:
-        for f in found:
+        for f in findings:
             print(f"{'passed' if f.passed else 'FAILED'}  {f.name}: {f.message}")
         return
-    table = Table(
-        "check", "", "what was seen", "statistic", "threshold", box=None, padding=(0, 2, 0, 0)
-    )
-    for f in found:
+    table = Table("check", "", "finding", "statistic", "threshold", box=None, padding=(0, 2, 0, 0))
+    for f in findings:
         numbers = ["" if x is None else f"{x:.3g}" for x in (f.statistic, f.threshold)]
         outcome = Text("passed", style="green") if f.passed else Text("FAILED", style="red")
         table.add_row(f.name, outcome, f.message, *numbers)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
+from specdiff.cli import params, terminal
 from specdiff.cli.data_progress import lines, progress_bar
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,24 +32,18 @@ def data(
             help="Corpus folder; an interrupted run is resumed.", rich_help_panel="Output"
         ),
     ],
-    model: Annotated[
-        str,
-        typer.Option(help="Hub id, folder, file.gguf or built-in name.", rich_help_panel="Model"),
-    ] = "smollm2-135m",
+    model: params.Model = "smollm2-135m",
     drafter: Annotated[
         str,
         typer.Option(help="Changes the speed only; see generate.", rich_help_panel="Model"),
     ] = "none",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel="Model")
-    ] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16, float16.", rich_help_panel="Model")
-    ] = "auto",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
     max_model_len: Annotated[
         int,
-        typer.Option(help="Most tokens of prompt and answer together.", rich_help_panel="Model"),
+        typer.Option(help="Maximum tokens of prompt and answer.", rich_help_panel="Model"),
     ] = 1024,
+    config: params.Config = None,
     tokens: Annotated[
         int,
         typer.Option(help="Tokens of the corpus, prompts included.", rich_help_panel="Data"),

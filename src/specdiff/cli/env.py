@@ -1,16 +1,14 @@
-"""`specdiff env`: what a bug report needs to say."""
+"""`specdiff env`: versions, devices and caches, for bug reports."""
 
 import platform
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from specdiff.cli import terminal
+from specdiff.cli import params, terminal
 
 
 def env(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: params.Json = False,
 ) -> None:
     """Versions, devices and caches: paste this into a bug report."""
     import torch

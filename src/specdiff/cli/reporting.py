@@ -1,4 +1,4 @@
-"""Errors and warnings on stderr, a line each."""
+"""Errors and warnings on stderr, one line each."""
 
 import sys
 import traceback
@@ -6,11 +6,11 @@ from typing import TextIO
 
 from specdiff.errors import SpecdiffError
 
-LONGEST = 500  # characters of a message that was not written for people
+MAX_MESSAGE = 500  # characters of a foreign error message
 
 
 def complain(error: Exception, *, debug: bool) -> None:
-    """Print an error; `debug`: its traceback too."""
+    """Print an error; `debug`: also its traceback."""
     if debug:
         traceback.print_exception(error)
     line = one_line(error)
@@ -20,12 +20,12 @@ def complain(error: Exception, *, debug: bool) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error raised on purpose; kind and message of every other."""
+    """The message of a specdiff error; type and message of any other."""
     if isinstance(error, SpecdiffError):
         return str(error)
     message = " ".join(str(error).split())
-    if len(message) > LONGEST:
-        message = f"{message[:LONGEST]}..."
+    if len(message) > MAX_MESSAGE:
+        message = f"{message[:MAX_MESSAGE]}..."
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
@@ -37,5 +37,5 @@ def warn(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Stands in for warnings.showwarning."""
+    """A replacement for warnings.showwarning."""
     print(f"specdiff: warning: {message}", file=file or sys.stderr)

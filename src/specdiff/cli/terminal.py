@@ -1,4 +1,4 @@
-"""Standard streams: valid text in, printable text out, and consoles that take user text literally."""
+"""Standard streams: valid text in, printable text out, consoles without markup."""
 
 import errno
 import io
@@ -18,7 +18,7 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO)
 
 
 def prepare() -> None:
-    """Open what the caller closed, and print "?" for characters the terminal's encoding lacks."""
+    """Reopen closed streams, and print "?" for characters the terminal's encoding lacks."""
     for number in range(3):
         _occupy(number)
     if sys.stdout is None:
@@ -31,7 +31,7 @@ def prepare() -> None:
 
 
 def _occupy(number: int) -> None:
-    """Keep a closed standard stream's number from the next file that is opened; writing to it fails."""
+    """Reserve a closed standard stream's number, so that no other file gets it; writes fail."""
     try:
         os.fstat(number)
     except OSError:
@@ -39,11 +39,9 @@ def _occupy(number: int) -> None:
 
 
 def prepare_input() -> None:
-    """Decode a pipe as UTF-8, with U+FFFD for anything else. Raises UsageError where it is closed."""
+    """Decode a pipe as UTF-8, with U+FFFD for anything else. Raises UsageError if it is closed."""
     if sys.stdin is None:
-        raise UsageError(
-            "standard input is closed; pipe some text into it, or redirect it from a file"
-        )
+        raise UsageError("standard input is closed; pipe some text into it, or redirect a file")
     if not isinstance(sys.stdin, io.TextIOWrapper):
         return
     if sys.stdin.isatty():
@@ -53,31 +51,35 @@ def prepare_input() -> None:
 
 
 def output_error(error: Exception) -> StorageError | None:
-    """What to report instead of `error` where standard output is what failed; what is left to write is then dropped."""
-    may_be_output = (
-        isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename is None
-    )
+    """The error to report instead of `error` if standard output failed; its buffer is dropped."""
+    may_be_output = False
+    if isinstance(error, OSError):
+        may_be_output = error.errno in UNWRITABLE and error.filename is None
     try:
         sys.stdout.flush()
         if may_be_output:
-            print(
-                flush=True
-            )  # an unbuffered stream has forgotten what it could not write, so try it again
-    except OSError as refusal:
+            print(flush=True)  # an unbuffered stream holds nothing to flush: write again
+    except OSError as failure:
         drop_output()
-        return (
-            StorageError(f"cannot write to standard output: {refusal.strerror}")
-            if may_be_output
-            else None
-        )
+        if may_be_output:
+            return StorageError(f"cannot write to standard output: {failure.strerror}")
     return None
 
 
+def quiet_libraries() -> None:
+    """Silence transformers and huggingface_hub: progress bars, and messages below errors."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def drop_output() -> None:
-    """Send the rest to nowhere: Python would complain about it at exit."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
-    os.close(nowhere)
+    """Discard buffered output, which Python would report at exit."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def print_json(value: Any) -> None:
@@ -86,17 +88,17 @@ def print_json(value: Any) -> None:
 
 
 def page(width: int | None = None) -> "Console":
-    """Standard output. `width`: of a pipe; a terminal has its own."""
+    """A console on standard output. `width` applies to a pipe; a terminal has its own."""
     return _console(stderr=False, quiet=False, width=None if sys.stdout.isatty() else width)
 
 
 def notes(*, quiet: bool = False) -> "Console":
-    """Standard error."""
+    """A console on standard error."""
     return _console(stderr=True, quiet=quiet, width=None)
 
 
 def _console(*, stderr: bool, quiet: bool, width: int | None) -> "Console":
-    """No markup and no emoji codes: names and answers may hold [/x] or :smile:."""
+    """Without markup and emoji codes: names and answers may contain [/x] or :smile:."""
     from rich.console import Console
 
     return Console(
@@ -106,7 +108,7 @@ def _console(*, stderr: bool, quiet: bool, width: int | None) -> "Console":
 
 @contextmanager
 def status(console: "Console", text: str, *, log: bool = False) -> Iterator[None]:
-    """A spinner beside `text`, which is no markup. `log`: a line of it where stderr is no terminal, else nothing there."""
+    """A spinner with `text`, taken literally. `log`: print one line if stderr is no terminal."""
     from rich.text import Text
 
     if log and not console.is_terminal:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import terminal
-from specdiff.cli.options import quiet_libraries
+from specdiff.cli import params, terminal
+from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.unicode import valid
 
@@ -31,15 +31,7 @@ def train(
             help="The drafter's folder; an interrupted run is resumed.", rich_help_panel="Output"
         ),
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--target",
-            "--model",
-            help="The target: hub id, folder, file.gguf or built-in name.",
-            rich_help_panel="Data",
-        ),
-    ] = "smollm2-135m",
+    model: params.TrainedModel = "smollm2-135m",
     recipe: Annotated[
         str,
         typer.Option(
@@ -53,9 +45,8 @@ def train(
             "--set", help="key=value of the recipe; may be repeated.", rich_help_panel="Training"
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, ...", rich_help_panel="Training")
-    ] = "auto",
+    device: params.Device = "auto",
+    config: params.Config = None,
     max_minutes: Annotated[
         float | None,
         typer.Option(
