@@ -79,10 +79,10 @@ def raises(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
 
 
 FAULTS: dict[str, tuple[Spoil, str]] = {
-    "nan": (probs_become(torch.nan), "no law"),
-    "infinite": (probs_become(torch.inf), "no law"),
-    "negative": (probs_become(-0.5), "no law"),
-    "unnormalised": (probs_become(0.9999), "no law"),
+    "nan": (probs_become(torch.nan), "no distribution"),
+    "infinite": (probs_become(torch.inf), "no distribution"),
+    "negative": (probs_become(-0.5), "no distribution"),
+    "unnormalised": (probs_become(0.9999), "no distribution"),
     "beyond the vocabulary": (tokens_become(V), "outside the target's vocabulary"),
     "below the vocabulary": (tokens_become(-100), "outside the target's vocabulary"),
     "size": (wrong_size, "draft size"),

@@ -120,7 +120,7 @@ def test_a_trained_drafter_is_built_where_it_runs(config: dict[str, Any], tmp_pa
     )
     options: dict[str, Any] = {"max_tokens": 12, "seed": 3, "draft_len": 4}
     assert isinstance(away.drafter, OnDevice)
-    assert away.drafter.drafter.denoiser.device == AWAY
+    assert away.drafter.inner.denoiser.device == AWAY
     assert not isinstance(near.drafter, OnDevice)
     assert (
         away.generate([1, 2, 3], **options).token_ids
