@@ -17,21 +17,19 @@ from specdiff.diffusion.process import Absorbing, Process
 from specdiff.diffusion.schedule import Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.denoising import Denoiser, DenoisingDrafter
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
-from specdiff.targets.base import Target
+from specdiff.targets.base import Target, TargetWrapper
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, TargetOutput, Verification
 
 
-class ToyDenoiser:
+class ToyDenoiser(Denoiser[None]):
     """A denoiser made of tables: logits[k] = position[k] + anchor[last committed] + left and right[nearest revealed token].
 
     Reading to the right costs lawful orders nothing (nothing there is revealed yet) and makes any other order pay.
     """
-
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self, vocab_size: int, seed: int = 0, sharpness: float = 1.5, draft_len: int = 3
@@ -49,15 +47,6 @@ class ToyDenoiser:
             * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator)
             for name, rows in shape.items()
         }
-
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
-        return None
-
-    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
-        return None
 
     def denoise(
         self,
@@ -129,20 +118,7 @@ class ToyScorer(ToyDenoiser):
         return (logits - logits.gather(-1, canvas[..., None])).scatter(-1, canvas[..., None], 0.0)
 
 
-class Stateless(Drafter[None]):
-    """What the drafters below share: nothing to remember. (Abstract still: they say what they propose.)"""
-
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
-        return None
-
-    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
-        return None
-
-
-class PointMasses(Stateless):
+class PointMasses(Drafter[None]):
     """Random tokens handed on without probabilities, and a random number of them a row: lawful under every verifier."""
 
     draft_len = 3
@@ -159,7 +135,7 @@ class PointMasses(Stateless):
 # ---- planted bugs: drafters ----
 
 
-class AnyOrder(Stateless):
+class AnyOrder(Drafter[None]):
     """BUG: unmasks right to left, one pass a position, and stores each q as it was when the token was drawn."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
@@ -178,7 +154,7 @@ class AnyOrder(Stateless):
         return Draft(canvas, probs)
 
 
-class StoresProbabilities(Stateless):
+class StoresProbabilities(Drafter[None]):
     """BUG: SEDD's sampler with the paper's recipe taken at its word: each token's probabilities as they were when it was drawn."""
 
     def __init__(self, inner: AnyOrderDrafter[None]) -> None:
@@ -202,7 +178,7 @@ class StoresProbabilities(Stateless):
         return Draft(tokens, probs)
 
 
-class DropsUnlikely(Stateless):
+class DropsUnlikely(Drafter[None]):
     """BUG: cuts its draft before the first token it finds unlikely itself, which drops a token because of what it is."""
 
     def __init__(self, inner: DenoisingDrafter[None], floor: float) -> None:
@@ -215,7 +191,7 @@ class DropsUnlikely(Stateless):
         return replace(draft, size=sure.long().cumprod(1).sum(1))
 
 
-class Misreported(Stateless):
+class Misreported(Drafter[None]):
     """BUG: draws from sharpened probabilities, hands on the raw ones."""
 
     def __init__(self, denoiser: ToyDenoiser, draft_temperature: float) -> None:
@@ -227,7 +203,7 @@ class Misreported(Stateless):
         return replace(self.told.propose(context, None, noise, draft_len), tokens=tokens)
 
 
-class Forgetful(Stateless):
+class Forgetful(Drafter[None]):
     """BUG: draws under the request's penalties, hands on what the probabilities were without them."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
@@ -239,7 +215,7 @@ class Forgetful(Stateless):
         return replace(told, tokens=self.inner.propose(context, None, noise, draft_len).tokens)
 
 
-class Through(Stateless):
+class Through(Drafter[None]):
     """A stateless drafter that is handed other noise than the round's."""
 
     def __init__(self, inner: Drafter[None], change: Callable[[Noise], Noise]) -> None:
@@ -360,31 +336,16 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
 # ---- planted bugs: targets ----
 
 
-class Sick(Target[Any]):
+class Sick(TargetWrapper[Any]):
     """`inner`, whose logits are `spoiled` from absolute position `first` on, in the rows of one seed."""
 
     def __init__(
         self, inner: Target[Any], spoil: Callable[[Tensor], Tensor], first: int, seed: int = 0
     ) -> None:
-        self.inner, self.spoil, self.first, self.seed, self.info = (
-            inner,
-            spoil,
-            first,
-            seed,
-            inner.info,
-        )
-
-    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
-        return self.inner.open(rows, slots, taps)
-
-    def admit(
-        self,
-        cache: Any,
-        rows: Int[Tensor, "R"],
-        prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
-    ) -> Tensor | None:
-        return self.inner.admit(cache, rows, prompts, kept)
+        super().__init__(inner)
+        self.spoil = spoil
+        self.first = first
+        self.seed = seed
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)
@@ -393,12 +354,6 @@ class Sick(Target[Any]):
         return replace(
             output, logits=torch.where(hit[..., None], self.spoil(output.logits), output.logits)
         )
-
-    def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
-        self.inner.keep(cache, batch, verification)
-
-    def release(self, cache: Any, rows: Int[Tensor, "R"]) -> None:
-        self.inner.release(cache, rows)
 
 
 def _one_column(value: float) -> Callable[[Tensor], Tensor]:
@@ -470,12 +425,6 @@ class StaleTarget(Target[StaleCache]):
         seen = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
         before = torch.where(at > 0, seen.gather(1, (at - 1).clamp(min=0)), 0)
         return TargetOutput(self.table[before, cache.ids.gather(1, at)])
-
-    def keep(self, cache: StaleCache, batch: Batch, verification: Verification) -> None:
-        return None
-
-    def release(self, cache: StaleCache, rows: Int[Tensor, "R"]) -> None:
-        return None
 
 
 # ---- noise that holds what it is told ----

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from doubles import Stateless, ToyDenoiser
+from doubles import ToyDenoiser
 from specdiff import SpeculativeLM, decode, engine, stats
 from specdiff.check.goodness_of_fit import compare, law, texts
 from specdiff.drafters.base import Drafter, NoDrafter
@@ -33,7 +33,7 @@ PARAMS = SamplingParams(max_tokens=4)
 Spoil = Callable[[Draft, torch.Tensor, torch.Tensor], Draft]
 
 
-class Spoiled(Stateless):
+class Spoiled(Drafter[None]):
     """`inner`, whose draft is spoilt in the rows and rounds, and from the position on, that a hash of seed and round names."""
 
     draft_len = 3
