@@ -17,7 +17,7 @@ from specdiff.diffusion.process import Absorbing, Process
 from specdiff.diffusion.schedule import Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.denoising import Denoiser, DenoisingDrafter
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
 from specdiff.targets.base import Target
@@ -25,15 +25,13 @@ from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, TargetOutput, Verification
 
 
-class ToyDenoiser:
+class ToyDenoiser(Denoiser[None]):
     """A denoiser made of tables.
 
     logits[k] = position[k] + anchor[last committed] + left and right[nearest revealed token].
     Reading to the right costs exact orders nothing (nothing there is revealed yet) and makes any
     other order pay.
     """
-
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self, vocab_size: int, seed: int = 0, sharpness: float = 1.5, draft_len: int = 3
@@ -51,15 +49,6 @@ class ToyDenoiser:
             * torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator)
             for name, rows in shape.items()
         }
-
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
-        return None
-
-    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
-        return None
 
     def denoise(
         self,
@@ -131,20 +120,7 @@ class ToyScorer(ToyDenoiser):
         return (logits - logits.gather(-1, canvas[..., None])).scatter(-1, canvas[..., None], 0.0)
 
 
-class Stateless(Drafter[None]):
-    """Base of the drafters below: no state."""
-
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
-        return None
-
-    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
-        return None
-
-
-class PointMasses(Stateless):
+class PointMasses(Drafter[None]):
     """Random tokens without probabilities, a random number a row: valid under every verifier."""
 
     draft_len = 3
@@ -161,7 +137,7 @@ class PointMasses(Stateless):
 # ---- planted bugs: drafters ----
 
 
-class AnyOrder(Stateless):
+class AnyOrder(Drafter[None]):
     """BUG: unmasks right to left, one pass a position; stores each q at the time of its draw."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
@@ -180,7 +156,7 @@ class AnyOrder(Stateless):
         return Draft(canvas, probs)
 
 
-class StoresProbabilities(Stateless):
+class StoresProbabilities(Drafter[None]):
     """BUG: SEDD's sampler with the paper's recipe taken literally.
 
     Each token's probabilities are those at the time of its draw.
@@ -207,7 +183,7 @@ class StoresProbabilities(Stateless):
         return Draft(tokens, probs)
 
 
-class DropsUnlikely(Stateless):
+class DropsUnlikely(Drafter[None]):
     """BUG: cuts its draft before the first token it finds unlikely itself.
 
     That drops a token because of what it is.
@@ -223,7 +199,7 @@ class DropsUnlikely(Stateless):
         return replace(draft, size=sure.long().cumprod(1).sum(1))
 
 
-class Misreported(Stateless):
+class Misreported(Drafter[None]):
     """BUG: draws from sharpened probabilities, hands on the raw ones."""
 
     def __init__(self, denoiser: ToyDenoiser, draft_temperature: float) -> None:
@@ -235,7 +211,7 @@ class Misreported(Stateless):
         return replace(self.raw.propose(context, None, noise, draft_len), tokens=tokens)
 
 
-class Forgetful(Stateless):
+class Forgetful(Drafter[None]):
     """BUG: draws under the request's penalties, returns the probabilities without them."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
@@ -249,7 +225,7 @@ class Forgetful(Stateless):
         )
 
 
-class Through(Stateless):
+class Through(Drafter[None]):
     """A stateless drafter that is handed other noise than the round's."""
 
     def __init__(self, inner: Drafter[None], change: Callable[[Noise], Noise]) -> None:
@@ -407,12 +383,6 @@ class Sick(Target[Any]):
             output, logits=torch.where(hit[..., None], self.spoil(output.logits), output.logits)
         )
 
-    def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
-        self.inner.keep(cache, batch, verification)
-
-    def release(self, cache: Any, rows: Int[Tensor, "R"]) -> None:
-        self.inner.release(cache, rows)
-
 
 def _one_column(value: float) -> Callable[[Tensor], Tensor]:
     return lambda logits: logits.index_fill(-1, torch.tensor([1]), value)
@@ -485,12 +455,6 @@ class StaleTarget(Target[StaleCache]):
         history = cache.ids.cumsum(1) % len(self.table) if self.sums else cache.ids
         before = torch.where(at > 0, history.gather(1, (at - 1).clamp(min=0)), 0)
         return TargetOutput(self.table[before, cache.ids.gather(1, at)])
-
-    def keep(self, cache: StaleCache, batch: Batch, verification: Verification) -> None:
-        return None
-
-    def release(self, cache: StaleCache, rows: Int[Tensor, "R"]) -> None:
-        return None
 
 
 # ---- noise with given values ----

@@ -654,10 +654,7 @@ class Mine(Drafter):
             raise RuntimeError("too bitter")
         if flavour == "odd":
             None + 1
-    def open(self, rows, slots): return None
-    def admit(self, state, context, rows): return None
     def propose(self, context, state, noise, draft_len): return Draft.empty(context.batch)
-    def release(self, state, rows): return None
 class Other:
     def __init__(self, target): ...
 class Abstract(Drafter): ...

@@ -20,7 +20,6 @@ from doubles import (
     DropsUnlikely,
     Misreported,
     StaleTarget,
-    Stateless,
     Through,
     ToyDenoiser,
     early_bonus,
@@ -194,7 +193,7 @@ def test_every_target_passes(family: str) -> None:
 # ---- what is not ----
 
 
-class Bug(Stateless):
+class Bug(Drafter[None]):
     """A lawful draft (of a toy denoiser, one pass a token) with `spoil` done to it."""
 
     draft_len = 3
@@ -278,9 +277,6 @@ class Lingering(Drafter[dict[str, Any]]):
     def admit(self, state: dict[str, Any], context: Context, rows: torch.Tensor) -> None:
         if self.admits:
             state["last"] = state["last"].index_fill(0, rows, 0)
-
-    def release(self, state: dict[str, Any], rows: torch.Tensor) -> None:
-        return None
 
     def propose(
         self, context: Context, state: dict[str, Any], noise: Noise, draft_len: int

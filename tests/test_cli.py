@@ -141,10 +141,7 @@ from specdiff import Drafter
 class Mine(Drafter):
     draft_len = 3
     def __init__(self, target): ...
-    def open(self, rows, slots): return None
-    def admit(self, state, context, rows): return None
     def propose(self, context, state, noise, draft_len): raise RuntimeError("out of ink")
-    def release(self, state, rows): return None
 """
 
 

@@ -35,9 +35,6 @@ class Witness(Drafter[dict[str, torch.Tensor]]):
     def admit(self, state: dict[str, torch.Tensor], context: Context, rows: torch.Tensor) -> None:
         state["position"][rows] = 0
 
-    def release(self, state: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
-        return None
-
     def propose(
         self, context: Context, state: dict[str, torch.Tensor], noise: Noise, draft_len: int
     ) -> Draft:

@@ -16,20 +16,20 @@ from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.engine import Request, RequestOutput
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, row_seed
-from specdiff.targets.base import Target
+from specdiff.targets.base import Target, TargetWrapper
 from specdiff.targets.table import TableTarget
-from specdiff.types import Batch, Context, Draft, Round, SamplingParams, TargetOutput, Verification
+from specdiff.types import Batch, Context, Draft, Round, SamplingParams, TargetOutput
 from specdiff.verify import VERIFIERS
 
 ROWS = 8
 MANY = 512
 
 
-class Watched(Target[Any]):
+class Watched(TargetWrapper[Any]):
     """Passes everything on, and keeps count of which rows are taken."""
 
     def __init__(self, inner: Target[Any]) -> None:
-        self.inner, self.info = inner, inner.info
+        super().__init__(inner)
         self.rows = 0
         self.taken: set[int] = set()
         self.most = 0
@@ -56,9 +56,6 @@ class Watched(Target[Any]):
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         self.scored.append(len(batch.length))
         return self.inner.score(cache, batch, draft)
-
-    def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
-        self.inner.keep(cache, batch, verification)
 
     def release(self, cache: Any, rows: Tensor) -> None:
         assert set(rows.tolist()) <= self.taken
@@ -302,9 +299,6 @@ class Entered(Drafter[Any]):
     def admit(self, state: Tensor, context: Context, rows: Tensor) -> None:
         state[rows] = 0
 
-    def release(self, state: Tensor, rows: Tensor) -> None:
-        return None
-
     def propose(self, context: Context, state: Tensor, noise: Noise, draft_len: int) -> Draft:
         assert context.features is not None and context.feature_size is not None
         batch = context.batch
@@ -385,15 +379,6 @@ class Failing(Drafter[None]):
 
     def __init__(self) -> None:
         self.calls = 0
-
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Tensor) -> None:
-        return None
-
-    def release(self, state: None, rows: Tensor) -> None:
-        return None
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         self.calls += 1
@@ -558,17 +543,11 @@ class Sized(Drafter[None]):
         self.inner = inner
         self.sizes: list[int] = []
 
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
     def admit(self, state: None, context: Context, rows: Tensor) -> None:
         assert context.features is not None and context.features.shape[1] >= int(
             context.feature_size[rows].max()
         )
         self.sizes += context.feature_size[rows].tolist()
-
-    def release(self, state: None, rows: Tensor) -> None:
-        return None
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         return self.inner.propose(context, None, noise, draft_len)

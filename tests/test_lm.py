@@ -17,7 +17,7 @@ from specdiff.noise import row_seed
 from specdiff.targets.base import Target
 from specdiff.targets.causal import CausalTarget
 from specdiff.text.lm import Chunk
-from specdiff.types import Batch, Draft, SamplingParams, TargetInfo, TargetOutput, Verification
+from specdiff.types import Batch, Draft, SamplingParams, TargetInfo, TargetOutput
 
 CORPUS = "the rain in spain 🦊 falls mainly on the plain, naïve 日本 👩‍👩‍👧 "
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -75,12 +75,6 @@ class Script(Target[None]):
             max=len(self.text) - 1
         )
         return TargetOutput(100.0 * torch.nn.functional.one_hot(self.text[at], VOCAB))
-
-    def keep(self, cache: None, batch: Batch, verification: Verification) -> None:
-        return None
-
-    def release(self, cache: None, rows: Tensor) -> None:
-        return None
 
 
 def scripted(

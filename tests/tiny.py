@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -135,12 +134,6 @@ class Hinted(Drafter[None]):
     def __init__(self, texts: Sequence[Sequence[int]], vocab: int, flaw: int = 5) -> None:
         self.texts, self.vocab, self.flaw = texts, vocab, flaw
 
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Tensor) -> None:
-        return None
-
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = []
         for row, start in enumerate(context.batch.length.tolist()):
@@ -154,9 +147,6 @@ class Hinted(Drafter[None]):
                 ]
             )
         return Draft(torch.tensor(tokens, device=context.batch.ids.device))
-
-    def release(self, state: None, rows: Tensor) -> None:
-        return None
 
 
 def plain(net: PreTrainedModel, prompt: Sequence[int], new: int, **options: Any) -> list[int]:

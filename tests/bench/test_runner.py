@@ -362,15 +362,6 @@ class Broken(Drafter[None]):
     draft_len = 2
     rounds = 0
 
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Any, rows: Any) -> None:
-        return None
-
-    def release(self, state: None, rows: Any) -> None:
-        return None
-
     def propose(self, context: Any, state: None, noise: Any, draft_len: int) -> Draft:
         self.rounds += 1
         if self.rounds > 1:

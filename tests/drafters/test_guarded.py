@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from doubles import Stateless, ToyDenoiser
+from doubles import ToyDenoiser
 from specdiff import SpeculativeLM, decode, engine, stats
 from specdiff.check.goodness_of_fit import compare, law, texts
 from specdiff.drafters.base import Drafter, NoDrafter
@@ -33,7 +33,7 @@ PARAMS = SamplingParams(max_tokens=4)
 Spoil = Callable[[Draft, torch.Tensor, torch.Tensor], Draft]
 
 
-class Spoiled(Stateless):
+class Spoiled(Drafter[None]):
     """`inner`, whose draft is spoilt in the rows and rounds, and from the position on, that a hash of seed and round names."""
 
     draft_len = 3
@@ -79,10 +79,10 @@ def raises(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
 
 
 FAULTS: dict[str, tuple[Spoil, str]] = {
-    "nan": (probs_become(torch.nan), "no law"),
-    "infinite": (probs_become(torch.inf), "no law"),
-    "negative": (probs_become(-0.5), "no law"),
-    "unnormalised": (probs_become(0.9999), "no law"),
+    "nan": (probs_become(torch.nan), "no distribution"),
+    "infinite": (probs_become(torch.inf), "no distribution"),
+    "negative": (probs_become(-0.5), "no distribution"),
+    "unnormalised": (probs_become(0.9999), "no distribution"),
     "beyond the vocabulary": (tokens_become(V), "outside the target's vocabulary"),
     "below the vocabulary": (tokens_become(-100), "outside the target's vocabulary"),
     "size": (wrong_size, "draft size"),

@@ -1,8 +1,9 @@
-"""SEDD's own sampler as a drafter: T steps of the reverse process over the whole canvas, in whatever order tokens settle.
+"""SEDD's own sampler as a drafter: T steps of the reverse process, tokens settling in any order.
 
-The paper's text stores each token's probabilities when it is drawn and verifies with them. That is not lawful here: they
-depend on tokens to the right, so they are not P(x_k | x_<k, ...), and the text comes out biased by several percent. What is
-handed on instead are point masses, which are lawful whatever the order: token k stands with probability p_k(x_k).
+The paper's text stores each token's probabilities when it is drawn and verifies with them. That is
+not exact here: they depend on tokens to the right, so they are not P(x_k | x_<k, ...), and the text
+comes out biased by several percent. The draft consists of point masses instead, which are valid
+whatever the order: token k is accepted with probability p_k(x_k).
 
 Shapes: B rows, K drafted positions, V states of the process.
 """
@@ -26,7 +27,7 @@ ScorerState = TypeVar("ScorerState")
 
 
 class Scorer(Protocol[ScorerState]):
-    """A score network of a process: how much likelier each other token would be, at every position of a canvas."""
+    """A process's score network: ratios of each other token's probability to the present one's."""
 
     process: Process
     schedule: Schedule
@@ -40,7 +41,8 @@ class Scorer(Protocol[ScorerState]):
     def release(self, state: ScorerState, rows: Int[Tensor, "R"]) -> None: ...
 
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
-        """The time at which the expected share of noise is that of the committed tokens in view with a fresh canvas behind them."""
+        """The time at which the expected share of noise is that of a fresh canvas after the
+        committed tokens in view."""
 
     def log_score(
         self,
@@ -52,10 +54,11 @@ class Scorer(Protocol[ScorerState]):
 
 
 class AnyOrderDrafter(Drafter[Any], Generic[ScorerState]):
-    """K tokens in `steps` (T) network passes by the `sampler`, "analytic" or "euler"; the last pass is the closing one.
+    """K tokens in `steps` (T) network passes by the `sampler`, "analytic" or "euler".
 
-    The request's sampling parameters, sharpened or flattened by `draft_temperature`, shape each token where it is drawn for
-    good. The committed tokens stay as they are (projection). Raises UsageError for an option out of range.
+    The last pass is the closing one. The request's sampling parameters, sharpened or flattened by
+    `draft_temperature`, shape each token where it is drawn for good. The committed tokens stay as
+    they are (projection). Raises UsageError for an option out of range.
     """
 
     def __init__(
@@ -69,16 +72,14 @@ class AnyOrderDrafter(Drafter[Any], Generic[ScorerState]):
         if steps < 1:
             raise UsageError(f"steps must be at least 1, not {steps}")
         if sampler not in reverse.SAMPLERS:
-            raise UsageError(
-                f"unknown sampler {sampler!r}; known are {', '.join(reverse.SAMPLERS)}"
-            )
-        self.scorer, self.steps, self.sampler, self.draft_temperature = (
-            scorer,
-            steps,
-            sampler,
-            checked_temperature(draft_temperature),
-        )
-        self.taps, self.draft_len = scorer.taps, scorer.draft_len
+            samplers = ", ".join(reverse.SAMPLERS)
+            raise UsageError(f"unknown sampler {sampler!r}; known are {samplers}")
+        self.scorer = scorer
+        self.steps = steps
+        self.sampler = sampler
+        self.draft_temperature = checked_temperature(draft_temperature)
+        self.taps = scorer.taps
+        self.draft_len = scorer.draft_len
 
     def open(self, rows: int, slots: int) -> ScorerState:
         return self.scorer.open(rows, slots)
@@ -90,7 +91,7 @@ class AnyOrderDrafter(Drafter[Any], Generic[ScorerState]):
         self.scorer.release(state, rows)
 
     def propose(self, context: Context, state: ScorerState, noise: Noise, draft_len: int) -> Draft:
-        """Every pass draws with uniforms of its own; no probabilities are handed on, on purpose."""
+        """Every pass draws with its own uniforms; the draft has no probabilities, on purpose."""
         params = tempered(context.batch.params, self.draft_temperature)
         free = context.batch.ids.new_ones(len(context.batch.length), draft_len).bool()
         tokens = reverse.sample(

@@ -1,9 +1,11 @@
-"""Standard speculative decoding (Leviathan et al. 2023, Chen et al. 2023): a smaller causal LM drafts one token a pass.
+"""Standard speculative decoding: a smaller causal LM drafts one token a pass.
 
-The paper's baseline. By the chain rule each token's law given all before it is what it was drawn from, so the probabilities
-are lawful whatever the network computes.
+The paper's baseline (Leviathan et al. 2023, Chen et al. 2023). Each token is drawn from its
+distribution given all tokens before it, so the probabilities are valid whatever the network
+computes.
 
-Shapes: B rows, K drafted positions, S slots, N positions of one pass, V target vocabulary, C columns of the network's head.
+Shapes: B rows, K drafted positions, S slots, N positions of one pass, V target vocabulary, C
+columns of the network's head.
 """
 
 from dataclasses import dataclass, replace
@@ -35,17 +37,23 @@ NOTHING = -1  # no token has this id
 
 @dataclass(slots=True)
 class AutoregressiveState:
-    """Keys and values, and which token each slot's were computed from. A slot is only ever trusted behind trusted ones."""
+    """Keys and values, and which token each slot's were computed from.
+
+    A slot is only valid if all slots before it are.
+    """
 
     cache: RaggedCache
     read: Int[Tensor, "B S"]
 
 
 class AutoregressiveDrafter(Drafter[AutoregressiveState]):
-    """K sequential passes of `model`. The self-test runs here: a network that cannot be cached exactly is refused.
+    """K sequential passes of `model`.
 
-    Past the network's own last position its drafts are poor, yet as lawful. `draft_temperature` as in DenoisingDrafter.
-    `padded`: its ids mean what the target's do, though one vocabulary is larger. Raises DrafterError, ConfigError or UsageError.
+    The self-test runs here: a network that cannot be cached exactly is refused. Past the network's
+    own last position its drafts are poor, but still exact. `draft_temperature` as in
+    DenoisingDrafter. `padded`: its ids mean what the target's do, though one vocabulary is larger.
+
+    Raises DrafterError, ConfigError or UsageError.
     """
 
     def __init__(
@@ -58,19 +66,19 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         padded: bool = False,
     ) -> None:
         demand_vocabulary(model.vocab_size, target, padded=padded and not model.borrows)
-        self.draft_len, self.draft_temperature = draft_len, checked_temperature(draft_temperature)
+        self.draft_len = draft_len
+        self.draft_temperature = checked_temperature(draft_temperature)
         if model.borrows:
             if target.embedding is None or target.head is None:
                 raise DrafterError(
-                    f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer"
+                    f"this drafter borrows its target's embedding and head, "
+                    f"which {target.name!r} does not offer"
                 )
             model.borrow(target.embedding, target.head)
         stream_weights(model)
-        self.model, self.device, self.vocab_size = (
-            model.to(target.device).eval(),
-            target.device,
-            target.vocab_size,
-        )
+        self.model = model.to(target.device).eval()
+        self.device = target.device
+        self.vocab_size = target.vocab_size
         try:
             self.ragged = RaggedModel(model.net)
             self.error = self_test(self.ragged)
@@ -87,16 +95,15 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
     def admit(self, state: AutoregressiveState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.read[rows] = NOTHING
 
-    def release(self, state: AutoregressiveState, rows: Int[Tensor, "R"]) -> None:
-        return None
-
     def propose(
         self, context: Context, state: AutoregressiveState, noise: Noise, draft_len: int
     ) -> Draft:
-        """The tokens committed since the last round in one pass, then one pass a token; each is drawn from the row handed on."""
-        asked = replace(
-            context.batch, params=tempered(context.batch.params, self.draft_temperature)
-        )
+        """The tokens committed since the last round in one pass, then one pass a token.
+
+        Each token is drawn from exactly its row of `probs`.
+        """
+        params = tempered(context.batch.params, self.draft_temperature)
+        batch = replace(context.batch, params=params)
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         logits = self._catch_up(context.batch, state)
         tokens: list[Tensor] = []
@@ -105,35 +112,31 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
             if k:
                 at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
                 logits = self._pass(state, tokens[-1], at)
-            q = distribution(
-                self._spread(logits),
-                asked,
-                torch.cat(tokens, dim=1) if tokens else context.batch.ids[:, :0],
-            )
+            drawn = torch.cat([batch.ids[:, :0], *tokens], dim=1)
+            q = distribution(self._spread(logits), batch, drawn)
             tokens.append(draw(q, uniform[:, k : k + 1]))
             probs.append(q)
         return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))
 
     def _catch_up(self, batch: Batch, state: AutoregressiveState) -> Float[Tensor, "B 1 C"]:
-        """Feed the committed tokens whose keys are not there yet, at least the anchor; accepted draft tokens' are.
+        """Feed the committed tokens whose keys are missing, at least the anchor.
 
-        What lies behind the first slot of another token was computed from a rejected draft: it is forgotten here, or a later
-        token that happens to be the same would find it.
+        Accepted draft tokens have theirs. The entries after the first slot of another token were
+        computed from a rejected draft: they are dropped here, or a later token that happens to be
+        the same would use them.
         """
-        width = min(
-            batch.ids.shape[1], state.cache.slots
-        )  # a batch may be wider than its rows can grow
+        # a batch may be wider than its rows can grow
+        width = min(batch.ids.shape[1], state.cache.slots)
         before_anchor = torch.arange(width, device=self.device) < batch.length[:, None] - 1
         same = (state.read[:, :width] == batch.ids[:, :width]) & before_anchor
-        known = same.long().cumprod(1).sum(1)
-        state.read[torch.arange(state.cache.slots, device=self.device) >= known[:, None]] = NOTHING
-        behind = int(
-            (batch.length - known).max()
-        )  # rows that are less far behind re-read tokens: same keys, same values
-        at = (batch.length[:, None] - behind + torch.arange(behind, device=self.device)).clamp(
-            min=0
-        )
-        for start in range(0, behind, CHUNK):
+        prefix = same.long().cumprod(1).sum(1)
+        slot = torch.arange(state.cache.slots, device=self.device)
+        state.read[slot >= prefix[:, None]] = NOTHING
+        # rows that lag less read some tokens again: same keys, same values
+        lag = int((batch.length - prefix).max())
+        at = batch.length[:, None] - lag + torch.arange(lag, device=self.device)
+        at = at.clamp(min=0)
+        for start in range(0, lag, CHUNK):
             part = at[:, start : start + CHUNK]
             logits = self._pass(state, batch.ids.gather(1, part), part)
         return logits  # of the anchor, which ends every row
@@ -142,12 +145,11 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         self, state: AutoregressiveState, ids: Int[Tensor, "B N"], at: Int[Tensor, "B N"]
     ) -> Float[Tensor, "B 1 C"]:
         state.read.scatter_(1, at, ids)
-        return self.ragged.forward(
-            state.cache, known_ids(ids, self.model.vocab_size, self.vocab_size), at, last=1
-        )[0]
+        ids = known_ids(ids, self.model.vocab_size, self.vocab_size)
+        return self.ragged.forward(state.cache, ids, at, last=1)[0]
 
     def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
-        """Over the target's vocabulary: what the draft vocabulary lacks cannot be drawn."""
+        """Over the target's vocabulary: what the draft vocabulary lacks is never drawn."""
         if self.model.draft_vocab_size is None:
             return fitted(logits, self.vocab_size)
         return scatter(logits, self.model.draft_vocab, self.vocab_size)
@@ -160,15 +162,15 @@ def autoregressive(
     *,
     draft_temperature: float = 1.0,
 ) -> AutoregressiveDrafter:
-    """A causal LM's folder or hub id as a drafter; `agrees` is asked where its vocabulary is of another size.
+    """A drafter from a causal LM's folder or hub id.
 
-    Raises ConfigError, WeightsError or DrafterError naming what does not fit.
+    `agrees` is called if its vocabulary is of another size. Raises ConfigError, WeightsError or
+    DrafterError naming what does not fit.
     """
     path = locate(folder)
     model = SmallLM.from_pretrained(path, dtype=target.dtype)
-    draft_len = positive(
-        {"draft_len": DRAFT_LEN, **read_config(path)}, "draft_len", str(path / CONFIG)
-    )
+    config = {"draft_len": DRAFT_LEN, **read_config(path)}
+    draft_len = positive(config, "draft_len", str(path / CONFIG))
     padded = model.vocab_size != target.vocab_size and agrees(model.vocab_size)
     return AutoregressiveDrafter(
         model, target, draft_len=draft_len, draft_temperature=draft_temperature, padded=padded

@@ -1,7 +1,7 @@
-"""The drafter's role: propose tokens, and say from which law each was drawn."""
+"""The drafter interface: propose tokens, and report the distribution each one was drawn from."""
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from jaxtyping import Int
 from torch import Tensor
@@ -13,32 +13,56 @@ State = TypeVar("State")
 
 
 class Drafter(ABC, Generic[State]):
-    """Implement the abstract methods in one file; run it as `--drafter ./mine.py:Mine`. Wrap, never override.
+    """Implement `propose` in one file and run it as `--drafter ./mine.py:Mine`.
 
-    `taps`: target layers whose hidden states it reads (they come in `Context.features`).
+    A drafter that remembers nothing between rounds is a `Drafter[None]` and needs no other method.
+    One that does keeps it in the state that `open` returns, never on self, so that two streams
+    never share anything. To change another drafter, wrap it (`DrafterWrapper`).
+
+    `taps`: target layers whose hidden states it reads (they arrive in `Context.features`).
     `draft_len`: the K it works best at, used where the user names none.
-    All that changes while decoding lives in the state `open` hands out, never on self: two streams never meet.
     """
 
     taps: tuple[int, ...] = ()
     draft_len: int = 8
 
-    @abstractmethod
     def open(self, rows: int, slots: int) -> State:
-        """State for `rows` rows of at most `slots` positions."""
+        """State for `rows` rows of at most `slots` positions. By default None."""
+        return cast(State, None)
 
-    @abstractmethod
     def admit(self, state: State, context: Context, rows: Int[Tensor, "R"]) -> None:
-        """New requests sit in `rows` (their prompts are in `context.batch`): forget what the rows held before."""
+        """New requests sit in `rows` (their prompts are in `context.batch`): forget what the rows
+        held before. By default nothing is done."""
 
     @abstractmethod
     def propose(self, context: Context, state: State, noise: Noise, draft_len: int) -> Draft:
-        """`draft_len` tokens a row. `Draft.probs` must be the law they were really drawn from, under the request's
-        sampling parameters or not; all randomness comes from `noise` with `Purpose.DRAFT`, one index per draw."""
+        """`draft_len` tokens a row. `Draft.probs` must be the distributions they were really drawn
+        from, whether the request's sampling parameters were applied or not; all randomness comes
+        from `noise` with `Purpose.DRAFT`, one index per draw."""
 
-    @abstractmethod
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
-        """The requests in `rows` have left."""
+        """The requests in `rows` have left. By default nothing is done."""
+
+
+class DrafterWrapper(Drafter[State]):
+    """A drafter around `inner` that forwards everything; a subclass overrides what it changes."""
+
+    def __init__(self, inner: Drafter[State]) -> None:
+        self.inner = inner
+        self.taps = inner.taps
+        self.draft_len = inner.draft_len
+
+    def open(self, rows: int, slots: int) -> State:
+        return self.inner.open(rows, slots)
+
+    def admit(self, state: State, context: Context, rows: Int[Tensor, "R"]) -> None:
+        self.inner.admit(state, context, rows)
+
+    def propose(self, context: Context, state: State, noise: Noise, draft_len: int) -> Draft:
+        return self.inner.propose(context, state, noise, draft_len)
+
+    def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
+        self.inner.release(state, rows)
 
 
 class NoDrafter(Drafter[None]):
@@ -46,14 +70,5 @@ class NoDrafter(Drafter[None]):
 
     draft_len = 0
 
-    def open(self, rows: int, slots: int) -> None:
-        return None
-
-    def admit(self, state: None, context: Context, rows: Int[Tensor, "R"]) -> None:
-        return None
-
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         return Draft.empty(context.batch)
-
-    def release(self, state: None, rows: Int[Tensor, "R"]) -> None:
-        return None

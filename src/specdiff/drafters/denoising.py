@@ -1,12 +1,15 @@
-"""Drafting with a denoiser: the orders in which a canvas of MASK becomes K tokens with lawful probabilities.
+"""Drafting with a denoiser: the exact orders in which a canvas of MASK becomes K tokens.
 
-Written once for every denoiser. Only orders that fix positions left to right between network passes are here: with any
-other order the probabilities stored at draw time are not the law P(x_k | x_<k, R_k) that the ratio test needs. (`anyorder` hands
-on point masses instead.)
+Written once for every denoiser. Only orders that fix positions left to right between network passes
+are here: with any other order the probabilities stored at draw time are not the distribution
+P(x_k | x_<k, R_k) that the ratio test needs. (`any_order` drafts point masses instead.)
+
+Shapes: B rows, K drafted positions, V target vocabulary.
 """
 
+from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,35 +26,47 @@ ORDERS = ("one-shot", "left-to-right")
 
 
 class Denoiser(Protocol[DenoiserState]):
-    """What SEDD and block networks have in common: a canvas, partly revealed, to logits of the clean tokens."""
+    """A network that maps a partly revealed canvas to logits of the clean tokens.
 
-    mask_id: (
-        int | None
-    )  # None: noise is no token of its own, so nothing tells what is still to be revealed
-    draft_len: int
-    taps: tuple[int, ...]
+    Subclass it, set `mask_id` and implement `denoise`; the other methods are a drafter's, with the
+    same defaults. `draft_len` and `taps` are a drafter's too.
+    """
 
-    def open(self, rows: int, slots: int) -> DenoiserState: ...
+    # the token of a position not yet revealed; None: the process's noise is no token of its own
+    mask_id: int | None
+    draft_len: int = 8
+    taps: tuple[int, ...] = ()
 
-    def admit(self, state: DenoiserState, context: Context, rows: Int[Tensor, "R"]) -> None: ...
+    def open(self, rows: int, slots: int) -> DenoiserState:
+        """State for `rows` rows of at most `slots` positions. By default None."""
+        return cast(DenoiserState, None)
 
-    def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None: ...
+    def admit(self, state: DenoiserState, context: Context, rows: Int[Tensor, "R"]) -> None:
+        """Forget what `rows` held before. By default nothing is done."""
+        return None
 
+    def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None:
+        """The requests in `rows` have left. By default nothing is done."""
+        return None
+
+    @abstractmethod
     def denoise(
         self,
         context: Context,
         state: DenoiserState,
         canvas: Int[Tensor, "B K"],
         revealed: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, "B K V"]: ...
+    ) -> Float[Tensor, "B K V"]:
+        """Logits of every canvas position, which hold `mask_id` unless `revealed`."""
 
 
 class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     """K tokens in `steps` (T) network passes.
 
-    one-shot: T = 1, positions independent. left-to-right: the K positions fall into T contiguous groups, one pass each, and
-    later groups see what earlier ones drew. `draft_temperature` sharpens or flattens what is drawn *and* verified (0: greedy
-    drafts, point masses); always lossless, it only moves the acceptance rate.
+    one-shot: T = 1, positions independent. left-to-right: the K positions form T contiguous groups,
+    one pass each, and later groups see what earlier ones drew. `draft_temperature` sharpens or
+    flattens what is drawn *and* verified (0: greedy drafts, point masses); always lossless, it only
+    moves the acceptance rate.
     """
 
     def __init__(
@@ -73,15 +88,15 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
             )
         if denoiser.mask_id is None:
             raise UsageError(
-                f"order {order!r} reveals MASK tokens, and a drafter of the uniform process has none; it takes order 'any'"
+                f"order {order!r} reveals MASK tokens, and a drafter of the uniform process has "
+                f"none; it takes order 'any'"
             )
         self.mask_id = denoiser.mask_id
-        self.denoiser, self.steps, self.draft_temperature = (
-            denoiser,
-            steps,
-            checked_temperature(draft_temperature),
-        )
-        self.taps, self.draft_len = denoiser.taps, denoiser.draft_len
+        self.denoiser = denoiser
+        self.steps = steps
+        self.draft_temperature = checked_temperature(draft_temperature)
+        self.taps = denoiser.taps
+        self.draft_len = denoiser.draft_len
 
     def open(self, rows: int, slots: int) -> DenoiserState:
         return self.denoiser.open(rows, slots)
@@ -95,32 +110,29 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     def propose(
         self, context: Context, state: DenoiserState, noise: Noise, draft_len: int
     ) -> Draft:
-        """One pass a group; every token is drawn from exactly the row of probabilities that is handed on.
+        """One pass a group; every token is drawn from exactly its row of `probs`.
 
-        A group's penalties count the tokens of earlier groups, not of its own: those are drawn at once, and q says what they were
-        drawn from.
+        A group's penalties count the tokens of earlier groups, not of its own: those are drawn at
+        once, and q is what they were drawn from.
         """
-        asked = replace(
-            context.batch, params=tempered(context.batch.params, self.draft_temperature)
-        )
+        params = tempered(context.batch.params, self.draft_temperature)
+        batch = replace(context.batch, params=params)
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
+        position = torch.arange(draft_len, device=canvas.device)
         probs: list[Tensor] = []
-        for group in torch.arange(draft_len, device=canvas.device).tensor_split(
-            min(self.steps, draft_len)
-        ):
-            revealed = torch.arange(draft_len, device=canvas.device) < group[0]
-            logits = self.denoiser.denoise(context, state, canvas, revealed.expand_as(canvas))
-            q = distribution(
-                logits[:, group], asked, canvas[:, : sum(earlier.shape[1] for earlier in probs)]
-            )
+        for group in position.tensor_split(min(self.steps, draft_len)):
+            first = sum(earlier.shape[1] for earlier in probs)
+            revealed = (position < first).expand_as(canvas)
+            logits = self.denoiser.denoise(context, state, canvas, revealed)
+            q = distribution(logits[:, group], batch, canvas[:, :first])
             canvas = canvas.index_copy(1, group, draw(q, uniform[:, group]))
             probs.append(q)
         return Draft(canvas, torch.cat(probs, dim=1))
 
 
 def checked_temperature(draft_temperature: float) -> float:
-    """The draft temperature itself. Raises UsageError where it is none."""
+    """The draft temperature itself. Raises UsageError unless it is finite and not negative."""
     if not 0 <= draft_temperature < float("inf"):
         raise UsageError(f"draft_temperature must be a finite number >= 0, not {draft_temperature}")
     return draft_temperature

@@ -1,9 +1,11 @@
-"""A drafter that may break without breaking anything: its faults cost a draft, never the text or its law.
+"""A drafter that may fail: its faults cost a draft, never the text or its distribution.
 
-What may be looked at decides what stays lawful. Probabilities that are no law cut the row's draft in front of them: that depends
-on nothing drawn from them, and the tokens before keep their own q. So does a token no vocabulary holds: the target never says it.
-A drafter that raises, or whose draft cannot be read (its shape, type, layout or device; a tree), makes the round a plain one.
-Either way the row drafts no more until its next request; falling back to `match` after a look at the tokens would be biased.
+What may be inspected decides what stays exact. A row's draft is cut before probabilities that are
+no distribution: that depends on nothing drawn from them, and the tokens before keep their own q. It
+is also cut before a token outside the vocabulary, which the target never emits. A drafter that
+raises, or whose draft cannot be read (its shape, type, layout or device; a tree), makes the round a
+plain one. Either way drafting is disabled for the row until its next request; falling back to
+`match` after inspecting the tokens would be biased.
 
 Shapes: B rows, K drafted tokens, V target vocabulary.
 """
@@ -23,19 +25,23 @@ from specdiff.types import Batch, Context, Draft
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-TOLERANCE = 1e-3  # how far from 1 the sum of a law may be: float16 rounds that much
+TOLERANCE = 1e-3  # how far from 1 the probabilities may sum: float16 rounds that much
 FAULTS = (
     "",
     "drafted a token outside the target's vocabulary",
-    "gave probabilities that are no law (NaN, infinite, negative, or not summing to 1)",
+    "gave probabilities that are no distribution (NaN, infinite, negative, or not summing to 1)",
     "gave a draft size below 0 or above its own length",
 )
 
 
 @dataclass(slots=True)
 class GuardedState:
-    """`off` rows draft nothing. `news` (the last round's worst fault; is every running row off) stays on the device until the next
-    propose: by then the loop has waited for the round's tokens, and reading it waits for nothing more."""
+    """The inner state, and the rows whose drafting is disabled (`off`).
+
+    `news` (the last round's worst fault; whether every running row is off) stays on the device
+    until the next propose: by then the loop has waited for the round's tokens, and reading it waits
+    for nothing more.
+    """
 
     inner: Any
     off: Bool[Tensor, "B"]
@@ -45,21 +51,25 @@ class GuardedState:
 
 
 class GuardedDrafter(Drafter[GuardedState]):
-    """`inner`, watched: for any lawful drafter the same tokens and probabilities. Warns once a run, naming drafter and fault.
+    """`inner`, watched: a valid drafter's tokens and probabilities pass unchanged.
 
-    A UsageError passes: it says what the caller can mend. So does all that is no Exception, like an interrupt.
+    Warns once a run, naming drafter and fault. A UsageError is raised: the caller can fix it. So is
+    anything that is not an Exception, like an interrupt.
     """
 
     def __init__(self, inner: Drafter[Any], vocab_size: int) -> None:
-        self.inner, self.vocab_size = inner, vocab_size
-        self.taps, self.draft_len = inner.taps, inner.draft_len
+        self.inner = inner
+        self.vocab_size = vocab_size
+        self.taps = inner.taps
+        self.draft_len = inner.draft_len
 
     def open(self, rows: int, slots: int) -> GuardedState:
         return GuardedState(self.inner.open(rows, slots), torch.zeros(rows, dtype=torch.bool))
 
     def admit(self, state: GuardedState, context: Context, rows: Int[Tensor, "R"]) -> None:
         self._read(state)
-        state.off, state.disabled = state.off.to(rows.device).index_fill(0, rows, False), False
+        state.off = state.off.to(rows.device).index_fill(0, rows, False)
+        state.disabled = False
         try:
             self.inner.admit(state.inner, context, rows)
         except UsageError:
@@ -75,7 +85,7 @@ class GuardedDrafter(Drafter[GuardedState]):
             self._warn(state, f"raised {type(error).__name__} as requests left: {error}", error)
 
     def resume(self, state: GuardedState, earlier: GuardedState, rows: Int[Tensor, "R"]) -> None:
-        """`rows` go on from an earlier state: what was disabled there stays so, and nothing is warned of twice."""
+        """`rows` continue from an earlier state: disabled rows stay so, and no warning repeats."""
         self._read(earlier)
         off = earlier.off.to(rows.device)
         state.off = state.off.to(rows.device).index_copy(0, rows, off[rows])
@@ -92,91 +102,93 @@ class GuardedDrafter(Drafter[GuardedState]):
         except UsageError:
             raise
         except Exception as error:
-            state.off, state.disabled = torch.ones_like(context.batch.done), True
-            self._warn(
-                state,
-                str(error)
-                if isinstance(error, DrafterError)
-                else f"raised {type(error).__name__}: {error}",
-                error,
-            )
+            state.off = torch.ones_like(context.batch.done)
+            state.disabled = True
+            own = isinstance(error, DrafterError)
+            fault = str(error) if own else f"raised {type(error).__name__}: {error}"
+            self._warn(state, fault, error)
             return Draft.empty(context.batch)
 
     def _sound(self, batch: Batch, state: GuardedState, draft: Draft) -> Draft:
-        """The draft, each row cut in front of its first fault."""
+        """The draft, each row cut before its first fault."""
         fault = faults(draft, self.vocab_size)
         off = state.off.to(fault.device)
         size = draft.sizes.long()
         sound = (fault == 0).long().cumprod(1).sum(1)
         worst = torch.where(batch.done | off, 0, fault.amax(1))
-        known = draft.tokens.clamp(
-            0, self.vocab_size - 1
-        )  # behind the cut, but the target still looks its embedding up
-        cut = replace(
-            draft, tokens=known, size=torch.where(off, 0, sound.clamp(max=size).clamp(min=0))
-        )
+        size = torch.where(off, 0, sound.clamp(max=size).clamp(min=0))
+        # tokens after the cut do not count, but the target still looks up their embeddings
+        draft = replace(draft, tokens=draft.tokens.clamp(0, self.vocab_size - 1), size=size)
         state.off = off | (worst > 0)
         state.news = torch.stack([worst.amax(), (state.off | batch.done).all().long()])
-        return cut
+        return draft
 
     def _read(self, state: GuardedState) -> None:
         if state.news is not None:
             worst, disabled = state.news.tolist()
-            state.news, state.disabled = None, bool(disabled)
+            state.news = None
+            state.disabled = bool(disabled)
             if worst:
                 self._warn(state, FAULTS[worst], None)
 
     def _warn(self, state: GuardedState, fault: str, cause: Exception | None) -> None:
         if not state.warned:
             state.warned = True
-            told = f"the drafter {type(self.inner).__name__} {fault}; it rests, and decoding goes on plainly (its law is the target's still)"
-            warning = RuntimeWarning(told)
+            warning = RuntimeWarning(
+                f"the drafter {type(self.inner).__name__} {fault}; drafting is disabled until the "
+                f"row's next request; decoding continues and the output distribution is unchanged"
+            )
             warning.__cause__ = cause
             warnings.warn(warning, stacklevel=2)
 
 
 def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
-    """Raises DrafterError for what is no draft of this batch: all that can be seen without waiting for the device."""
+    """Raises DrafterError for what is no draft of this batch.
+
+    Checks all that can be checked without waiting for the device.
+    """
     if not isinstance(draft, Draft):
         raise DrafterError(f"returned a {type(draft).__name__}, not a Draft")
     if draft.parents is not None:
         raise DrafterError("drafted a tree (Draft.parents), which no target scores; draft a chain")
-    rows, home = len(batch.length), batch.ids.device
-    for name, part in (
-        ("tokens", draft.tokens),
-        ("probabilities", draft.probs),
-        ("a size", draft.size),
-    ):
+    rows = len(batch.length)
+    home = batch.ids.device
+    tensors = {"tokens": draft.tokens, "probabilities": draft.probs, "a size": draft.size}
+    for name, part in tensors.items():
         if part is not None and part.layout is not torch.strided:
             raise DrafterError(f"gave {name} of layout {part.layout}, not dense")
         if part is not None and part.device != home:
             raise DrafterError(f"gave {name} on {part.device}; the batch is on {home}")
     if draft.tokens.dim() != 2 or len(draft.tokens) != rows or draft.tokens.shape[1] > draft_len:
         raise DrafterError(
-            f"gave tokens of shape {list(draft.tokens.shape)}; expected [{rows}, at most {draft_len}]"
+            f"gave tokens of shape {list(draft.tokens.shape)}; "
+            f"expected [{rows}, at most {draft_len}]"
         )
     if draft.tokens.dtype != torch.long:
         raise DrafterError(f"gave tokens of type {draft.tokens.dtype}, not torch.int64")
-    wanted = (*draft.tokens.shape, vocab_size)
-    if draft.probs is not None and (draft.probs.shape != wanted or draft.probs.dtype not in FLOATS):
+    shape = (*draft.tokens.shape, vocab_size)
+    if draft.probs is not None and (draft.probs.shape != shape or draft.probs.dtype not in FLOATS):
         raise DrafterError(
-            f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; expected floats {list(wanted)}"
+            f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; "
+            f"expected floats {list(shape)}"
         )
     if draft.size is not None and (draft.size.shape != (rows,) or draft.size.dtype not in INTEGERS):
         raise DrafterError(
-            f"gave a size of shape {list(draft.size.shape)} and type {draft.size.dtype}; expected integers [{rows}]"
+            f"gave a size of shape {list(draft.size.shape)} and type {draft.size.dtype}; "
+            f"expected integers [{rows}]"
         )
 
 
 def faults(draft: Draft, vocab_size: int, tolerance: float = TOLERANCE) -> Int[Tensor, "B K"]:
-    """What is wrong at each counted position, as a place in FAULTS; 0 is sound. Waits for nothing: no host sync."""
+    """The fault of each counted position, as an index into FAULTS; 0 is none. No host sync."""
     K = draft.tokens.shape[1]
-    found = ((draft.tokens < 0) | (draft.tokens >= vocab_size)).long()
+    fault = ((draft.tokens < 0) | (draft.tokens >= vocab_size)).long()
     if draft.probs is not None:
-        law = (draft.probs.sum(-1) - 1).abs() <= tolerance  # NaN and infinity meet no comparison
-        law &= draft.probs.amin(-1) >= 0
-        found = torch.where(law, found, 2)
+        # NaN and infinity meet no comparison
+        valid = (draft.probs.sum(-1) - 1).abs() <= tolerance
+        valid &= draft.probs.amin(-1) >= 0
+        fault = torch.where(valid, fault, 2)
     if draft.size is not None:
-        found = torch.where(torch.arange(K, device=found.device) < draft.size[:, None], found, 0)
-        found = torch.where(((draft.size < 0) | (draft.size > K))[:, None], 3, found)
-    return found
+        fault = torch.where(torch.arange(K, device=fault.device) < draft.size[:, None], fault, 0)
+        fault = torch.where(((draft.size < 0) | (draft.size > K))[:, None], 3, fault)
+    return fault

@@ -1,10 +1,12 @@
-"""The paper's drafter: SEDD conditions on committed tokens by projection and denoises gamma tokens of noise behind them.
+"""The paper's drafter: SEDD, conditioned on committed tokens by projection, denoises K positions.
 
-Canvas = the last `window` committed tokens, then K positions that are noise or already revealed. Only those K need logits.
-A network with causal context reads each committed token once and caches its keys and values; a bidirectional one (the
-authors' checkpoints) reads the window anew in every pass.
+Canvas = the last `window` committed tokens, then K positions that are noise or already revealed.
+Only those K need logits. A network with causal context reads each committed token once and caches
+its keys and values; a bidirectional one (the authors' checkpoints) reads the window anew in every
+pass.
 
-Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary; of a score also MASK.
+Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary; of a score
+also MASK.
 """
 
 from dataclasses import dataclass, replace
@@ -17,7 +19,7 @@ from torch import Tensor
 from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
-from specdiff.drafters.denoising import ORDERS, DenoisingDrafter
+from specdiff.drafters.denoising import ORDERS, Denoiser, DenoisingDrafter
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
@@ -25,6 +27,7 @@ from specdiff.models.masks import causal
 from specdiff.nn.borrowed import scatter
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import stream_weights
+from specdiff.nn.sedd_config import SEDDConfig
 from specdiff.types import Context, TargetInfo
 from specdiff.weights import locate, read_config
 
@@ -34,19 +37,18 @@ CHUNK = 512  # most context tokens read in one pass, so that a long prompt's att
 
 @dataclass(slots=True)
 class SEDDState:
-    """Keys and values of the committed tokens (causal context only), and how many of them each row has read."""
+    """Keys and values of the committed tokens (causal context only), and their count in each row."""
 
     cache: RaggedCache | None
     read: Int[Tensor, "B"]
 
 
-class SEDDDenoiser:
-    """A SEDD network over its target's vocabulary, as a Scorer; one of the absorbing process also as a Denoiser.
+class SEDDDenoiser(Denoiser[SEDDState]):
+    """A SEDD network over its target's vocabulary: a Scorer; if absorbing, also a Denoiser.
 
-    padded: its ids mean what the target's do, though one vocabulary is larger. It is a Denoiser only then.
+    padded: its ids mean what the target's do, though one vocabulary is larger. It can only denoise
+        then.
     """
-
-    taps: tuple[int, ...] = ()
 
     def __init__(
         self,
@@ -64,33 +66,35 @@ class SEDDDenoiser:
             raise UsageError(f"window must be at least 1, not {window}")
         if self.cached and window not in (None, config.context_window):
             raise UsageError(
-                f"window={window}, but this drafter was trained with a fixed context of {config.context_window}"
+                f"window={window}, but this drafter was trained with a fixed context of "
+                f"{config.context_window}"
             )
         if self.cached and config.time_conditioning:
             raise DrafterError(
-                "this drafter's context is cached, so it cannot depend on time: its config needs time_conditioning false"
+                "this drafter's context is cached, so it cannot depend on time: "
+                "its config needs time_conditioning false"
             )
-        fits = None if self.cached else config.length
-        self.window = (
-            config.context_window if self.cached else min(window or WINDOW, config.length - 1)
-        )
+        if self.cached:
+            self.longest = None
+            self.window = config.context_window
+        else:
+            self.longest = config.length
+            self.window = min(window or WINDOW, config.length - 1)
         if config.borrow_embeddings:
             if target.embedding is None or target.head is None:
                 raise DrafterError(
-                    f"this drafter borrows its target's embedding and head, which {target.name!r} does not offer"
+                    f"this drafter borrows its target's embedding and head, "
+                    f"which {target.name!r} does not offer"
                 )
             model = model.borrow(target.embedding, target.head)
         stream_weights(model)
-        self.model, self.longest, self.device = model.to(target.device).eval(), fits, target.device
-        self.mask_id, self.draft_len, self.vocab_size = config.mask_id, draft_len, target.vocab_size
-        self.process: Process = (
-            Absorbing(config.tokens) if config.process == "absorb" else Uniform(config.tokens)
-        )
-        self.schedule: Schedule = (
-            Loglinear()
-            if config.schedule == "loglinear"
-            else Geometric(config.sigma_min, config.sigma_max)
-        )
+        self.model = model.to(target.device).eval()
+        self.device = target.device
+        self.mask_id = config.mask_id
+        self.draft_len = draft_len
+        self.vocab_size = target.vocab_size
+        self.process = _process(config)
+        self.schedule = _schedule(config)
 
     def open(self, rows: int, slots: int) -> SEDDState:
         read = torch.zeros(rows, dtype=torch.long, device=self.device)
@@ -99,9 +103,6 @@ class SEDDDenoiser:
     def admit(self, state: SEDDState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.read[rows] = 0
 
-    def release(self, state: SEDDState, rows: Int[Tensor, "R"]) -> None:
-        return None
-
     def denoise(
         self,
         context: Context,
@@ -109,19 +110,24 @@ class SEDDDenoiser:
         canvas: Int[Tensor, "B K"],
         revealed: Bool[Tensor, "B K"],
     ) -> Float[Tensor, "B K V"]:
-        """Logits of the clean tokens: softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels)."""
-        sigma = (
-            None
-            if self.cached
-            else self.schedule.total(self._time(context, canvas.shape[1], (~revealed).sum(1)))
-        )
+        """Logits of the clean tokens.
+
+        The softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels).
+        """
+        sigma = None
+        if not self.cached:
+            time = self._time(context, canvas.shape[1], (~revealed).sum(1))
+            sigma = self.schedule.total(time)
         logits = self._logits(context, state, canvas, sigma)
         if self.model.config.draft_vocab_size is not None:
             return scatter(logits, self.model.draft_vocab, self.vocab_size)
         return fitted(logits[..., : self.model.config.tokens], self.vocab_size)
 
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
-        """The time of a fresh canvas; with the uniform process, of one whose drafted positions are all replaced."""
+        """The time of a fresh canvas.
+
+        With the uniform process, of one whose drafted positions are all replaced.
+        """
         return self._time(context, draft_len, torch.full_like(context.batch.length, draft_len))
 
     def log_score(
@@ -131,7 +137,7 @@ class SEDDDenoiser:
         canvas: Int[Tensor, "B K"],
         sigma: Float[Tensor, "B"],
     ) -> Float[Tensor, "B K V"]:
-        """The log-score of the canvas's positions, where the context is clean and the canvas has noise sigma."""
+        """The log-score of the canvas, which has noise sigma while the context is clean."""
         return self.model.log_score(self._logits(context, state, canvas, sigma), canvas, sigma)
 
     def _logits(
@@ -155,7 +161,7 @@ class SEDDDenoiser:
         return self.model.logits(hidden[:, -canvas.shape[1] :])
 
     def _room(self, draft_len: int) -> int:
-        """The most committed tokens in view beside a canvas of `draft_len`."""
+        """The most committed tokens in view together with a canvas of `draft_len`."""
         room = WINDOW if self.longest is None else self.longest - draft_len
         return min(self.window or room, room)
 
@@ -165,48 +171,38 @@ class SEDDDenoiser:
         """The time whose expected share of noise is that of the canvas, padding apart."""
         if self.longest is not None and self.longest <= draft_len:
             raise UsageError(
-                f"draft_len {draft_len} does not fit this drafter's canvas of {self.longest} positions"
+                f"draft_len {draft_len} does not fit this drafter's canvas of {self.longest} "
+                f"positions"
             )
         share = noised / (context.batch.length.clamp(max=self._room(draft_len)) + draft_len)
-        return torch.tensor(
-            [self.schedule.time_of_masked_share(s) for s in share.tolist()], device=share.device
-        )
+        times = [self.schedule.time_of_masked_share(s) for s in share.tolist()]
+        return torch.tensor(times, device=share.device)
 
     def _cached(
         self, context: Context, state: SEDDState, canvas: Int[Tensor, "B K"]
     ) -> Float[Tensor, "B L H"]:
-        """Feed the tokens committed since the last pass, and the canvas behind them."""
-        batch, cache = context.batch, state.cache
+        """Feed the tokens committed since the last pass, and the canvas after them."""
+        batch = context.batch
+        cache = state.cache
         assert cache is not None
-        behind = int(
-            (batch.length - state.read).max()
-        )  # rows that are less far behind re-read tokens: same keys, same values
-        while behind > CHUNK:
-            at = (batch.length[:, None] - behind + torch.arange(CHUNK, device=canvas.device)).clamp(
-                min=0
-            )
+        length = batch.length[:, None]
+        K = canvas.shape[1]
+        # rows that lag less read some tokens again: same keys, same values
+        lag = int((batch.length - state.read).max())
+        while lag > CHUNK:
+            at = (length - lag + torch.arange(CHUNK, device=canvas.device)).clamp(min=0)
             self._pass(cache, batch.ids.gather(1, at), at, causal(at, cache.slots, self.window))
-            behind -= CHUNK
-        old = (batch.length[:, None] - behind + torch.arange(behind, device=canvas.device)).clamp(
-            min=0
-        )
-        new = (batch.length[:, None] + torch.arange(canvas.shape[1], device=canvas.device)).clamp(
-            max=cache.slots - 1
-        )
+            lag -= CHUNK
+        old = (length - lag + torch.arange(lag, device=canvas.device)).clamp(min=0)
+        new = (length + torch.arange(K, device=canvas.device)).clamp(max=cache.slots - 1)
         slot = torch.arange(cache.slots, device=canvas.device)
-        first = (batch.length - (self.window or cache.slots))[:, None]
-        block = (slot >= first) & (slot < batch.length[:, None] + canvas.shape[1])
-        mask = torch.cat(
-            [
-                causal(old, cache.slots, self.window),
-                block[:, None, None].expand(-1, 1, canvas.shape[1], -1),
-            ],
-            dim=2,
-        )
+        first = length - (self.window or cache.slots)
+        block = (slot >= first) & (slot < length + K)
+        block = block[:, None, None].expand(-1, 1, K, -1)
+        mask = torch.cat([causal(old, cache.slots, self.window), block], dim=2)
         state.read.copy_(batch.length)
-        return self._pass(
-            cache, torch.cat([batch.ids.gather(1, old), canvas], 1), torch.cat([old, new], 1), mask
-        )
+        ids = torch.cat([batch.ids.gather(1, old), canvas], dim=1)
+        return self._pass(cache, ids, torch.cat([old, new], dim=1), mask)
 
     def _pass(
         self,
@@ -229,11 +225,20 @@ class SEDDDenoiser:
         W = min(self._room(canvas.shape[1]), int(batch.length.max()))
         at = batch.length[:, None] - W + torch.arange(W, device=canvas.device)
         ids = torch.cat([batch.ids.gather(1, at.clamp(min=0)), canvas], dim=1)
-        real = torch.cat(
-            [at >= 0, torch.ones_like(canvas, dtype=torch.bool)], dim=1
-        )  # short rows are padded on the left
+        # short rows are padded on the left
+        real = torch.cat([at >= 0, torch.ones_like(canvas, dtype=torch.bool)], dim=1)
         positions = (real.cumsum(1) - 1).clamp(min=0)
         return self.model.hidden(ids, sigma, mask=real[:, None, None], positions=positions)
+
+
+def _process(config: SEDDConfig) -> Process:
+    return Absorbing(config.tokens) if config.process == "absorb" else Uniform(config.tokens)
+
+
+def _schedule(config: SEDDConfig) -> Schedule:
+    if config.schedule == "loglinear":
+        return Loglinear()
+    return Geometric(config.sigma_min, config.sigma_max)
 
 
 def sedd(
@@ -250,8 +255,9 @@ def sedd(
     """A SEDD drafter from a folder or hub id.
 
     Args:
-        agrees: asked where its vocabulary is of another size; order "any" needs the same size.
-        order: "one-shot", "left-to-right" or "any"; by default the first or second as `steps` has it, "any" where there is no MASK.
+        agrees: called if its vocabulary is of another size; order "any" needs the same size.
+        order: "one-shot", "left-to-right" or "any". By default "any" where there is no MASK, else
+            "one-shot" for one step and "left-to-right" for more.
         sampler: of order "any", "analytic" (the default) or "euler".
 
     Raises ConfigError, WeightsError, DrafterError or UsageError naming what does not fit.
@@ -259,16 +265,16 @@ def sedd(
     if order not in (None, *ORDERS, "any"):
         raise UsageError(f"unknown order {order!r}; known are {', '.join(ORDERS)}, any")
     path = locate(folder)
-    model, draft_len = SEDD.from_pretrained(path), read_config(path).get("draft_len", 8)
+    model = SEDD.from_pretrained(path)
+    draft_len = read_config(path).get("draft_len", 8)
     if not isinstance(draft_len, int) or draft_len < 1:
         raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")
     tokens = model.config.tokens
     padded = tokens != target.vocab_size and agrees(tokens)
     denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len, padded=padded)
     if order == "any" or (order is None and denoiser.mask_id is None):
-        demand_vocabulary(
-            tokens, target, padded=False
-        )  # its process runs over all of its own tokens
+        # its process runs over all of its own tokens
+        demand_vocabulary(tokens, target, padded=False)
         return AnyOrderDrafter(
             denoiser,
             steps=steps,

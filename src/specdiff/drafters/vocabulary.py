@@ -1,6 +1,7 @@
-"""A drafter whose vocabulary is its target's with other padding: the ids that both hold mean the same tokens.
+"""Vocabularies that differ in padding only: ids present in both mean the same tokens.
 
-Its logits beyond the target's vocabulary are cut; an id that it lacks has probability 0, which is a valid law like any other.
+Logits beyond the target's vocabulary are cut; an id that the drafter lacks has probability 0, which
+is a valid distribution like any other.
 
 Shapes: B rows, K positions, C columns of the network, V target vocabulary.
 """
@@ -14,22 +15,22 @@ from torch import Tensor
 from specdiff.errors import DrafterError
 from specdiff.types import TargetInfo
 
-Agreement = Callable[
-    [int], bool
-]  # of a vocabulary's size: does the target's tokenizer give these ids the same meaning?
+# of a vocabulary's size: does the target's tokenizer give these ids the same meaning?
+Agreement = Callable[[int], bool]
 
 
 def never(vocab_size: int) -> bool:
-    """Nothing is known of the tokenizers."""
+    """The tokenizers are unknown."""
     return False
 
 
 def demand_vocabulary(size: int, target: TargetInfo, *, padded: bool) -> None:
-    """Raises DrafterError where the drafter's vocabulary is of another size, and not the target's with other padding."""
+    """Raises DrafterError unless the sizes are equal, or `padded`: they differ in padding only."""
     if size != target.vocab_size and not padded:
         raise DrafterError(
-            f"this drafter writes a vocabulary of {size} tokens, but the target {target.name!r} has {target.vocab_size}; "
-            f"use a drafter trained for this target, or one whose folder holds a tokenizer with the same ids"
+            f"this drafter writes a vocabulary of {size} tokens, but the target {target.name!r} "
+            f"has {target.vocab_size}; use a drafter trained for this target, or one whose folder "
+            f"holds a tokenizer with the same ids"
         )
 
 
@@ -42,5 +43,8 @@ def fitted(logits: Float[Tensor, "B K C"], vocab_size: int) -> Float[Tensor, "B 
 
 
 def known_ids(ids: Int[Tensor, "B K"], size: int, vocab_size: int) -> Int[Tensor, "B K"]:
-    """What a network of `size` words reads: another token in place of one that it lacks. This costs acceptance only."""
+    """The input of a network of `size` tokens: id 0 replaces those it lacks.
+
+    This costs acceptance only.
+    """
     return ids if size >= vocab_size else ids.masked_fill(ids >= size, 0)

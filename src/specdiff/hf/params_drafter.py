@@ -6,37 +6,29 @@ from typing import TypeVar
 from jaxtyping import Int
 from torch import Tensor
 
-from specdiff.drafters.base import Drafter
+from specdiff.drafters.base import Drafter, DrafterWrapper
 from specdiff.noise import Noise
 from specdiff.types import Context, Draft, Params
 
 State = TypeVar("State")
 
 
-class ParamsDrafter(Drafter[State]):
-    """`drafter`, which sees `params` (one entry for each row) in place of its batch's.
+class ParamsDrafter(DrafterWrapper[State]):
+    """`inner`, which sees `params` (one entry for each row) in place of its batch's.
 
     Its drafts are then closer to the target. The output does not depend on them: the drafter
     reports the distribution that its tokens were drawn from, as always.
     """
 
-    def __init__(self, drafter: Drafter[State], params: Params) -> None:
-        self.drafter = drafter
+    def __init__(self, inner: Drafter[State], params: Params) -> None:
+        super().__init__(inner)
         self.params = params
-        self.taps = drafter.taps
-        self.draft_len = drafter.draft_len
-
-    def open(self, rows: int, slots: int) -> State:
-        return self.drafter.open(rows, slots)
 
     def admit(self, state: State, context: Context, rows: Int[Tensor, "R"]) -> None:
-        self.drafter.admit(state, self._with_params(context), rows)
+        self.inner.admit(state, self._with_params(context), rows)
 
     def propose(self, context: Context, state: State, noise: Noise, draft_len: int) -> Draft:
-        return self.drafter.propose(self._with_params(context), state, noise, draft_len)
-
-    def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
-        self.drafter.release(state, rows)
+        return self.inner.propose(self._with_params(context), state, noise, draft_len)
 
     def _with_params(self, context: Context) -> Context:
         return replace(context, batch=replace(context.batch, params=self.params))

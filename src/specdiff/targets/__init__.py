@@ -1,1 +1,1 @@
-"""Targets: the model whose law is preserved."""
+"""Targets: the model whose distribution is preserved."""

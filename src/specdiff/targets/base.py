@@ -1,4 +1,4 @@
-"""The target's role: score a draft in one pass, and keep what was accepted."""
+"""The target interface: score a draft in one pass, and keep the entries of accepted tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,17 +13,23 @@ Cache = TypeVar("Cache")
 
 
 class Target(ABC, Generic[Cache]):
-    """A model whose law is preserved. Big mutable buffers live in the cache it hands out, never on self.
+    """A model whose distribution is preserved.
 
-    Invariant: between rounds a row's cache holds exactly `length - 1` entries; each round's input starts at the anchor. A row
-    that is done is scored like any other, and so written from `length - 1` on; what lies before stays.
+    Large mutable buffers live in the cache that `open` returns, never on self.
+
+    Invariant: between rounds a row's cache holds exactly `length - 1` entries; each round's input
+    starts at the anchor. A row that is done is scored like any other, and so written from
+    `length - 1` on; the entries before that stay.
     """
 
     info: TargetInfo
 
     @abstractmethod
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Cache:
-        """A cache for `rows` rows of `slots` positions; `taps` are the layers whose hidden states come back as features."""
+        """A cache for `rows` rows of `slots` positions.
+
+        `taps` are the layers whose hidden states are returned as features.
+        """
 
     @abstractmethod
     def admit(
@@ -31,22 +37,57 @@ class Target(ABC, Generic[Cache]):
         cache: Cache,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
         """Fill `rows` with prompt[:-1]; returns its features, right-padded, where there are taps.
 
-        kept: of each prompt, how many of the first tokens the row held at the same positions when it was released, and so need
-            not be read again. 0: none; at most len(prompt) - 1; always 0 where there are taps. To ignore it is lawful.
+        prefix_lengths: how many of each prompt's first tokens the row held at the same positions
+            when it was released, and so need not be read again. 0: none; at most len(prompt) - 1;
+            always 0 where there are taps. It may be ignored.
         """
 
     @abstractmethod
     def score(self, cache: Cache, batch: Batch, draft: Draft) -> TargetOutput:
         """One pass over [anchor, draft tokens]."""
 
-    @abstractmethod
     def keep(self, cache: Cache, batch: Batch, verification: Verification) -> None:
-        """Keep the accepted path's entries. Rollback is not advancing `length`: the rest is overwritten next round."""
+        """Keep the accepted path's entries.
 
-    @abstractmethod
+        By default nothing is done: the accepted tokens of a chain are in place already, and
+        rejected ones are overwritten in the next round because `length` has not passed them.
+        """
+
     def release(self, cache: Cache, rows: Int[Tensor, "R"]) -> None:
-        """The requests in `rows` have left. What the first `length - 1` entries hold may be asked for again, by `kept`."""
+        """The requests in `rows` have left. By default nothing is done.
+
+        The first `length - 1` entries may be used again, see `prefix_lengths`.
+        """
+
+
+class TargetWrapper(Target[Cache]):
+    """A target around `inner` that forwards everything; a subclass overrides what it changes."""
+
+    def __init__(self, inner: Target[Cache]) -> None:
+        self.inner = inner
+        self.info = inner.info
+
+    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Cache:
+        return self.inner.open(rows, slots, taps)
+
+    def admit(
+        self,
+        cache: Cache,
+        rows: Int[Tensor, "R"],
+        prompts: Sequence[Int[Tensor, "L"]],
+        prefix_lengths: Int[Tensor, "R"],
+    ) -> Float[Tensor, "R N D"] | None:
+        return self.inner.admit(cache, rows, prompts, prefix_lengths)
+
+    def score(self, cache: Cache, batch: Batch, draft: Draft) -> TargetOutput:
+        return self.inner.score(cache, batch, draft)
+
+    def keep(self, cache: Cache, batch: Batch, verification: Verification) -> None:
+        self.inner.keep(cache, batch, verification)
+
+    def release(self, cache: Cache, rows: Int[Tensor, "R"]) -> None:
+        self.inner.release(cache, rows)

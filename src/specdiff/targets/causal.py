@@ -16,7 +16,7 @@ from specdiff.models.ragged import RaggedModel, lock_of
 from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
+from specdiff.types import Batch, Draft, TargetInfo, TargetOutput
 
 CHUNK = 512  # prompt positions a forward, so that a long prompt's logits and scores stay small
 ATTACHED = "_specdiff_target"
@@ -24,14 +24,17 @@ ATTACHED = "_specdiff_target"
 
 @dataclass(slots=True)
 class CausalCache:
-    """Keys and values of every row, and the layers whose hidden states are wanted."""
+    """Keys and values of every row, and the layers whose hidden states are returned."""
 
     store: RaggedCache
     taps: tuple[int, ...]
 
 
 class CausalTarget(Target[CausalCache]):
-    """Scores drafts with `model`. The self-test runs here: a model that cannot be scored exactly is refused."""
+    """Scores drafts with `model`.
+
+    The self-test runs here: a model that cannot be scored exactly is refused.
+    """
 
     def __init__(self, model: PreTrainedModel, name: str = "") -> None:
         stream_weights(model)
@@ -59,27 +62,23 @@ class CausalTarget(Target[CausalCache]):
         cache: CausalCache,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
-        unread = [prompt[k:-1] for prompt, k in zip(prompts, kept.tolist(), strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(
-            unread, batch_first=True
-        )  # padding is overwritten by later rounds
-        at = (kept[:, None] + torch.arange(ids.shape[1], device=ids.device)).clamp(
-            max=cache.store.slots - 1
-        )
-        features = [
-            self.ragged.forward(cache.store, i, a, selected=rows, taps=cache.taps, last=1)[1]
-            for i, a in zip(ids.split(CHUNK, dim=1), at.split(CHUNK, dim=1), strict=True)
-            if i.shape[1]
-        ]
-        tapped = [f for f in features if f is not None]
-        if not cache.taps:
-            return None
-        empty = ids.new_zeros(
-            len(ids), 0, self.info.hidden_size * len(cache.taps), dtype=self.info.dtype
-        )
-        return torch.cat(tapped, dim=1) if tapped else empty
+        starts = prefix_lengths.tolist()
+        suffixes = [prompt[k:-1] for prompt, k in zip(prompts, starts, strict=True)]
+        # padding is overwritten by later rounds
+        ids = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True)
+        at = prefix_lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        at = at.clamp(max=cache.store.slots - 1)
+        size = self.info.hidden_size * len(cache.taps)
+        features = [ids.new_zeros(len(ids), 0, size, dtype=self.info.dtype)]
+        for i, a in zip(ids.split(CHUNK, dim=1), at.split(CHUNK, dim=1), strict=True):
+            if not i.shape[1]:
+                continue
+            _, part = self.ragged.forward(cache.store, i, a, selected=rows, taps=cache.taps, last=1)
+            if part is not None:
+                features.append(part)
+        return torch.cat(features, dim=1) if cache.taps else None
 
     def score(self, cache: CausalCache, batch: Batch, draft: Draft) -> TargetOutput:
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
@@ -89,36 +88,33 @@ class CausalTarget(Target[CausalCache]):
         )
         return TargetOutput(logits, features)
 
-    def keep(self, cache: CausalCache, batch: Batch, verification: Verification) -> None:
-        return None  # a chain's accepted entries already lie at their slots
-
-    def release(self, cache: CausalCache, rows: Int[Tensor, "R"]) -> None:
-        return None  # the next request overwrites the row
-
 
 @dataclass(frozen=True, slots=True)
 class _Attachment:
-    """A model's target, and what was true of the model when it was tested."""
+    """A model's target, and the facts about the model it was tested with."""
 
     target: CausalTarget
     facts: tuple[Any, ...]
 
 
 def attached(model: PreTrainedModel, name: str = "") -> CausalTarget:
-    """The target of a model, self-tested once: again only where its config, attention, weights or buffers have changed since.
+    """The target of a model, self-tested once.
 
-    It hangs on the model itself, so that the two are forgotten together; a table beside them would keep both for ever.
+    It is tested again only if its config, attention, weights or buffers have changed since. The
+    target is an attribute of the model itself, so that the two are freed together; a table of them
+    would keep both forever.
     """
     with lock_of(model):
-        known: _Attachment | None = vars(model).get(ATTACHED)
-        if known is None or known.facts != _facts(model):
-            target = CausalTarget(model, name or (known.target.info.name if known else ""))
-            known = vars(model)[ATTACHED] = _Attachment(target, _facts(model))
-        return known.target
+        attachment: _Attachment | None = vars(model).get(ATTACHED)
+        if attachment is None or attachment.facts != _facts(model):
+            earlier = attachment.target.info.name if attachment else ""
+            target = CausalTarget(model, name or earlier)
+            attachment = vars(model)[ATTACHED] = _Attachment(target, _facts(model))
+        return attachment.target
 
 
 def _facts(model: PreTrainedModel) -> tuple[Any, ...]:
-    """All that a target is made from: equal as long as it still holds."""
+    """Everything a target depends on: equal as long as the target is still valid."""
     attention = tuple(
         part.config._attn_implementation
         for part in model.modules()
@@ -129,11 +125,9 @@ def _facts(model: PreTrainedModel) -> tuple[Any, ...]:
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    """Which numbers a tensor holds, without reading them: where they lie, and how often they were written to."""
-    plain = type(tensor) in (
-        Tensor,
-        torch.nn.Parameter,
-    )  # a packed (quantized) tensor has no address of its own
+    """Which numbers a tensor holds, without reading them: its address and count of writes."""
+    # a packed (quantized) tensor has no address of its own
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
     place = tensor.data_ptr() if plain else id(tensor)
     writes = 0 if tensor.is_inference() else tensor._version
     return place, writes, tensor.dtype, tensor.device, tuple(tensor.shape)
@@ -142,7 +136,10 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 def _table(
     layer: torch.nn.Module | None, kind: type[torch.nn.Module]
 ) -> Float[Tensor, "V D"] | None:
-    """The plain matrix of a layer, for drafters to borrow; None where there is a bias, or it is packed (quantised) or offloaded."""
+    """The plain matrix of a layer, for drafters to borrow.
+
+    None where there is a bias, or it is packed (quantized) or offloaded.
+    """
     parts = {} if layer is None else dict(layer.named_parameters(recurse=False))
     weight = parts.get("weight")
     if not isinstance(layer, kind) or weight is None or "bias" in parts:

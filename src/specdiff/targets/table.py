@@ -1,7 +1,7 @@
 """A toy target with an exact law, for tests and examples: p(next | last two tokens) is a table.
 
-Its cache holds token ids the way a real one holds keys and values (written at slots, overwritten after a rejection), and
-scoring reads nothing else: a stale slot shows at once.
+Its cache holds token ids the way a real one holds keys and values (written at slots, overwritten
+after a rejection), and scoring reads nothing else: a stale slot shows at once.
 """
 
 import itertools
@@ -14,19 +14,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
+from specdiff.types import Batch, Draft, TargetInfo, TargetOutput
 
 
 @dataclass(slots=True)
 class TableCache:
-    """The tokens themselves, slot by slot, as a model's cache would hold their keys and values."""
+    """Token ids, slot by slot, where a model's cache would hold their keys and values."""
 
     slots: Int[Tensor, "B S"]
     taps: int
 
 
 class TableTarget(Target[TableCache]):
-    """logits(next) = table[before last, last]. `table` is [V, V, V]; float64 makes its law exact."""
+    """logits(next) = table[before last, last], of shape [V, V, V]; in float64 its law is exact."""
 
     def __init__(self, table: Float[Tensor, "V V V"]) -> None:
         self.table = table
@@ -36,67 +36,50 @@ class TableTarget(Target[TableCache]):
     @classmethod
     def random(cls, vocab_size: int, seed: int = 0, sharpness: float = 1.5) -> Self:
         generator = torch.Generator().manual_seed(seed)
-        return cls(
-            sharpness
-            * torch.randn(
-                vocab_size, vocab_size, vocab_size, dtype=torch.float64, generator=generator
-            )
-        )
+        shape = (vocab_size, vocab_size, vocab_size)
+        return cls(sharpness * torch.randn(shape, dtype=torch.float64, generator=generator))
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> TableCache:
-        return TableCache(
-            torch.zeros(rows, slots, dtype=torch.long, device=self.table.device), len(taps)
-        )
+        ids = torch.zeros(rows, slots, dtype=torch.long, device=self.table.device)
+        return TableCache(ids, len(taps))
 
     def admit(
         self,
         cache: TableCache,
         rows: Int[Tensor, "R"],
         prompts: Sequence[Int[Tensor, "L"]],
-        kept: Int[Tensor, "R"],
+        prefix_lengths: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
-        for row, prompt, k in zip(rows, prompts, kept.tolist(), strict=True):
+        for row, prompt, k in zip(rows, prompts, prefix_lengths.tolist(), strict=True):
             cache.slots[row, k : len(prompt) - 1] = prompt[k:-1]
-        seen = torch.nn.utils.rnn.pad_sequence(
-            [prompt[:-1] for prompt in prompts], batch_first=True
-        )
-        return self._features(cache, seen)
+        contexts = [prompt[:-1] for prompt in prompts]
+        return self._features(cache, torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True))
 
     def score(self, cache: TableCache, batch: Batch, draft: Draft) -> TargetOutput:
-        at = (
-            batch.length[:, None]
-            - 1
-            + torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)
-        )
-        at = at.clamp(max=cache.slots.shape[1] - 1)
+        index = torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)
+        at = (batch.length[:, None] - 1 + index).clamp(max=cache.slots.shape[1] - 1)
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
         cache.slots.scatter_(1, at, ids)
         last = cache.slots.gather(1, at)
         before = torch.where(at > 0, cache.slots.gather(1, (at - 1).clamp(min=0)), 0)
         return TargetOutput(self.table[before, last], self._features(cache, ids))
 
-    def keep(self, cache: TableCache, batch: Batch, verification: Verification) -> None:
-        return None
-
-    def release(self, cache: TableCache, rows: Int[Tensor, "R"]) -> None:
-        return None
-
     def _features(
         self, cache: TableCache, ids: Int[Tensor, "B N"]
     ) -> Float[Tensor, "B N D"] | None:
         """One-hot tokens stand for hidden states, once per tap."""
-        return (
-            torch.nn.functional.one_hot(ids, self.info.vocab_size).double().repeat(1, 1, cache.taps)
-            if cache.taps
-            else None
-        )
+        if not cache.taps:
+            return None
+        hidden = torch.nn.functional.one_hot(ids, self.info.vocab_size).double()
+        return hidden.repeat(1, 1, cache.taps)
 
     def law(self, prompt: Sequence[int], length: int) -> dict[tuple[int, ...], float]:
         """Every continuation of `length` tokens with its exact probability at temperature 1."""
         p = torch.softmax(self.table, dim=-1)
         result = {}
         for tail in itertools.product(range(self.info.vocab_size), repeat=length):
-            row, mass = [0, *prompt, *tail], 1.0
+            row = [0, *prompt, *tail]
+            mass = 1.0
             for i in range(len(prompt) + 1, len(row)):
                 mass *= float(p[row[i - 2], row[i - 1], row[i]])
             result[tail] = mass

@@ -6,7 +6,7 @@ from typing import Any
 
 from specdiff import catalog, engine
 from specdiff.data.corpus import Corpus
-from specdiff.data.rows import Row
+from specdiff.data.shards import Row
 from specdiff.drafters.base import Drafter
 from specdiff.errors import TargetError
 from specdiff.noise import row_seed

@@ -10,7 +10,7 @@ from torch import Tensor
 import tiny
 from doubles import ToyDenoiser
 from specdiff import SpeculativeLM, decode
-from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.base import Drafter, DrafterWrapper, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.on_device import OnDevice, across
 from specdiff.noise import Noise
@@ -49,19 +49,17 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(getattr(value, name))
 
 
-class Witness(Drafter[Any]):
+class Witness(DrafterWrapper[Any]):
     """Passes everything on, and notes the kinds of tensors it saw."""
 
     def __init__(self, inner: Drafter[Any]) -> None:
-        self.inner, self.taps, self.draft_len = inner, inner.taps or (0,), inner.draft_len
-        self.seen: list[type] = []
+        super().__init__(inner)
+        self.taps = inner.taps or (0,)
+        self.kinds: list[type] = []
         self.features = 0
 
     def note(self, *values: Any) -> None:
-        self.seen += [type(t) for value in values for t in tensors(value)]
-
-    def open(self, rows: int, slots: int) -> Any:
-        return self.inner.open(rows, slots)
+        self.kinds += [type(t) for value in values for t in tensors(value)]
 
     def admit(self, state: Any, context: Context, rows: Tensor) -> None:
         self.note(context, rows)
@@ -92,17 +90,17 @@ def test_everything_crosses_over_and_no_token_changes(target: TableTarget, verif
     want = list(decode.decode(target, inner, batch, verifier=VERIFIERS[verifier]))
     got = list(decode.decode(target, wrapped, batch, verifier=VERIFIERS[verifier]))
     assert torch.equal(got[-1].batch.ids, want[-1].batch.ids)
-    assert len(witness.seen) > 100
-    assert set(witness.seen) == {Abroad}
+    assert len(witness.kinds) > 100
+    assert set(witness.kinds) == {Abroad}
     assert witness.features == len(got)
     for there, here in zip(got, want, strict=True):
         assert {type(t) for t in tensors(there)} == {Tensor}
         assert torch.equal(there.draft.probs, here.draft.probs)
-    witness.seen.clear()
+    witness.kinds.clear()
     run = decode.start(target, wrapped, batch)
     decode.admit(run, torch.arange(3))
     decode.release(run, torch.tensor([1]))
-    assert set(witness.seen) == {Abroad}
+    assert set(witness.kinds) == {Abroad}
 
 
 def test_one_device_needs_no_wrapper() -> None:
@@ -120,7 +118,7 @@ def test_a_trained_drafter_is_built_where_it_runs(config: dict[str, Any], tmp_pa
     )
     options: dict[str, Any] = {"max_tokens": 12, "seed": 3, "draft_len": 4}
     assert isinstance(away.drafter, OnDevice)
-    assert away.drafter.drafter.denoiser.device == AWAY
+    assert away.drafter.inner.denoiser.device == AWAY
     assert not isinstance(near.drafter, OnDevice)
     assert (
         away.generate([1, 2, 3], **options).token_ids
