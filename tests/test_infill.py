@@ -130,9 +130,7 @@ def test_a_whole_canvas_can_be_filled(target: CausalTarget) -> None:
 
 
 def test_only_a_sedd_network_writes_alone(target: CausalTarget) -> None:
-    with pytest.raises(
-        UsageError, match="only a SEDD drafter writes text of its own, and 'ngram' is none"
-    ):
+    with pytest.raises(UsageError, match="only a SEDD drafter can infill, and 'ngram' is not one"):
         sample.infill(SpeculativeLM(target, "ngram", None, 64))
 
 

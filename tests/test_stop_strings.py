@@ -33,7 +33,7 @@ def test_any_pieces_are_cut_alike(pieces: list[str], stops: list[str], include: 
     for piece in pieces:
         shown += held.add(piece)
         assert want.startswith(shown)
-    assert (shown + held.finish(), held.found) == (want, found)
+    assert (shown + held.finish(), held.complete) == (want, found)
 
 
 @given(data=st.binary(max_size=24), stops=few_stops)

@@ -21,7 +21,14 @@ class SpecdiffError(Exception):
 
 
 class UsageError(SpecdiffError, ValueError):
-    """A bad argument: the message says which, its value, and what is allowed."""
+    """A bad argument: the message says which, its value, and what is allowed.
+
+    `param`: the name of the offending option, if it is one.
+    """
+
+    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class UnknownNameError(UsageError):
