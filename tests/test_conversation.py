@@ -246,9 +246,9 @@ def test_one_answer_at_a_time(lm: SpeculativeLM) -> None:
     conversation = Conversation(lm, max_tokens=9, seed=0)
     running = conversation.say("the rain")
     next(running)
-    with pytest.raises(UsageError, match="still being written"):
+    with pytest.raises(UsageError, match="still running"):
         next(conversation.say("in spain"))
-    with pytest.raises(UsageError, match="still being written"):
+    with pytest.raises(UsageError, match="still running"):
         conversation.clear()
     list(running)
     answered(conversation, "in spain")

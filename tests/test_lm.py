@@ -16,7 +16,7 @@ from specdiff.errors import DrafterError, UsageError
 from specdiff.noise import row_seed
 from specdiff.targets.base import Target
 from specdiff.targets.causal import CausalTarget
-from specdiff.text.lm import Chunk
+from specdiff.text.generation import Chunk
 from specdiff.types import Batch, Draft, SamplingParams, TargetInfo, TargetOutput, Verification
 
 CORPUS = "the rain in spain 🦊 falls mainly on the plain, naïve 日本 👩‍👩‍👧 "

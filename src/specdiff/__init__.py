@@ -1,9 +1,9 @@
-"""specdiff: a Hugging Face causal LM made faster by a discrete-diffusion drafter, with output provably the target's own.
+"""specdiff: lossless speculative decoding of Hugging Face causal LMs with discrete diffusion.
 
     lm = specdiff.load("smollm2-135m")
     print(lm.generate("Write a haiku about rain", max_tokens=64).text)
 
-Importing this package imports neither transformers nor rich; each public name loads where it is first used.
+Importing this package imports neither transformers nor rich: public names are loaded on first use.
 """
 
 from importlib import import_module
@@ -26,7 +26,7 @@ _HOME = {
     "TargetInfo": "types",
     "custom_generate": "hf.custom_generate",
     "decode": None,
-    "load": "text.lm",
+    "load": "text.load",
 }
 
 __all__ = sorted(_HOME)
@@ -37,11 +37,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'specdiff' has no attribute {name!r}")
     home = _HOME[name]
-    return (
-        import_module(f"specdiff.{name}")
-        if home is None
-        else getattr(import_module(f"specdiff.{home}"), name)
-    )
+    if home is None:
+        return import_module(f"specdiff.{name}")
+    return getattr(import_module(f"specdiff.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""Everything specdiff raises on purpose.
+"""The exception hierarchy: every error specdiff raises on purpose.
 
 SpecdiffError
 ├── UsageError(ValueError)     an argument the caller can fix            exit code 2
@@ -8,7 +8,7 @@ SpecdiffError
 ├── UnsupportedModelError      a target this library cannot score exactly
 ├── TargetError                a target whose logits are NaN or infinite
 ├── CorpusError                a corpus folder that is absent, damaged, or does not fit
-├── StorageError               a file or folder that cannot be written (full disk, read-only, locked)
+├── StorageError               a file or folder that cannot be written (full, read-only, locked)
 ├── DrafterError               a drafter that cannot be built, or does not fit its target
 └── MissingExtraError          an optional dependency that is not installed
 """
@@ -21,36 +21,36 @@ class SpecdiffError(Exception):
 
 
 class UsageError(SpecdiffError, ValueError):
-    """A bad argument: the message says which, its value, and what is allowed.
+    """A bad argument: the message names it, its value, and the allowed values.
 
-    `param`: the name of the offending option, if it is one.
+    `param` is the name of the offending option, where there is exactly one.
     """
 
-    def __init__(self, message: str = "", *, param: str | None = None) -> None:
+    def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
 
 
 class UnknownNameError(UsageError):
-    """A model, drafter or verifier nobody knows."""
+    """Unknown model, drafter or verifier name."""
 
 
 class ConfigError(SpecdiffError):
-    """A checkpoint's config.json lacks a field, or holds a value that is not understood."""
+    """A checkpoint's config.json lacks a field, or holds an unsupported value."""
 
 
 class WeightsError(SpecdiffError):
-    """A checkpoint's tensors are missing, truncated, misshapen, or in a format that could run code."""
+    """A checkpoint's tensors are missing, truncated, misshapen or pickled (which can run code)."""
 
 
 class UnsupportedModelError(SpecdiffError):
-    """The target failed the self-test, or is of a family the ragged cache cannot serve exactly."""
+    """The target failed the self-test, or its family cannot be served exactly."""
 
 
 class TargetError(SpecdiffError):
-    """The target's logits are not finite, so there is no distribution to draw from; names the row and position.
+    """The target's logits are not finite: no token can be drawn. Names the row and position.
 
-    `generations`: every answer of the call, the ones that failed up to where they did.
+    `generations`: every answer of the call; those that failed end where they did.
     """
 
     def __init__(self, message: str, generations: Sequence[object] = ()) -> None:
@@ -59,15 +59,15 @@ class TargetError(SpecdiffError):
 
 
 class StorageError(SpecdiffError):
-    """A file or folder cannot be written; the message names it, says why, and what was kept."""
+    """A file or folder cannot be written; the message names it and the reason."""
 
 
 class CorpusError(SpecdiffError):
-    """A corpus folder is absent, damaged, was begun with other settings, or is of another target."""
+    """A corpus folder is absent, damaged, or belongs to other settings or another target."""
 
 
 class DrafterError(SpecdiffError):
-    """A drafter that raises while being built, or that does not fit its target."""
+    """A drafter raises while being built, or does not fit its target."""
 
 
 class MissingExtraError(SpecdiffError):

@@ -151,7 +151,7 @@ def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> 
         rows=4,
         slots=122,
     ):
-        for progress in turn.progress():
+        for progress in turn.outputs():
             found[progress.request - 1] += progress.tokens
             heard[progress.request] += 1
             if progress.request % 4 == 2 and heard[progress.request] == 2:

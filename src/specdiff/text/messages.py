@@ -33,10 +33,12 @@ RESERVED = frozenset(
 
 
 def template_variables(
-    tools: Any, documents: Any, more: Mapping[str, Any] | None
+    tools: Any = None,
+    documents: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The template variables other than the messages. Raises UsageError for invalid ones."""
-    variables = dict(_mapping("chat_template_kwargs", more))
+    variables = dict(_mapping("chat_template_kwargs", chat_template_kwargs))
     reserved = sorted(RESERVED & variables.keys())
     if reserved:
         raise UsageError(

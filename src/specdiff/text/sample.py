@@ -22,7 +22,8 @@ from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose, row_seed
 from specdiff.targets.base import Target
-from specdiff.text.lm import Prompt, SpeculativeLM
+from specdiff.text.lm import SpeculativeLM
+from specdiff.text.prompts import Prompt
 from specdiff.types import Batch, Context, Draft, SamplingParams
 
 CHUNK = 128  # tokens scored per pass of the target
@@ -66,10 +67,10 @@ def infill(
     steps = _positive("steps", steps)
     count = _positive("count", count)
     if sampler not in reverse.SAMPLERS:
-        known = ", ".join(reverse.SAMPLERS)
-        raise UsageError(f"unknown sampler {sampler!r}; known are {known}", param="sampler")
-    before = _encode(lm, prefix)
-    after = _encode(lm, suffix)
+        names = ", ".join(reverse.SAMPLERS)
+        raise UsageError(f"unknown sampler {sampler!r}; known are {names}", param="sampler")
+    before = _encode(lm, "prefix", prefix)
+    after = _encode(lm, "suffix", suffix)
     if after and scorer.cached:
         raise UsageError(
             "this drafter's context is causal, so it cannot see a suffix; "
@@ -92,8 +93,8 @@ def _positive(name: str, value: int) -> int:
     return value
 
 
-def _encode(lm: SpeculativeLM, part: Prompt) -> list[int]:
-    part = part if isinstance(part, str) else token_ids("prefix and suffix", part)
+def _encode(lm: SpeculativeLM, name: str, part: Prompt) -> list[int]:
+    part = part if isinstance(part, str) else token_ids(name, part)
     return lm.encode(part, raw=True) if part else []
 
 
