@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from specdiff.errors import UsageError
 from specdiff.unicode import valid
@@ -205,3 +206,12 @@ class Detokenizer:
             if at <= len(text):
                 text = text[:at] + mark + text[at:]
         return text
+
+
+def hidden_tokens(tokenizer: Any) -> tuple[Mapping[int, str], frozenset[int]]:
+    """A tokenizer's special tokens, which text omits, and the ids of its byte-fallback tokens."""
+    added = tokenizer.added_tokens_decoder.items()
+    special = {token: entry.content for token, entry in added if entry.special}
+    special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
+    return special, frozenset(i for i in ids if i is not None and i != tokenizer.unk_token_id)

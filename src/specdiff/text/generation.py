@@ -1,9 +1,9 @@
 """Generations: the answer of a request, folded from the engine's outputs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from specdiff.engine import RequestOutput
+from specdiff.engine import EngineStep, RequestOutput
 from specdiff.errors import TargetError
 from specdiff.stats import Stats
 from specdiff.text.detokenizer import Detokenizer
@@ -105,3 +105,21 @@ class Answer:
     def _chunk(self, text: str, accepted: bool) -> Chunk:
         self.generation.text += text
         return Chunk(text, accepted, self.generation)
+
+
+def fold(steps: Iterable[EngineStep], answers: Sequence[Answer]) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of each answer, with its index. Requests of finished answers are cancelled."""
+    for step in steps:
+        for output in step.outputs():
+            answer = answers[output.request]
+            for chunk in answer.add(output):
+                yield output.request, chunk
+            if answer.done:
+                step.cancel(output.request)
+
+
+def checked_chunks(chunks: Iterable[tuple[int, Chunk]]) -> Iterator[Chunk]:
+    """The chunks of one answer. Raises TargetError after the last one if the target failed."""
+    for _, chunk in chunks:
+        yield chunk
+        raise_if_failed([chunk.generation])

@@ -21,8 +21,15 @@ from specdiff.errors import DrafterError, UsageError
 from specdiff.noise import row_seed
 from specdiff.targets.base import Target
 from specdiff.text import defaults
-from specdiff.text.detokenizer import Detokenizer
-from specdiff.text.generation import Answer, Chunk, Generation, raise_if_failed
+from specdiff.text.detokenizer import Detokenizer, hidden_tokens
+from specdiff.text.generation import (
+    Answer,
+    Chunk,
+    Generation,
+    checked_chunks,
+    fold,
+    raise_if_failed,
+)
 from specdiff.text.messages import ChatTemplate, Message, template_variables
 from specdiff.text.options import ChatOptions, GenerateOptions, Options, TemplateOptions
 from specdiff.text.prompts import Prompt, prompt_list
@@ -102,7 +109,7 @@ class SpeculativeLM:
         items, single = prompt_list(prompt)
         if not single and len(items) != 1:
             raise UsageError(f"a stream answers one prompt, not {len(items)}", param="prompt")
-        return _chunks(self._start(items, options, late=False))
+        return checked_chunks(self._start(items, options, late=False))
 
     def chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> Generation:
         """Answer a conversation of {"role", "content"} messages through the chat template.
@@ -154,7 +161,7 @@ class SpeculativeLM:
         if system is not None and not isinstance(system, str):
             raise UsageError(f"system must be a string, not {brief(system)}", param="system")
         if isinstance(prompt, str) and not raw and self._template is not None:
-            self._warn_of_control_tokens(prompt)
+            self._chat_template.warn_of_control_tokens(prompt)
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": prompt})
             ids = self.render(messages, **template_options)
@@ -252,18 +259,7 @@ class SpeculativeLM:
         steps = engine.serve(
             self.target, drafter, requests, verifier=verifier, draft_len=length, rows=rows
         )
-        return _fold(steps, answers)
-
-    def _warn_of_control_tokens(self, prompt: str) -> None:
-        template = self._chat_template
-        spelled = template.spelled(prompt)
-        control = spelled & template.markers if spelled else spelled
-        if control:
-            warnings.warn(
-                f"the prompt spells the control token {min(control)!r}, which is read as ordinary "
-                "text; give a prompt that is rendered already with raw=True",
-                stacklevel=3,
-            )
+        return fold(steps, answers)
 
     def _reject_template_options(
         self, prompt: Prompt, system: str | None, template_options: TemplateOptions
@@ -335,14 +331,7 @@ class SpeculativeLM:
     @cached_property
     def _hidden_tokens(self) -> tuple[Mapping[int, str], frozenset[int]]:
         """The special tokens, which text omits, and the ids of the byte-fallback tokens."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            return {}, frozenset()
-        added = tokenizer.added_tokens_decoder.items()
-        special = {token: entry.content for token, entry in added if entry.special}
-        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-        ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in range(256)])
-        return special, frozenset(i for i in ids if i is not None and i != tokenizer.unk_token_id)
+        return hidden_tokens(self.tokenizer) if self.tokenizer is not None else ({}, frozenset())
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -358,22 +347,3 @@ class SpeculativeLM:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
-
-
-def _fold(
-    steps: Iterator[engine.EngineStep], answers: Sequence[Answer]
-) -> Iterator[tuple[int, Chunk]]:
-    """The chunks of each answer, with its index; an answer that is done is cancelled."""
-    for step in steps:
-        for output in step.outputs():
-            answer = answers[output.request]
-            for chunk in answer.add(output):
-                yield output.request, chunk
-            if answer.done:
-                step.cancel(output.request)
-
-
-def _chunks(chunks: Iterator[tuple[int, Chunk]]) -> Iterator[Chunk]:
-    for _, chunk in chunks:
-        yield chunk
-        raise_if_failed([chunk.generation])

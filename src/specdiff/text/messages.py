@@ -7,6 +7,7 @@ content of a message cannot begin another turn.
 import json
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -216,6 +217,17 @@ class ChatTemplate:
             except UsageError:
                 continue
         return frozenset(written)
+
+    def warn_of_control_tokens(self, prompt: str) -> None:
+        """Warn if a prompt looks as if it were already rendered with the template."""
+        spelled = self.spelled(prompt)
+        control = spelled & self.markers if spelled else spelled
+        if control:
+            warnings.warn(
+                f"the prompt spells the control token {min(control)!r}, which is read as ordinary "
+                "text; give a prompt that is rendered already with raw=True",
+                stacklevel=3,
+            )
 
     def _guarded(self, spelled: frozenset[str]) -> "_Guard":
         if not self.tokenizer.is_fast:
