@@ -176,7 +176,7 @@ def test_an_interrupted_rendering_ends_its_process(monkeypatch: pytest.MonkeyPat
 
 
 def byte_fallback(kind: str) -> PreTrainedTokenizerFast:
-    """A tiny Llama-like tokenizer: byte tokens for what the vocabulary lacks, and an underline for spaces."""
+    """A tiny Llama-like tokenizer: byte tokens as a fallback, and an underline for spaces."""
     names = ["<unk>", "<s>", "</s>", "<|turn|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = ["▁", *"abcdein<|>/su", "▁a", "ab", "▁ab", "▁▁", "é", "日", "�"]
     vocab = {name: i for i, name in enumerate([*names, *pieces])}
@@ -228,7 +228,8 @@ def written(tokenizer: Any, ids: list[int], **options: Any) -> tuple[str, list[s
     """(the text at once, the pieces of a stream, whether a stop string ended it)."""
     lm = SpeculativeLM(Script([]), "none", tokenizer, 64)
     late, early = (
-        lm.answer(Options.of(options), late=late and not options).detokenizer for late in (True, False)
+        lm.answer(Options.of(options), late=late and not options).detokenizer
+        for late in (True, False)
     )
     whole = "".join(late.add(token) for token in ids if not late.stopped) + late.finish()
     pieces = [early.add(token) for token in ids if not early.stopped]
@@ -424,7 +425,10 @@ def test_twins_encode_as_the_tokenizer_does(smollm_tokenizer: Any) -> None:
         "I'm",
         "12",
     ]
-    template = "{{ bos_token }}{% for m in messages %} <|TURN|> {{ m.role }}\n{{ m.content }}<|TURN|>\n{% endfor %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %} <|TURN|> {{ m.role }}\n"
+        "{{ m.content }}<|TURN|>\n{% endfor %}"
+    )
     for tokenizer, turn in (
         (smollm_tokenizer, "<|im_end|>"),
         *((byte_fallback(kind), "<|turn|>") for kind in KINDS),
@@ -503,7 +507,8 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
     made = copy.deepcopy(byte_level)
     made.chat_template = (
         "{% if enable_thinking is defined %}[think {{ enable_thinking }}]{% endif %}"
-        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for d in documents or [] %}[{{ d.text }}]{% endfor %}"
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+        "{% for d in documents or [] %}[{{ d.text }}]{% endfor %}"
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
 
