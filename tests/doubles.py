@@ -349,31 +349,16 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
 # ---- planted bugs: targets ----
 
 
-class Sick(Target[Any]):
+class Sick(TargetWrapper[Any]):
     """`inner` with logits that are `spoiled` from absolute position `first` on, for one seed."""
 
     def __init__(
         self, inner: Target[Any], spoil: Callable[[Tensor], Tensor], first: int, seed: int = 0
     ) -> None:
-        self.inner, self.spoil, self.first, self.seed, self.info = (
-            inner,
-            spoil,
-            first,
-            seed,
-            inner.info,
-        )
-
-    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
-        return self.inner.open(rows, slots, taps)
-
-    def admit(
-        self,
-        cache: Any,
-        rows: Int[Tensor, "R"],
-        prompts: Sequence[Int[Tensor, "L"]],
-        prefix_lengths: Int[Tensor, "R"],
-    ) -> Tensor | None:
-        return self.inner.admit(cache, rows, prompts, prefix_lengths)
+        super().__init__(inner)
+        self.spoil = spoil
+        self.first = first
+        self.seed = seed
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)

@@ -1,4 +1,4 @@
-"""`specdiff chat` as its users meet it: piped lines, commands, and Ctrl-C in the middle of an answer."""
+"""`specdiff chat` as users see it: piped lines, commands, and Ctrl-C during an answer."""
 
 import io
 import json
@@ -71,8 +71,11 @@ def here(
 
 
 def process(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
-    """The command by itself, with the SIGINT handler a terminal gives it: a background shell hands the signal down ignored."""
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from specdiff.cli import main; main()"
+    """The command with the SIGINT handler of a terminal: a background shell ignores the signal."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from specdiff.cli import main; main()"
+    )
     command = [
         sys.executable,
         "-W",
@@ -92,7 +95,7 @@ def process(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
 
 
 def test_each_line_is_a_turn(folder: Path, lm: SpeculativeLM) -> None:
-    """Piped: answers and nothing else on stdout, footers on stderr, no prompts, no colours even with --show-accepted."""
+    """Piped: only answers on stdout, footers on stderr, no prompts, no color."""
     options = [
         "--temperature",
         "0",
@@ -131,7 +134,8 @@ def test_settings_are_listed_changed_and_checked(
     here: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     bad = {
-        "!set temperature hot": "temperature is 0.0; !set takes a number or default for it, not 'hot'",
+        "!set temperature hot": "temperature is 0.0; "
+        "!set takes a number or default for it, not 'hot'",
         "!set temperature -1": "temperature must be a finite number >= 0 (0 is greedy), not -1.0",
         "!set max_tokens": "!set takes a whole number for it, not ''",
         "!set max_tokens default": "not 'default'",
@@ -191,10 +195,13 @@ def test_commands(
 ) -> None:
     kept = tmp_path / "kept.json"
     kept.write_text("mine")
-    lines = f"!help\nthe rain\n!status\n!clear\n!status\n!hope\n!save {kept}\n!save\n!save {tmp_path}/no/where.json\n!exit\nin spain\n"
+    lines = (
+        "!help\nthe rain\n!status\n!clear\n!status\n!hope\n"
+        f"!save {kept}\n!save\n!save {tmp_path}/no/where.json\n!exit\nin spain\n"
+    )
     code, out, err = here(lines, "-q")
     answer = "".join(p.text for p in Conversation(lm, temperature=0, max_tokens=7).say("the rain"))
-    assert code == 0 and out == f"{answer}\n"  # what stands behind !exit is no turn
+    assert code == 0 and out == f"{answer}\n"  # lines after !exit are not turns
     for command in COMMANDS:
         assert command in err
     first, second = [line for line in err.splitlines() if "200 tokens are used" in line]
@@ -230,7 +237,7 @@ def test_a_bad_option_is_told_at_once(here: Callable[..., tuple[int, str, str]])
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGINT")
 def test_an_interrupt_stops_the_answer_and_keeps_it(folder: Path, tmp_path: Path) -> None:
-    """Thousands of tokens are asked for; the signal comes when the first are out, and the session goes on."""
+    """The signal arrives after the first of thousands of tokens; the session continues."""
     chat = process(folder, "--temperature", "0", "--max-tokens", "5000", "--max-model-len", "5900")
     assert chat.stdin is not None and chat.stdout is not None and chat.stderr is not None
     say(chat.stdin, "the rain")

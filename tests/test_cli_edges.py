@@ -14,7 +14,7 @@ import pytest
 import tiny
 from specdiff import Conversation, SpeculativeLM, cli
 from specdiff.errors import TargetError
-from specdiff.text.lm import Chunk
+from specdiff.text.generation import Chunk
 from test_lm import VOCAB, tokenizer  # noqa: F401
 
 Here = Callable[..., tuple[int, str, str]]
@@ -401,9 +401,10 @@ def test_what_is_not_set_is_not_passed_on(
 ) -> None:
     requests: list[dict[str, Any]] = []
     loads: list[dict[str, Any]] = []
-    from specdiff.text import lm, options
+    from specdiff.text import load as loading
+    from specdiff.text import options
 
-    load, of = lm.load, options.Options.of
+    load, of = loading.load, options.Options.of
 
     def watched_load(*arguments: Any, **keywords: Any) -> SpeculativeLM:
         loads.append(keywords)

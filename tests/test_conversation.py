@@ -1,4 +1,4 @@
-"""A conversation: answers are those of the messages alone, read from where the last turn ended, and nothing is lost on the way."""
+"""Conversations: answers equal those of the messages alone, and each turn reads only new tokens."""
 
 import threading
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tiny
-from specdiff import Conversation, SpeculativeLM, engine, prefix_cache
+from specdiff import Conversation, SpeculativeLM, prefix_cache, rows
 from specdiff.errors import UsageError
 from specdiff.targets.causal import CausalTarget
 from specdiff.text.conversation import Reading
@@ -74,7 +74,7 @@ def test_a_position_too_many_would_show(lm: SpeculativeLM, monkeypatch: pytest.M
             for (row, kept), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
         ]
 
-    monkeypatch.setattr(engine, "seats", seats)
+    monkeypatch.setattr(rows, "seats", seats)
     conversation, same = Conversation(lm, max_tokens=25, temperature=0), []
     for text in SAID:
         messages = [*conversation.messages, {"role": "user", "content": text}]
@@ -85,7 +85,7 @@ def test_a_position_too_many_would_show(lm: SpeculativeLM, monkeypatch: pytest.M
 
 
 def test_an_answer_that_is_tokenised_as_it_was_written_is_read_once(tokenizer: Any) -> None:
-    """All but the answer's last token, which no round ever scored; and an answer that the tokenizer splits otherwise is told of."""
+    """All but the last token, which was never scored; `parted` counts texts split differently."""
     for answer, parted in (
         (tokenizer("falls mainly on the plain,")["input_ids"], 0),
         (list(tokenizer("spain").input_ids[:1]) * 2, None),
@@ -187,7 +187,8 @@ def test_a_conversation_that_no_longer_fits_says_so_and_is_not_lost(
     before = [dict(m) for m in conversation.messages]
     with pytest.raises(
         UsageError,
-        match=r"the conversation has \d+ tokens .* max_len 120: clear it, say less, or raise max_len .* 512",
+        match=r"the conversation has \d+ tokens .* max_len 120: "
+        r"clear it, say less, or raise max_len .* 512",
     ):
         list(conversation.say("in spain " * 30))
     assert conversation.messages == before
@@ -221,7 +222,7 @@ def test_a_bad_option_loses_nothing(lm: SpeculativeLM, options: dict[str, Any], 
 
 
 def test_a_failure_loses_nothing(lm: SpeculativeLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before a round came back the turn never was; later, what was written stays. The row is read anew."""
+    """Before the first round nothing is kept; later the text is. The row is read again."""
     conversation = Conversation(lm, temperature=0, max_tokens=30)
     answered(conversation, "the rain")
     score = CausalTarget.score
@@ -246,9 +247,9 @@ def test_one_answer_at_a_time(lm: SpeculativeLM) -> None:
     conversation = Conversation(lm, max_tokens=9, seed=0)
     running = conversation.say("the rain")
     next(running)
-    with pytest.raises(UsageError, match="still being written"):
+    with pytest.raises(UsageError, match="still running"):
         next(conversation.say("in spain"))
-    with pytest.raises(UsageError, match="still being written"):
+    with pytest.raises(UsageError, match="still running"):
         conversation.clear()
     list(running)
     answered(conversation, "in spain")

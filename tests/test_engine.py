@@ -80,7 +80,7 @@ def requests(count: int, vocab: int, stops: bool = True) -> list[Request]:
 def collected(
     progress: Iterator[RequestOutput],
 ) -> tuple[dict[int, list[int]], dict[int, str], list[int]]:
-    """Tokens and ends by request, and the requests in the order in which they were first heard of."""
+    """Tokens and finish reasons by request, and the requests in order of their first output."""
     tokens: dict[int, list[int]] = {}
     ends: dict[int, str] = {}
     for p in progress:
@@ -202,7 +202,7 @@ def test_a_free_row_is_refilled_at_once() -> None:
 
 
 def test_a_row_may_draft_anything_while_others_are_done() -> None:
-    """The last long request runs on with idle rows beside it: they are not heard of again."""
+    """The last long request runs with idle rows, which have no output."""
     table = TableTarget.random(5, seed=3)
     asked = [
         Request([1], SamplingParams(max_tokens=1), 0),
@@ -245,7 +245,7 @@ def test_a_prompt_without_tokens_is_refused() -> None:
 def test_a_request_whose_logits_are_not_finite_fails_alone(
     sickness: str, verifier: str, temperature: float
 ) -> None:
-    """Many requests through two rows, prompts of several lengths: all but the sick one read as they do without it."""
+    """Many requests through two rows: a failing request changes none of the others."""
     table, drafter = TableTarget.random(5, seed=3), TableDrafter(5)
     asked = [
         Request([i % 5] * (1 + i), SamplingParams(max_tokens=8, temperature=temperature), 10 + i)
@@ -285,7 +285,7 @@ def arriving(waves: Sequence[Sequence[Request]], pause: int = 1) -> Iterator[Req
 
 
 class Entered(Drafter[Any]):
-    """Drafts from `inner`, and checks that its features are exactly the tokens that entered the cache since it last looked."""
+    """Drafts from `inner`; checks that its features are those of the newly cached tokens."""
 
     taps = (0,)
     draft_len = 3
@@ -405,7 +405,7 @@ def test_a_drafter_that_broke_stays_disabled_when_rows_are_opened() -> None:
 
 
 class Released(Watched):
-    """And raises after so many rounds."""
+    """Raises after `rounds` rounds."""
 
     def __init__(self, inner: Target[Any], rounds: int = 10**6) -> None:
         super().__init__(inner)
@@ -499,7 +499,7 @@ def test_a_request_past_the_targets_positions_is_refused(drafter: Drafter[Any]) 
 
 
 def test_a_row_that_was_opened_late_holds_nothing_that_a_prompt_could_take_over() -> None:
-    """Every slot tells in this target's logits, and the prompt that joins begins as a running text does."""
+    """Every position counts in this target's logits; the new prompt begins as a running text."""
     target = StaleTarget(TableTarget.random(5, seed=3).table, sums=True)
     first = [
         Request([1, 2], SamplingParams(max_tokens=20), 0),
@@ -515,9 +515,9 @@ def test_a_row_that_was_opened_late_holds_nothing_that_a_prompt_could_take_over(
     texts, reused = {}, []
     for turn in engine.serve(target, TableDrafter(5), arriving([first, [late]]), **options):
         texts |= {request: ids[prompt:].tolist() for request, ids, prompt in turn.finished()}
-        reused = list(turn.reused)
+        reused += [slot.reused for slot in turn.slots if slot is not None]
     assert texts == served(target, TableDrafter(5), [*first, late], "match", rows=1)[0]
-    assert reused == [0, 0, 0, 0]
+    assert reused and not any(reused)
 
 
 def test_a_drafter_that_reads_features_gets_those_of_the_whole_prompt(target: Target[Any]) -> None:
@@ -534,7 +534,7 @@ def test_a_drafter_that_reads_features_gets_those_of_the_whole_prompt(target: Ta
 
 
 class Sized(Drafter[None]):
-    """`inner`, and how many features it got as each request joined; they must be as many as it is told."""
+    """`inner`, and how many features it got as each request joined."""
 
     taps = (0,)
     draft_len = 3
@@ -551,3 +551,30 @@ class Sized(Drafter[None]):
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         return self.inner.propose(context, None, noise, draft_len)
+
+
+def test_steps_are_snapshots() -> None:
+    """They can be read after later steps have moved the rows on."""
+    table = TableTarget.random(5, seed=3)
+    asked = requests(7, 5)
+    options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 3, "rows": 2}
+    steps = engine.serve(table, TableDrafter(5), asked, **options)
+    live = [(step.outputs(), [r for r, _, _ in step.finished()]) for step in steps]
+    steps = list(engine.serve(table, TableDrafter(5), asked, **options))
+    late = [(step.outputs(), [r for r, _, _ in step.finished()]) for step in steps]
+
+    def plain(outputs: list[RequestOutput]) -> list[RequestOutput]:
+        return [replace(output, seconds={}) for output in outputs]
+
+    assert [(plain(o), f) for o, f in live] == [(plain(o), f) for o, f in late]
+    assert {slot.index for step in steps for slot in step.slots if slot} == set(range(7))
+
+
+def test_a_sequence_is_checked_before_it_is_served() -> None:
+    table = TableTarget.random(5, seed=3)
+    options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 0}
+    with pytest.raises(UsageError, match="prompt 1 holds no tokens") as caught:
+        engine.serve(
+            table, NoDrafter(), [*requests(1, 5), Request([], SamplingParams(), 0)], **options
+        )
+    assert caught.value.param == "prompt"

@@ -1,8 +1,9 @@
-"""Text from the diffusion network alone: what is given stays, same seed same samples, and perplexity as defined."""
+"""Infilling: prefix and suffix stay, seeds reproduce samples, and perplexity is as defined."""
 
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def test_samples_have_their_length_and_their_seed(
     target: CausalTarget, kind: str, sampler: str
 ) -> None:
     lm = lm_of(target, kind)
-    ask: Callable[..., Any] = lambda **o: sample.infill(lm, length=9, steps=4, sampler=sampler, **o)  # noqa: E731
+    ask: Callable[..., Any] = partial(sample.infill, lm, length=9, steps=4, sampler=sampler)
     for given in (
         {},
         {"prefix": [3, 1, 4]},
@@ -130,9 +131,7 @@ def test_a_whole_canvas_can_be_filled(target: CausalTarget) -> None:
 
 
 def test_only_a_sedd_network_writes_alone(target: CausalTarget) -> None:
-    with pytest.raises(
-        UsageError, match="only a SEDD drafter writes text of its own, and 'ngram' is none"
-    ):
+    with pytest.raises(UsageError, match="only a SEDD drafter can infill, and 'ngram' is not one"):
         sample.infill(SpeculativeLM(target, "ngram", None, 64))
 
 

@@ -1,6 +1,8 @@
-"""Text in, text out: shapes, seeds, exact ends, streaming, chat. Tiny random weights and a byte-level tokenizer made here."""
+"""SpeculativeLM: shapes, seeds, exact ends, streaming, chat; tiny random weights and tokenizer."""
 
+import pickle
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,15 @@ from specdiff.errors import DrafterError, UsageError
 from specdiff.noise import row_seed
 from specdiff.targets.base import Target
 from specdiff.targets.causal import CausalTarget
-from specdiff.text.lm import Chunk
+from specdiff.text.generation import Chunk
+from specdiff.text.options import ChatOptions, GenerateOptions, Options
 from specdiff.types import Batch, Draft, SamplingParams, TargetInfo, TargetOutput
 
 CORPUS = "the rain in spain 🦊 falls mainly on the plain, naïve 日本 👩‍👩‍👧 "
-TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 VOCAB = 304  # a little more than the tokenizer has, as real models do
 END = 0
 
@@ -80,7 +86,7 @@ class Script(Target[None]):
 def scripted(
     tokenizer: Any, prompt: list[int], answer: Sequence[int], flaw: int = 1000, max_len: int = 512
 ) -> SpeculativeLM:
-    """An LM that answers `answer`, with a drafter that knows it but for every `flaw`-th position."""
+    """An LM that answers `answer`; its drafter errs at every `flaw`-th position."""
     text = [*prompt, *answer]
     return SpeculativeLM(Script(text), tiny.Hinted([text] * 8, VOCAB, flaw), tokenizer, max_len)
 
@@ -247,7 +253,7 @@ def test_max_tokens_cuts_inside_a_draft(
 def test_a_stop_id_cuts_inside_a_draft(
     tokenizer: Any, draft_len: int, flaw: int, where: int
 ) -> None:
-    """Accepted tokens behind the stop are dropped; the first of several stops counts; the stop id itself is kept."""
+    """Tokens after the stop id are dropped, the id is kept, and the first of several counts."""
     for stop, options in (
         (END, {}),
         (99, {"stop_token_ids": (98, 99)}),
@@ -497,3 +503,60 @@ def test_no_grad_is_left_behind(lm: SpeculativeLM) -> None:
     next(stream)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
+
+
+def test_a_stream_checks_and_encodes_at_once(
+    lm: SpeculativeLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each prompt is encoded once, before the first chunk is asked for."""
+    prompts: list[Any] = []
+    encode = SpeculativeLM.encode
+
+    def counted(self: SpeculativeLM, prompt: Any, **options: Any) -> list[int]:
+        prompts.append(prompt)
+        return encode(self, prompt, **options)
+
+    monkeypatch.setattr(SpeculativeLM, "encode", counted)
+    chunks = lm.stream("the rain", max_tokens=3)
+    assert prompts == ["the rain"]
+    assert list(chunks) and prompts == ["the rain"]
+    lm.generate(["the rain", [1, 2]], max_tokens=1)
+    assert prompts == ["the rain", "the rain", [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "param"),
+    [
+        ("", {"raw": True}, "prompt"),
+        ([VOCAB], {}, "prompt"),
+        ([1] * 1000, {}, "prompt"),
+        (None, {}, "prompt"),
+        ("a", {"hope": 1}, "hope"),
+        ("a", {"stop": [""]}, "stop"),
+        ("a", {"stop": 3}, "stop"),
+        ("a", {"rows": 0}, "rows"),
+        ("a", {"system": 3}, "system"),
+        ("a", {"raw": True, "system": "b"}, "system"),
+        ("a", {"tools": "b"}, "tools"),
+        ("a", {"documents": [1]}, "documents"),
+        ("a", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ("a", {"drafter_options": 3}, "drafter_options"),
+        ("a", {"verifier": 3}, "verifier"),
+        ("a", {"logit_bias": {VOCAB: 1}}, "logit_bias"),
+        ("a", {"allowed_token_ids": [VOCAB]}, "allowed_token_ids"),
+    ],
+)
+def test_a_stream_raises_at_once_and_names_the_option(
+    lm: SpeculativeLM, prompt: Any, options: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        lm.stream(prompt, **options)
+    assert caught.value.param == param
+    assert pickle.loads(pickle.dumps(caught.value)).param == param
+
+
+def test_generate_options_are_all_options() -> None:
+    own = {field.name for field in fields(Options)} - {"sampling"}
+    sampling = {field.name for field in fields(SamplingParams)}
+    assert set(ChatOptions.__optional_keys__) == own | sampling
+    assert set(GenerateOptions.__optional_keys__) == own | sampling | {"raw", "system", "rows"}

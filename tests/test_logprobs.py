@@ -1,4 +1,4 @@
-"""Log probabilities are the raw target's at every place: inside a draft, at a rejection, at the bonus token."""
+"""Logprobs are the raw target's everywhere: in a draft, at a rejection, at the bonus token."""
 
 from typing import Any
 

@@ -15,9 +15,12 @@ HEAVY = ("transformers", "rich", "typer", "huggingface_hub", "tokenizers", "gguf
 
 def imported(code: str) -> set[str]:
     """The top-level packages a fresh interpreter has loaded after `code`."""
-    told = "import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    report = (
+        "import sys, json; "
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
     out = subprocess.run(
-        [sys.executable, "-c", f"{code}; {told}"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"{code}; {report}"], capture_output=True, text=True, check=True
     )
     assert not out.stderr
     return set(json.loads(out.stdout))
@@ -31,7 +34,7 @@ def test_all_is_sorted_and_real() -> None:
 
 
 def test_all_is_complete() -> None:
-    """Every name anyone reaches through the package is listed, and `dir` tells the same."""
+    """Every public name is listed, also by `dir`."""
     assert set(dir(specdiff)) == {*specdiff.__all__, "__version__"}
     namespace: dict[str, object] = {}
     exec("from specdiff import *", namespace)
@@ -81,7 +84,10 @@ def test_importing_is_cheap() -> None:
 
 def test_the_nouns_and_roles_need_no_transformers() -> None:
     """What a drafter's own file imports, and the errors."""
-    names = "Batch, Context, Draft, Drafter, Purpose, Round, SamplingParams, SpecdiffError, Target, TargetInfo"
+    names = (
+        "Batch, Context, Draft, Drafter, Purpose, Round, "
+        "SamplingParams, SpecdiffError, Target, TargetInfo"
+    )
     assert not imported(f"from specdiff import {names}") & {*HEAVY}
     assert not imported(
         "import specdiff.decode, specdiff.verify, specdiff.sampling, specdiff.stats"
@@ -90,7 +96,7 @@ def test_the_nouns_and_roles_need_no_transformers() -> None:
 
 
 def test_no_room_reads_pickles() -> None:
-    """No room of the package imports pickle by itself, or asks torch to load one."""
+    """No module imports pickle, or loads one with torch."""
     for path in Path(specdiff.__file__).parent.rglob("*.py"):
         tree = ast.parse(path.read_text())
         names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}

@@ -1,4 +1,4 @@
-"""Stop strings: the exact cut, whatever the pieces, the drafts and the rows; nothing of a stop string is ever shown."""
+"""Stop strings: an exact cut however text is split, drafted or batched; none is ever shown."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,12 +33,12 @@ def test_any_pieces_are_cut_alike(pieces: list[str], stops: list[str], include: 
     for piece in pieces:
         shown += held.add(piece)
         assert want.startswith(shown)
-    assert (shown + held.finish(), held.found) == (want, found)
+    assert (shown + held.finish(), held.complete) == (want, found)
 
 
 @given(data=st.binary(max_size=24), stops=few_stops)
 def test_half_characters_hide_no_stop(data: bytes, stops: list[str]) -> None:
-    """Bytes as tokens: each character is judged once it is whole, at the very token that completes it."""
+    """Bytes as tokens: each character counts at the token that completes it."""
     text = Detokenizer(lambda ids: bytes(ids).decode(errors="replace"), StopStrings(stops))
     shown, used = "", 0
     for token in data:

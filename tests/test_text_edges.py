@@ -33,7 +33,8 @@ from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.errors import ConfigError, TargetError, UsageError
 from specdiff.text import chat_template
 from specdiff.text.chat_template import Renderer, TemplateError
-from specdiff.text.lm import DRAFTERS, tokenizer_of
+from specdiff.text.lm import DRAFTERS
+from specdiff.text.load import tokenizer_of
 from specdiff.text.options import Options
 from test_lm import VOCAB, Script, scripted
 from test_lm import tokenizer as byte_level  # noqa: F401
@@ -175,7 +176,7 @@ def test_an_interrupted_rendering_ends_its_process(monkeypatch: pytest.MonkeyPat
 
 
 def byte_fallback(kind: str) -> PreTrainedTokenizerFast:
-    """A tiny Llama-like tokenizer: byte tokens for what the vocabulary lacks, and an underline for spaces."""
+    """A tiny Llama-like tokenizer: byte tokens as a fallback, and an underline for spaces."""
     names = ["<unk>", "<s>", "</s>", "<|turn|>", *(f"<0x{byte:02X}>" for byte in range(256))]
     pieces = ["▁", *"abcdein<|>/su", "▁a", "ab", "▁ab", "▁▁", "é", "日", "�"]
     vocab = {name: i for i, name in enumerate([*names, *pieces])}
@@ -227,7 +228,8 @@ def written(tokenizer: Any, ids: list[int], **options: Any) -> tuple[str, list[s
     """(the text at once, the pieces of a stream, whether a stop string ended it)."""
     lm = SpeculativeLM(Script([]), "none", tokenizer, 64)
     late, early = (
-        lm.answer(Options.of(options), late=late and not options).text for late in (True, False)
+        lm.answer(Options.of(options), late=late and not options).detokenizer
+        for late in (True, False)
     )
     whole = "".join(late.add(token) for token in ids if not late.stopped) + late.finish()
     pieces = [early.add(token) for token in ids if not early.stopped]
@@ -423,7 +425,10 @@ def test_twins_encode_as_the_tokenizer_does(smollm_tokenizer: Any) -> None:
         "I'm",
         "12",
     ]
-    template = "{{ bos_token }}{% for m in messages %} <|TURN|> {{ m.role }}\n{{ m.content }}<|TURN|>\n{% endfor %}"
+    template = (
+        "{{ bos_token }}{% for m in messages %} <|TURN|> {{ m.role }}\n"
+        "{{ m.content }}<|TURN|>\n{% endfor %}"
+    )
     for tokenizer, turn in (
         (smollm_tokenizer, "<|im_end|>"),
         *((byte_fallback(kind), "<|turn|>") for kind in KINDS),
@@ -502,7 +507,8 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
     made = copy.deepcopy(byte_level)
     made.chat_template = (
         "{% if enable_thinking is defined %}[think {{ enable_thinking }}]{% endif %}"
-        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for d in documents or [] %}[{{ d.text }}]{% endfor %}"
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+        "{% for d in documents or [] %}[{{ d.text }}]{% endfor %}"
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
 
@@ -531,7 +537,7 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
     assert answers[0].token_ids == answers[1].token_ids
     talk = Conversation(lm, max_tokens=2, **more)
     list(talk.say("hi"))
-    assert made.decode(talk._told[: len(lm.encode("hi", **more))]) == want
+    assert made.decode(talk._tokens[: len(lm.encode("hi", **more))]) == want
     for bad, said in (
         (
             {"chat_template_kwargs": {"messages": []}},
@@ -785,14 +791,14 @@ def test_lists_of_token_ids_of_any_library(small: SpeculativeLM, prompts: Any) -
         ((i for i in [1, 2]), "a prompt must be a string, .* not generator"),
         ({1, 2}, "a prompt must be a string, .* not set"),
         ({"attention_mask": [1]}, "must hold input_ids, not attention_mask"),
-        ([1.5, 2], "each id in a prompt must be a whole number, not 1.5"),
-        ([1, 2.0], "each id in a prompt must be a whole number, not 2.0"),
-        ([True, 2], "each id in a prompt must be a whole number, not True"),
-        ([[2, "a"]], "each id in a prompt must be a whole number, not 'a'"),
-        ([[[1]]], r"each id in a prompt must be a whole number, not \[1\]"),
-        ([b"a"], "a prompt must be a list of token ids, not b'a'"),
-        ([None], "a prompt must be a list of token ids, not None"),
-        (torch.tensor([0.5]), "each id in a prompt must be a whole number, not 0.5"),
+        ([1.5, 2], "each id in prompt must be a whole number, not 1.5"),
+        ([1, 2.0], "each id in prompt must be a whole number, not 2.0"),
+        ([True, 2], "each id in prompt must be a whole number, not True"),
+        ([[2, "a"]], "each id in prompt must be a whole number, not 'a'"),
+        ([[[1]]], r"each id in prompt must be a whole number, not \[1\]"),
+        ([b"a"], "prompt must be a list of token ids, not b'a'"),
+        ([None], "prompt must be a list of token ids, not None"),
+        (torch.tensor([0.5]), "each id in prompt must be a whole number, not 0.5"),
         (torch.tensor(3), "a prompt must be a string"),
         ([2**64], f"token id {2**64} is outside"),
     ],
@@ -929,11 +935,11 @@ def test_few_drafters_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def failing(lm: SpeculativeLM, monkeypatch: pytest.MonkeyPatch, request: int, rounds: int) -> None:
     """From the given round on, the engine reports that the target failed under one request."""
-    progress = engine.EngineStep.progress
+    outputs = engine.EngineStep.outputs
 
     def failed(turn: Any) -> list[Any]:
         reports = []
-        for p in progress(turn):
+        for p in outputs(turn):
             if p.request == request and len(p.tokens) and next(count) >= rounds:
                 turn.cancel(request)
                 p = replace(
@@ -943,7 +949,7 @@ def failing(lm: SpeculativeLM, monkeypatch: pytest.MonkeyPatch, request: int, ro
         return reports
 
     count = itertools.count()
-    monkeypatch.setattr(engine.EngineStep, "progress", failed)
+    monkeypatch.setattr(engine.EngineStep, "outputs", failed)
 
 
 def test_an_answer_under_which_the_target_failed_is_an_error(

@@ -21,7 +21,8 @@ from specdiff.data.corpus import Corpus
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.errors import TargetError, UnknownNameError
 from specdiff.targets.causal import CausalTarget
-from specdiff.text.lm import SpeculativeLM, tokenizer_of
+from specdiff.text.lm import SpeculativeLM
+from specdiff.text.load import tokenizer_of
 from specdiff.training import evaluation
 from specdiff.types import SamplingParams
 from specdiff.verify import verifier

@@ -26,7 +26,7 @@ _HOME = {
     "TargetInfo": "types",
     "custom_generate": "hf.custom_generate",
     "decode": None,
-    "load": "text.lm",
+    "load": "text.load",
 }
 
 __all__ = sorted(_HOME)

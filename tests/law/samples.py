@@ -135,8 +135,9 @@ def conversations(
     for turn in engine.serve(
         target, drafter, stream(), verifier=verifier, draft_len=drafter.draft_len, rows=200, slots=8
     ):
-        reused += sum(turn.reused[row] for row in turn.ended)
-        seeds = [turn.asked[row].seed for row in turn.ended]
+        slots = [slot for row in turn.ended if (slot := turn.slots[row]) is not None]
+        reused += sum(slot.reused for slot in slots)
+        seeds = [slot.request.seed for slot in slots]
         for seed, (_, ids, prompt) in zip(seeds, turn.finished(), strict=True):
             if prompt == 1:
                 second.append(engine.Request([*ids.tolist(), 0], SECOND, seed + count))

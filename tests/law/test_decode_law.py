@@ -228,7 +228,7 @@ def test_an_engine_that_takes_an_anchor_for_read_is_caught(monkeypatch: pytest.M
             for (row, length), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
         ]
 
-    monkeypatch.setattr(engine, "seats", seats)
+    monkeypatch.setattr("specdiff.rows.seats", seats)
     sample, _ = conversations(StaleTarget(TARGET.table, sums=True), ONE_SHOT, verify.token, 4000)
     assert compare(sample, conversations_law()) < CAUGHT
     monkeypatch.undo()

@@ -157,7 +157,7 @@ def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> 
         rows=4,
         slots=122,
     ):
-        for progress in turn.progress():
+        for progress in turn.outputs():
             answers[progress.request - 1] += progress.tokens
             rounds[progress.request] += 1
             if progress.request % 4 == 2 and rounds[progress.request] == 2:

@@ -161,11 +161,7 @@ def test_what_was_not_flushed_is_not_counted_either(tmp_path: Path) -> None:
     t.drop(7, "question-empty")
     w.lock.release()  # as if the process were gone
     t = tally(writer(tmp_path))
-    assert (
-        t.keys == {0}
-        and t.summary().by_temperature["0"]["rows"] == 1
-        and t.summary().rows == 1
-    )
+    assert t.keys == {0} and t.summary().by_temperature["0"]["rows"] == 1 and t.summary().rows == 1
 
 
 def token_file(path: Path, **changes: Any) -> Path:

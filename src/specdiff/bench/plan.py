@@ -6,7 +6,7 @@ from typing import Any
 
 from specdiff.bench.suites import Text
 from specdiff.errors import UsageError
-from specdiff.text.lm import DTYPES
+from specdiff.text.load import DTYPES
 from specdiff.verify import VERIFIERS
 
 HF, ASSISTED, LOOKUP, VANILLA = "hf", "hf-assisted", "hf-prompt-lookup", "ours-vanilla"

@@ -145,7 +145,9 @@ def _training() -> Any:
     return prepare, recipe
 
 
-def _run(plan: "TrainingRun", out: Path, max_minutes: float | None, notes: "Console") -> dict[str, Any]:
+def _run(
+    plan: "TrainingRun", out: Path, max_minutes: float | None, notes: "Console"
+) -> dict[str, Any]:
     """Train with a progress bar. Returns the run's position and its last evaluation."""
     trainer = plan.trainer
     steps = trainer.recipe.steps

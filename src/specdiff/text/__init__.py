@@ -1,1 +1,1 @@
-"""Text in, text out."""
+"""Text: prompts, answers, conversations and infilling."""

@@ -1,8 +1,10 @@
-"""Chat templates are programs by strangers: each is rendered in a process of its own, with its time, memory and output capped.
+"""Chat template renderer: a subprocess with limits on time, memory and output.
 
-transformers' immutable sandbox keeps them from reaching anything, not from looping for ever or filling the memory, and nothing
-inside a process can stop `10 ** (10 ** 10)`. The process is kept for the next conversation (starting it takes a second) and killed
-with its limits. This file is both sides: run as a program it is the renderer, and imports nothing of specdiff.
+Chat templates are untrusted programs. transformers' immutable sandbox limits what they can reach,
+but not how long they loop or how much memory they fill, and nothing inside a process can stop
+`10 ** (10 ** 10)`. The subprocess is reused for the next conversation (starting it takes a second)
+and killed when it exceeds a limit. This file is both sides: run as a program it is the renderer,
+which imports nothing from specdiff.
 """
 
 import itertools
@@ -15,24 +17,24 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-SECONDS = 4  # of computing; a conversation takes milliseconds
-WAITING = 10  # times as long on the clock, for machines that are busy with other things
-STARTING = 120.0  # importing transformers, on the busiest machine
-CHARACTERS = 4_000_000  # no context is that long
-MEMORY = 2 << 30
-CHUNK = 1 << 16  # bytes read at a time
+SECONDS = 4  # CPU time limit; a conversation takes milliseconds
+WAITING = 10  # wall clock limit, as a multiple of SECONDS: the machine may be busy
+STARTING = 120.0  # seconds to import transformers on a busy machine
+CHARACTERS = 4_000_000  # output limit; no context is that long
+MEMORY = 2 << 30  # bytes
+CHUNK = 1 << 16  # bytes per read
 READY = "ready"
 
 
 class TemplateError(Exception):
-    """The template raised, took too long, or wrote too much; the message says which."""
+    """The template raised an error, took too long, or wrote too much; the message says which."""
 
 
 class Renderer:
-    """`render` from any thread, one at a time. The process starts with the first conversation and ends with this object.
+    """Thread-safe handle on a renderer process, started on first use and ended with this object.
 
-    A renderer process serves the process that started it, and no other: after a fork the child starts its own. If two processes
-    shared the pipes, each would read conversations of the other.
+    A renderer process serves only the process that started it: after a fork the child starts its
+    own. If two processes shared the pipes, each would read the other's conversations.
     """
 
     def __init__(self) -> None:
@@ -48,20 +50,21 @@ class Renderer:
         resume: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as text.
+        """Render the conversation as text.
 
         Args:
-            prompt: end with the beginning of an answer.
+            prompt: append the generation prompt.
             tokens: the tokenizer's special tokens.
             resume: end inside the last message, which the answer continues.
-            variables: further variables of the template (tools, documents, enable_thinking, ...).
+            variables: other template variables (tools, documents, enable_thinking, ...).
 
         Raises TemplateError.
         """
         seat = self._seat
         if seat.pid != os.getpid():
-            # Two threads of a child may both come here: then each has a process of its own for this once.
-            seat = self._seat = _Seat()
+            # Two threads of a child may both reach this line; each then uses its own process once.
+            seat = _Seat()
+            self._seat = seat
         conversation = {"conversations": [list(messages)], "chat_template": template}
         ending = {"add_generation_prompt": prompt, "continue_final_message": resume}
         answer = seat.answer({**tokens, **(variables or {}), **conversation, **ending})
@@ -71,7 +74,7 @@ class Renderer:
 
 
 class _Seat:
-    """The renderer process of one process, with the lock of its pipes: a forked child inherits neither."""
+    """A renderer process and the lock of its pipes. A forked child uses neither."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -80,12 +83,15 @@ class _Seat:
         self.numbers = itertools.count(1)
 
     def answer(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """What the process says about one conversation. Raises TemplateError if it says nothing, or not about this one."""
+        """The renderer's reply to one request.
+
+        Raises TemplateError if there is no reply, or one to another request.
+        """
         with self.lock:
             number = next(self.numbers)
             request = json.dumps({"number": number, "arguments": dict(arguments)})
             process = self.process or self._start()
-            self.process = None  # until it has answered
+            self.process = None  # until it has replied
             line = _ask(process, request, WAITING * SECONDS)
             if line is None:
                 limits = f"{SECONDS} seconds and {MEMORY >> 30} GiB of memory"
@@ -98,15 +104,15 @@ class _Seat:
         return answer
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # -P: the standard library's `types` must not be the one beside this file
+        # -P: keep this file's folder off sys.path, so that `types` is the standard library's
         command = [sys.executable, "-P", __file__, str(SECONDS)]
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            bufsize=0,  # a buffer would be inherited by a fork, half full, and written twice
-            start_new_session=True,  # a Ctrl-C at the terminal is not meant for it
+            bufsize=0,  # a fork would inherit a half-full buffer and write it twice
+            start_new_session=True,  # not interrupted by Ctrl-C in the terminal
         )
         weakref.finalize(self, _end, process, self.pid)
         if _ask(process, None, STARTING) != READY:
@@ -115,7 +121,7 @@ class _Seat:
 
 
 def _ask(process: "subprocess.Popen[bytes]", line: str | None, seconds: float) -> str | None:
-    """One line there, one line back; None, and the process is gone, if it takes longer."""
+    """Send a line and read one. None if that takes over `seconds`; the process is then killed."""
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     answer = b""
@@ -123,13 +129,12 @@ def _ask(process: "subprocess.Popen[bytes]", line: str | None, seconds: float) -
         if line is not None:
             _write(process, line.encode() + b"\n")
         answer = _read(process)
-    except OSError:  # it died
+    except OSError:  # the process died
         answer = b""
     finally:
         timer.cancel()
-        if not answer.endswith(
-            b"\n"
-        ):  # interrupted too: the answer to this must not be read as the next one's
+        # also after an interrupt: a late reply must not be read as the next one
+        if not answer.endswith(b"\n"):
             _end(process, os.getpid())
     return answer[:-1].decode() if answer.endswith(b"\n") else None
 
@@ -142,7 +147,7 @@ def _write(process: "subprocess.Popen[bytes]", data: bytes) -> None:
 
 
 def _read(process: "subprocess.Popen[bytes]") -> bytes:
-    """Up to the end of the line; without one where the process ended, or wrote more than a conversation can be."""
+    """Read one line; it lacks its newline if the process ended or exceeded the output limit."""
     assert process.stdout is not None
     answer = bytearray()
     while not answer.endswith(b"\n") and len(answer) < 16 * CHARACTERS:
@@ -154,22 +159,25 @@ def _read(process: "subprocess.Popen[bytes]") -> bytes:
 
 
 def _end(process: "subprocess.Popen[bytes]", pid: int) -> None:
-    """Close the pipes, and kill the process if it is ours: a forked child must not kill its parent's."""
+    """Close the pipes, and kill the process if `pid`, which started it, is this process.
+
+    A forked child must not kill its parent's renderer.
+    """
     if pid == os.getpid():
         process.kill()
         process.wait()
     else:
-        process.returncode = 0  # not a child of this process: nothing to wait for
+        process.returncode = 0  # not a child of this process, so there is nothing to wait for
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             try:
                 pipe.close()
-            except OSError:  # what was not read any more
+            except OSError:  # unread output
                 continue
 
 
 def _serve(seconds: int) -> None:
-    """The renderer's side: one request a line, until the other side is gone."""
+    """Run the renderer: one request per line until stdin closes."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     def rendered(arguments: dict[str, Any]) -> dict[str, str]:
@@ -183,23 +191,21 @@ def _serve(seconds: int) -> None:
             return {"error": f"it writes more than {CHARACTERS} characters"}
         return {"text": text}
 
-    rendered(
-        {"conversations": [[{}]], "chat_template": ""}
-    )  # what is imported late is not the first conversation's fault
+    # warm-up, so that lazy imports do not count against the first conversation
+    rendered({"conversations": [[{}]], "chat_template": ""})
     print(READY, flush=True)
     for line in sys.stdin:
         _limit(seconds)
         request = json.loads(line)
-        print(
-            json.dumps({"number": request["number"], **rendered(request["arguments"])}), flush=True
-        )
+        reply = {"number": request["number"], **rendered(request["arguments"])}
+        print(json.dumps(reply), flush=True)
 
 
 def _limit(seconds: int) -> None:
-    """Memory, and computing time (even if nobody is left to kill this process)."""
+    """Limit memory and CPU time, so that the process ends even if its parent is gone."""
     try:
         import resource
-    except ImportError:  # no POSIX: the time limit of the other side remains
+    except ImportError:  # not POSIX: the parent's time limit remains
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
     until = int(used.ru_utime + used.ru_stime) + 1 + seconds

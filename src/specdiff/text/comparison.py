@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdiff.text.generation import Generation
-from specdiff.text.lm import Prompt, SpeculativeLM
+from specdiff.text.lm import SpeculativeLM
+from specdiff.text.prompts import Prompt
 
 REPETITIONS = 2  # of each way of decoding, after the answer itself
 

@@ -1,10 +1,10 @@
-"""A conversation: its turns share one row of the engine, so that each turn's prompt is read from where the last one ended."""
+"""Conversations: turns that share one row of the engine, so that each reads only its new tokens."""
 
 import secrets
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 from specdiff import engine
 from specdiff.arguments import brief
@@ -14,9 +14,9 @@ from specdiff.errors import UsageError
 from specdiff.noise import row_seed
 from specdiff.prefix_cache import shared
 from specdiff.stats import Stats
-from specdiff.text.generation import Chunk, Generation, demand_whole
+from specdiff.text.generation import Answer, Chunk, Generation, raise_if_failed
 from specdiff.text.lm import SpeculativeLM
-from specdiff.text.options import Options
+from specdiff.text.options import ChatOptions, Options
 from specdiff.unicode import valid
 from specdiff.verify import Verifier
 
@@ -25,8 +25,9 @@ from specdiff.verify import Verifier
 class Reading:
     """Prompt tokens of all turns: `read` by the target, or `reused` from its cache.
 
-    `parted` counts the turns whose prompt left the tokens of the turns before too early, so that some were read twice: an answer
-    whose text the tokenizer splits in another way, or that ended in a stop string, or a template that rewrites earlier turns.
+    `parted` counts the turns whose prompt diverged from the tokens of earlier turns, so that some
+    were read again: the tokenizer splits an answer's text differently, an answer ended at a stop
+    string, or the template rewrites earlier turns.
     """
 
     read: int = 0
@@ -35,129 +36,136 @@ class Reading:
 
 
 class Conversation:
-    """`for piece in Conversation(lm, system="Be brief.", max_tokens=200).say("Hello"): ...`
+    """`for chunk in Conversation(lm, system="Be brief.", max_tokens=200).say("Hello"): ...`
 
-    Each answer is the one `lm.chat(messages, ...)` would give. `messages` grows by two with every answer and may be edited in
-    between; `stats` and `reading` are of all answers so far, cleared ones included. `options` are generate's (but raw, system, rows);
-    None stands for an option's default.
+    Each answer equals that of `lm.chat(messages, ...)`. `messages` grows by two with every answer
+    and may be edited in between; `stats` and `reading` cover all answers, cleared ones included.
 
     Raises UsageError for a bad option.
     """
 
-    def __init__(self, lm: SpeculativeLM, system: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, lm: SpeculativeLM, system: str | None = None, **options: Unpack[ChatOptions]
+    ) -> None:
         Options.of(options, lm.defaults)
-        self.lm, self.system, self.options = lm, system, options
-        self.stats, self.reading = Stats(), Reading()
-        self._answering = self._stopped = (
-            False  # plain flags: a signal handler may wait for no lock
-        )
+        self.lm = lm
+        self.system = system
+        self.options = options
+        self.stats = Stats()
+        self.reading = Reading()
+        # plain flags, because a signal handler must not wait for a lock
+        self._answering = False
+        self._stopped = False
         self._row: _Row | None = None
         self.clear()
 
-    def say(self, text: str, **options: Any) -> Iterator[Chunk]:
-        """Answer `text`, piece by piece; `options` hold for this answer. When it ends, is stopped or is no longer read, text and
-        answer are in `messages`; if it fails before its first round, neither is.
+    def say(self, text: str, **options: Unpack[ChatOptions]) -> Iterator[Chunk]:
+        """Answer `text` chunk by chunk; `options` apply to this answer only.
 
-        Raises UsageError for a bad option, for a conversation that no longer fits max_len, and while another answer is running;
-        TargetError if the target fails under the answer, which is kept up to there.
+        When the answer ends or is stopped, or the iterator is closed, text and answer are in
+        `messages`; if it fails before its first round, neither is.
+
+        Raises UsageError for a bad option, for a conversation that no longer fits max_len, and
+        while another answer is running; TargetError if the target fails during the answer, which is
+        kept up to there.
         """
-        self._demand_idle()
+        self._check_idle()
         if not isinstance(text, str):
-            raise UsageError(f"a message must be a string, not {brief(text)}")
-        self._answering, self._stopped = True, False
+            raise UsageError(f"a message must be a string, not {brief(text)}", param="text")
+        self._answering = True
+        self._stopped = False
         try:
-            yield from self._answer(
-                valid(text), Options.of({**self.options, **options}, self.lm.defaults)
-            )
+            merged = Options.of({**self.options, **options}, self.lm.defaults)
+            yield from self._answer(valid(text), merged)
         finally:
             self._answering = False
 
     def stop(self) -> None:
-        """End the running answer after its running round, and keep what is written. Safe in signal handlers and other threads."""
+        """End the running answer after its current round, and keep its text.
+
+        Safe in signal handlers and other threads.
+        """
         self._stopped = True
 
     def clear(self) -> None:
-        """Forget every message but the system prompt. Raises UsageError while an answer is running."""
-        self._demand_idle()
-        self.messages: list[dict[str, str]] = (
-            [] if self.system is None else [{"role": "system", "content": self.system}]
-        )
-        self._told: list[int] = []  # the tokens of the last prompt and its answer
+        """Forget every message but the system prompt. Raises UsageError during an answer."""
+        self._check_idle()
+        self.messages: list[dict[str, str]] = []
+        if self.system is not None:
+            self.messages.append({"role": "system", "content": self.system})
+        self._tokens: list[int] = []  # of the last prompt and its answer
 
     @property
     def size(self) -> int:
-        """How many tokens the last prompt and its answer were, of `lm.max_len`."""
-        return len(self._told)
+        """Number of tokens of the last prompt and its answer; the limit is `lm.max_len`."""
+        return len(self._tokens)
 
-    def _answer(self, text: str, asked: Options) -> Iterator[Chunk]:
-        said = {"role": "user", "content": text}
-        root = secrets.randbits(63) if asked.seed is None else asked.seed
-        request = self.lm.request(self._prompt(said, asked), asked, row_seed(root, 0))
-        engine.check([request], self.lm.target)
-        answer, row, turn = self.lm.answer(asked), self._row_for(asked), None
-        told = answer.generation
+    def _answer(self, text: str, options: Options) -> Iterator[Chunk]:
+        message = {"role": "user", "content": text}
+        root = secrets.randbits(63) if options.seed is None else options.seed
+        request = self.lm.request(self._prompt(message, options), options, row_seed(root, 0))
+        engine.check([request], self.lm.target)  # an error in the engine would lose the row
+        answer = self.lm.answer(options)
+        row = self._row_for(options)
+        slot: engine.Slot | None = None
         try:
-            with closing(row.run(request)) as turns:
-                for turn in turns:
-                    for piece in (
-                        piece for progress in turn.progress() for piece in answer.add(progress)
-                    ):
-                        told.text += piece.text
-                        yield piece
-                    if self._stopped and not answer.done:
-                        rest = answer.interrupt()
-                        told.text += rest.text
-                        yield rest
+            with closing(row.run(request)) as steps:
+                for step in steps:
+                    slot = step.slots[0]
+                    yield from self._chunks(step, answer)
                     if answer.done:
                         break
         finally:
-            if turn is not None:
-                told.finish_reason = told.finish_reason or "interrupted"
-                self._keep(said, request.prompt, turn.reused[0], told)
-        demand_whole([told])
+            if slot is not None:
+                answer.generation.finish_reason = answer.generation.finish_reason or "interrupted"
+                self._keep(message, request.prompt, slot.reused, answer.generation)
+        raise_if_failed([answer.generation])
 
-    def _prompt(self, said: dict[str, str], asked: Options) -> list[int]:
-        most = self.lm.max_len
-        ids = self.lm.render(
-            [*self.messages, said],
-            tools=asked.tools,
-            documents=asked.documents,
-            chat_template_kwargs=asked.chat_template_kwargs,
-        )
-        if len(ids) >= most:
+    def _chunks(self, step: engine.EngineStep, answer: Answer) -> Iterator[Chunk]:
+        for output in step.outputs():
+            yield from answer.add(output)
+        if self._stopped and not answer.done:
+            yield answer.interrupt()
+
+    def _prompt(self, message: dict[str, str], options: Options) -> list[int]:
+        max_len = self.lm.max_len
+        ids = self.lm.render([*self.messages, message], **options.template)
+        if len(ids) >= max_len:
             raise UsageError(
-                f"the conversation has {len(ids)} tokens with this message, which leaves none to answer within max_len {most}: clear it, "
-                f"say less, or raise max_len (the model's own limit is {self.lm.target.info.max_positions})"
+                f"the conversation has {len(ids)} tokens with this message, which leaves none to "
+                f"answer within max_len {max_len}: clear it, say less, or raise max_len "
+                f"(the model's own limit is {self.lm.target.info.max_positions})",
+                param="text",
             )
         return ids
 
-    def _row_for(self, asked: Options) -> "_Row":
-        """The row that is open; a new one, with nothing held, for another way of drafting, or where the last one broke."""
-        drafter, length = self.lm.drafting(asked)
-        wanted = drafter, asked.verifier, length if isinstance(length, int) else None
-        if self._row is None or self._row.broken or self._row.made_for != wanted:
-            self._row = _Row(self.lm, drafter, asked.judge(), length, wanted)
+    def _row_for(self, options: Options) -> "_Row":
+        """The open row; a new, empty one if the way of drafting changed or the last one failed."""
+        drafter, length = self.lm.drafting(options)
+        config = (drafter, options.verifier, length if isinstance(length, int) else None)
+        if self._row is None or self._row.broken or self._row.config != config:
+            self._row = _Row(self.lm, drafter, options.judge(), length, config)
         return self._row
 
     def _keep(
-        self, said: dict[str, str], prompt: Sequence[int], reused: int, told: Generation
+        self, message: dict[str, str], prompt: Sequence[int], reused: int, generation: Generation
     ) -> None:
-        self.messages += [said, {"role": "assistant", "content": told.text}]
+        self.messages += [message, {"role": "assistant", "content": generation.text}]
         self.reading.read += len(prompt) - reused
         self.reading.reused += reused
-        self.reading.parted += shared(self._told, prompt) < len(self._told) - 1
-        self._told = [*prompt, *told.token_ids]
-        self.stats.merge(told.stats)
+        self.reading.parted += shared(self._tokens, prompt) < len(self._tokens) - 1
+        self._tokens = [*prompt, *generation.token_ids]
+        self.stats.merge(generation.stats)
 
-    def _demand_idle(self) -> None:
+    def _check_idle(self) -> None:
         if self._answering:
             raise UsageError(
-                "an answer is still being written; read it to its end, or stop() it, before this"
+                "an answer is still running; exhaust its iterator or call stop() first"
             )
 
 
 class _Row:
-    """One row of the engine that stays open: what it holds goes from request to request."""
+    """One row of the engine that stays open, so that its cache serves one request after another."""
 
     def __init__(
         self,
@@ -165,28 +173,37 @@ class _Row:
         drafter: Drafter[Any],
         verifier: Verifier,
         length: int | Controller,
-        made_for: tuple[Any, ...],
+        config: tuple[Any, ...],
     ) -> None:
-        self.made_for, self.broken = made_for, False
+        self.config = config
+        self.broken = False
         self._next: engine.Request | None = None
-        self._turns = engine.serve(
-            lm.target, drafter, self._stream(), verifier=verifier, draft_len=length, rows=1, slots=lm.max_len
-        )  # fmt: skip
+        self._steps = engine.serve(
+            lm.target,
+            drafter,
+            self._stream(),
+            verifier=verifier,
+            draft_len=length,
+            rows=1,
+            slots=lm.max_len,
+        )
 
     def _stream(self) -> Iterator[engine.Request]:
         while self._next is not None:
-            request, self._next = self._next, None
+            request = self._next
+            self._next = None
             yield request
 
     def run(self, request: engine.Request) -> Generator[engine.EngineStep]:
-        """Its turns; closing this generator ends it early."""
-        self._next, turn = request, None
+        """The steps of a request; closing this generator ends it early."""
+        self._next = request
+        step: engine.EngineStep | None = None
         try:
-            while turn is None or not turn.ended:
-                self.broken = True  # unless the engine comes back
-                turn = next(self._turns)
+            while step is None or not step.ended:
+                self.broken = True  # unless the engine returns
+                step = next(self._steps)
                 self.broken = False
-                yield turn
+                yield step
         finally:
-            if turn is not None and (place := turn.owner[0]) is not None:
-                turn.cancel(place)
+            if step is not None and (slot := step.slots[0]) is not None:
+                step.cancel(slot.index)

@@ -1,4 +1,4 @@
-"""What a model says about its own use: the tokens that end its texts, and its sampling defaults. One rule for every door."""
+"""Model defaults: a model's own end-of-text tokens and sampling options."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
-    """The token ids that end a text: those of the first that names any.
+    """The token ids that end a text, from the first of these sources that has any:
 
-    1. generation_config.json, which transformers' own `generate` obeys (or config.json, where there is no such file)
-    2. config.json as it is written: a default of the config's class is nobody's statement about this model
-    3. the tokenizer's end of text
+    1. generation_config.json, as in transformers' `generate` (config.json if there is no such file)
+    2. config.json as written: the default of a config class says nothing about this model
+    3. the tokenizer's end-of-text token
 
-    `model` and `tokenizer` may be None. Negative ids, which some write for "none", end nothing.
+    `model` and `tokenizer` may be None. Negative ids, which some files use for "none", are ignored.
     """
     sources = (
         getattr(getattr(model, "generation_config", None), "eos_token_id", None),
@@ -31,7 +31,7 @@ def end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _written(config: Any) -> Any:
-    """eos_token_id of config.json as written; of a config that no file holds, where it is not its class's default."""
+    """eos_token_id as written in config.json; without a file, any that is not the class default."""
     ends = getattr(config, "eos_token_id", None)
     if ends is None:
         return None
@@ -39,19 +39,19 @@ def _written(config: Any) -> Any:
     if folder:
         try:
             return config.get_config_dict(folder, local_files_only=True)[0].get("eos_token_id")
-        except (OSError, ValueError):  # moved since it was loaded, or never a folder
+        except (OSError, ValueError):  # the folder was moved, or never existed
             pass
     return None if ends == getattr(type(config)(), "eos_token_id", None) else ends
 
 
 def sampling_defaults(model: Any) -> Mapping[str, Any]:
-    """The sampling options that generation_config.json names, as vLLM reads them: `do_sample` is not asked.
+    """The sampling options in generation_config.json, read as in vLLM: `do_sample` is ignored.
 
-    Raises ConfigError for values that no sampling option may have.
+    Raises ConfigError for invalid values.
     """
     config = getattr(model, "generation_config", None)
-    named = {name: getattr(config, name, None) for name in SAMPLING}
-    values = {name: value for name, value in named.items() if value is not None}
+    entries = {name: getattr(config, name, None) for name in SAMPLING}
+    values = {name: value for name, value in entries.items() if value is not None}
     try:
         SamplingParams(**values)
     except UsageError as error:

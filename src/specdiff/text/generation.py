@@ -1,9 +1,9 @@
-"""An answer as it grows: what rounds gave, folded into tokens, text, log probabilities and the reason it ended."""
+"""Generations: the answer of a request, folded from the engine's outputs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from specdiff.engine import RequestOutput
+from specdiff.engine import EngineStep, RequestOutput
 from specdiff.errors import TargetError
 from specdiff.stats import Stats
 from specdiff.text.detokenizer import Detokenizer
@@ -13,10 +13,12 @@ from specdiff.text.detokenizer import Detokenizer
 class Generation:
     """One answer. `accepted[i]`: token i came from the draft.
 
-    finish_reason: "stop" (end of text, stop id or stop string), "length", "interrupted" (a conversation's, by its user), or "error"
-    (the target failed; `error` says how). `text` ends before a stop string, `token_ids` with the token that completed it. logprobs,
-    where asked: the target's own of each token, before any option; `top_logprobs[i]` the (token id, logprob) of the likeliest in
-    place i.
+    `text` ends before a stop string, `token_ids` with the token that completed it.
+
+    finish_reason: "stop" (end of text, stop id or stop string), "length", "interrupted" (by the
+        user of a conversation), or "error" (the target failed; `error` says how).
+    logprobs: the target's own logprob of each token, before any sampling option, if requested.
+    top_logprobs: the (token id, logprob) pairs of the most likely tokens at each position.
     """
 
     text: str = ""
@@ -29,8 +31,8 @@ class Generation:
     error: str | None = None
 
 
-def demand_whole(generations: Sequence[Generation]) -> None:
-    """Raises TargetError, with all of them, if the target failed under one."""
+def raise_if_failed(generations: Sequence[Generation]) -> None:
+    """Raise TargetError, with all generations, if the target failed during one of them."""
     failures = [(place, g.error) for place, g in enumerate(generations) if g.error is not None]
     if failures:
         place, error = failures[0]
@@ -40,7 +42,10 @@ def demand_whole(generations: Sequence[Generation]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A bit of streamed text. `accepted`: it came from the draft. `generation` is the answer so far, whole with the last piece."""
+    """A piece of streamed text. `accepted`: it came from the draft.
+
+    `generation` is the answer so far; the last chunk completes it.
+    """
 
     text: str
     accepted: bool
@@ -48,34 +53,73 @@ class Chunk:
 
 
 class Answer:
-    """Folds one request's RequestOutput into `generation`. `done` may be true before the engine's own end, at a stop string: cancel then."""
+    """Folds the outputs of one request into `generation`.
 
-    def __init__(self, text: Detokenizer) -> None:
-        self.generation, self.text, self.done = Generation(), text, False
+    `done` may become true before the request has ended, at a stop string: cancel the request then.
+    """
 
-    def add(self, p: RequestOutput) -> list[Chunk]:
-        """The text this round brought, a piece a token that completes some, and a last one when the answer is done.
+    def __init__(self, detokenizer: Detokenizer) -> None:
+        self.generation = Generation()
+        self.detokenizer = detokenizer
+        self.done = False
 
-        Tokens behind the one that completes a stop string never were: neither in the lists nor in the stats.
+    def add(self, output: RequestOutput) -> Iterator[Chunk]:
+        """The text of a round: a chunk for each token that completes some, and a final one.
+
+        The text of the generation grows as the chunks are read. Tokens after the one that completes
+        a stop string are dropped, from the lists and from the stats.
         """
-        g, pieces, kept = self.generation, [], 0
-        while kept < len(p.tokens) and not self.text.stopped:
-            if new := self.text.add(p.tokens[kept]):
-                pieces.append((new, kept < p.accepted))
-            kept += 1
-        self.done = p.finished is not None or self.text.stopped
+        texts: list[tuple[str, bool]] = []
+        count = 0
+        while count < len(output.tokens) and not self.detokenizer.stopped:
+            if text := self.detokenizer.add(output.tokens[count]):
+                texts.append((text, count < output.accepted))
+            count += 1
+        stopped = self.detokenizer.stopped
+        self.done = stopped or output.finished is not None
         if self.done:
-            pieces.append((self.text.finish(), False))
-            g.finish_reason = "stop" if self.text.stopped else p.finished or ""
-            g.error = None if self.text.stopped else p.error
-        g.token_ids += p.tokens[:kept]
-        g.accepted += [k < p.accepted for k in range(kept)]
-        g.logprobs += p.logprobs[:kept]
-        g.top_logprobs += p.top_logprobs[:kept]
-        g.stats.add(p.drafted, p.accepted, kept, p.seconds, disabled=p.disabled)
-        return [Chunk(new, accepted, g) for new, accepted in pieces]
+            texts.append((self.detokenizer.finish(), False))
+            self.generation.finish_reason = "stop" if stopped else output.finished or ""
+            self.generation.error = None if stopped else output.error
+        self._record(output, count)
+        for text, accepted in texts:
+            yield self._chunk(text, accepted)
 
     def interrupt(self) -> Chunk:
-        """End it here, with the text that was held back: half a stop string is none."""
-        self.done, self.generation.finish_reason = True, "interrupted"
-        return Chunk(self.text.finish(), False, self.generation)
+        """End the answer here, with the text that was buffered for a possible stop string."""
+        self.done = True
+        self.generation.finish_reason = "interrupted"
+        return self._chunk(self.detokenizer.finish(), False)
+
+    def _record(self, output: RequestOutput, count: int) -> None:
+        """Add the first `count` tokens of a round to the lists and the stats."""
+        generation = self.generation
+        generation.token_ids += output.tokens[:count]
+        generation.accepted += [i < output.accepted for i in range(count)]
+        generation.logprobs += output.logprobs[:count]
+        generation.top_logprobs += output.top_logprobs[:count]
+        generation.stats.add(
+            output.drafted, output.accepted, count, output.seconds, disabled=output.disabled
+        )
+
+    def _chunk(self, text: str, accepted: bool) -> Chunk:
+        self.generation.text += text
+        return Chunk(text, accepted, self.generation)
+
+
+def fold(steps: Iterable[EngineStep], answers: Sequence[Answer]) -> Iterator[tuple[int, Chunk]]:
+    """The chunks of each answer, with its index. Requests of finished answers are cancelled."""
+    for step in steps:
+        for output in step.outputs():
+            answer = answers[output.request]
+            for chunk in answer.add(output):
+                yield output.request, chunk
+            if answer.done:
+                step.cancel(output.request)
+
+
+def checked_chunks(chunks: Iterable[tuple[int, Chunk]]) -> Iterator[Chunk]:
+    """The chunks of one answer. Raises TargetError after the last one if the target failed."""
+    for _, chunk in chunks:
+        yield chunk
+        raise_if_failed([chunk.generation])

@@ -1,11 +1,13 @@
-"""Conversations to token ids, through a model's chat template.
+"""Chat messages: conversations encoded as token ids through a model's chat template.
 
-What messages hold is text: a control token spelled in a message is encoded as ordinary text, so nobody's text begins another turn.
+Message content is text: a control token spelled in a message is encoded as ordinary text, so the
+content of a message cannot begin another turn.
 """
 
 import json
 import re
 import secrets
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -15,9 +17,8 @@ from specdiff.text.chat_template import Renderer, TemplateError
 from specdiff.unicode import valid
 
 Message = Mapping[str, Any]
-PRIVATE = (
-    0xF0000  # first character of a private plane: stands for a control token while a template runs
-)
+# First character of a private plane; these stand for control tokens while a template runs.
+PRIVATE = 0xF0000
 RESERVED = frozenset(
     {
         "add_generation_prompt",
@@ -33,70 +34,79 @@ RESERVED = frozenset(
 
 
 def template_variables(
-    tools: Any, documents: Any, more: Mapping[str, Any] | None
+    tools: Any = None,
+    documents: Any = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The template's variables besides the messages. Raises UsageError for what a template cannot be given."""
-    variables = dict(_mapping("chat_template_kwargs", more))
+    """The template variables other than the messages. Raises UsageError for invalid ones."""
+    variables = dict(_mapping("chat_template_kwargs", chat_template_kwargs))
     reserved = sorted(RESERVED & variables.keys())
     if reserved:
         raise UsageError(
-            f"chat_template_kwargs may not hold {reserved[0]!r}, which has an argument of its own"
+            f"chat_template_kwargs may not hold {reserved[0]!r}, which has an argument of its own",
+            param="chat_template_kwargs",
         )
     if tools is not None:
-        variables["tools"] = [_tool(tool) for tool in _listed("tools", tools)]
+        variables["tools"] = [_tool(tool) for tool in _sequence("tools", tools)]
     if documents is not None:
         variables["documents"] = [
-            dict(_mapping("each of documents", entry)) for entry in _listed("documents", documents)
+            dict(_mapping("documents", entry, "each of documents"))
+            for entry in _sequence("documents", documents)
         ]
     return variables
 
 
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+def _mapping(param: str, value: Any, label: str | None = None) -> Mapping[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise UsageError(f"{name} must be a mapping, not {value!r}")
+        raise UsageError(f"{label or param} must be a mapping, not {value!r}", param=param)
     return value or {}
 
 
-def _listed(name: str, value: Any) -> Sequence[Any]:
+def _sequence(param: str, value: Any) -> Sequence[Any]:
     if isinstance(value, (str, Mapping)) or not isinstance(value, Sequence):
-        raise UsageError(f"{name} must be a list, not {value!r}")
+        raise UsageError(f"{param} must be a list, not {value!r}", param=param)
     return value
 
 
 def _tool(tool: Any) -> dict[str, Any]:
-    """A JSON schema, or a function that transformers can describe as one."""
+    """The JSON schema of a tool given as a schema or as a function."""
     if callable(tool):
         from transformers.utils import get_json_schema
 
         try:
             return dict(get_json_schema(tool))
-        except Exception as error:  # it reads a stranger's docstring
-            raise UsageError(f"the tool {tool!r} cannot be described: {error}") from error
-    return dict(_mapping("each of tools", tool))
+        except Exception as error:  # it parses an arbitrary docstring
+            raise UsageError(
+                f"the tool {tool!r} cannot be described: {error}", param="tools"
+            ) from error
+    return dict(_mapping("tools", tool, "each of tools"))
 
 
 def checked(messages: Any) -> list[dict[str, Any]]:
-    """The messages, with valid text and text parts joined. Raises UsageError naming the message and what is wrong with it."""
+    """The messages, with valid text and with text parts joined.
+
+    Raises UsageError naming the message and what is wrong with it.
+    """
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
-        raise UsageError('messages must be a list of {"role": ..., "content": ...}')
+        raise _invalid('messages must be a list of {"role": ..., "content": ...}')
     return [_message(index, message) for index, message in enumerate(messages)]
 
 
 def _message(index: int, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise UsageError(
-            f'messages must be a list of {{"role": ..., "content": ...}}; message {index} is {message!r}'
+        raise _invalid(
+            f'messages must be a list of {{"role": ..., "content": ...}}; '
+            f"message {index} is {message!r}"
         )
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         content = "".join(_part(index, part) for part in content)
     if content is None and not message.get("tool_calls"):
-        raise UsageError(
-            f"message {index} (role {message['role']!r}) has no content; give a string"
-        )
+        raise _invalid(f"message {index} (role {message['role']!r}) has no content; give a string")
     if content is not None and not isinstance(content, str):
-        raise UsageError(
-            f"the content of message {index} (role {message['role']!r}) must be a string, not {content!r}"
+        raise _invalid(
+            f"the content of message {index} (role {message['role']!r}) must be a string, "
+            f"not {content!r}"
         )
     clean: dict[str, Any] = _changed({**message, "content": content}, valid)
     return clean
@@ -105,16 +115,18 @@ def _message(index: int, message: Any) -> dict[str, Any]:
 def _part(index: int, part: Any) -> str:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     if kind != "text":
-        raise UsageError(
-            f"message {index} has a part of type {kind!r}; only text parts can be read"
-        )
+        raise _invalid(f"message {index} has a part of type {kind!r}; only text parts can be read")
     if not isinstance(part.get("text"), str):
-        raise UsageError(f"message {index} has a text part without text: {part!r}")
+        raise _invalid(f"message {index} has a text part without text: {part!r}")
     return str(part["text"])
 
 
+def _invalid(text: str) -> UsageError:
+    return UsageError(text, param="messages")
+
+
 def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with `change` made to every string in it, keys included."""
+    """`value` with `change` applied to every string in it, keys included."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -136,7 +148,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class ChatTemplate:
-    """A tokenizer's chat template: `encode` gives a conversation's token ids."""
+    """A tokenizer's chat template."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -151,13 +163,16 @@ class ChatTemplate:
     def encode(
         self, messages: Any, *, answered: bool = False, variables: Mapping[str, Any] | None = None
     ) -> list[int]:
-        """The token ids, up to where the answer begins; a last message of the assistant's is continued.
+        """The token ids of a conversation, up to where the answer begins.
+
+        A final assistant message is continued.
 
         Args:
-            answered: the conversation ends with an answer, and so does the text.
-            variables: of the template, see `template_variables`. Its tools and documents are text as messages are.
+            answered: the conversation is complete: the ids end with its last message.
+            variables: template variables, from `template_variables`. Tools and documents are
+                encoded as text, as messages are.
 
-        Raises UsageError for messages that are none, and for those that the template refuses.
+        Raises UsageError for invalid messages, and for those that the template refuses.
         """
         conversation = checked(messages)
         resume = not answered and bool(conversation) and conversation[-1]["role"] == "assistant"
@@ -169,10 +184,9 @@ class ChatTemplate:
             text = self._render(conversation, prompt, resume, variables)
             return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
         guard = self._guarded(spelled)
-        taken = set(
-            "".join(_strings([conversation, variables, self.tokenizer.get_chat_template()]))
-        )
-        unused = (chr(code) for code in range(PRIVATE, PRIVATE + 0xFFFE) if chr(code) not in taken)
+        template = self.tokenizer.get_chat_template()
+        used = set("".join(_strings([conversation, variables, template])))
+        unused = (chr(code) for code in range(PRIVATE, PRIVATE + 0xFFFE) if chr(code) not in used)
         places = dict(zip(sorted(spelled), unused, strict=False))
         hidden = _any_of(spelled)
 
@@ -185,27 +199,42 @@ class ChatTemplate:
         return guard.encode(text, {place: name for name, place in places.items()})
 
     def spelled(self, value: Any) -> frozenset[str]:
-        """The control tokens that strings in `value` spell: special tokens, and others that the template writes around turns."""
+        """The control tokens spelled in `value`: special tokens, and `markers`."""
         names = frozenset(name for text in _strings(value) for name in self._added.findall(text))
         return names if names <= self._special else names & (self._special | self.markers)
 
     @cached_property
     def markers(self) -> frozenset[str]:
-        """The added tokens that the template writes around turns; some tokenizers do not call them special."""
+        """The added tokens that the template writes around turns.
+
+        Some tokenizers do not mark them as special.
+        """
         turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
         written: set[str] = set()
-        for probe in (turns, turns[:1]):  # some templates refuse one of them
+        for probe in (turns, turns[:1]):  # some templates refuse one or the other
             try:
                 written.update(self._added.findall(self._render(probe, True, False, {})))
             except UsageError:
                 continue
         return frozenset(written)
 
+    def warn_of_control_tokens(self, prompt: str) -> None:
+        """Warn if a prompt looks as if it were already rendered with the template."""
+        spelled = self.spelled(prompt)
+        control = spelled & self.markers if spelled else spelled
+        if control:
+            warnings.warn(
+                f"the prompt spells the control token {min(control)!r}, which is read as ordinary "
+                "text; give a prompt that is rendered already with raw=True",
+                stacklevel=3,
+            )
+
     def _guarded(self, spelled: frozenset[str]) -> "_Guard":
         if not self.tokenizer.is_fast:
             name = min(spelled)
-            raise UsageError(
-                f"a message spells the control token {name!r}, which this tokenizer cannot encode as text; take it out"
+            raise _invalid(
+                f"a message spells the control token {name!r}, "
+                "which this tokenizer cannot encode as text; take it out"
             )
         if self._guard is None:
             self._guard = _Guard(self.tokenizer, self._special | self.markers)
@@ -221,21 +250,20 @@ class ChatTemplate:
                 template, messages, prompt=prompt, tokens=tokens, resume=resume, variables=variables
             )
         except (TemplateError, ValueError, TypeError) as error:
-            raise UsageError(
-                f"the model's chat template refuses these messages ({error})"
-            ) from error
+            raise _invalid(f"the model's chat template refuses these messages ({error})") from error
 
 
 def _any_of(names: set[str] | frozenset[str]) -> re.Pattern[str]:
-    """Any of the strings, the longest where several begin at one place; nothing where there are none."""
+    """A pattern for any of the strings, the longest first; it matches nothing if there are none."""
     ordered = sorted((name for name in names if name), key=lambda name: (-len(name), name))
     return re.compile("|".join(map(re.escape, ordered)) or r"(?!)")
 
 
 class _Guard:
-    """A copy of the tokenizer that reads control tokens as text, and twins of them, which nobody can spell, as the tokens.
+    """A copy of the tokenizer that encodes spelled control tokens as text.
 
-    The twins split the text where the tokens would, so all between them is encoded as it would be there.
+    Each control token has a twin with an unguessable spelling, which is encoded as the token. Twins
+    split the text where the tokens would, so the text between them is encoded unchanged.
     """
 
     def __init__(self, tokenizer: Any, control: frozenset[str]) -> None:
@@ -263,7 +291,7 @@ class _Guard:
         self.names = _any_of(frozenset(self.twins))
 
     def encode(self, text: str, places: Mapping[str, str]) -> list[int]:
-        """`places`: what single characters stand for, as text."""
+        """Encode `text`, in which each character of `places` stands for a string of plain text."""
         text = self.names.sub(lambda match: self.twins[match[0]], text)
         text = text.translate({ord(place): name for place, name in places.items()})
         return [self.ids.get(i, i) for i in self.backend.encode(text, add_special_tokens=False).ids]

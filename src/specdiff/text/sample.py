@@ -1,7 +1,6 @@
-"""Text from the diffusion network alone: unconditional, behind a prefix, before a suffix, or between both; judged by the target.
+"""Infilling: text from the diffusion network alone, between an optional prefix and suffix.
 
-The premise of speculating with diffusion is that such text, made in a few passes, is nearly the target's own: its perplexity
-under the target says how nearly.
+Its perplexity under the target measures how close the network's distribution is to the target's.
 
 Shapes: N samples, L canvas positions, V vocabulary.
 """
@@ -23,18 +22,20 @@ from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose, row_seed
 from specdiff.targets.base import Target
-from specdiff.text.lm import Prompt, SpeculativeLM
+from specdiff.text.lm import SpeculativeLM
+from specdiff.text.prompts import Prompt
 from specdiff.types import Batch, Context, Draft, SamplingParams
 
-CHUNK = 128  # tokens judged in one pass of the target
+CHUNK = 128  # tokens scored per pass of the target
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """`token_ids` are the new ones; `text` is the whole, with prefix and suffix (None without a tokenizer).
+    """One sample: the new `token_ids`, and the whole `text` with prefix and suffix.
 
-    `perplexity` is the target's, of the new tokens given the prefix and the new ones before them; the suffix is hidden from
-    it, and without a prefix so is the first token's chance. None where nothing is left to judge.
+    `text` is None without a tokenizer. `perplexity` is the target's, of the new tokens given the
+    prefix but not the suffix; without a prefix the first token does not count. None if no token is
+    left to score.
     """
 
     text: str | None
@@ -53,61 +54,69 @@ def infill(
     count: int = 1,
     seed: int | None = None,
 ) -> list[Sample]:
-    """`count` samples of `length` tokens from the network of `lm`'s drafter, each in `steps` (T) network passes.
+    """Draw `count` samples of `length` tokens from the network of `lm`'s drafter.
 
-    Given tokens stay by projection; the sampler starts at the time of the canvas (1 where all of it is noise).
+    Each sample takes `steps` (T) network passes. Prefix and suffix are fixed by projection; the
+    sampler starts at the time that matches the share of masked tokens (1 if all are masked).
 
-    Raises UsageError for a drafter that is no SEDD network, a suffix it cannot see, or a canvas it has no room for.
+    Raises UsageError for a drafter that is not a SEDD network, for a suffix that it cannot see, and
+    for a canvas that is longer than its context.
     """
     scorer = _scorer(lm)
-    length, steps, count = (
-        whole(name, value)
-        for name, value in (("length", length), ("steps", steps), ("count", count))
-    )
-    for name, value in {"length": length, "steps": steps, "count": count}.items():
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
+    length = _positive("length", length)
+    steps = _positive("steps", steps)
+    count = _positive("count", count)
     if sampler not in reverse.SAMPLERS:
-        raise UsageError(f"unknown sampler {sampler!r}; known are {', '.join(reverse.SAMPLERS)}")
-    before, after = (_part(lm, part) for part in (prefix, suffix))
+        names = ", ".join(reverse.SAMPLERS)
+        raise UsageError(f"unknown sampler {sampler!r}; known are {names}", param="sampler")
+    before = _encode(lm, "prefix", prefix)
+    after = _encode(lm, "suffix", suffix)
     if after and scorer.cached:
         raise UsageError(
-            "this drafter's context is causal, so it cannot see a suffix; use a bidirectional one (SEDD's or MDLM's own)"
+            "this drafter's context is causal, so it cannot see a suffix; "
+            "use a bidirectional one (SEDD's or MDLM's own)",
+            param="suffix",
         )
     root = secrets.randbits(63) if seed is None else whole("seed", seed)
-    new = _sampled(
-        scorer, before, length, after, steps, sampler, [row_seed(root, i) for i in range(count)]
-    )
-    judged = [perplexity(lm.target, before, row) for row in new]
+    seeds = [row_seed(root, i) for i in range(count)]
+    rows = _sample_rows(scorer, before, length, after, steps, sampler, seeds)
     return [
-        Sample(_text(lm, [*before, *row, *after]), row, p)
-        for row, p in zip(new, judged, strict=True)
+        Sample(_text(lm, [*before, *row, *after]), row, perplexity(lm.target, before, row))
+        for row in rows
     ]
 
 
-def _part(lm: SpeculativeLM, part: Prompt) -> list[int]:
-    part = part if isinstance(part, str) else token_ids("prefix and suffix", part)
+def _positive(name: str, value: int) -> int:
+    value = whole(name, value)
+    if value < 1:
+        raise UsageError(f"{name} must be at least 1, not {value}", param=name)
+    return value
+
+
+def _encode(lm: SpeculativeLM, name: str, part: Prompt) -> list[int]:
+    part = part if isinstance(part, str) else token_ids(name, part)
     return lm.encode(part, raw=True) if part else []
 
 
 def _scorer(lm: SpeculativeLM) -> SEDDDenoiser:
+    """The SEDD network of `lm`'s drafter."""
     drafter = lm.drafter
-    inner = (
-        drafter.scorer
-        if isinstance(drafter, AnyOrderDrafter)
-        else drafter.denoiser
-        if isinstance(drafter, DenoisingDrafter)
-        else None
-    )
-    if not isinstance(inner, SEDDDenoiser):
+    network: object = None
+    if isinstance(drafter, AnyOrderDrafter):
+        network = drafter.scorer
+    elif isinstance(drafter, DenoisingDrafter):
+        network = drafter.denoiser
+    if not isinstance(network, SEDDDenoiser):
+        name = lm.spec or type(drafter).__name__
         raise UsageError(
-            f"only a SEDD drafter writes text of its own, and {lm.spec or type(drafter).__name__!r} is none; name one's folder"
+            f"only a SEDD drafter can infill, and {name!r} is not one; give the folder of one",
+            param="drafter",
         )
-    return inner
+    return network
 
 
 @torch.inference_mode()
-def _sampled(
+def _sample_rows(
     scorer: SEDDDenoiser,
     before: list[int],
     length: int,
@@ -116,53 +125,66 @@ def _sampled(
     sampler: str,
     seeds: list[int],
 ) -> list[list[int]]:
-    """A causal context is read once, in front of the canvas; a bidirectional network has all on the canvas."""
-    context, shown = (before, []) if scorer.cached else ([], before)
-    row = [*shown, *[0] * length, *after]
+    """The new tokens of each row.
+
+    A causal network reads the prefix once, as context; a bidirectional one has it on the canvas.
+    """
+    prefix = before if scorer.cached else []
+    begin = len(before) - len(prefix)
+    row = [*before[len(prefix) :], *[0] * length, *after]
     if scorer.longest is not None and len(row) > scorer.longest:
         raise UsageError(
-            f"prefix, {length} new tokens and suffix are {len(row)}, but this drafter's canvas has {scorer.longest} positions"
+            f"prefix, {length} new tokens and suffix are {len(row)}, "
+            f"but this drafter's canvas has {scorer.longest} positions",
+            param="length",
         )
-    batch = Batch.of(
-        [context] * len(seeds), [SamplingParams(len(row))] * len(seeds), seeds, device=scorer.device
-    )
-    seen, noise = Context(batch, None, torch.zeros_like(batch.length), None), Noise.of(batch)
-    state = scorer.open(len(seeds), len(context) + len(row) + 1)
+    count = len(seeds)
+    params = SamplingParams(len(row))
+    batch = Batch.of([prefix] * count, [params] * count, seeds, device=scorer.device)
+    context = Context(batch, None, torch.zeros_like(batch.length), None)
+    noise = Noise.of(batch)
+    state = scorer.open(count, len(prefix) + len(row) + 1)
     at = torch.arange(len(row), device=scorer.device)
-    free = ((at >= len(shown)) & (at < len(shown) + length)).expand(len(seeds), -1)
-    out = reverse.sample(
-        lambda canvas, sigma: scorer.log_score(seen, state, canvas, sigma),
+    free = ((at >= begin) & (at < begin + length)).expand(count, -1)
+    canvas = reverse.sample(
+        lambda canvas, sigma: scorer.log_score(context, state, canvas, sigma),
         scorer.process,
         scorer.schedule,
-        torch.tensor(row, device=scorer.device).expand(len(seeds), -1),
+        torch.tensor(row, device=scorer.device).expand(count, -1),
         free,
         steps,
         lambda i: noise.uniform(Purpose.DRAFT, len(row), index=i),
-        start=scorer.schedule.time_of_masked_share(length / (len(context) + len(row))),
+        start=scorer.schedule.time_of_masked_share(length / (len(prefix) + len(row))),
         sampler=sampler,
     )
-    return [ids.tolist() for ids in out[:, len(shown) : len(shown) + length]]
+    return [ids.tolist() for ids in canvas[:, begin : begin + length]]
 
 
 @torch.inference_mode()
 def perplexity(target: Target[Any], prefix: list[int], tokens: list[int]) -> float | None:
-    """exp of the mean negative log-likelihood of `tokens` given `prefix` (of all but the first without one); None if none is left.
+    """exp of the mean negative log-likelihood of `tokens` given `prefix`.
 
-    The target reads them as one long draft, CHUNK at a time. Raises UsageError where they are more than its positions.
+    Without a prefix the first token does not count; None if no token is left. The target scores the
+    tokens as one long draft, CHUNK at a time.
+
+    Raises UsageError if there are more tokens than the target has positions.
     """
-    ids, known = [*prefix, *tokens], max(1, len(prefix))
-    if len(ids) <= known:
+    size = len(prefix) + len(tokens)
+    begin = max(1, len(prefix))
+    if size <= begin:
         return None
-    if len(ids) > target.info.max_positions:
+    if size > target.info.max_positions:
         raise UsageError(
-            f"{len(ids)} tokens are more than the {target.info.max_positions} positions of the target {target.info.name!r}"
+            f"{size} tokens are more than the {target.info.max_positions} positions "
+            f"of the target {target.info.name!r}",
+            param="length",
         )
-    whole = torch.tensor(ids, device=target.info.device)
-    cache = target.open(1, len(ids) + 1)
-    row = torch.zeros(1, dtype=torch.long, device=whole.device)
-    target.admit(cache, row, [whole[:known]], torch.zeros_like(row))
-    nats = sum(_nats(target, cache, whole, at) for at in range(known, len(ids), CHUNK))
-    return math.exp(nats / (len(ids) - known))
+    ids = torch.tensor([*prefix, *tokens], device=target.info.device)
+    cache = target.open(1, size + 1)
+    row = torch.zeros(1, dtype=torch.long, device=ids.device)
+    target.admit(cache, row, [ids[:begin]], torch.zeros_like(row))
+    nats = sum(_nats(target, cache, ids, at) for at in range(begin, size, CHUNK))
+    return math.exp(nats / (size - begin))
 
 
 def _nats(target: Target[Any], cache: Any, ids: Int[Tensor, "L"], at: int) -> float:

@@ -18,7 +18,8 @@ from specdiff.data import generate
 from specdiff.data.corpus import Corpus
 from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.targets.causal import CausalTarget
-from specdiff.text.lm import SpeculativeLM, tokenizer_of
+from specdiff.text.lm import SpeculativeLM
+from specdiff.text.load import tokenizer_of
 from specdiff.training import evaluation, initialize, model_card
 from specdiff.training.canvas_task import CanvasTask
 from specdiff.training.causal_task import AutoregressiveTask, TargetTask
