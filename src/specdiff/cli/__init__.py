@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 import specdiff
 from specdiff.cli import terminal
 from specdiff.cli.bench import bench
-from specdiff.cli.bench_report import compare, law, report
+from specdiff.cli.bench_report import compare, report
 from specdiff.cli.chat import chat
 from specdiff.cli.check import check
 from specdiff.cli.data import data
@@ -69,8 +69,8 @@ benchmark = typer.Typer(
     cls=Verbs, rich_markup_mode=None, context_settings={"help_option_names": ["-h", "--help"]}
 )
 benchmark.callback(invoke_without_command=True)(bench)
-for beside in (report, compare, law):
-    benchmark.command(cls=Verb)(beside)
+for subcommand in (report, compare):
+    benchmark.command(cls=Verb)(subcommand)
 app.add_typer(benchmark, name="bench")
 
 

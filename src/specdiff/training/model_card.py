@@ -2,13 +2,12 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import specdiff
-from specdiff import files
+from specdiff import environment, files
 from specdiff.data.corpus import Corpus
 from specdiff.training.recipe import Recipe, as_yaml
 
@@ -48,7 +47,7 @@ def write(
             "## Made",
             "",
             f"- command: `{command}`",
-            f"- specdiff {specdiff.__version__}, commit {commit()}",
+            f"- specdiff {specdiff.__version__}, commit {environment.commit() or 'unknown'}",
             f"- parameters: {sizes['trained']:,} trained, {sizes['stored']:,} stored",
             f"- data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({json.dumps(corpus.manifest['about'])}), of which "
             f"{recipe.held_out:.0%}, chosen by a hash of the row's key, are held out",
@@ -125,19 +124,3 @@ def _curve(path: Path) -> list[str]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
-
-
-def commit() -> str:
-    """The commit this package runs from, where it runs from a checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
