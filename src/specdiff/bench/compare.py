@@ -175,10 +175,10 @@ def _speedup(cell: CellResult) -> Spread | None:
 
 def _over_tasks(cell: CellResult) -> Spread | float | None:
     """tau with its least and largest task; without a spread if there are fewer than two tasks."""
-    known = [task.tau for task in cell.tasks.values() if task.tau is not None]
-    if cell.tau is None or len(known) < 2:
+    taus = [task.tau for task in cell.tasks.values() if task.tau is not None]
+    if cell.tau is None or len(taus) < 2:
         return cell.tau
-    return Spread(cell.tau, min(known), max(known))
+    return Spread(cell.tau, min(taus), max(taus))
 
 
 def _change(a: Spread | float | None, b: Spread | float | None) -> Change | None:

@@ -84,7 +84,7 @@ Cells = dict[float, list[CellResult]]  # by temperature
 
 
 def style() -> AbstractContextManager[None]:
-    """Everything is drawn and written within this context."""
+    """The context in which everything is drawn and written."""
     return mpl.rc_context(STYLE)
 
 
@@ -111,13 +111,13 @@ def short(name: str, most: int = 24) -> str:
 
 def powers(axes: Axes, values: Iterable[float], label: str) -> None:
     """A doubling x axis whose ticks are the measured values."""
-    known = sorted(set(values))
+    distinct = sorted(set(values))
     axes.set_xscale("log", base=2)
-    near = [v for i, v in enumerate(known) if i == 0 or v / known[i - 1] >= 1.2]
-    axes.set_xticks(near, [f"{v:g}" for v in near])
+    ticks = [v for i, v in enumerate(distinct) if i == 0 or v / distinct[i - 1] >= 1.2]
+    axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
     axes.set_xticks([], minor=True)
-    if len(near) == 1:
-        axes.set_xlim(near[0] / 2, near[0] * 2)
+    if len(ticks) == 1:
+        axes.set_xlim(ticks[0] / 2, ticks[0] * 2)
     axes.set_xlabel(label)
 
 
@@ -134,13 +134,8 @@ def legend(figure: Figure, axes: Iterable[Axes], columns: int = 4) -> None:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     if handles:
-        figure.legend(
-            list(handles.values()),
-            list(handles),
-            loc="outside upper left",
-            ncols=columns,
-            handlelength=2.6,
-        )
+        place: Any = {"loc": "outside upper left", "handlelength": 2.6}
+        figure.legend(list(handles.values()), list(handles), ncols=columns, **place)
 
 
 def inline(drawing: Drawing, name: str) -> str:
@@ -197,27 +192,21 @@ def _label_rows(axes: Axes, rows: Sequence[CellResult]) -> None:
 def _bars(
     axes: Axes, rows: Sequence[CellResult], ratios: Sequence[Speedup | None], hues: dict[str, str]
 ) -> None:
-    known = [(i, ratio) for i, ratio in enumerate(ratios) if ratio]
+    bars = [(i, ratio) for i, ratio in enumerate(ratios) if ratio]
     axes.barh(
-        [i for i, _ in known],
-        [r.ratio for _, r in known],
+        [i for i, _ in bars],
+        [r.ratio for _, r in bars],
         height=0.66,
-        color=[hues[rows[i].baseline] for i, _ in known],
-        xerr=whiskers([(r.ratio, r.min, r.max) for _, r in known]),
+        color=[hues[rows[i].baseline] for i, _ in bars],
+        xerr=whiskers([(r.ratio, r.min, r.max) for _, r in bars]),
         error_kw={"ecolor": INK, "elinewidth": 1, "capsize": 2.5},
     )
-    right = 1.25 * max([1.2, *(max(r.max, r.ratio) for _, r in known)])
-    for i, ratio in known:
+    right = 1.25 * max([1.2, *(max(r.max, r.ratio) for _, r in bars)])
+    for i, ratio in bars:
         end = max(ratio.max, ratio.ratio)
         x = 1.0 if end < 1 < end + 0.25 * right else end  # not across the line of no change
-        axes.annotate(
-            f"{ratio.ratio:.2f}x",
-            (x, i),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-        )
+        place: Any = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{ratio.ratio:.2f}x", (x, i), fontsize=8.5, **place)
     axes.axvline(1, color=INK, linewidth=1, linestyle="--")
     _label_rows(axes, rows)
     axes.set_xlim(0, right)

@@ -131,8 +131,8 @@ class Acceptance:
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """The spread of the values that are not None; None of nothing."""
-    known = [value for value in values if value is not None]
-    return Spread.of(known) if known else None
+    numbers = [value for value in values if value is not None]
+    return Spread.of(numbers) if numbers else None
 
 
 def rate(run: RunRecord) -> float | None:
@@ -238,8 +238,8 @@ def _mean(
 
 def _median(runs: Sequence[RunRecord], pick: Callable[[Medians], float | None]) -> float | None:
     values = [pick(run.medians) for run in runs if run.medians is not None]
-    known = [value for value in values if value]
-    return statistics.median(known) if known else None
+    positive = [value for value in values if value]
+    return statistics.median(positive) if positive else None
 
 
 def stage_seconds(runs: Sequence[RunRecord]) -> dict[str, float]:
@@ -261,10 +261,10 @@ def peak_memory(runs: Sequence[RunRecord]) -> Memory | None:
 
 def joules_per_token(runs: Sequence[RunRecord]) -> float | None:
     """Energy of the runs that report it, per token."""
-    known = [run for run in runs if run.joules is not None]
-    if not known:
+    metered = [run for run in runs if run.joules is not None]
+    if not metered:
         return None
-    return sum(run.joules or 0.0 for run in known) / max(1, sum(run.size for run in known))
+    return sum(run.joules or 0.0 for run in metered) / max(1, sum(run.size for run in metered))
 
 
 def _tpot(run: RunRecord) -> float | None:

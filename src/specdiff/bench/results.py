@@ -232,8 +232,7 @@ def _outputs(turn: Turn) -> Iterator[Output]:
     for run in turn.runs:
         if run.pieces is not None:
             text = "".join(piece for piece, _ in run.pieces)
-            cell = run.cell
-            about = (cell.baseline, cell.draft_len, cell.temperature)
+            about = (run.cell.baseline, run.cell.draft_len, run.cell.temperature)
             yield Output(turn.prompt, turn.task, *about, text, run.pieces)
 
 
@@ -251,7 +250,8 @@ def cell_results(turns: Sequence[Turn]) -> list[CellResult]:
 
 def _cell(cell: Cell, runs: Sequence[tuple[Turn, RunRecord]]) -> CellResult:
     able = [(turn, run) for turn, run in runs if run.why is None]
-    wrong = [d for turn, _ in able for d in turn.divergences if _belongs(d, cell)]
+    every = [d for turn, _ in able for d in turn.divergences]
+    wrong = [d for d in every if all(getattr(d, name) == getattr(cell, name) for name in KEY)]
     why = next((run.why for _, run in runs if run.why is not None), None) or _wrong(wrong)
     exact = None
     if cell.temperature == 0 and able:
@@ -261,10 +261,6 @@ def _cell(cell: Cell, runs: Sequence[tuple[Turn, RunRecord]]) -> CellResult:
         for turn, run in able
     ]
     return metrics.cell_result(cell, rows, why=why, exact=exact)
-
-
-def _belongs(divergence: Divergence, cell: Cell) -> bool:
-    return all(getattr(divergence, name) == getattr(cell, name) for name in KEY)
 
 
 def _reference(turn: Turn, name: str) -> RunRecord | None:
@@ -288,16 +284,16 @@ def batch_curves(cells: Sequence[CellResult]) -> list[BatchCurve]:
     speeds: dict[tuple[str, float], dict[int, float | None]] = {}
     for cell in cells:
         if cell.stage == "batch":
-            speed = cell.tokens_per_second.median if cell.tokens_per_second else None
-            speeds.setdefault((cell.baseline, cell.temperature), {})[cell.batch] = speed
+            speed = cell.tokens_per_second
+            sizes = speeds.setdefault((cell.baseline, cell.temperature), {})
+            sizes[cell.batch] = speed.median if speed else None
     curves = []
     for (baseline, temperature), sizes in speeds.items():
         plain = speeds.get((VANILLA, temperature), {})
         points = [BatchPoint(b, speed, plain.get(b)) for b, speed in sorted(sizes.items())]
-        slower = [p.batch for p in points if _no_faster(p)]
         drafting = baseline not in (HF, VANILLA)
-        break_even = slower[0] if slower and drafting else None
-        curves.append(BatchCurve(baseline, temperature, points, break_even))
+        slower = [p.batch for p in points if drafting and _no_faster(p)]
+        curves.append(BatchCurve(baseline, temperature, points, next(iter(slower), None)))
     return curves
 
 

@@ -56,8 +56,8 @@ def check(suite: str) -> str:
     if suite == "paper":
         return ""
     if suite != "embedded" and (kind not in FILES or not path):
-        known = ("embedded", "paper", *(f"{kind}:FILE" for kind in FILES))
-        raise UsageError(f"unknown suite {suite!r}; known are {', '.join(known)}")
+        names = ("embedded", "paper", *(f"{kind}:FILE" for kind in FILES))
+        raise UsageError(f"unknown suite {suite!r}; known are {', '.join(names)}")
     file = EMBEDDED if suite == "embedded" else Path(path).expanduser()
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file in it")

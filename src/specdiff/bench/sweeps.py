@@ -243,8 +243,8 @@ def _draft_lines(panel: Axes, part: PartResult, points: Sequence[DraftCost], x: 
 
 
 def _middle(values: Sequence[int]) -> int:
-    known = sorted(set(values))
-    return known[len(known) // 2] if known else 0
+    distinct = sorted(set(values))
+    return distinct[len(distinct) // 2] if distinct else 0
 
 
 def _finish(panel: Axes, values: Sequence[float], across: str, up: str) -> None:
@@ -318,10 +318,10 @@ def break_even(entry: BatchCurve) -> str:
     if entry.break_even is not None:
         return f" (no gain from batch {entry.break_even})"
     rates = _rates(entry)
-    known = [s.batch for s in entry.sizes if s.batch in rates and s.vanilla_tokens_per_second]
-    if len(known) == len(entry.sizes):
+    pairs = [s.batch for s in entry.sizes if s.batch in rates and s.vanilla_tokens_per_second]
+    if len(pairs) == len(entry.sizes):
         return " (pays at every size)"
-    return f" (pays up to batch {max(known)}, then not measured)" if known else ""
+    return f" (pays up to batch {max(pairs)}, then not measured)" if pairs else ""
 
 
 DRAWS: dict[str, Draw] = {
