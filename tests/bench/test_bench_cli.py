@@ -46,7 +46,7 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--suite", "embeded"), "unknown suite 'embeded'"),
         (("--suite", "jsonl:./nowhere.jsonl"), "no such file: nowhere.jsonl"),
@@ -60,17 +60,18 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ),
         (
             ("--only", "sed"),
-            "--only 'sed' is no baseline of this suite; known are hf, hf-assisted, hf-prompt-lookup, ours-vanilla",
+            "--only 'sed' is no baseline of this suite; "
+            "known are hf, hf-assisted, hf-prompt-lookup, ours-vanilla",
         ),
         (("--smoke",), "--smoke is for --suite paper"),
         (("--model", "./nowhere"), "no model folder './nowhere'"),
     ],
 )
-def test_a_usage_error_leaves_nothing_behind(
-    here: Here, tmp_path: Path, arguments: tuple[str, ...], told: str
+def test_a_usage_error_leaves_no_files(
+    here: Here, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     code, out, err = here(*arguments, "--out", str(tmp_path / "out"), "-q")
-    assert code == 2 and out == "" and told in err
+    assert code == 2 and out == "" and message in err
     assert not (tmp_path / "out" / "results.json").exists()
 
 
@@ -78,7 +79,7 @@ def test_files_summary_and_exit_code(
     here: Here, tmp_path: Path, target: str, drafters: dict[str, str], prompts: Path
 ) -> None:
     folder = tmp_path / "out"
-    chosen = (
+    command = (
         "--suite",
         f"jsonl:{prompts}",
         "--model",
@@ -89,12 +90,15 @@ def test_files_summary_and_exit_code(
         str(folder),
         *TINY,
     )
-    code, out, err = here(*chosen, "--json")
-    told, kept = json.loads(out), json.loads((folder / "results.json").read_text())
+    code, out, err = here(*command, "--json")
+    summary = json.loads(out)
+    stored = json.loads((folder / "results.json").read_text())
     assert (
-        code == 0 and told["problems"] == [] and told["status"] == kept["status"] == "complete"
+        code == 0
+        and summary["problems"] == []
+        and summary["status"] == stored["status"] == "complete"
     ), err
-    assert {c["baseline"] for c in kept["parts"][0]["cells"]} == {
+    assert {c["baseline"] for c in stored["parts"][0]["cells"]} == {
         "hf",
         "hf-prompt-lookup",
         "ours-vanilla",
@@ -102,11 +106,11 @@ def test_files_summary_and_exit_code(
         "ngram",
     }
     assert len((folder / "results.csv").read_text().splitlines()) == 1 + len(
-        kept["parts"][0]["cells"]
+        stored["parts"][0]["cells"]
     )
-    assert kept["command"].startswith("specdiff bench --suite jsonl:")
-    assert here(*chosen)[0] == 2  # not over an old one
-    code, out, err = here(*chosen, "--resume")
+    assert stored["command"].startswith("specdiff bench --suite jsonl:")
+    assert here(*command)[0] == 2  # not over an old one
+    code, out, err = here(*command, "--resume")
     assert (
         code == 0
         and "sedd" in out
@@ -114,7 +118,7 @@ def test_files_summary_and_exit_code(
         and "autoregressive: no bundled" in out
         and "main" not in err
     )
-    code, _, err = here(*chosen, "--resume", "--seed", "1")
+    code, _, err = here(*command, "--resume", "--seed", "1")
     assert code == 2 and "was begun with seed = 0, not 1" in err
     other = (
         "--suite",
@@ -131,19 +135,19 @@ def test_files_summary_and_exit_code(
     assert code == 1 and "problem: " in err and "40 tokens" in err and "ours-vanilla" in out
 
 
-def test_ctrl_c_keeps_what_was_measured(
+def test_ctrl_c_keeps_the_measurements(
     here: Here, tmp_path: Path, target: str, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = runner.run
 
-    def cut(*arguments: Any) -> Iterator[runner.Event]:
+    def cut(*arguments: Any) -> Iterator[runner.BenchEvent]:
         for event in whole(*arguments):
             yield event
             if event.record is not None and event.record["kind"] == "turn":
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "run", cut)
-    chosen = (
+    command = (
         "--suite",
         f"jsonl:{prompts}",
         "--model",
@@ -153,21 +157,23 @@ def test_ctrl_c_keeps_what_was_measured(
         "--out",
         str(tmp_path / "out"),
     )
-    code, out, err = here(*chosen, *TINY)
-    told = json.loads((tmp_path / "out" / "results.json").read_text())
+    code, out, err = here(*command, *TINY)
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert code == 130 and "repeat the command with --resume" in err and "ours-vanilla" in out
-    cells = told["parts"][0]["cells"]
-    assert told["status"] == "partial" and {c["turns"] for c in cells} == {1}
+    cells = record["parts"][0]["cells"]
+    assert record["status"] == "partial" and {c["turns"] for c in cells} == {1}
     assert {c["baseline"] for c in cells} == {"hf", "ours-vanilla", "ngram"}
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, here: Here, target: str, prompts: Path) -> None:
+def test_a_killed_run_can_be_resumed(
+    tmp_path: Path, here: Here, target: str, prompts: Path
+) -> None:
     """Killed outright, in the middle of a unit or of a line."""
     folder = tmp_path / "out"
-    chosen = ["--suite", f"jsonl:{prompts}", "--model", target, "--out", str(folder), *TINY]
-    command = [sys.executable, "-W", "ignore", "-m", "specdiff", "bench", *chosen]
+    command = ["--suite", f"jsonl:{prompts}", "--model", target, "--out", str(folder), *TINY]
+    process = [sys.executable, "-W", "ignore", "-m", "specdiff", "bench", *command]
     running = subprocess.Popen(
-        command,
+        process,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -179,7 +185,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, here: Here, target: str, prompts: 
     running.wait()
     before = file.read_text().rpartition("\n")[0].splitlines()
     assert len(before) >= 4 and "/end" not in before[-1]
-    code, _, err = here(*chosen, "--resume", "-q")
+    code, _, err = here(*command, "--resume", "-q")
     after = file.read_text().splitlines()
     assert code == 0, err
     assert after[: len(before)] == before and json.loads(after[-1])["kind"] == "end"
@@ -201,8 +207,8 @@ def test_the_paper_suite_in_small(here: Here, tmp_path: Path) -> None:
     )
     code, out, err = here("--suite", "paper", "--smoke", "--out", str(tmp_path), *small)
     assert code == 0, err
-    told = json.loads((tmp_path / "results.json").read_text())["paper"]
-    rows = {(r["dataset"], r["target"], r["baseline"]): r for r in told["table2"]}
+    record = json.loads((tmp_path / "results.json").read_text())["paper"]
+    rows = {(r["dataset"], r["target"], r["baseline"]): r for r in record["table2"]}
     assert set(rows) == {
         (d, t, b) for d in paper.DATASETS for t in paper.TARGETS for b in paper.DRAFTERS
     }
@@ -210,9 +216,9 @@ def test_the_paper_suite_in_small(here: Here, tmp_path: Path) -> None:
         rows["cnn_dailymail", "gpt-neo-2.7B", "sedd"]["paper"] == 8.73
         and rows["lm1b", "gpt2-xl", "sedd"]["draft_len"] == 30
     )
-    assert all(r["vs_hf"] > 0 and r["draft_len"] in (5, 30, 40, 45) for r in told["table2"])
-    assert {r["steps"] for r in told["appendix_a"] if r["baseline"] == "sedd"} == {1, 2}
-    assert all(r["paper"] is None for r in told["appendix_a"])
+    assert all(r["vs_hf"] > 0 and r["draft_len"] in (5, 30, 40, 45) for r in record["table2"])
+    assert {r["steps"] for r in record["appendix_a"] if r["baseline"] == "sedd"} == {1, 2}
+    assert all(r["paper"] is None for r in record["appendix_a"])
     assert "Table 2" in out and "8.73" in out and "the figures mean nothing" in out
 
 
@@ -242,11 +248,11 @@ def limited() -> Iterator[Callable[[int], None]]:
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on(
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(
     here: Here, tmp_path: Path, target: str, prompts: Path, limited: Callable[[int], None]
 ) -> None:
     folder = tmp_path / "out"
-    chosen = (
+    command = (
         "--suite",
         f"jsonl:{prompts}",
         "--model",
@@ -259,7 +265,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
         "-q",
     )
     limited(4000)
-    code, out, err = here(*chosen)
+    code, out, err = here(*command)
     assert code == 1 and out == "" and err.count("\n") == 1
     assert (
         err.startswith(f"specdiff: error: cannot write {folder}/journal.jsonl: ")
@@ -268,11 +274,11 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     lines = (folder / "journal.jsonl").read_text().splitlines()
     assert len(lines) > 1 and all(json.loads(line)["key"] for line in lines)
     limited(resource.RLIM_INFINITY)
-    assert here(*chosen, "--resume")[0] == 0
+    assert here(*command, "--resume")[0] == 0
     results = (folder / "results.json").read_bytes()
     assert (folder / "journal.jsonl").read_text().splitlines()[: len(lines)] == lines
     limited(1000)
-    code, _, err = here(*chosen, "--resume")
+    code, _, err = here(*command, "--resume")
     assert code == 1 and "results.json: it would exceed" in err
     code, _, err = here("report", str(folder))
     assert code == 1 and "report.html: it would exceed" in err and err.count("\n") == 1
@@ -331,14 +337,14 @@ def test_two_runs_into_one_folder_and_a_name_with_markup(
 ) -> None:
     from specdiff import files
 
-    held = files.lock(tmp_path / "out")
+    lock = files.lock(tmp_path / "out")
     model = tmp_path / "[b]:smile:[" / "x]"
     model.parent.mkdir()
     model.symlink_to(target)
     own = ("--only", "ngram", "--out", str(tmp_path / "out"))
-    chosen = ("--suite", f"jsonl:{prompts}", "--model", str(model), *own, *TINY)
-    code, _, err = here(*chosen)
+    command = ("--suite", f"jsonl:{prompts}", "--model", str(model), *own, *TINY)
+    code, _, err = here(*command)
     assert code == 1 and "another process is writing to" in err and err.count("\n") == 1
-    held.release()
-    code, out, err = here(*chosen)
+    lock.release()
+    code, out, err = here(*command)
     assert code == 0 and "[b]:smile:[/x]" in "".join(out.split()), err

@@ -1,10 +1,10 @@
 """report.html of a run that has everything in it, and of runs that lack something."""
 
-import copy
 import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from specdiff import bench
-from specdiff.bench import curves, figures, report, stored, summary, svg
-from specdiff.errors import MissingExtraError
+from specdiff.bench import figures, report, results, sweeps
+from specdiff.bench.journal import parse
+from specdiff.bench.metrics import Speedup
+from specdiff.errors import MissingExtraError, UsageError
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "rect", "stop"}
-DRAWS: dict[str, figures.Draw] = {
-    "speedups": figures.speedups, "figure2": curves.figure2, "gamma": curves.gamma, "positions": figures.positions,
-    "conditional": figures.conditional, "costs": curves.costs, "contexts": curves.contexts, "batches": curves.batches,
-    "stages": figures.stages,
-}  # fmt: skip
+DRAWS = figures.DRAWS | sweeps.DRAWS
 
 
 class Walk(HTMLParser):
-    """What a browser meets: tags that close one another, ids, links, and the text."""
+    """The page as a browser reads it: matching tags, ids, links, and the text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -43,8 +41,7 @@ class Walk(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        told = dict(attrs)
-        self.ids += [told["id"]] if told.get("id") else []
+        self.ids += [value for name, value in attrs if name == "id" and value]
         self.addresses += [
             v
             for n, v in attrs
@@ -70,22 +67,38 @@ class Walk(HTMLParser):
 @pytest.fixture(scope="module")
 def page() -> str:
     return report.page(
-        synthetic.whole(
+        synthetic.results(
             synthetic.part(), synthetic.empty_part(), paper=synthetic.paper(), status="partial"
         )
     )
 
 
 def test_every_section_is_there(page: str) -> None:
-    told = " ".join(Walk(page).text)
+    text = " ".join(Walk(page).text)
+    assert set(report.CAPTIONS) == set(DRAWS)
     for title, _ in report.CAPTIONS.values():
-        assert title in told
-    for wanted in (
-        "What was run", "Main comparison", "by task", "How draft length", "Equality at temperature 0", "What is missing", "Answers",
-        "Table 2", "Appendix A", "Not finished", "--resume", "no weights", "cost/4096: out of memory", "near tie", "0123456789ab", "2.35",
-        "not known", "slower",
-    ):  # fmt: skip
-        assert wanted in told, wanted
+        assert title in text
+    for phrase in (
+        "What was run",
+        "Main comparison",
+        "by task",
+        "How draft length",
+        "Equality at temperature 0",
+        "What is missing",
+        "Answers",
+        "Table 2",
+        "Appendix A",
+        "Not finished",
+        "--resume",
+        "no weights",
+        "cost/4096: out of memory",
+        "near tie",
+        "0123456789ab",
+        "2.35",
+        "not known",
+        "slower",
+    ):
+        assert phrase in text, phrase
 
 
 def test_the_page_is_sound_and_stands_alone(page: str) -> None:
@@ -104,33 +117,26 @@ def test_the_page_is_sound_and_stands_alone(page: str) -> None:
 
 def test_what_a_model_or_a_user_wrote_is_text(page: str) -> None:
     assert "<script" not in page and "<b>softly" not in page
-    told = "".join(Walk(page).text)
-    assert (
-        synthetic.EVIL in told
-        and "<script>alert('output')</script>" in told
-        and " falls <b>softly</b>" in told
-    )
+    text = "".join(Walk(page).text)
+    assert synthetic.EVIL in text and "<script>alert('output')</script>" in text
+    assert " falls <b>softly</b>" in text
     assert re.search(r"<mark> falls &lt;b&gt;softly", page) and "<mark>Rain" not in page
 
 
-def test_figures_are_xml_in_the_colours_of_the_page(page: str) -> None:
-    found = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
-    assert len(found) == len(DRAWS)
-    for text in found:
+def test_figures_are_xml_in_the_colors_of_the_page(page: str) -> None:
+    elements = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(elements) == len(DRAWS)
+    for text in elements:
         root = ElementTree.fromstring(text)
         assert root.get("role") == "img" and len(root.get("aria-label", "")) > 30
-        assert (
-            "currentColor" in text
-            and svg.INK not in text
-            and svg.GRID not in text
-            and "#000000" not in text
-            and "#ffffff" not in text
-        )
+        assert "currentColor" in text
+        for color in (figures.INK, figures.GRID, "#000000", "#ffffff"):
+            assert color not in text
 
 
 def test_a_name_cannot_leave_its_figure() -> None:
     name = '"><script>&$\\frac'
-    part = synthetic.part(
+    part = synthetic.part_result(
         cells=[synthetic.cell("hf"), synthetic.cell("ours-vanilla"), synthetic.cell(name)]
     )
     text = next(report.figures(part, "x")).svg
@@ -139,36 +145,35 @@ def test_a_name_cannot_leave_its_figure() -> None:
 
 
 @pytest.mark.parametrize("name", DRAWS)
-@pytest.mark.parametrize("heats", [(0.0,), (0.0, 1.0)], ids=["one temperature", "two"])
-def test_no_text_is_cut_off_or_covers_another(name: str, heats: tuple[float, ...]) -> None:
-    part = synthetic.part()
-    part["cells"] = [c for c in part["cells"] if c["temperature"] in heats or c["stage"] == "batch"]
-    with svg.style():
-        drawn = DRAWS[name](part)
-        assert isinstance(drawn, svg.Drawing)
-        boxes = texts(drawn)
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.0, 1.0)], ids=["one temperature", "two"])
+def test_no_text_is_cut_off_or_covers_another(name: str, temperatures: tuple[float, ...]) -> None:
+    every = synthetic.part()["cells"]
+    cells = [c for c in every if c["temperature"] in temperatures or c["stage"] == "batch"]
+    with figures.style():
+        drawing = DRAWS[name](synthetic.part_result(cells=cells))
+        assert isinstance(drawing, figures.Drawing)
+        boxes = texts(drawing)
         assert len(boxes) > 5
-        edge = drawn.figure.bbox
-        for said, box in boxes:
-            assert (
-                box.x0 >= edge.x0 and box.y0 >= edge.y0 and box.x1 <= edge.x1 and box.y1 <= edge.y1
-            ), f"{said!r} is cut off"
-            assert box.height >= 9, f"{said!r} is tiny"
-        for (said, a), (other, b) in itertools.combinations(boxes, 2):
-            assert not a.overlaps(b), f"{said!r} covers {other!r}"
+        edge = drawing.figure.bbox
+        for text, box in boxes:
+            assert box.x0 >= edge.x0 and box.y0 >= edge.y0, f"{text!r} is cut off"
+            assert box.x1 <= edge.x1 and box.y1 <= edge.y1, f"{text!r} is cut off"
+            assert box.height >= 9, f"{text!r} is tiny"
+        for (text, a), (other, b) in itertools.combinations(boxes, 2):
+            assert not a.overlaps(b), f"{text!r} covers {other!r}"
 
 
-def texts(drawn: svg.Drawing) -> list[tuple[str, Any]]:
-    """Every visible text and where it stands, a hair smaller than it is."""
-    canvas = FigureCanvasAgg(drawn.figure)
+def texts(drawing: figures.Drawing) -> list[tuple[str, Any]]:
+    """Every visible text and its box, slightly shrunk."""
+    canvas = FigureCanvasAgg(drawing.figure)
     canvas.draw()
     hidden = {
         id(text)
-        for axes in drawn.figure.axes
+        for axes in drawing.figure.axes
         if not axes.get_visible()
         for text in axes.findobj(Text)
     }
-    for axis in (axis for axes in drawn.figure.axes for axis in (axes.xaxis, axes.yaxis)):
+    for axis in (axis for axes in drawing.figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
         beyond = [
             t
@@ -176,109 +181,117 @@ def texts(drawn: svg.Drawing) -> list[tuple[str, Any]]:
             if not low - 1e-9 <= t.get_loc() <= high + 1e-9
         ]
         hidden |= {id(label) for tick in beyond for label in (tick.label1, tick.label2)}
-    shown = [
+    visible = [
         t
-        for t in drawn.figure.findobj(Text)
+        for t in drawing.figure.findobj(Text)
         if t.get_visible() and t.get_text().strip() and id(t) not in hidden
     ]
-    return [(t.get_text(), t.get_window_extent(canvas.get_renderer()).padded(-0.6)) for t in shown]
+    return [
+        (t.get_text(), t.get_window_extent(canvas.get_renderer()).padded(-0.6)) for t in visible
+    ]
 
 
 def test_runs_that_lack_something() -> None:
-    """No sweeps, no references, a run that was stopped at once, one without any part."""
-    few = synthetic.part(cells=[synthetic.cell("sedd", speedup_vs_hf=None, speedup_vs_vanilla=None, tau=None, alpha=None, per_position=None,
-                                               break_even_tau=None, exact=None, seconds={"total": 1.0}, tasks={})],
-                         conditional=[], batches=[], costs={"target": [], "draft": []}, outputs=[], tuning=[], divergences=[])  # fmt: skip
-    told = " ".join(
-        Walk(report.page(synthetic.whole(few, environment=None, status="partial"))).text
+    """No sweeps, no references, a run interrupted at once, one without any part."""
+    names = ("speedup_vs_hf", "speedup_vs_vanilla", "tau", "alpha", "per_position")
+    nothing = dict.fromkeys((*names, "break_even_tau", "exact"))
+    cell = synthetic.cell("sedd", **nothing, seconds={"total": 1.0}, tasks={})
+    lists = ("conditional", "batches", "outputs", "tuning", "divergences")
+    few = synthetic.part(
+        cells=[cell],
+        costs={"target": [], "draft": []},
+        **{name: [] for name in lists},
     )
-    assert (
-        "sweeps of draft length and diffusion steps were not run" in told
-        and "no cost curve was measured" in told
-    )
-    assert "No answers were kept" in told and "No environment was recorded" in told
-    assert "Nothing was compared" in told and "No answer differs" not in told
+    run = synthetic.results(few, environment=None, status="partial")
+    text = " ".join(Walk(report.page(run)).text)
+    assert "sweeps of draft length and diffusion steps were not run" in text
+    assert "no cost curve was measured" in text
+    assert "No answers were recorded" in text and "No environment was recorded" in text
+    assert "Nothing was compared" in text and "No answer differs" not in text
     greedy = synthetic.part(cells=[synthetic.cell("sedd", exact=1.0)], divergences=[])
-    assert "No answer differs" in report.page(synthetic.whole(greedy))
-    for parts in ((synthetic.empty_part(),), ()):
-        assert "What was run" in report.page(synthetic.whole(*parts) | {"parts": list(parts)})
+    assert "No answer differs" in report.page(synthetic.results(greedy))
+    for parts in ([synthetic.empty_part()], []):
+        assert "What was run" in report.page(synthetic.results(parts=parts))
     started = synthetic.empty_part() | {"missing": None, "notes": []}
-    assert "no cell of the main comparison" in report.page(synthetic.whole(started))
+    assert "no cell of the main comparison" in report.page(synthetic.results(started))
 
 
 def test_a_slow_down_is_called_one() -> None:
-    def said(**changes: Any) -> str:
-        return " ".join(
-            summary.sentences(synthetic.part(cells=[synthetic.cell("sedd", **changes)]))
-        )
+    def text(**changes: Any) -> str:
+        part = synthetic.part_result(cells=[synthetic.cell("sedd", **changes)])
+        return " ".join(report.sentences(part))
 
-    slow, fast = said(speed=15.0), said(speed=50.0)
-    assert (
-        "slower in 5 of 5 turns. A slow-down" in slow
-        and "0.60x" in slow
-        and "needs 1.80 to break even" in slow
-        and "faster" not in slow
-    )
+    slow = text(speed=15.0)
+    fast = text(speed=50.0)
+    assert "slower in 5 of 5 turns. A slow-down" in slow and "faster" not in slow
+    assert "0.60x" in slow and "needs 1.80 to break even" in slow
     assert "faster in 5 of 5 turns" in fast and "slow" not in fast
-    assert "no clear difference: faster in 2 of 5 turns" in said(speed=26.0)
-    most = {"ratio": 0.8, "min": 0.6, "max": 1.3, "turns": 10, "faster": 2}
-    assert (
-        summary.agreed(most) == "slower in 8 of 10 turns"
-        and summary.verdict(most | {"faster": 3}) == "no clear difference"
-    )
+    assert "no clear difference: faster in 2 of 5 turns" in text(speed=26.0)
+    most = Speedup(0.8, 0.6, 1.3, turns=10, faster=2)
+    assert report.agreement(most) == "slower in 8 of 10 turns"
+    assert report.verdict(replace(most, faster=3)) == "no clear difference"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda d: d | {"schema": 2}, "has schema 2, and this version reads 1"),
         (lambda d: [], "has schema None"),
         (lambda d: {n: v for n, v in d.items() if n != "paper"}, "has no 'paper'"),
-        (lambda d: d | {"parts": [{"name": "x"}]}, "part 0 has no 'model'"),
+        (lambda d: d | {"parts": [{"name": "x"}]}, "parts[0] has no 'model'"),
         (
             lambda d: d | {"parts": [d["parts"][0] | {"cells": [{"stage": "main"}]}]},
-            "cell 0 of part 0 has no 'baseline'",
+            "parts[0].cells[0] has no 'baseline'",
         ),
     ],
 )
-def test_damaged_results_are_refused(tmp_path: Path, change: Any, told: str) -> None:
+def test_damaged_results_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(change(synthetic.whole())))
+    with pytest.raises(UsageError, match=re.escape(message)):
+        results.read(tmp_path)
 
-    (tmp_path / "results.json").write_text(json.dumps(change(copy.deepcopy(synthetic.whole()))))
-    with pytest.raises(stored.UsageError, match=told):
-        stored.read(tmp_path)
+
+def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
+    run = synthetic.results(paper=synthetic.paper())
+    results.write(tmp_path, run)
+    assert results.read(tmp_path) == run
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert set(record) == set(synthetic.whole())
+    assert set(record["parts"][0]) == set(synthetic.part())
+    assert set(record["parts"][0]["cells"][0]) == set(synthetic.cell("hf"))
 
 
 def test_a_torn_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"schema": 1, "pa')
-    with pytest.raises(stored.UsageError, match=r"results\.json is damaged"):
-        stored.read(tmp_path)
-    with pytest.raises(stored.UsageError, match="no results in"):
-        stored.read(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"results\.json is damaged"):
+        results.read(tmp_path)
+    with pytest.raises(UsageError, match="no results in"):
+        results.read(tmp_path / "nowhere")
 
 
 def test_without_the_extra_one_line_says_so(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delattr(bench, "curves")
-    monkeypatch.delitem(sys.modules, "specdiff.bench.curves")
+    for name in ("figures", "sweeps"):
+        monkeypatch.delattr(bench, name)
+        monkeypatch.delitem(sys.modules, f"specdiff.bench.{name}")
     monkeypatch.setitem(sys.modules, "matplotlib.axes", None)
     with pytest.raises(
         MissingExtraError, match=r"^the report needs matplotlib:  pip install 'specdiff\[bench\]'$"
     ):
-        report.write(tmp_path, synthetic.whole())
+        report.write(tmp_path, synthetic.results())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_batch_that_was_not_measured_is_not_said_to_pay() -> None:
-    def told(*speeds: float | None) -> str:
+    def suffix(*speeds: float | None) -> str:
         sizes = [
             {"batch": 2**i, "tokens_per_second": s, "vanilla_tokens_per_second": 10.0}
             for i, s in enumerate(speeds)
         ]
-        return curves.even({"baseline": "sedd", "break_even": None, "sizes": sizes})
+        record = {"baseline": "sedd", "temperature": 0.0, "break_even": None, "sizes": sizes}
+        return sweeps.break_even(parse(results.BatchCurve, record))
 
-    assert told(20.0, 20.0) == " (pays at every size)"
-    assert (
-        told(20.0, 20.0, None) == " (pays up to batch 2, then not measured)"
-        and told(None, None) == ""
-    )
+    assert suffix(20.0, 20.0) == " (pays at every size)"
+    assert suffix(20.0, 20.0, None) == " (pays up to batch 2, then not measured)"
+    assert suffix(None, None) == ""

@@ -35,18 +35,19 @@ def test_the_packaged_suite_is_large_varied_and_spread() -> None:
 
 
 @pytest.mark.parametrize(
-    ("suite", "told"),
+    ("suite", "message"),
     [
         (
             "embeded",
-            "unknown suite 'embeded'; known are embedded, paper, jsonl:FILE, humaneval:FILE, gsm8k:FILE",
+            "unknown suite 'embeded'; known are embedded, paper, "
+            "jsonl:FILE, humaneval:FILE, gsm8k:FILE",
         ),
         ("jsonl", "unknown suite 'jsonl'"),
         ("jsonl:/nowhere/x.jsonl", "no such file: /nowhere/x.jsonl"),
     ],
 )
-def test_an_unknown_suite_or_a_missing_file_is_told_at_once(suite: str, told: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(told)):
+def test_an_unknown_suite_or_a_missing_file_is_reported_at_once(suite: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
         suites.check(suite)
 
 
@@ -68,7 +69,7 @@ def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('{"text": "hi"}', "line 2 has none of the fields messages, prompt, but text"),
         ('{"prompt": 3}', "line 2: prompt must be text, not int"),
@@ -80,10 +81,10 @@ def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_bad_record_is_named(tmp_path: Path, line: str, told: str) -> None:
+def test_a_bad_record_is_named(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n' + line + "\n")
-    with pytest.raises(UsageError, match=re.escape(told)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         suites.read(f"jsonl:{file}")
 
 

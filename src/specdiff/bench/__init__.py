@@ -1,4 +1,5 @@
-"""Speed, measured as ratios: every baseline in one process, taking turns on the same prompts.
+"""Benchmark: speed ratios of all baselines, interleaved in one process on the same prompts.
 
-suites -> plan (cells) -> runner (turns, tuning, cost curves; a generator of events) -> journal (what an interrupt keeps) -> results.
+suites -> settings (parts, baselines, cells) -> runner (turns, tuning, cost curves; a generator of
+events) -> journal (survives an interrupt) -> results -> table, report.
 """

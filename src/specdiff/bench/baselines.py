@@ -1,77 +1,86 @@
-"""The ways to decode that take turns: our engine with any drafter, and transformers' own three."""
+"""Baseline decoders: our engine with any drafter, and transformers' own three ways.
+
+At temperature 0 all of them must emit the same tokens; `divergences` compares them.
+"""
 
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from specdiff import decode
-from specdiff.bench.gauges import joules, watch_memory
-from specdiff.bench.plan import ASSISTED, LOOKUP, Cell
-from specdiff.bench.runs import Ask, Run, Watch
+from specdiff import catalog, decode
+from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA, Cell
+from specdiff.bench.timing import Measurement, Stopwatch, Workload, energy_counter, watch_memory
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
-from specdiff.errors import DrafterError, UsageError
+from specdiff.errors import DrafterError, UnsupportedModelError, UsageError
+from specdiff.models.loading import load_model
+from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.base import Target
-from specdiff.types import Batch, SamplingParams
+from specdiff.types import Batch, SamplingParams, TargetInfo
 from specdiff.verify import verifier
+
+# Scoring many tokens in one pass rounds differently from scoring one: float32 differs in the
+# sixth digit, bfloat16 in the third. Near-ties may swap; any other difference is an error.
+TIES = {torch.float32: 1e-3, torch.float64: 1e-9}  # for logits around 10 to 30
+COARSE_TIE = 0.5  # the same for 8 or 11 bits of mantissa
+ENDED = -1
 
 
 class Decoder(ABC):
     """One baseline, loaded."""
 
     @abstractmethod
-    def run(self, cell: Cell, ask: Ask) -> Run:
-        """Answer the prompts once, timed. Raises whatever goes wrong; the runner says so in the cell."""
+    def run(self, cell: Cell, work: Workload) -> Measurement:
+        """Answer the prompts once, timed. Any exception is reported in the cell."""
 
 
 @contextmanager
-def unbroken() -> Iterator[None]:
-    """What is measured within is the drafter's own work: raises DrafterError if it broke, and plain rounds took its place."""
-    with warnings.catch_warnings(record=True) as told:
+def without_faults() -> Iterator[None]:
+    """Raises DrafterError if the drafter failed within and plain rounds replaced it."""
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    broken = next((str(w.message) for w in told if str(w.message).startswith("the drafter ")), None)
-    if broken:
-        raise DrafterError(broken)
+    messages = [str(warning.message) for warning in caught]
+    fault = next((text for text in messages if text.startswith("the drafter ")), None)
+    if fault:
+        raise DrafterError(fault)
 
 
-class Ours(Decoder):
-    """Our loop around a drafter, built anew for each number of steps (None: the drafter takes none)."""
+class OurDecoder(Decoder):
+    """Our loop with a drafter, which is built once for each number of steps."""
 
     def __init__(
         self, target: Target[Any], build: Callable[[Mapping[str, Any]], Drafter[Any]]
     ) -> None:
-        self.target, self.build = target, build
-        self.built: dict[int | None, Drafter[Any]] = {}
+        self.target = target
+        self.build = build
+        self._drafters: dict[int | None, Drafter[Any]] = {}
 
     def drafter(self, steps: int | None) -> Drafter[Any]:
-        """The drafter of so many passes a draft."""
-        if steps not in self.built:
-            self.built[steps] = self.build({} if steps is None else {"steps": steps})
-        return self.built[steps]
+        """The drafter at `steps` network passes per draft (None: its own number)."""
+        if steps not in self._drafters:
+            self._drafters[steps] = self.build({} if steps is None else {"steps": steps})
+        return self._drafters[steps]
 
-    def run(self, cell: Cell, ask: Ask) -> Run:
-        """Raises DrafterError if the drafter broke on the way."""
+    def run(self, cell: Cell, work: Workload) -> Measurement:
+        """Raises DrafterError if the drafter fails."""
         drafter = self.drafter(cell.steps)
-        params = [
-            SamplingParams(max_tokens=n, temperature=ask.temperature, stop_token_ids=ask.stop_ids)
-            for n in ask.limits
-        ]
-        batch = Batch.of(ask.prompts, params, ask.seeds, device=self.target.info.device)
+        batch = batch_of(work, self.target.info.device)
         length = Controller(drafter.draft_len) if cell.draft_len == "auto" else cell.draft_len
         assert not isinstance(length, str)
-        with unbroken():
-            watch = Watch(self.target.info.device)
+        with without_faults():
+            watch = Stopwatch(self.target.info.device)
             for r in decode.decode(
                 self.target,
                 drafter,
@@ -80,93 +89,249 @@ class Ours(Decoder):
                 draft_len=length,
             ):
                 watch.add(r)
-            return watch.run(len(ask.prompts))
+            return watch.measurement(len(work.prompts))
 
 
-class Theirs(Decoder):
-    """transformers' generate on its own copy of the model, in its own attention. kind: see plan.Entry."""
+def batch_of(work: Workload, device: torch.device) -> Batch:
+    """The workload as a batch of our loop."""
+    params = [
+        SamplingParams(max_tokens=n, temperature=work.temperature, stop_token_ids=work.stop_ids)
+        for n in work.limits
+    ]
+    return Batch.of(work.prompts, params, work.seeds, device=device)
+
+
+class TransformersDecoder(Decoder):
+    """transformers' generate on its own copy of the model. kind: see settings.Baseline."""
 
     def __init__(
         self, model: PreTrainedModel, kind: str, assistant: PreTrainedModel | None = None
     ) -> None:
-        self.model, self.kind, self.assistant = model, kind, assistant
-        model.generation_config = (
-            GenerationConfig()
-        )  # generate would fill up what it is not told from the model's own defaults
+        self.model = model
+        self.kind = kind
+        self.assistant = assistant
+        # generate fills unset options from the model's own defaults
+        model.generation_config = GenerationConfig()
 
-    def run(self, cell: Cell, ask: Ask) -> Run:
-        """Raises UsageError for a batch where transformers speculates, which it does for one row only."""
-        if self.kind in (ASSISTED, LOOKUP) and len(ask.prompts) > 1:
+    def run(self, cell: Cell, work: Workload) -> Measurement:
+        """Raises UsageError for a batch if transformers speculates: it takes one row only."""
+        if self.kind in (ASSISTED, LOOKUP) and len(work.prompts) > 1:
             raise UsageError("transformers speculates at batch 1 only")
-        ids, mask = _left_padded(ask, self.model.device)
+        ids, mask = _left_padded(work, self.model.device)
         extra: dict[str, Any] = {"assistant_model": self.assistant} if self.kind == ASSISTED else {}
         if self.kind == LOOKUP:
             extra = {"prompt_lookup_num_tokens": cell.draft_len}
-        torch.manual_seed(ask.seeds[0] % (1 << 63))
+        torch.manual_seed(work.seeds[0] % (1 << 63))
         streamer = _FirstToken()
         model: Any = self.model
         begin = time.perf_counter()
         out = model.generate(
-            ids, attention_mask=mask, generation_config=_config(ask), streamer=streamer, **extra
+            ids, attention_mask=mask, generation_config=_config(work), streamer=streamer, **extra
         )
         new = out[:, ids.shape[1] :].tolist()
         seconds = time.perf_counter() - begin
-        tokens = [_until(row[:n], ask.stop_ids) for row, n in zip(new, ask.limits, strict=True)]
-        first = (
-            (streamer.at - begin, streamer.count)
-            if streamer.count
-            else (seconds, sum(map(len, tokens)))
-        )
-        return Run(tokens, seconds, *first)
+        tokens = [_until(row[:n], work.stop_ids) for row, n in zip(new, work.limits, strict=True)]
+        if streamer.count:
+            return Measurement(tokens, seconds, streamer.time - begin, streamer.count)
+        return Measurement(tokens, seconds, seconds, sum(map(len, tokens)))
 
 
-def measured(decoder: Decoder, cell: Cell, ask: Ask, device: torch.device) -> Run:
-    """The run with its memory and, where the device tells, its joules."""
-    spent, peak = joules(device), watch_memory(device)
-    before = spent() if spent else 0.0
-    run = decoder.run(cell, ask)
-    return replace(run, memory=peak(), joules=spent() - before if spent else None)
+def measure(decoder: Decoder, cell: Cell, work: Workload, device: torch.device) -> Measurement:
+    """One run with its memory and, if the device reports it, its energy."""
+    joules = energy_counter(device)
+    peak = watch_memory(device)
+    before = joules() if joules else 0.0
+    measurement = decoder.run(cell, work)
+    return replace(measurement, memory=peak(), joules=joules() - before if joules else None)
 
 
 class _FirstToken(BaseStreamer):
-    """When the first tokens came, and how many: generate hands over the prompt, then each emission."""
+    """Time and size of the first emission: generate streams the prompt, then each emission."""
 
     def __init__(self) -> None:
-        self.prompted, self.at, self.count = False, 0.0, 0
+        self.after_prompt = False
+        self.time = 0.0
+        self.count = 0
 
     def put(self, value: Tensor) -> None:
-        if self.prompted and not self.count:
-            self.at, self.count = time.perf_counter(), value.numel()
-        self.prompted = True
+        if self.after_prompt and not self.count:
+            self.time = time.perf_counter()
+            self.count = value.numel()
+        self.after_prompt = True
 
     def end(self) -> None:
         return None
 
 
-def _config(ask: Ask) -> GenerationConfig:
-    """Temperature and ends, and nothing that would make it another law."""
-    heat = (
-        {"do_sample": True, "temperature": ask.temperature, "top_k": 0, "top_p": 1.0}
-        if ask.temperature
-        else {"do_sample": False}
-    )
-    ends = list(ask.stop_ids) or None
-    return GenerationConfig(
-        **heat,
-        max_new_tokens=max(ask.limits),
+def _config(work: Workload) -> GenerationConfig:
+    """Temperature and stop ids, and nothing that changes the distribution."""
+    ends = list(work.stop_ids) or None
+    config = GenerationConfig(
+        max_new_tokens=max(work.limits),
         eos_token_id=ends,
         pad_token_id=ends[0] if ends else 0,
+        do_sample=False,
     )
+    if work.temperature:
+        config.update(do_sample=True, temperature=work.temperature, top_k=0, top_p=1.0)
+    return config
 
 
-def _left_padded(ask: Ask, device: torch.device) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
-    width = max(len(p) for p in ask.prompts)
-    rows = [[0] * (width - len(p)) + list(p) for p in ask.prompts]
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in ask.prompts]
+def _left_padded(
+    work: Workload, device: torch.device
+) -> tuple[Int[Tensor, "B L"], Int[Tensor, "B L"]]:
+    width = max(len(p) for p in work.prompts)
+    rows = [[0] * (width - len(p)) + list(p) for p in work.prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in work.prompts]
     return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
 
 
 def _until(row: list[int], stops: tuple[int, ...]) -> list[int]:
-    """Up to the first end, and with it: what lies behind is padding."""
+    """Up to the first stop id, inclusive: what follows is padding."""
     end = next((i for i, token in enumerate(row) if token in stops), len(row) - 1)
     return row[: end + 1]
+
+
+class SpreadHead(nn.Module):
+    """Read-out over a draft vocabulary as logits of the target's whole vocabulary.
+
+    Tokens outside the draft vocabulary cannot be drawn, as in our own drafter.
+    """
+
+    def __init__(self, head: nn.Module, draft_vocab: Int[Tensor, "C"], vocab_size: int) -> None:
+        super().__init__()
+        self.head = head
+        self.vocab_size = vocab_size
+        self.register_buffer("draft_vocab", draft_vocab, persistent=False)
+
+    def forward(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B V"]:
+        logits: Tensor = self.head(hidden)
+        full = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
+        return full.index_copy_(-1, self.get_buffer("draft_vocab"), logits)
+
+
+def stock_model(model: str, info: TargetInfo) -> PreTrainedModel:
+    """The target as transformers loads it, with its own weights and none of our code."""
+    return load_model(catalog.model_folder(model), info.dtype, info.device)
+
+
+def assistant_model(spec: str, info: TargetInfo) -> PreTrainedModel:
+    """The causal LM of an autoregressive drafter spec, as transformers can run it.
+
+    Raises UnsupportedModelError if there is none, and what loading raises.
+    """
+    folder: Path | None = catalog.trained_folder(spec, info)
+    if folder is None:
+        raise UnsupportedModelError(
+            f"the drafter {spec!r} is no causal LM that transformers could run as an assistant"
+        )
+    small = SmallLM.from_pretrained(folder, dtype=info.dtype)
+    if small.vocab_size != info.vocab_size:
+        raise UnsupportedModelError(
+            f"the drafter has {small.vocab_size} tokens, but the target {info.vocab_size}"
+        )
+    net: Any = small.net
+    if small.borrows:
+        # else our own drafter would have been refused
+        assert info.embedding is not None and info.head is not None
+        small.borrow(info.embedding, info.head)
+    if small.draft_vocab_size is not None:
+        head = SpreadHead(net.get_output_embeddings(), small.draft_vocab, small.vocab_size)
+        net.set_output_embeddings(head)
+    assistant: PreTrainedModel = net.to(info.device).eval()
+    return assistant
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first difference of a greedy answer from the reference's.
+
+    tokens: the cell's and the reference's, -1 for an answer that ended.
+    top2_gap, top2: the target's two largest logits there; None if they could not be computed.
+    near_tie: the difference is a rounding error.
+    """
+
+    stage: str
+    baseline: str
+    draft_len: int | str | None
+    steps: int | None
+    verifier: str | None
+    temperature: float
+    batch: int
+    prompt: str
+    position: int
+    tokens: list[int]
+    top2_gap: float | None
+    near_tie: bool
+    top2: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tie:
+    """How close the largest logits of a position are, by transformers' own forward pass."""
+
+    top2_gap: float | None
+    top2: list[int] | None
+    near_tie: bool
+
+
+def divergences(
+    judge: Decoder | None,
+    dtype: torch.dtype,
+    work: Workload,
+    names: Sequence[str],
+    answers: Mapping[Cell, Measurement | str],
+) -> Iterator[Divergence]:
+    """Each answer's first difference from the reference's (transformers', else plain decoding's),
+    row by row. `judge` scores the position, `names` are the prompts'."""
+    runs = {cell: run for cell, run in answers.items() if isinstance(run, Measurement)}
+    references = {cell.baseline: run for cell, run in runs.items()}
+    reference = references.get(HF) or references.get(VANILLA)
+    if reference is None:
+        return
+    for cell, run in runs.items():
+        for row, (own, other) in enumerate(zip(run.tokens, reference.tokens, strict=True)):
+            at = first_difference(own, other)
+            if at is None:
+                continue
+            pair = [tokens[at] if at < len(tokens) else ENDED for tokens in (own, other)]
+            tie = tie_at(judge, [*work.prompts[row], *other[:at]], pair, dtype)
+            yield Divergence(
+                **asdict(cell),
+                prompt=names[row],
+                position=at,
+                tokens=pair,
+                top2_gap=tie.top2_gap,
+                near_tie=tie.near_tie,
+                top2=tie.top2,
+            )
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first index at which they differ; the shorter one's length if it is a prefix."""
+    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
+    return min(len(a), len(b)) if at is None and len(a) != len(b) else at
+
+
+@torch.inference_mode()
+def tie_at(
+    judge: Decoder | None, ids: Sequence[int], pair: Sequence[int], dtype: torch.dtype
+) -> Tie:
+    """The target's largest logits after `ids`.
+
+    In a near-tie neither token of `pair` lies far below the largest.
+    """
+    if not isinstance(judge, TransformersDecoder):
+        return Tie(None, None, near_tie=False)
+    model = judge.model
+    try:
+        logits = model(torch.tensor([list(ids)], device=model.device)).logits[0, -1].float()
+    except RuntimeError:  # out of memory: the difference is reported without it
+        return Tie(None, None, near_tie=False)
+    top = logits.topk(2)
+    below = float("inf") if ENDED in pair else float(top.values[0] - logits[list(pair)].min())
+    return Tie(
+        top2_gap=float(top.values[0] - top.values[1]),
+        top2=top.indices.tolist(),
+        near_tie=below <= TIES.get(dtype, COARSE_TIE),
+    )

@@ -1,148 +1,194 @@
-"""Two runs side by side. Ratios are the second run's figures over the first's: above 1, the second is larger.
+"""Comparison of two runs: ratios of the second run's figures over the first's.
 
-A baseline is compared with itself at the settings each run's tuning found best; sweeps are compared point by point.
+A baseline is compared with itself at the settings that each run's tuning chose; sweeps are compared
+point by point.
 """
 
-import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from specdiff.bench.results import KEY
+from specdiff.bench.metrics import CellResult, Spread
+from specdiff.bench.results import BenchResults, PartResult
+from specdiff.bench.settings import Cell
 
-Record = Mapping[str, Any]
-UNTOLD = ("date",)  # differs always
-SETTING = ("draft_len", "steps")
-
-
-def compare(first: Record, second: Record) -> dict[str, Any]:
-    """{differences [{what, first, second}], cells [row], only_first [key], only_second [key]}; figures by `_row`."""
-    ours, theirs = _cells(first), _cells(second)
-    return {
-        "differences": list(differences(first, second)),
-        "cells": [_row(ours[key], theirs[key]) for key in ours if key in theirs],
-        "only_first": [_named(ours[key]) for key in ours if key not in theirs],
-        "only_second": [_named(theirs[key]) for key in theirs if key not in ours],
-    }
+IGNORED = ("date",)  # always differs
 
 
-def differences(first: Record, second: Record) -> Iterator[dict[str, Any]]:
-    """What else than the code may make the figures differ: environment, settings, models, and runs that were cut short."""
-    for name in ("status", "suite"):
-        if first[name] != second[name]:
-            yield {"what": name, "first": first[name], "second": second[name]}
-    for group in ("environment", "settings"):
-        a, b = first[group] or {}, second[group] or {}
-        for name in dict.fromkeys([*a, *b]):
-            if a.get(name) != b.get(name) and name not in UNTOLD:
-                yield {"what": f"{group}: {name}", "first": a.get(name), "second": b.get(name)}
-    parts, others = ({p["name"]: p for p in run["parts"]} for run in (first, second))
-    for part in (name for name in parts if name in others):
-        for field in ("model", "dtype", "max_tokens", "prompts"):
-            a, b = parts[part].get(field), others[part].get(field)
-            if a != b:
-                told = (
-                    {"first": len(a or ()), "second": len(b or ())}
-                    if field == "prompts"
-                    else {"first": a, "second": b}
-                )
-                yield {"what": f"{part}: {field}", **told}
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Something other than the code that can make figures differ."""
+
+    what: str
+    first: Any
+    second: Any
 
 
-def _cells(run: Record) -> dict[tuple[Any, ...], Record]:
-    return {
-        (part["name"], *_same(cell)): {"part": part["name"], **cell}
-        for part in run["parts"]
-        for cell in part["cells"]
-    }
+@dataclass(frozen=True, slots=True)
+class CellName:
+    """A cell and its part."""
+
+    part: str
+    stage: str
+    baseline: str
+    draft_len: int | str | None
+    steps: int | None
+    verifier: str | None
+    temperature: float
+    batch: int
 
 
-def _same(cell: Record) -> list[Any]:
-    tuned = cell["stage"] != "sweep" and isinstance(cell["draft_len"], int)
-    return [None if tuned and name in SETTING else cell[name] for name in KEY]
+@dataclass(frozen=True, slots=True)
+class DraftSetting:
+    draft_len: int | str | None
+    steps: int | None
 
 
-def _named(cell: Record) -> dict[str, Any]:
-    return {name: cell[name] for name in ("part", *KEY)}
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The second median over the first; min and max are what the two spreads allow."""
+
+    first: float
+    second: float
+    ratio: float
+    min: float | None
+    max: float | None
+
+    def verdict(self, more: str, less: str) -> str | None:
+        """`more` or `less` if the spreads do not overlap; None if they do, or are unknown."""
+        if self.min is None or self.max is None:
+            return None
+        if self.min > 1:
+            return more
+        return less if self.max < 1 else None
 
 
-def _row(a: Record, b: Record) -> dict[str, Any]:
-    """The second's cell, `before` (the first's draft_len and steps, if others), and each figure {first, second, ratio, min, max} | null.
+@dataclass(frozen=True, slots=True)
+class ComparedCell:
+    """The second run's cell; `before` is the first's setting if it differs.
 
-    Verdicts only where both spreads are known and do not overlap.
+    failed: the runs ("first", "second") in which the cell failed.
     """
-    speed = _ratio(a["tokens_per_second"], b["tokens_per_second"])
-    gain = _ratio(_speedup(a), _speedup(b))
-    tau = _ratio(_over_tasks(a), _over_tasks(b))
-    told = {
-        "tokens_per_second": speed,
-        "speedup_vs_vanilla": gain,
-        "tau": tau,
-        "alpha": _ratio(_bare(a["alpha"]), _bare(b["alpha"])),
-    }
-    failed = [name for name, cell in (("first", a), ("second", b)) if cell["status"] == "failed"]
-    return {
-        **_named(b),
-        "before": {name: a[name] for name in SETTING}
-        if any(a[name] != b[name] for name in SETTING)
-        else None,
-        **told,
-        "verdict": verdict(speed, "faster", "slower"),
-        "tau_verdict": verdict(tau, "longer", "shorter"),
-        "failed": failed,
-    }
+
+    part: str
+    stage: str
+    baseline: str
+    draft_len: int | str | None
+    steps: int | None
+    verifier: str | None
+    temperature: float
+    batch: int
+    before: DraftSetting | None
+    tokens_per_second: Change | None
+    speedup_vs_vanilla: Change | None
+    tau: Change | None
+    alpha: Change | None
+    verdict: str | None
+    tau_verdict: str | None
+    failed: list[str]
 
 
-def _speedup(cell: Record) -> dict[str, float] | None:
-    told = cell["speedup_vs_vanilla"]
-    return {"median": told["ratio"], "min": told["min"], "max": told["max"]} if told else None
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    differences: list[Difference]
+    cells: list[ComparedCell]
+    only_first: list[CellName]
+    only_second: list[CellName]
 
 
-def _over_tasks(cell: Record) -> dict[str, float] | None:
-    """tau of the whole cell, with its least and largest task; fewer than two tasks spread nothing."""
-    known = [task["tau"] for task in cell["tasks"].values() if task["tau"] is not None]
-    if cell["tau"] is None:
-        return None
-    return (
-        _bare(cell["tau"])
-        if len(known) < 2
-        else {"median": cell["tau"], "min": min(known), "max": max(known)}
+def compare(first: BenchResults, second: BenchResults) -> Comparison:
+    """Match the cells of two runs, and compare their figures."""
+    ours = _cells(first)
+    theirs = _cells(second)
+    return Comparison(
+        differences=list(differences(first, second)),
+        cells=[_compare(k[0], ours[k], theirs[k]) for k in ours if k in theirs],
+        only_first=[_name(k[0], ours[k]) for k in ours if k not in theirs],
+        only_second=[_name(k[0], theirs[k]) for k in theirs if k not in ours],
     )
 
 
-def _bare(value: float | None) -> dict[str, float] | None:
-    return None if value is None else {"median": value}
-
-
-def _ratio(a: Mapping[str, float] | None, b: Mapping[str, float] | None) -> dict[str, Any] | None:
-    """The second's median over the first's; the least and largest that the two spreads allow."""
-    if not a or not b or not a["median"]:
-        return None
-    known = "min" in a and "min" in b and a["min"] > 0
-    spread = (
-        {"min": b["min"] / a["max"], "max": b["max"] / a["min"]}
-        if known
-        else {"min": None, "max": None}
-    )
-    return {
-        "first": a["median"],
-        "second": b["median"],
-        "ratio": b["median"] / a["median"],
-        **spread,
+def differences(first: BenchResults, second: BenchResults) -> Iterator[Difference]:
+    """Differing environments, settings, models, and runs that were interrupted."""
+    if first.status != second.status:
+        yield Difference("status", first.status, second.status)
+    if first.suite != second.suite:
+        yield Difference("suite", first.suite, second.suite)
+    groups = {
+        "environment": (first.environment or {}, second.environment or {}),
+        "settings": (first.settings, second.settings),
     }
+    for group, (a, b) in groups.items():
+        for name in dict.fromkeys([*a, *b]):
+            if a.get(name) != b.get(name) and name not in IGNORED:
+                yield Difference(f"{group}: {name}", a.get(name), b.get(name))
+    others = {part.name: part for part in second.parts}
+    for part in first.parts:
+        if part.name in others:
+            yield from _part_differences(part, others[part.name])
 
 
-def verdict(ratio: Mapping[str, Any] | None, more: str, less: str) -> str | None:
-    """Of the second run, if the spreads do not overlap; None where they do, or are not known."""
-    if ratio is None or ratio["min"] is None:
+def _part_differences(a: PartResult, b: PartResult) -> Iterator[Difference]:
+    for name in ("model", "dtype", "max_tokens"):
+        if getattr(a, name) != getattr(b, name):
+            yield Difference(f"{a.name}: {name}", getattr(a, name), getattr(b, name))
+    if a.prompts != b.prompts:
+        yield Difference(f"{a.name}: prompts", len(a.prompts), len(b.prompts))
+
+
+def _cells(results: BenchResults) -> dict[tuple[str, Cell], CellResult]:
+    """(part, cell) -> result; tuned settings are left out of the cell."""
+    return {(p.name, _identity(cell)): cell for p in results.parts for cell in p.cells}
+
+
+def _identity(cell: CellResult) -> Cell:
+    tuned = cell.stage != "sweep" and isinstance(cell.draft_len, int)
+    return replace(cell.cell, draft_len=None, steps=None) if tuned else cell.cell
+
+
+def _name(part: str, cell: CellResult) -> CellName:
+    return CellName(part, **asdict(cell.cell))
+
+
+def _compare(part: str, a: CellResult, b: CellResult) -> ComparedCell:
+    before = DraftSetting(a.draft_len, a.steps)
+    speed = _change(a.tokens_per_second, b.tokens_per_second)
+    tau = _change(_over_tasks(a), _over_tasks(b))
+    return ComparedCell(
+        part=part,
+        **asdict(b.cell),
+        before=None if before == DraftSetting(b.draft_len, b.steps) else before,
+        tokens_per_second=speed,
+        speedup_vs_vanilla=_change(_speedup(a), _speedup(b)),
+        tau=tau,
+        alpha=_change(a.alpha, b.alpha),
+        verdict=speed.verdict("faster", "slower") if speed else None,
+        tau_verdict=tau.verdict("longer", "shorter") if tau else None,
+        failed=[name for name, c in (("first", a), ("second", b)) if c.status == "failed"],
+    )
+
+
+def _speedup(cell: CellResult) -> Spread | None:
+    ratio = cell.speedup_vs_vanilla
+    return Spread(ratio.ratio, ratio.min, ratio.max) if ratio else None
+
+
+def _over_tasks(cell: CellResult) -> Spread | float | None:
+    """tau with its least and largest task; without a spread if there are fewer than two tasks."""
+    taus = [task.tau for task in cell.tasks.values() if task.tau is not None]
+    if cell.tau is None or len(taus) < 2:
+        return cell.tau
+    return Spread(cell.tau, min(taus), max(taus))
+
+
+def _change(a: Spread | float | None, b: Spread | float | None) -> Change | None:
+    first = a.median if isinstance(a, Spread) else a
+    second = b.median if isinstance(b, Spread) else b
+    if not first or second is None:
         return None
-    return more if ratio["min"] > 1 else less if ratio["max"] < 1 else None
-
-
-def middle(found: Record) -> float | None:
-    """The median over the cells of the main table of the ratio of tokens/s; None if there are none."""
-    known = [
-        row["tokens_per_second"]["ratio"]
-        for row in found["cells"]
-        if row["stage"] == "main" and row["tokens_per_second"]
-    ]
-    return statistics.median(known) if known else None
+    least = None
+    most = None
+    if isinstance(a, Spread) and isinstance(b, Spread) and a.min > 0:
+        least = b.min / a.max
+        most = b.max / a.min
+    return Change(first, second, second / first, least, most)

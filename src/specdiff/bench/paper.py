@@ -1,26 +1,53 @@
-"""The suite `paper`: Christopher et al. 2024, the two targets, three data sets, and both ways to draft, beside the paper's own figures.
+"""The paper suite: Christopher et al. 2024, with two targets, three data sets and both drafters.
 
-Only figures that are known are printed beside ours. Weights are the published ones: the paper finetunes targets and drafters on each
-data set first, for which `specdiff train` has recipes (name the results with --model and --drafter sedd=FOLDER).
+Only figures that are known are printed next to ours. The weights are the published ones: the paper
+finetunes targets and drafters on each data set first, for which `specdiff train` has recipes (name
+the results with --model and --drafter sedd=FOLDER). `tiny_models` and `tiny_texts` stand in for
+them in a smoke run: the whole path in a minute, without a network.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from specdiff.bench.plan import ASSISTED, HF, VANILLA, Entry, Part, Settings, chosen, named
-from specdiff.bench.suites import Text
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+
+from specdiff import files
+from specdiff.bench.metrics import CellResult
+from specdiff.bench.results import (
+    AppendixRow,
+    BenchResults,
+    PaperTables,
+    PartResult,
+    Table2Row,
+)
+from specdiff.bench.settings import (
+    ASSISTED,
+    HF,
+    VANILLA,
+    Baseline,
+    BenchSettings,
+    Part,
+    drafter_specs,
+    select,
+)
+from specdiff.bench.suites import PromptText
 from specdiff.data.records import SETS
+from specdiff.nn.ddit import SEDD
+from specdiff.nn.sedd_config import SEDDConfig
 
 SUITE = "paper"
 TARGETS = {"gpt2-xl": "openai-community/gpt2-xl", "gpt-neo-2.7B": "EleutherAI/gpt-neo-2.7B"}
 DRAFTERS = {"autoregressive": "openai-community/gpt2", "sedd": "louaaron/sedd-small"}
 SPECULATION = 5  # draft length of standard speculation
-DATASETS = {
+DATASETS = {  # SEDD's draft length, tokens to generate
     "cnn_dailymail": (40, 1024),
     "openwebtext": (45, 1024),
     "lm1b": (30, 100),
-}  # SEDD's draft length, tokens to generate
-PREFIX = {"lm1b": 16}  # tokens of a document to go on from; elsewhere 128
+}
+PREFIX = {"lm1b": 16}  # tokens of a document to continue; elsewhere 128
 REPORTED = {  # Table 2: speed-up over plain decoding, data set -> target -> method
     "cnn_dailymail": {
         "gpt2-xl": {"autoregressive": 2.95, "sedd": 7.59},
@@ -36,27 +63,46 @@ REPORTED = {  # Table 2: speed-up over plain decoding, data set -> target -> met
     },
 }
 NOTES = (
-    "the published weights; the paper finetunes targets and drafters on each data set before it measures",
-    "SEDD's draft lengths 40, 45 and 30 are taken for CNN/DM, OpenWebText and LM1B, in that order",
-    "1024 new tokens behind a prompt do not fit 1024 positions: text is generated to the end of the context; ends of text are ignored",
+    "the published weights; the paper finetunes targets and drafters on each data set before it "
+    "measures",
+    "SEDD's draft lengths 40, 45 and 30 are assumed to belong to CNN/DM, OpenWebText and LM1B, in "
+    "that order",
+    "1024 new tokens after a prompt do not fit 1024 positions: text is generated to the end of the "
+    "context; ends of text are ignored",
 )
+VERSIONS = (
+    "the paper's figures are those of its first versions (up to 8.7x); its fourth says up to 7.2x "
+    "over plain decoding"
+)
+APPENDIX = (
+    "Appendix A of the paper: its figures are not part of this package, so only ours are shown"
+)
+SMOKE = "smoke: tiny random models on random tokens; the path is real, the figures mean nothing"
 
-VERSIONS = "the paper's figures are those of its first versions (up to 8.7x); its fourth says up to 7.2x over plain decoding"
+# of the tiny models
+VOCAB = 64
+WIDTH = 32
+POSITIONS = 256
+DOCUMENTS = 4
+LENGTH = 24
 
 
 def parts(
-    settings: Settings,
+    settings: BenchSettings,
     targets: Mapping[str, str],
     drafters: Mapping[str, str],
-    texts: Mapping[str, tuple[Text, ...]] | None = None,
+    texts: Mapping[str, tuple[PromptText, ...]] | None = None,
 ) -> list[Part]:
-    """Every data set with every target. `targets` and `drafters` say where the weights are; `texts` stand for the data sets."""
+    """Every data set with every target.
+
+    `targets` and `drafters` map names to weights; `texts` replace the data sets.
+    """
     return [
         Part(
             name=f"{dataset}/{name}",
             model=model,
             suite=f"dataset:{dataset}",
-            entries=_entries(settings, drafters, draft_len),
+            baselines=_baselines(settings, drafters, draft_len),
             max_tokens=min(tokens, settings.max_tokens),
             dataset=dataset,
             ignore_eos=True,
@@ -73,109 +119,135 @@ def parts(
 def _remedy(model: str, drafters: Mapping[str, str], dataset: str) -> str:
     weights = ";  ".join(f"hf download {name}" for name in (model, *drafters.values()))
     texts = f"hf download --repo-type dataset {SETS[dataset][0]}"
-    return f"Where the hub can be reached, this gets all it needs:  pip install 'specdiff[train]';  {weights};  {texts}"
+    return (
+        "With access to the hub, this gets all it needs:  pip install 'specdiff[train]';  "
+        f"{weights};  {texts}"
+    )
 
 
-def _entries(settings: Settings, drafters: Mapping[str, str], draft_len: int) -> tuple[Entry, ...]:
-    given = named(settings.drafters)
+def _baselines(
+    settings: BenchSettings, drafters: Mapping[str, str], draft_len: int
+) -> tuple[Baseline, ...]:
+    specs = {**drafters, **drafter_specs(settings.drafters)}
     lengths = {"autoregressive": SPECULATION, "sedd": draft_len}
-    steps = settings.steps[0]
-    ours = (
-        Entry(
-            n,
+    ours = [
+        Baseline(
+            name,
             "ours",
             spec,
-            draft_len=settings.draft_len or lengths.get(n),
-            steps=steps if n == "sedd" else None,
+            draft_len=settings.draft_len or lengths.get(name),
+            steps=settings.steps[0] if name == "sedd" else None,
         )
-        for n, spec in {**drafters, **given}.items()
-    )
-    assistant = {**drafters, **given}["autoregressive"]
-    theirs = (Entry(HF, HF), Entry(ASSISTED, ASSISTED, assistant, required=False))
-    return chosen((*theirs, Entry(VANILLA, "ours", "none"), *ours), settings.only)
-
-
-def compare(measured: Sequence[Mapping[str, Any]], *, smoke: bool) -> dict[str, Any]:
-    """Table 2 and Appendix A, ours beside the paper's.
-
-    table2: {target, dataset, baseline, draft_len, paper, vs_hf, vs_vanilla, tau, accepted_per_draft, why}; paper is the reported speed-up
-    over plain decoding, null where none is known. appendix_a: {target, dataset, baseline, draft_len, steps, alpha, accepted_per_draft,
-    vs_hf, vs_vanilla, paper}, every setting of the sweeps; its `paper` is always null, for its figures are not known here.
-    """
-    first = [row for part in measured for row in _table2(part)]
-    second = [row for part in measured for row in _appendix(part)]
-    notes = [
-        *NOTES,
-        VERSIONS,
-        "Appendix A of the paper: its figures are not part of this package, so only ours are shown",
+        for name, spec in specs.items()
     ]
-    tiny = (
-        ["smoke: tiny random models on random tokens; the path is real, the figures mean nothing"]
-        if smoke
-        else []
+    everything = (
+        Baseline(HF, HF),
+        Baseline(ASSISTED, ASSISTED, specs["autoregressive"], required=False),
+        Baseline(VANILLA, "ours", "none"),
+        *ours,
     )
-    return {"table2": first, "appendix_a": second, "notes": [*tiny, *notes]}
+    return select(everything, settings.only)
 
 
-def _table2(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    dataset, _, target = part["name"].partition("/")
+def with_tables(results: BenchResults) -> BenchResults:
+    """The results with Table 2 and Appendix A, if the suite is the paper's."""
+    if results.suite != SUITE:
+        return results
+    tables = PaperTables(
+        table2=[row for part in results.parts for row in _table2(part)],
+        appendix_a=[row for part in results.parts for row in _appendix(part)],
+        notes=[*([SMOKE] if results.settings["smoke"] else []), *NOTES, VERSIONS, APPENDIX],
+    )
+    return replace(results, paper=tables)
+
+
+def _table2(part: PartResult) -> Iterator[Table2Row]:
+    dataset, _, target = part.name.partition("/")
     reported = REPORTED.get(dataset, {}).get(target, {})
-    rows = []
-    for baseline in dict.fromkeys(
-        [
-            *DRAFTERS,
-            *(b["name"] for b in part["baselines"] if b["kind"] == "ours" and b["spec"] != "none"),
-        ]
-    ):
-        known = (
-            c
-            for c in part["cells"]
-            if c["stage"] == "main" and c["baseline"] == baseline and c["draft_len"] != "auto"
+    measured = [b.name for b in part.baselines if b.kind == "ours" and b.spec != "none"]
+    cells = {c.baseline: c for c in part.stage("main") if c.draft_len != "auto"}
+    for baseline in dict.fromkeys([*DRAFTERS, *measured]):
+        cell = cells.get(baseline)
+        yield Table2Row(
+            target=target,
+            dataset=dataset,
+            baseline=baseline,
+            paper=reported.get(baseline),
+            **_figures(cell),
+            why=cell.why if cell else _why(part, baseline),
         )
-        cell = next(known, None)
-        told = {
-            "target": target,
-            "dataset": dataset,
-            "baseline": baseline,
-            "paper": reported.get(baseline),
-        }
-        rows.append(told | _figures(cell) | {"why": cell["why"] if cell else _why(part, baseline)})
-    return rows
 
 
-def _why(part: Mapping[str, Any], baseline: str) -> str:
-    return str(
-        part["missing"]
-        or next(
-            (b["why"] for b in part["baselines"] if b["name"] == baseline and b["why"]),
-            "not measured yet",
-        )
-    )
+def _why(part: PartResult, baseline: str) -> str:
+    reasons = [b.why for b in part.baselines if b.name == baseline and b.why]
+    return next(filter(None, [part.missing, *reasons]), "not measured yet")
 
 
-def _appendix(part: Mapping[str, Any]) -> list[dict[str, Any]]:
-    dataset, _, target = part["name"].partition("/")
-    swept = [
-        c for c in part["cells"] if c["stage"] == "sweep" and c["baseline"] not in (HF, VANILLA)
-    ]
-    where = {"target": target, "dataset": dataset, "paper": None}
-    return [
-        {
-            **where,
-            "baseline": c["baseline"],
-            "steps": c["steps"],
-            "alpha": c["alpha"],
-            **_figures(c),
-        }
-        for c in swept
-    ]
+def _appendix(part: PartResult) -> Iterator[AppendixRow]:
+    dataset, _, target = part.name.partition("/")
+    for cell in part.stage("sweep"):
+        if cell.baseline not in (HF, VANILLA):
+            yield AppendixRow(
+                target=target,
+                dataset=dataset,
+                baseline=cell.baseline,
+                steps=cell.steps,
+                alpha=cell.alpha,
+                **_figures(cell),
+            )
 
 
-def _figures(cell: Mapping[str, Any] | None) -> dict[str, Any]:
+def _figures(cell: CellResult | None) -> dict[str, Any]:
+    """The columns that both tables share."""
     if cell is None:
         return dict.fromkeys(("draft_len", "vs_hf", "vs_vanilla", "tau", "accepted_per_draft"))
-    ratios = {
-        name: cell[full]["ratio"] if cell[full] else None
-        for name, full in (("vs_hf", "speedup_vs_hf"), ("vs_vanilla", "speedup_vs_vanilla"))
+    return {
+        "draft_len": cell.draft_len,
+        "vs_hf": cell.speedup_vs_hf.ratio if cell.speedup_vs_hf else None,
+        "vs_vanilla": cell.speedup_vs_vanilla.ratio if cell.speedup_vs_vanilla else None,
+        "tau": cell.tau,
+        "accepted_per_draft": cell.accepted_per_draft,
     }
-    return {name: cell[name] for name in ("draft_len", "tau", "accepted_per_draft")} | ratios
+
+
+def tiny_models(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(targets, drafters), name -> folder; written if missing, the same in every run."""
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
+    gpt2: dict[str, Any] = {"n_embd": WIDTH, "n_head": 4, "n_positions": POSITIONS, **sizes}
+    neo = GPTNeoConfig(
+        hidden_size=WIDTH,
+        num_layers=2,
+        num_heads=4,
+        max_position_embeddings=POSITIONS,
+        window_size=16,
+        attention_types=[[["global", "local"], 1]],
+        **sizes,
+    )
+    diffusion = SEDDConfig(
+        tokens=VOCAB, hidden_size=WIDTH, n_blocks=1, n_heads=4, cond_dim=16, length=128
+    )
+    networks: dict[str, tuple[Any, Any]] = {
+        "gpt2-xl": (GPT2LMHeadModel, GPT2Config(n_layer=2, **gpt2)),
+        "gpt-neo-2.7B": (GPTNeoForCausalLM, neo),
+        "autoregressive": (GPT2LMHeadModel, GPT2Config(n_layer=1, **gpt2)),
+        "sedd": (SEDD, diffusion),
+    }
+    for seed, (name, (network, config)) in enumerate(networks.items()):
+        if not (folder / name / "model.safetensors").exists():
+            torch.manual_seed(seed)
+            with files.staged_folder(folder / name) as partial:
+                network(config).save_pretrained(partial)
+    targets = {name: str(folder / name) for name in TARGETS}
+    return targets, {name: str(folder / name) for name in DRAFTERS}
+
+
+def tiny_texts() -> dict[str, tuple[PromptText, ...]]:
+    """Documents of random tokens for every data set."""
+    texts = {}
+    for seed, dataset in enumerate(DATASETS):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(VOCAB, (DOCUMENTS, LENGTH), generator=generator).tolist()
+        texts[dataset] = tuple(
+            PromptText(f"{dataset}-{i}", dataset, row, document=True) for i, row in enumerate(rows)
+        )
+    return texts

