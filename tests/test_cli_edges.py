@@ -247,7 +247,8 @@ def test_an_ascii_terminal_shows_question_marks(folder: Path) -> None:
         PYTHONIOENCODING="ascii",
         LC_ALL="C",
     )
-    out, err = done.stdout.decode("ascii"), done.stderr.decode("ascii")
+    out = done.stdout.decode("ascii")
+    err = done.stderr.decode("ascii")
     assert out.startswith("2\n") and out.endswith("\n0\n") and "Traceback" not in err
     assert "tok/s" in err
 
@@ -403,7 +404,8 @@ def test_what_is_not_set_is_not_passed_on(
     loads: list[dict[str, Any]] = []
     from specdiff.text import lm, options
 
-    load, of = lm.load, options.Options.of
+    load = lm.load
+    of = options.Options.of
 
     def watched_load(*arguments: Any, **keywords: Any) -> SpeculativeLM:
         loads.append(keywords)
