@@ -1,5 +1,6 @@
 """The pages of the guide, as blocks that can be run."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -91,16 +92,10 @@ def _command(line: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def understood(fences: Iterable[Block]) -> int:
     """Parse the skipped specdiff commands: verb, options and their types. Returns their number."""
     verbs: Any = typer.main.get_command(cli.app)
-    ours = [
-        words
-        for block in fences
-        if block.note == "skip"
-        for words in block.commands()
-        if "specdiff" in words
-    ]
+    skipped = itertools.chain.from_iterable(b.commands() for b in fences if b.note == "skip")
+    ours = [words for words in skipped if "specdiff" in words]
     for words in ours:
-        verb, *arguments = words[words.index("specdiff") + 1 :]
-        if verb not in verbs.commands:
-            verb, arguments = "generate", [verb, *arguments]
+        arguments = words[words.index("specdiff") + 1 :]
+        verb = arguments.pop(0) if arguments[0] in verbs.commands else "generate"
         verbs.commands[verb].make_context(verb, arguments)
     return len(ours)

@@ -37,7 +37,8 @@ class ToyDenoiser(Denoiser[None]):
         self, vocab_size: int, seed: int = 0, sharpness: float = 1.5, draft_len: int = 3
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self.mask_id, self.draft_len = vocab_size, draft_len
+        self.mask_id = vocab_size
+        self.draft_len = draft_len
         shape = {
             "position": 16,
             "anchor": vocab_size,
@@ -89,7 +90,8 @@ class ToyScorer(ToyDenoiser):
         super().__init__(process.tokens, seed)
         for name, table in self.tables.items():
             table.mul_(coupling if name in ("left", "right") else coupling**-2)
-        self.process, self.schedule = process, schedule
+        self.process = process
+        self.schedule = schedule
 
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
         return context.batch.length.double().reciprocal().clamp(max=0.8)
@@ -97,7 +99,8 @@ class ToyScorer(ToyDenoiser):
     def log_score(
         self, context: Context, state: None, canvas: Int[Tensor, "B K"], sigma: Float[Tensor, "B"]
     ) -> Float[Tensor, "B K V"]:
-        revealed, mask = canvas < self.mask_id, self.mask_id
+        revealed = canvas < self.mask_id
+        mask = self.mask_id
         left = self._nearest(
             torch.nn.functional.pad(canvas, (1, 0), value=mask)[:, :-1],
             torch.nn.functional.pad(revealed, (1, 0))[:, :-1],
@@ -141,7 +144,8 @@ class AnyOrder(Drafter[None]):
     """BUG: unmasks right to left, one pass a position; stores each q at the time of its draw."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
-        self.denoiser, self.draft_len = denoiser, denoiser.draft_len
+        self.denoiser = denoiser
+        self.draft_len = denoiser.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
@@ -152,7 +156,8 @@ class AnyOrder(Drafter[None]):
             q = probabilities(
                 self.denoiser.denoise(context, None, canvas, revealed), context.batch.params
             )[:, k]
-            canvas[:, k], probs[:, k] = draw(q, uniform[:, k]), q
+            canvas[:, k] = draw(q, uniform[:, k])
+            probs[:, k] = q
         return Draft(canvas, probs)
 
 
@@ -163,10 +168,12 @@ class StoresProbabilities(Drafter[None]):
     """
 
     def __init__(self, inner: AnyOrderDrafter[None]) -> None:
-        self.inner, self.draft_len = inner, inner.draft_len
+        self.inner = inner
+        self.draft_len = inner.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
-        scorer, calls = self.inner.scorer, []
+        scorer = self.inner.scorer
+        calls = []
 
         def listening(canvas: Tensor, sigma: Tensor) -> Tensor:
             calls.append((canvas, scorer.log_score(context, None, canvas, sigma)))
@@ -190,7 +197,9 @@ class DropsUnlikely(Drafter[None]):
     """
 
     def __init__(self, inner: DenoisingDrafter[None], floor: float) -> None:
-        self.inner, self.floor, self.draft_len = inner, floor, inner.draft_len
+        self.inner = inner
+        self.floor = floor
+        self.draft_len = inner.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         draft = self.inner.propose(context, None, noise, draft_len)
@@ -204,7 +213,8 @@ class Misreported(Drafter[None]):
 
     def __init__(self, denoiser: ToyDenoiser, draft_temperature: float) -> None:
         self.drawn = DenoisingDrafter(denoiser, draft_temperature=draft_temperature)
-        self.raw, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
+        self.raw = DenoisingDrafter(denoiser)
+        self.draft_len = denoiser.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = self.drawn.propose(context, None, noise, draft_len).tokens
@@ -215,7 +225,8 @@ class Forgetful(Drafter[None]):
     """BUG: draws under the request's penalties, returns the probabilities without them."""
 
     def __init__(self, denoiser: ToyDenoiser) -> None:
-        self.inner, self.draft_len = DenoisingDrafter(denoiser), denoiser.draft_len
+        self.inner = DenoisingDrafter(denoiser)
+        self.draft_len = denoiser.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         plain = replace(context.batch, params=replace(context.batch.params, active=frozenset()))
@@ -229,7 +240,9 @@ class Through(Drafter[None]):
     """A stateless drafter that is handed other noise than the round's."""
 
     def __init__(self, inner: Drafter[None], change: Callable[[Noise], Noise]) -> None:
-        self.inner, self.change, self.draft_len = inner, change, inner.draft_len
+        self.inner = inner
+        self.change = change
+        self.draft_len = inner.draft_len
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         return self.inner.propose(context, state, self.change(noise), draft_len)
@@ -316,7 +329,8 @@ def early_bonus(plan: PlanFunction) -> PlanFunction:
     """BUG: when all K stand, the bonus token is drawn at row K-1."""
 
     def tampered(draft: Draft, p: Float[Tensor, "B N V"]) -> Tampered:
-        real, K = plan(draft, p), draft.tokens.shape[1]
+        real = plan(draft, p)
+        K = draft.tokens.shape[1]
         return Tampered(
             real.thresholds,
             lambda rows: torch.where(
@@ -331,7 +345,8 @@ def verifier_of(plan: PlanFunction, longest: bool) -> verify.Verifier:
     """The draw of a plan: the longest passing prefix (block), or up to the first failure."""
 
     def verifier(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
-        planned, K = plan(draft, p), draft.tokens.shape[1]
+        planned = plan(draft, p)
+        K = draft.tokens.shape[1]
         passed = noise.uniform(Purpose.RATIO, K) < planned.thresholds
         n = (
             (passed * torch.arange(1, K + 1)).amax(1)
@@ -405,13 +420,11 @@ class StaleTarget(Target[StaleCache]):
         beyond: int = 0,
         sums: bool = False,
     ) -> None:
-        self.table, self.keeps, self.shift, self.beyond, self.sums = (
-            table,
-            keeps,
-            shift,
-            beyond,
-            sums,
-        )
+        self.table = table
+        self.keeps = keeps
+        self.shift = shift
+        self.beyond = beyond
+        self.sums = sums
         self.info = TableTarget(table).info
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> StaleCache:
@@ -433,7 +446,8 @@ class StaleTarget(Target[StaleCache]):
 
     def score(self, cache: StaleCache, batch: Batch, draft: Draft) -> TargetOutput:
         at = batch.length[:, None] - 1 + torch.arange(draft.tokens.shape[1] + 1)
-        there, new = at + self.shift, torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
+        there = at + self.shift
+        new = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
         stays = cache.written.gather(1, there) & self.keeps
         cache.ids.scatter_(1, there, torch.where(stays, cache.ids.gather(1, there), new))
         cache.written.scatter_(1, there, True)

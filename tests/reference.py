@@ -11,7 +11,8 @@ def adjusted(
     logits: Sequence[float], prompt: Sequence[int], answer: Sequence[int], params: SamplingParams
 ) -> list[float]:
     """One row's logits under allowed ids, bias and penalties; `answer` follows the prompt."""
-    bias, counts = dict(params.logit_bias), Counter(answer)
+    bias = dict(params.logit_bias)
+    counts = Counter(answer)
     result = []
     for token, logit in enumerate(logits):
         if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
@@ -42,7 +43,8 @@ def law(
     if params.top_k:
         p = _at_least(sorted(p, reverse=True)[: params.top_k][-1], p)
     if params.top_p < 1:
-        mass, least = 0.0, iter(sorted(p, reverse=True))
+        mass = 0.0
+        least = iter(sorted(p, reverse=True))
         while mass < params.top_p:
             mass += (last := next(least))
         p = _at_least(last, p)

@@ -369,7 +369,8 @@ def test_safetensors_with_an_endless_header(folder: Any, target: CausalTarget) -
 
 
 def test_a_tensor_of_the_wrong_shape(folder: Any, target: CausalTarget) -> None:
-    broken, name = folder("drafter"), "blocks.1.attn_out.weight"
+    broken = folder("drafter")
+    name = "blocks.1.attn_out.weight"
     tensors = load_file(broken / "model.safetensors")
     save_file(tensors | {name: torch.zeros(3, 5)}, broken / "model.safetensors")
     with pytest.raises(
@@ -620,7 +621,8 @@ def test_a_targets_config_with_a_bad_value(folder: Any, key: str, value: Any) ->
 )
 def test_a_target_with_a_bad_tensor(folder: Any, how: str, message: str) -> None:
     """transformers itself fills a missing one with random numbers, and warns."""
-    broken, name = folder("model"), "model.layers.1.mlp.up_proj.weight"
+    broken = folder("model")
+    name = "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(broken / "model.safetensors")
     changed = {k: v for k, v in tensors.items() if k != name} | (
         {} if how == "missing" else {name: torch.zeros(3, 5)}

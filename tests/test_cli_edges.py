@@ -247,7 +247,8 @@ def test_an_ascii_terminal_shows_question_marks(folder: Path) -> None:
         PYTHONIOENCODING="ascii",
         LC_ALL="C",
     )
-    out, err = done.stdout.decode("ascii"), done.stderr.decode("ascii")
+    out = done.stdout.decode("ascii")
+    err = done.stderr.decode("ascii")
     assert out.startswith("2\n") and out.endswith("\n0\n") and "Traceback" not in err
     assert "tok/s" in err
 
@@ -404,7 +405,8 @@ def test_what_is_not_set_is_not_passed_on(
     from specdiff.text import load as loading
     from specdiff.text import options
 
-    load, of = loading.load, options.Options.of
+    load = loading.load
+    of = options.Options.of
 
     def watched_load(*arguments: Any, **keywords: Any) -> SpeculativeLM:
         loads.append(keywords)

@@ -42,7 +42,8 @@ def driven(
 
     A plain round takes a second, a drafting one `cost` and emits `emits(i)` tokens.
     """
-    last, lengths = None, []
+    last = None
+    lengths = []
     for i in range(rounds):
         lengths.append(controller(last))
         last = round_of(lengths[-1], emits(i), cost) if lengths[-1] else round_of(0, 1, 1.0)
@@ -76,7 +77,8 @@ def test_it_turns_off_below_break_even() -> None:
 
 def test_it_probes_again_after_ever_longer_pauses() -> None:
     lengths = driven(Controller(DRAFT), 3000, lambda i: 1)
-    pauses, run = [], 0
+    pauses = []
+    run = 0
     for c in lengths:
         if c == 0:
             run += 1
@@ -134,7 +136,9 @@ class Device:
     """Works through what is queued after the host has moved on, as a GPU does."""
 
     def __init__(self) -> None:
-        self.host, self.free, self.waits = 0.0, 0.0, 0
+        self.host = 0.0
+        self.free = 0.0
+        self.waits = 0
 
     def work(self, seconds: float, *, waits: bool = False) -> None:
         self.host += 0.001  # launching
@@ -148,7 +152,8 @@ class Device:
 
 class Mark:
     def __init__(self, device: Device) -> None:
-        self.device, self.at = device, 0.0
+        self.device = device
+        self.at = 0.0
 
     def record(self) -> None:
         self.at = max(self.device.host, self.device.free)
@@ -185,8 +190,10 @@ def test_a_cheap_drafter_stays_on_where_scoring_returns_at_once() -> None:
 
     What the host has waited for does not matter.
     """
-    device, controller = Device(), Controller(DRAFT)
-    last, lengths = None, []
+    device = Device()
+    controller = Controller(DRAFT)
+    last = None
+    lengths = []
     for _ in range(60):
         lengths.append(controller(last))
         clock = DeviceStopwatch(device.event)

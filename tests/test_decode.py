@@ -52,7 +52,7 @@ class Witness(Drafter[dict[str, torch.Tensor]]):
 
 
 def batch(rows: int = 4, max_tokens: int = 30, **options: object) -> Batch:
-    prompts = [[(r + i) % V for i in range(r + 1)] for r in range(rows)]
+    prompts = [(torch.arange(r, 2 * r + 1) % V).tolist() for r in range(rows)]
     return Batch.of(prompts, [SamplingParams(max_tokens=max_tokens, **options)] * rows, range(rows))  # type: ignore[arg-type]
 
 

@@ -82,7 +82,8 @@ def some_draft(rows: int, K: int, seed: int = 1) -> tuple[Draft, Tensor]:
 
 @pytest.mark.parametrize("K", [0, 1, 5])
 def test_row_k_counts_the_first_k_draft_tokens(K: int) -> None:
-    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), K)
+    batch = running(OPTIONS)
+    draft, logits = some_draft(len(OPTIONS), K)
     result = adjusted(logits, batch, draft)
     for row, options in enumerate(OPTIONS):
         prompt, answer = texts(batch, row)
@@ -95,7 +96,8 @@ def test_row_k_counts_the_first_k_draft_tokens(K: int) -> None:
 
 
 def test_a_drafters_rows_count_all_it_has_drawn() -> None:
-    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), 3)
+    batch = running(OPTIONS)
+    draft, logits = some_draft(len(OPTIONS), 3)
     result = adjusted(logits, batch, draft.tokens)
     for row, options in enumerate(OPTIONS):
         prompt, answer = texts(batch, row)
@@ -120,12 +122,12 @@ def test_a_tree_counts_ancestors() -> None:
         [list(range(k)) for k in range(7)],
     ]
     ancestors = above(draft)
-    assert [
-        [ancestors[b, n].nonzero()[:, 0].tolist() for n in range(7)] for b in range(2)
-    ] == lineage
+    for row in range(2):
+        assert [mask.nonzero()[:, 0].tolist() for mask in ancestors[row]] == lineage[row]
     assert torch.equal(ancestors[1], above(replace(draft, parents=None))[0])
     options = {"repetition_penalty": 1.7, "frequency_penalty": 0.4}
-    batch, logits = running([options] * 2), torch.randn(2, 7, V, dtype=torch.float64)
+    batch = running([options] * 2)
+    logits = torch.randn(2, 7, V, dtype=torch.float64)
     result = adjusted(logits, batch, draft)
     for row in range(2):
         prompt, answer = texts(batch, row)
@@ -139,8 +141,10 @@ def test_a_tree_counts_ancestors() -> None:
 
 @pytest.mark.parametrize("penalty", [1.3, 0.6])
 def test_repetition_is_transformers(penalty: float) -> None:
-    batch, (draft, logits) = running([{"repetition_penalty": penalty}] * 6), some_draft(6, 4)
-    result, processor = adjusted(logits, batch, draft), RepetitionPenaltyLogitsProcessor(penalty)
+    batch = running([{"repetition_penalty": penalty}] * 6)
+    draft, logits = some_draft(6, 4)
+    result = adjusted(logits, batch, draft)
+    processor = RepetitionPenaltyLogitsProcessor(penalty)
     for row in range(6):
         for k in range(5):
             ids = torch.cat([batch.ids[row, : batch.length[row]], draft.tokens[row, :k]])[None]
@@ -151,10 +155,8 @@ def test_repetition_is_transformers(penalty: float) -> None:
 
 def test_bias_and_repetition_are_transformers_in_its_order() -> None:
     bias = ((3, 2.5), (0, -4.0), (7, 9.0))
-    batch, (draft, logits) = (
-        running([{"logit_bias": bias, "repetition_penalty": 1.4}] * 4),
-        some_draft(4, 2),
-    )
+    batch = running([{"logit_bias": bias, "repetition_penalty": 1.4}] * 4)
+    draft, logits = some_draft(4, 2)
     result = adjusted(logits, batch, draft)
     processors = [
         SequenceBiasLogitsProcessor([[[i], v] for i, v in bias]),
@@ -162,17 +164,16 @@ def test_bias_and_repetition_are_transformers_in_its_order() -> None:
     ]
     for row in range(4):
         for k in range(3):
-            ids, scores = (
-                torch.cat([batch.ids[row, : batch.length[row]], draft.tokens[row, :k]])[None],
-                logits[row, k][None],
-            )
+            ids = torch.cat([batch.ids[row, : batch.length[row]], draft.tokens[row, :k]])[None]
+            scores = logits[row, k][None]
             for processor in processors:
                 scores = processor(ids, scores)
             assert torch.allclose(result[row, k], scores[0], atol=1e-6)
 
 
 def test_unused_options_cost_nothing() -> None:
-    batch, (draft, logits) = running([{}, {"temperature": 0.5}]), some_draft(2, 3)
+    batch = running([{}, {"temperature": 0.5}])
+    draft, logits = some_draft(2, 3)
     assert adjusted(logits, batch, draft) is logits
     assert batch.params.active == {"temperature"} and batch.params.logprobs is None
     assert torch.equal(distribution(logits, batch, draft), probabilities(logits, batch.params))
@@ -180,7 +181,8 @@ def test_unused_options_cost_nothing() -> None:
 
 def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
     generator = torch.Generator().manual_seed(0)
-    batch, logits = running(OPTIONS), torch.randn(len(OPTIONS), 4, V, generator=generator)
+    batch = running(OPTIONS)
+    logits = torch.randn(len(OPTIONS), 4, V, generator=generator)
     draft = some_draft(len(OPTIONS), 3)[0]
     result = adjusted(logits, batch, draft)
     assert torch.equal(result[0], logits[0])  # asks for nothing
@@ -194,7 +196,8 @@ def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
 
 
 def test_the_logits_handed_in_stay_as_they_were() -> None:
-    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), 3)
+    batch = running(OPTIONS)
+    draft, logits = some_draft(len(OPTIONS), 3)
     before = logits.clone()
     distribution(logits, batch, draft)
     assert torch.equal(logits, before)
@@ -227,7 +230,8 @@ def test_rows_that_join_bring_their_own_lists() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
-    batch, (draft, logits) = running(OPTIONS), some_draft(len(OPTIONS), 3)
+    batch = running(OPTIONS)
+    draft, logits = some_draft(len(OPTIONS), 3)
     result = adjusted(logits.to(dtype), batch, draft)
     assert result.dtype == torch.float32 and torch.equal(
         result, adjusted(logits.to(dtype).float(), batch, draft)
@@ -258,7 +262,8 @@ def test_allowed_ids_that_a_drafter_cannot_say() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_denoising_draft_counts_earlier_groups(steps: int) -> None:
-    toy, params = ToyDenoiser(V, seed=1), SamplingParams(max_tokens=8, **PENALTIES)
+    toy = ToyDenoiser(V, seed=1)
+    params = SamplingParams(max_tokens=8, **PENALTIES)
     batch = Batch.of([[1, 2, 3]] * 8, [params] * 8, range(8))
     context = Context(batch, None, torch.zeros(8, dtype=torch.long), None)
     draft = DenoisingDrafter(toy, steps=steps).propose(context, None, Noise.of(batch), 4)
@@ -295,10 +300,8 @@ def test_an_autoregressive_draft_counts_all_before() -> None:
     for parameter in network.parameters():
         parameter.requires_grad_(False).normal_()
     target = TableTarget.random(V)
-    drafter, params = (
-        AutoregressiveDrafter(network.double(), target.info),
-        SamplingParams(max_tokens=8, **PENALTIES),
-    )
+    drafter = AutoregressiveDrafter(network.double(), target.info)
+    params = SamplingParams(max_tokens=8, **PENALTIES)
     batch = Batch.of([[1, 2, 3]] * 4, [params] * 4, range(4))
     run = decode.start(target, drafter, batch)
     decode.admit(run, torch.arange(4))

@@ -81,12 +81,10 @@ def test_no_draws_at_all() -> None:
 
 
 def test_different_keys_are_independent() -> None:
-    streams = {
-        (p.name, i): noise().uniform(p, 1, i)
-        for p in Purpose
-        for i in range(3)
-        if p is not Purpose.TARGET or i == 0
-    }
+    streams = {}
+    for purpose in Purpose:
+        for index in range(1 if purpose is Purpose.TARGET else 3):
+            streams[purpose.name, index] = noise().uniform(purpose, 1, index)
     streams |= {("round", r): noise(round_=r).uniform(Purpose.DRAFT, 1) for r in (1, 2)}
     streams |= {("position", k): noise(position=k).uniform(Purpose.DRAFT, 1) for k in (2, 3)}
     streams |= {("target at", k): noise(position=k).uniform(Purpose.TARGET, 1) for k in (2, 3)}
@@ -107,10 +105,8 @@ def test_neighbouring_rows_and_positions_are_independent() -> None:
 
 def test_round_and_position_do_not_stand_in_for_each_other() -> None:
     for purpose in (Purpose.DRAFT, Purpose.RATIO, Purpose.RESIDUAL):
-        one, two = (
-            noise(round_=2, position=5).uniform(purpose, 1),
-            noise(round_=1, position=6).uniform(purpose, 1),
-        )
+        one = noise(round_=2, position=5).uniform(purpose, 1)
+        two = noise(round_=1, position=6).uniform(purpose, 1)
         assert independent(one, two) > 1e-4 and not bool((one == two).any())
         assert not bool(
             (
@@ -134,7 +130,8 @@ def test_a_draw_belongs_to_its_absolute_position(purpose: Purpose) -> None:
 
 
 def test_the_targets_draws_know_neither_round_nor_index() -> None:
-    one, two = noise(50, round_=1), noise(50, round_=9)
+    one = noise(50, round_=1)
+    two = noise(50, round_=9)
     assert torch.equal(one.uniform(Purpose.TARGET, 4), two.uniform(Purpose.TARGET, 4, index=5))
     assert torch.equal(one.shared(4, 6), two.shared(4, 6))
     for purpose in (Purpose.DRAFT, Purpose.RATIO, Purpose.RESIDUAL):
@@ -176,9 +173,8 @@ def test_noise_of_a_batch_starts_at_its_first_undecided_position() -> None:
 
 
 def test_row_seeds() -> None:
-    seeds = [
-        row_seed(root, row) for root in (0, 1, 2, 1 << 63, (1 << 64) - 1) for row in range(1000)
-    ]
+    roots = (0, 1, 2, 1 << 63, (1 << 64) - 1)
+    seeds = [row_seed(root, row) for root, row in itertools.product(roots, range(1000))]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= s <= MASK for s in seeds)
     assert row_seed(0, 0) != 0 and row_seed(7, 0) == row_seed(7 + (1 << 64), 0)

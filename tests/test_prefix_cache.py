@@ -32,17 +32,15 @@ def test_small_cases(
     assert seats(rows, prompts) == seating
 
 
+def some_tokens(chance: random.Random, least: int) -> list[int]:
+    return [chance.randrange(3) for _ in range(chance.randrange(least, 9))]
+
+
 def test_against_comparing_everything() -> None:
     chance = random.Random(0)
     for _ in range(300):
-        rows = [
-            [chance.randrange(3) for _ in range(chance.randrange(9))]
-            for _ in range(chance.randrange(1, 9))
-        ]
-        prompts = [
-            [chance.randrange(3) for _ in range(chance.randrange(1, 9))]
-            for _ in range(chance.randrange(1, len(rows) + 1))
-        ]
+        rows = [some_tokens(chance, 0) for _ in range(chance.randrange(1, 9))]
+        prompts = [some_tokens(chance, 1) for _ in range(chance.randrange(1, len(rows) + 1))]
         seating = seats(rows, prompts)
         assert len({place for place, _ in seating}) == len(prompts)
         for (place, length), prompt in zip(seating, prompts, strict=True):

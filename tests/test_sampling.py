@@ -63,7 +63,8 @@ def warped(logits: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize("V", [1, 5, 60, 3000])
 def test_equals_transformers_warpers(V: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
     logits = 3 * torch.randn(30, V, generator=torch.Generator().manual_seed(V), dtype=dtype)
-    p, expected = normalized(logits, *[SamplingParams(**options)] * 30), warped(logits, options)
+    p = normalized(logits, *[SamplingParams(**options)] * 30)
+    expected = warped(logits, options)
     assert p.dtype == dtype
     differ = (p > 0) != (expected > 0)
     if (
@@ -185,10 +186,8 @@ def smallest_set(p: np.ndarray, top_p: float) -> list[int]:
 def test_top_p_keeps_what_transformers_keeps_and_its_equals(top_p: float, V: int) -> None:
     """Which of several equals transformers keeps depends on its sort; here all stay or all go."""
     logits = flat_with_a_peak(V, 2)
-    ours, theirs = (
-        normalized(logits, SamplingParams(top_p=top_p))[0] > 0,
-        warped(logits, {"top_p": top_p})[0] > 0,
-    )
+    ours = normalized(logits, SamplingParams(top_p=top_p))[0] > 0
+    theirs = warped(logits, {"top_p": top_p})[0] > 0
     assert ours.nonzero()[:, 0].tolist() == smallest_set(
         torch.softmax(logits, -1)[0].numpy(), top_p
     )

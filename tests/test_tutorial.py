@@ -67,11 +67,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         model.lm_head.weight[END, 0] = 2.0
     model.save_pretrained(tmp_path / "tiny-target")
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = (
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoders.ByteLevel(),
-    )
-    special, alphabet = ["<|im_end|>", "<|im_start|>"], pre_tokenizers.ByteLevel.alphabet()
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = ["<|im_end|>", "<|im_start|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     raw.train_from_iterator(
         ["rain"],
         trainers.BpeTrainer(
@@ -140,13 +139,9 @@ def test_the_table_of_choices_names_keys_and_defaults() -> None:
     assert len(rows) >= 9
     for key, default in rows:
         value = Recipe.model_fields[key].default
-        assert default == (
-            "null"
-            if value is None
-            else str(list(value))
-            if isinstance(value, tuple)
-            else str(value)
-        ), key
+        if isinstance(value, tuple):
+            value = list(value)
+        assert default == ("null" if value is None else str(value)), key
 
 
 def test_lines_are_short() -> None:

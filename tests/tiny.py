@@ -84,13 +84,9 @@ def sedd(config: SEDDConfig, seed: int = 0) -> SEDD:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            spread = (
-                1.0
-                if "embed" in name
-                else 0.5
-                if parameter.dim() == 1
-                else 1.2 / parameter.shape[-1] ** 0.5
-            )
+            spread = 0.5 if parameter.dim() == 1 else 1.2 / parameter.shape[-1] ** 0.5
+            if "embed" in name:
+                spread = 1.0
             parameter.copy_(drawn * spread + ("norm" in name))
     if config.draft_vocab_size is not None:
         network.draft_vocab.copy_(
@@ -132,7 +128,9 @@ class Hinted(Drafter[None]):
     """
 
     def __init__(self, texts: Sequence[Sequence[int]], vocab: int, flaw: int = 5) -> None:
-        self.texts, self.vocab, self.flaw = texts, vocab, flaw
+        self.texts = texts
+        self.vocab = vocab
+        self.flaw = flaw
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         tokens = []

@@ -7,7 +7,7 @@ V target vocabulary, D tapped feature width, E entries of the longest row of a l
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -15,13 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdiff.arguments import brief, int64, number, token_ids, whole
+from specdiff.arguments import LARGEST, bias_pairs, int64, number, token_id_tuple, whole
 from specdiff.errors import UsageError
 
 PADDING = -1  # fills up lists of token ids; no token has this id
 TOP_LOGPROBS = 20  # maximum top-logprobs per position
-BIASES = 300  # maximum entries of a logit bias
-LARGEST = 2**63 - 1  # the largest integer of an int64 tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,54 +62,6 @@ class SamplingParams:
                 raise UsageError(f"{name} must be {allowed}, not {value!r}", param=name)
 
 
-def _ids(name: str, value: Any) -> tuple[int, ...]:
-    ids = token_ids(name, sorted(value) if isinstance(value, Set) else value)
-    if ids and min(ids) < 0:
-        raise UsageError(f"{name} must be token ids >= 0, not {brief(value)}", param=name)
-    if ids and max(ids) > LARGEST:
-        raise UsageError(f"{name} must be token ids below 2**63, not {brief(value)}", param=name)
-    return tuple(ids)
-
-
-def _pairs(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """The entries of a logit bias, from pairs or a mapping."""
-    if not isinstance(value, (Mapping, Sequence)) or isinstance(value, str):
-        raise UsageError(
-            f"{name} must be a mapping or a list of pairs, not {brief(value)}", param=name
-        )
-    entries = list(value.items() if isinstance(value, Mapping) else value)
-    if len(entries) > BIASES:
-        raise UsageError(
-            f"{name} may hold at most {BIASES} entries, not {len(entries)}", param=name
-        )
-    pairs: dict[int, float] = {}
-    for entry in entries:
-        token, bias = _pair(name, entry)
-        if token in pairs:
-            raise UsageError(f"{name} names token {token} twice", param=name)
-        pairs[token] = bias
-    return tuple(pairs.items())
-
-
-def _pair(name: str, entry: Any) -> tuple[int, float]:
-    """One entry of a logit bias; JSON writes its token id as a string."""
-    if not isinstance(entry, Sequence) or len(entry) != 2:
-        raise UsageError(
-            f"{name} must hold pairs of token id and value, not {brief(entry)}", param=name
-        )
-    token, bias = entry
-    if isinstance(token, str) and token.isdecimal():
-        token = int(token)
-    token = whole(f"each token id of {name}", token, param=name)
-    bias = number(f"the {name} of token {token}", bias, param=name)
-    if not (0 <= token <= LARGEST and -100 <= bias <= 100):
-        raise UsageError(
-            f"{name} must map token ids >= 0 to numbers in [-100, 100], not {token!r} to {bias!r}",
-            param=name,
-        )
-    return token, bias
-
-
 _NUMBERS = (
     "temperature",
     "top_p",
@@ -126,9 +76,9 @@ _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": whole,
     "top_k": whole,
     **dict.fromkeys(_NUMBERS, number),
-    "stop_token_ids": _ids,
-    "logit_bias": _pairs,
-    "allowed_token_ids": _ids,
+    "stop_token_ids": token_id_tuple,
+    "logit_bias": bias_pairs,
+    "allowed_token_ids": token_id_tuple,
     "logprobs": whole,
 }
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {

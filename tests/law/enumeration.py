@@ -62,7 +62,8 @@ class Cases:
             p = [_normalize(row * even) for row in p]
             q = [_normalize(row * ~even) for row in q]
         elif shape == "zeros":
-            p, q = [_thinned(row, generator) for row in p], [_thinned(row, generator) for row in q]
+            p = [_thinned(row, generator) for row in p]
+            q = [_thinned(row, generator) for row in q]
         size = torch.randint(0, K + 1, (count,), generator=generator) if ragged else None
         if shape == "point":
             return cls(p, None, _rows(count, 1, V**K, generator)[:, 0], size)
@@ -73,7 +74,8 @@ class Cases:
 
         Rows from `size` on keep their tokens and probabilities: nothing may read them.
         """
-        (V, K), count = self.sizes, len(self.chance)
+        V, K = self.sizes
+        count = len(self.chance)
         index = torch.arange(V**K)
         tokens = (
             torch.stack([index // V ** (K - 1 - k) % V for k in range(K)], dim=-1)
@@ -105,9 +107,11 @@ def emitted_law(
     longest: the draw rule is "the longest passing prefix" (block), else "up to the first failure"
     (token, match).
     """
-    (V, K), count = cases.sizes, len(cases.chance)
+    V, K = cases.sizes
+    count = len(cases.chance)
     accepted = (longest_passing if longest else first_failure)(plan.thresholds)
-    law, mean = torch.zeros(count, 1, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    law = torch.zeros(count, 1, dtype=torch.float64)
+    mean = torch.zeros(count, dtype=torch.float64)
     for n in range(K + 1):
         mass = cases.chance * accepted[:, n].view(count, V**K)
         mass = torch.where(

@@ -66,7 +66,7 @@ DRAFTERS: dict[str, Drafter[Any]] = {
         ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"
     ),
 }
-PAIRS = [(drafter, verifier) for drafter in DRAFTERS for verifier in VERIFIERS]
+PAIRS = list(itertools.product(DRAFTERS, VERIFIERS))
 
 
 def last(rounds: Iterable[Round]) -> Batch:
@@ -77,7 +77,8 @@ def last(rounds: Iterable[Round]) -> Batch:
 @lru_cache(maxsize=64)
 def law(params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
     """Every text of TARGET, to its stop id or max_tokens, with its chance, by the reference."""
-    open_, ended = {(): 1.0}, {}
+    open_ = {(): 1.0}
+    ended = {}
     for _ in range(params.max_tokens):
         grown = {}
         for text, chance in open_.items():
@@ -105,7 +106,8 @@ def fit(
     return compare(texts(target, drafter, verifier, params, count=count), law(params))
 
 
-FIRST, SECOND = SamplingParams(max_tokens=3, stop_token_ids=(2,)), SamplingParams(max_tokens=2)
+FIRST = SamplingParams(max_tokens=3, stop_token_ids=(2,))
+SECOND = SamplingParams(max_tokens=2)
 
 
 def conversations(

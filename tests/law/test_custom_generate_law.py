@@ -86,9 +86,11 @@ def law(net: PreTrainedModel, setting: str) -> dict[tuple[int, ...], float]:
         return input_ids
 
     net.generate(custom_generate=listening, **options(setting, 1))
-    running, ended = {(): 1.0}, {}
+    running = {(): 1.0}
+    ended = {}
     for _ in range(NEW):
-        ids, grown = torch.tensor([[*PROMPT, *text] for text in running]), {}
+        ids = torch.tensor([[*PROMPT, *text] for text in running])
+        grown = {}
         with torch.no_grad():
             chances = got[0](ids, net(ids).logits[:, -1].float()).double().softmax(-1).tolist()
         for (text, chance), row in zip(running.items(), chances, strict=True):

@@ -180,7 +180,8 @@ def test_the_draft_temperature_moves_no_text(verifier: str, draft_temperature: f
 
 # ---- L2b: each bug, and its exact twin in the very same place ----
 
-ONE_SHOT, PER_TOKEN = DRAFTERS["one-shot"], DenoisingDrafter(DENOISER, steps=3)
+ONE_SHOT = DRAFTERS["one-shot"]
+PER_TOKEN = DenoisingDrafter(DENOISER, steps=3)
 PLANS = {"token": verify.token_plan, "block": verify.block_plan}
 ratio_tests = pytest.mark.parametrize("verifier", ["token", "block"])
 
@@ -188,7 +189,8 @@ ratio_tests = pytest.mark.parametrize("verifier", ["token", "block"])
 @pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize("bug", [swapped, no_residual, early_bonus])
 def test_a_wrong_plan_is_caught(bug: Callable[..., Any], name: str) -> None:
-    plan, longest = PLANS[name], name == "block"
+    plan = PLANS[name]
+    longest = name == "block"
     assert fit(TARGET, ONE_SHOT, _twin(name), PLAIN) > PASSES
     assert fit(TARGET, ONE_SHOT, verifier_of(bug(plan), longest), PLAIN, FEW) < CAUGHT
 
@@ -335,7 +337,9 @@ def test_the_comparison_itself() -> None:
     One with 2 % too many of a text, or with a text that cannot occur, does not.
     """
     expected = law(PLAIN)
-    sample = [text for text, p in expected.items() for _ in range(round(100_000 * p))]
+    sample = []
+    for text, p in expected.items():
+        sample += [text] * round(100_000 * p)
     assert compare(sample, expected) > 0.9
     assert compare([*sample, *[max(expected, key=expected.__getitem__)] * 2000], expected) < CAUGHT
     assert compare([*sample, (0, 0, 0, 0, 0)], expected) == 0

@@ -19,7 +19,8 @@ def partial_target() -> TableTarget:
     """It never writes one token, and has only NaN to say once that token stands."""
     table = TableTarget.random(V, seed=6).table.clone()
     table[:, :, NEVER] = -torch.inf
-    table[NEVER], table[:, NEVER] = torch.nan, torch.nan
+    table[NEVER] = torch.nan
+    table[:, NEVER] = torch.nan
     return TableTarget(table)
 
 

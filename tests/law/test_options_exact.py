@@ -34,7 +34,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "top_p": 0.9,
     },
 }  # fmt: skip
-PROMPT, ANSWER = [1, 1], [1, 0]  # nowhere a 2: whether it occurs is for the draft to say
+PROMPT = [1, 1]
+ANSWER = [1, 0]  # nowhere a 2: whether it occurs is for the draft to say
 
 
 def logits_after(table: torch.Tensor, draft: tuple[int, ...]) -> torch.Tensor:

@@ -146,7 +146,8 @@ def test_while_others_leave_early_and_join_late(drafter: str, verifier: str) -> 
 
     Its tokens so far are unchanged, and so are those of all others.
     """
-    answers, rounds = defaultdict[int, list[int]](list), defaultdict[int, int](int)
+    answers = defaultdict[int, list[int]](list)
+    rounds = defaultdict[int, int](int)
     inner = DRAFTERS[drafter]
     for turn in engine.serve(
         TARGET,
@@ -177,7 +178,8 @@ def continued(drafter: str, verifier: str, rows: int) -> tuple[list[Request], Te
 
     They come in the order in which those end. Also all texts, each from a batch of its own.
     """
-    requests, texts = [], []
+    requests = []
+    texts = []
     for first in range(0, 6, rows):
         group = sorted(REQUESTS[first : first + rows], key=lambda r: r.params.max_tokens)
         wholes = [
@@ -360,7 +362,8 @@ def test_ties_under_top_p_do_not_feel_the_neighbours() -> None:
     logits = torch.zeros(7, 7, 7, dtype=torch.float64)
     logits[..., 2] = 2
     logits[:, 0] = 0  # after token 0 the law is flat
-    target, params = TableTarget(logits), SamplingParams(max_tokens=1, top_p=0.7)
+    target = TableTarget(logits)
+    params = SamplingParams(max_tokens=1, top_p=0.7)
     seeds = range(40)
 
     def first(prompts: list[list[int]]) -> list[int]:

@@ -14,7 +14,7 @@ from specdiff.sampling import draw
 from specdiff.types import Batch, Draft, SamplingParams
 
 COUNT = 60  # cases of each size; twelve sizes a shape
-SIZES = [(V, K) for V in (2, 3, 4) for K in (0, 1, 2, 3)]
+SIZES = list(itertools.product((2, 3, 4), (0, 1, 2, 3)))  # V, K
 ALMOST_ONE = float(np.nextafter(1, 0))
 
 
@@ -107,7 +107,8 @@ def test_what_lies_behind_the_size_is_never_looked_at() -> None:
         draft.size,
     )
     for name, plan in verify.PLANS.items():
-        one, two = plan(draft, p), plan(other, p.clone())
+        one = plan(draft, p)
+        two = plan(other, p.clone())
         assert torch.equal(one.thresholds, two.thresholds), name
         for n in range(4):
             reached = draft.size >= n
@@ -138,7 +139,8 @@ def some_rows(K: int, rows: int, seed: int) -> tuple[Draft, torch.Tensor, torch.
 
 def uniforms_around(thresholds: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """On, just below and just above each threshold, at the ends of [0, 1) and between."""
-    zero, one = torch.zeros_like(thresholds), torch.ones_like(thresholds)
+    zero = torch.zeros_like(thresholds)
+    one = torch.ones_like(thresholds)
     random = torch.rand(thresholds.shape, dtype=torch.float64, generator=generator)
     choices = [
         thresholds,
