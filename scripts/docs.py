@@ -1,4 +1,4 @@
-"""Write the API reference from the docstrings: python scripts/docs.py FOLDER [ROOM ...]   (default: all rooms)"""
+"""API reference from the docstrings: python scripts/docs.py FOLDER [ROOM ...]  (default: all)"""
 
 import pkgutil
 import sys
@@ -9,16 +9,13 @@ import pdoc
 
 import specdiff
 
-ROOMS = sorted(
-    {module.name for module in pkgutil.iter_modules(specdiff.__path__)}
-    - {"__main__", *specdiff.__all__}
-)
+MODULES = {module.name for module in pkgutil.iter_modules(specdiff.__path__)}
+ROOMS = sorted(MODULES - {"__main__", *specdiff.__all__})
 
 
 def main(folder: Path, rooms: Iterable[str] = ()) -> None:
-    for name in (
-        specdiff.__all__
-    ):  # public names load where they are first used; pdoc looks for loaded ones
+    # public names load lazily, and pdoc documents only loaded ones
+    for name in specdiff.__all__:
         setattr(specdiff, name, getattr(specdiff, name))
     pdoc.render.configure(docformat="google", footer_text=f"specdiff {specdiff.__version__}")
     pdoc.pdoc("specdiff", *(f"specdiff.{room}" for room in rooms or ROOMS), output_directory=folder)

@@ -1,4 +1,4 @@
-"""The campaign on one GPU, at a size for one CPU core: its scripts parse, its pieces come home whole, and its chain runs and goes on."""
+"""The GPU scripts at a size for one CPU core: they parse, pieces join whole, the chain resumes."""
 
 import json
 import os
@@ -60,26 +60,26 @@ def test_a_folder_comes_back_whole(folder: Path, tmp_path: Path) -> None:
     )
     (folder / ".lock").unlink()
     (folder / "checkpoints" / "big").unlink()
-    made = sorted((tmp_path / "pieces").glob("*.piece"))
-    assert len(made) == -(-sum(SIZES) // 1024) and all(p.stat().st_size < 1100 for p in made)
+    paths = sorted((tmp_path / "pieces").glob("*.piece"))
+    assert len(paths) == -(-sum(SIZES) // 1024) and all(p.stat().st_size < 1100 for p in paths)
     (tmp_path / "pieces" / "second").mkdir()
-    made[3].rename(tmp_path / "pieces" / "second" / made[3].name)  # as carried in two calls
+    paths[3].rename(tmp_path / "pieces" / "second" / paths[3].name)  # as carried in two calls
     for _ in range(2):
         assert pieces("join", tmp_path / "pieces", tmp_path / "back").returncode == 0
         assert content(tmp_path / "back") == content(folder)
 
 
-def test_an_interrupted_split_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_split_is_resumed(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "pieces"
     pieces("split", folder, out, "--bytes", "1KiB")
-    made = {p.name: p.stat().st_mtime_ns for p in out.glob("*.piece")}
+    times = {p.name: p.stat().st_mtime_ns for p in out.glob("*.piece")}
     for lost in ("00002.piece", "00005.piece", "manifest.json"):
         (out / lost).unlink()
-    told = pieces("join", out, tmp_path / "back")
-    assert told.returncode == 1 and "lacks manifest.json" in told.stderr
+    result = pieces("join", out, tmp_path / "back")
+    assert result.returncode == 1 and "lacks manifest.json" in result.stderr
     pieces("split", folder, out, "--bytes", "1KiB")
-    kept = {p.name for p in out.glob("*.piece") if p.stat().st_mtime_ns == made[p.name]}
-    assert made.keys() - kept == {"00002.piece", "00005.piece"}
+    intact = {p.name for p in out.glob("*.piece") if p.stat().st_mtime_ns == times[p.name]}
+    assert times.keys() - intact == {"00002.piece", "00005.piece"}
     assert pieces("join", out, tmp_path / "back").returncode == 0 and content(
         tmp_path / "back"
     ) == content(folder)
@@ -94,8 +94,8 @@ def test_missing_and_damaged_pieces_are_named_and_nothing_is_written(
     damaged = bytearray((out / "00004.piece").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (out / "00004.piece").write_bytes(damaged)
-    told = pieces("join", out, tmp_path / "back")
-    assert told.returncode == 1 and "missing 00001.piece; damaged: 00004.piece" in told.stderr
+    result = pieces("join", out, tmp_path / "back")
+    assert result.returncode == 1 and "missing 00001.piece; damaged: 00004.piece" in result.stderr
     assert not (tmp_path / "back").exists()
     pieces("split", folder, out, "--bytes", "1KiB")
     assert pieces("join", out, tmp_path / "back").returncode == 0 and content(
@@ -132,7 +132,7 @@ def target(tmp_path: Path) -> Path:
     return tmp_path / "target"
 
 
-def test_the_chain_runs_and_goes_on(target: Path, tmp_path: Path) -> None:
+def test_the_chain_runs_and_resumes(target: Path, tmp_path: Path) -> None:
     gpu, out = tmp_path / "gpu", tmp_path / "out"
     settings = {"TINY": "1", "MINUTES": "0.03", "MODEL": str(target), "ROOT": str(gpu)}
     environment = {
@@ -144,17 +144,17 @@ def test_the_chain_runs_and_goes_on(target: Path, tmp_path: Path) -> None:
     environment |= {f"SPECDIFF_GPU_{name}": value for name, value in settings.items()}
 
     def call(script: str, **changes: str) -> str:
-        done = subprocess.run(
+        process = subprocess.run(
             [str(GPU / script)], cwd=ROOT, env=environment | changes, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout + process.stderr
 
     call("1-data.sh", SPECDIFF_GPU_MINUTES="5")
     assert Corpus(gpu / "corpus").tokens >= 1500
     call("2-train-sedd.sh")
-    said = call("2-train-sedd.sh", SPECDIFF_GPU_MINUTES="5")
-    assert "resuming from step" in said or "steps are done" in said
+    output = call("2-train-sedd.sh", SPECDIFF_GPU_MINUTES="5")
+    assert "resuming from step" in output or "steps are done" in output
     last = json.loads((gpu / "sedd" / "training" / "log.jsonl").read_text().splitlines()[-1])
     assert last["step"] == int((gpu / "sedd.steps").read_text())
     (gpu / "autoregressive.steps").write_text("3\n")
@@ -172,13 +172,13 @@ def test_the_chain_runs_and_goes_on(target: Path, tmp_path: Path) -> None:
         assert not list((tmp_path / "home" / name).rglob("checkpoints"))
     results = json.loads((out / "results.json").read_text())["drafters"]
     assert results.keys() == {"sedd", "autoregressive"}
-    for measured in results.values():
+    for record in results.values():
         for temperature in ("0", "1"):
             assert (
-                measured[temperature]["tau"] >= 1
-                and len(measured[temperature]["per_position"]) == measured["draft_len"]
+                record[temperature]["tau"] >= 1
+                and len(record[temperature]["per_position"]) == record["draft_len"]
             )
             assert (
-                measured[temperature]["plain_tokens_per_second"] > 0
-                and measured[temperature]["tokens_per_second"] > 0
+                record[temperature]["plain_tokens_per_second"] > 0
+                and record[temperature]["tokens_per_second"] > 0
             )

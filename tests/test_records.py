@@ -1,4 +1,4 @@
-"""One reader for every line-based file: what people really save is accepted, the rest is one line that names file and line."""
+"""Records of line-based files: what people save is read, any fault is one message with its line."""
 
 import codecs
 import gzip

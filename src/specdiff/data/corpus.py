@@ -106,7 +106,7 @@ class Corpus:
             if digest != entry["sha256"]:
                 raise CorpusError(
                     f"{shard.path} was changed after it was written (SHA-256 {digest}, "
-                    f"not {entry['sha256']}); restore it or make the corpus anew"
+                    f"not {entry['sha256']}); restore it or write the corpus again"
                 )
 
     def split(self, held_out: float) -> tuple[list[int], list[int]]:

@@ -102,12 +102,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise CorpusError(
             f"{path} is damaged ({type(error).__name__}: {error}); "
-            f"restore it or make the corpus anew"
+            f"restore it or write the corpus again"
         ) from None
     if missing:
         raise CorpusError(
             f"{folder} lacks {missing[0]}, which its {MANIFEST} names; "
-            f"restore it or make the corpus anew"
+            f"restore it or write the corpus again"
         )
     return dict(data)
 

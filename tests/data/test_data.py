@@ -1,4 +1,4 @@
-"""`specdiff data` end to end on a tiny target: sources, temperatures, resumption after SIGKILL, errors, the command itself."""
+"""`specdiff data` on a tiny target: sources, temperatures, resumption after SIGKILL, errors."""
 
 import importlib
 import importlib.util
@@ -24,7 +24,9 @@ from transformers import PreTrainedTokenizerFast
 import tiny
 from specdiff import SpeculativeLM, cli, engine
 from specdiff.cli import data_progress
+from specdiff.data import forecast as forecasts
 from specdiff.data import generate, sources
+from specdiff.data import write as corpora
 from specdiff.data.corpus import Corpus, CorpusWriter, Row
 from specdiff.data.generate import CorpusSettings
 from specdiff.data.ledger import Ledger
@@ -49,7 +51,7 @@ SPECIAL = ["<|im_end|>", "<|im_start|>"]
 SETTINGS = CorpusSettings(seed=5, max_tokens=12)
 
 
-def made_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -80,21 +82,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A target as its users have it."""
     path = tmp_path_factory.mktemp("model")
     network().save_pretrained(path)
-    made_tokenizer(TEMPLATE).save_pretrained(path)
+    byte_tokenizer(TEMPLATE).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="module")
 def lm(folder: Path) -> SpeculativeLM:
     return SpeculativeLM(
-        CausalTarget(network(), name=str(folder)), "none", made_tokenizer(TEMPLATE), max_len=256
+        CausalTarget(network(), name=str(folder)), "none", byte_tokenizer(TEMPLATE), max_len=256
     )
 
 
 @pytest.fixture(scope="module")
 def plain(folder: Path) -> SpeculativeLM:
     return SpeculativeLM(
-        CausalTarget(network(), name=str(folder)), "none", made_tokenizer(None), max_len=256
+        CausalTarget(network(), name=str(folder)), "none", byte_tokenizer(None), max_len=256
     )
 
 
@@ -125,10 +127,10 @@ def write(
     with CorpusWriter(
         out, generate.about(lm, source, settings), vocab_size=VOCAB, shard_tokens=120
     ) as writer:
-        tally = Ledger(writer, Corpus(out).columns())
-        for _ in generate.generate(lm, source, tally, settings, tokens=tokens, rows=rows):
+        ledger = Ledger(writer, Corpus(out).columns())
+        for _ in generate.generate(lm, source, ledger, settings, tokens=tokens, rows=rows):
             pass
-        return asdict(tally.close())
+        return asdict(ledger.close())
 
 
 def texts(out: Path) -> dict[int, Row]:
@@ -179,7 +181,7 @@ def test_the_target_asks_itself(lm: SpeculativeLM, tmp_path: Path) -> None:
 
 
 def test_each_row_is_a_function_of_its_key(lm: SpeculativeLM, tmp_path: Path) -> None:
-    """Whatever the number of rows at a time, shards, runs, and with a drafter too; and so is which rows there are."""
+    """With any batch size, shard size, number of runs and drafter; so is the set of rows."""
     whole = write(lm, SelfSource(lm, 48), tmp_path / "a", tokens=500)
     for goal in (150, 500):
         write(lm, SelfSource(lm, 48), tmp_path / "b", tokens=goal, rows=3)
@@ -219,9 +221,9 @@ def test_a_corpus_is_the_shortest_run_of_keys_that_reaches_the_goal(
 def test_temperatures_come_in_their_shares_and_keep_their_law(
     lm: SpeculativeLM, tmp_path: Path
 ) -> None:
-    found = [SETTINGS.temperature(key) for key in range(4000)]
+    drawn = [SETTINGS.temperature(key) for key in range(4000)]
     for temperature, share in zip(SETTINGS.temperatures, SETTINGS.shares, strict=True):
-        assert found.count(temperature) / 4000 == pytest.approx(share, abs=0.03)
+        assert drawn.count(temperature) / 4000 == pytest.approx(share, abs=0.03)
     summary = write(lm, SelfSource(lm, 48), tmp_path / "c", tokens=700)
     rows = texts(tmp_path / "c")
     assert all(
@@ -238,7 +240,7 @@ def test_temperatures_come_in_their_shares_and_keep_their_law(
 
 
 @pytest.mark.parametrize(
-    ("temperatures", "shares", "told"),
+    ("temperatures", "shares", "message"),
     [
         (
             (1.0, 0.0),
@@ -251,8 +253,8 @@ def test_temperatures_come_in_their_shares_and_keep_their_law(
         ((-1.0,), (1.0,), "temperature must be a finite number >= 0"),
     ],
 )
-def test_bad_mixtures(temperatures: Any, shares: Any, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_bad_mixtures(temperatures: Any, shares: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         CorpusSettings(temperatures=temperatures, shares=shares)
 
 
@@ -284,22 +286,27 @@ def test_a_model_with_neither_template_nor_start() -> None:
 
 def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    records = [
-        {"prompt": "rain?"}, {"messages": talk}, {"messages": talk[:1]}, {"text": "rain rain " * 40}, {"prompt": [3, 4, 5]},
-        {"prompt": " "}, {"prompt": "long " * 300},
-    ]  # fmt: skip
+    records: list[dict[str, Any]] = [
+        {"prompt": "rain?"},
+        {"messages": talk},
+        {"messages": talk[:1]},
+        {"text": "rain rain " * 40},
+        {"prompt": [3, 4, 5]},
+        {"prompt": " "},
+        {"prompt": "long " * 300},
+    ]
     path = tmp_path / "p.jsonl"
     path.write_text("\n\n".join(map(json.dumps, records)) + "\n")
     source = sources.source(lm, "jsonl", path, longest=200, text_tokens=16)
-    found = list(source.prompts(()))
-    assert [lm.tokenizer.decode(p.ids) for p in found[:2]] == [
+    prompts = list(source.prompts(()))
+    assert [lm.tokenizer.decode(p.ids) for p in prompts[:2]] == [
         f"<|im_start|>user\n{word}<|im_end|>\n<|im_start|>assistant\n" for word in ("rain?", "hi")
     ]
-    assert found[1].ids == found[2].ids and found[4].ids == (3, 4, 5)
-    assert [p.cut for p in found] == [False, False, False, True, False, False, False] and len(
-        found[3].ids
+    assert prompts[1].ids == prompts[2].ids and prompts[4].ids == (3, 4, 5)
+    assert [p.cut for p in prompts] == [False, False, False, True, False, False, False] and len(
+        prompts[3].ids
     ) == 16
-    assert [p.reason for p in found[5:]] == [sources.EMPTY, sources.TOO_LONG]
+    assert [p.reason for p in prompts[5:]] == [sources.EMPTY, sources.TOO_LONG]
     assert [p.key for p in source.prompts({0, 2})] == [1, 3, 4, 5, 6]
     summary = write(lm, source, tmp_path / "c", tokens=10_000)  # gives out before that
     assert summary["dropped"].pop("duplicate", 0) <= 1 and summary["dropped"] == {
@@ -315,7 +322,7 @@ def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ("", "holds no prompts"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2 is not JSON"),
@@ -339,10 +346,10 @@ def test_jsonl(lm: SpeculativeLM, tmp_path: Path) -> None:
         ('{"messages": [{"who": "me"}]}\n', "messages must be a list"),
     ],
 )
-def test_bad_jsonl(lm: SpeculativeLM, tmp_path: Path, content: str, told: str) -> None:
+def test_bad_jsonl(lm: SpeculativeLM, tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(content)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         list(sources.source(lm, "jsonl", path, longest=200, strict=True).prompts(()))
 
 
@@ -352,23 +359,23 @@ def test_text_files(lm: SpeculativeLM, plain: SpeculativeLM, tmp_path: Path) -> 
     (tmp_path / "t" / "deep" / "b.txt").write_text("short")
     (tmp_path / "t" / "c.md").write_text("not read")
     for model in (lm, plain):  # documents are continued as they are, template or not
-        found = list(
+        prompts = list(
             sources.source(model, "text", tmp_path / "t", longest=100, text_tokens=20).prompts(())
         )
-        assert [len(p.ids) for p in found[:-1]] == [20] * (len(found) - 1) and len(found) == 4
-        assert model.tokenizer.decode(found[0].ids).startswith("paragraph 0")
-        assert model.tokenizer.decode(found[-1].ids) == "short" and not found[-1].cut
+        assert [len(p.ids) for p in prompts[:-1]] == [20] * (len(prompts) - 1) and len(prompts) == 4
+        assert model.tokenizer.decode(prompts[0].ids).startswith("paragraph 0")
+        assert model.tokenizer.decode(prompts[-1].ids) == "short" and not prompts[-1].cut
     one = sources.source(lm, "text", tmp_path / "t" / "a.txt", longest=100, text_tokens=20)
     assert write(lm, one, tmp_path / "c", tokens=60)["rows"] >= 1
 
 
 def test_sources_that_are_missing(lm: SpeculativeLM, tmp_path: Path) -> None:
-    for kind, path, told in (
+    for kind, path, message in (
         ("jsonl", None, "--source jsonl needs --input"),
         ("text", tmp_path / "nowhere", "no such file"),
         ("csv", tmp_path, "unknown source 'csv'; known are self, jsonl, text"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             sources.source(lm, kind, path, longest=10)
     with pytest.raises(UsageError, match="raise --max-model-len, or lower --max-tokens"):
         sources.source(lm, "text", tmp_path, longest=0)
@@ -392,8 +399,10 @@ def test_data_sets(lm: SpeculativeLM, tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / name / "train.jsonl").write_text(
             "".join(json.dumps({"id": i, field: f"rain {i}"}) + "\n" for i in range(5))
         )
-    found = list(sources.source(lm, "self", dataset=str(tmp_path / "good"), longest=50).prompts(()))
-    assert [lm.tokenizer.decode(p.ids) for p in found] == [f"rain {i}" for i in range(5)]
+    prompts = list(
+        sources.source(lm, "self", dataset=str(tmp_path / "good"), longest=50).prompts(())
+    )
+    assert [lm.tokenizer.decode(p.ids) for p in prompts] == [f"rain {i}" for i in range(5)]
     with pytest.raises(UsageError, match=r"has none of the fields .*; it has id, body"):
         list(sources.source(lm, "self", dataset=str(tmp_path / "bad"), longest=50).prompts(()))
     with pytest.raises(UsageError, match="cannot load the data set"):
@@ -415,27 +424,28 @@ def test_it_gives_up_where_nothing_new_comes(
     assert len(texts(tmp_path / "c")) == 1  # what was finished is kept
 
 
-def test_a_stream_answers_to_what_was_told() -> None:
-    """Requests born of earlier ones; None while there is nothing to do; slots that a stream must name."""
+def test_a_stream_depends_on_earlier_answers() -> None:
+    """Requests that follow from earlier answers, None while there is nothing to do, and slots."""
     table = TableTarget.random(5, seed=3)
-    born: list[Request] = [Request([1], SamplingParams(max_tokens=3 + i), i) for i in range(3)]
-    heard: dict[int, list[int]] = {}
+    queue = [Request([1], SamplingParams(max_tokens=3 + i), i) for i in range(3)]
+    answers: dict[int, list[int]] = {}
 
     def stream() -> Iterator[Request | None]:
         while True:
-            yield born.pop(0) if born else None
+            yield queue.pop(0) if queue else None
 
     options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 0, "rows": 2}
     for turn in engine.serve(table, NoDrafter(), stream(), slots=24, **options):
         for place, ids, prompt_length in turn.finished():
-            heard[place] = ids.tolist()
+            answers[place] = ids.tolist()
             if place < 3:
-                born.append(Request(heard[place], SamplingParams(max_tokens=4), row_seed(0, place)))
-            assert prompt_length == (1 if place < 3 else len(heard[place]) - 4)
-    assert [len(heard[i]) for i in range(6)] == [4, 5, 6, 8, 9, 10]
+                params = SamplingParams(max_tokens=4)
+                queue.append(Request(answers[place], params, row_seed(0, place)))
+            assert prompt_length == (1 if place < 3 else len(answers[place]) - 4)
+    assert [len(answers[i]) for i in range(6)] == [4, 5, 6, 8, 9, 10]
     with pytest.raises(UsageError, match="needs slots"):
         next(engine.serve(table, NoDrafter(), stream(), **options))
-    born.append(Request([1, 2], SamplingParams(max_tokens=30), 0))
+    queue.append(Request([1, 2], SamplingParams(max_tokens=30), 0))
     with pytest.raises(UsageError, match=r"request 0 may reach 2 \+ 30 tokens, but slots are 24"):
         next(engine.serve(table, NoDrafter(), stream(), slots=24, **options))
 
@@ -468,7 +478,7 @@ def command(folder: Path, out: Path, tokens: int) -> list[str]:
 
 
 def start(argv: list[str], log: Path | None = None, largest: int | None = None) -> int:
-    """The command in a process of its own: forked, since importing torch anew costs more than the work.
+    """The command in a forked process: importing torch again would cost more than the work.
 
     `log` takes its stderr; no file grows beyond `largest` bytes.
     """
@@ -549,6 +559,24 @@ def test_interrupted_it_keeps_what_is_finished(folder: Path, tmp_path: Path) -> 
     assert texts(tmp_path / "c")
 
 
+def test_the_api_reports_progress_and_returns_a_summary(lm: SpeculativeLM, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    source = SelfSource(lm, 48)
+    forecast = forecasts.forecast(lm, source, SETTINGS, tokens=300, rows=4, features=True)
+    assert forecast.rows_at_a_time == 4 and forecast.about == generate.about(lm, source, SETTINGS)
+    assert forecast.disk_bytes == 300 * (2 + 2 * lm.target.info.hidden_size + 4)
+    steps: list[corpora.CorpusProgress] = []
+    summary = corpora.write_generated(
+        lm, source, SETTINGS, out, tokens=300, rows=4, report=steps.append
+    )
+    assert steps[0] == corpora.CorpusProgress(0, 300, 0, rows=0, dropped=0, unsettled=0)
+    assert steps[-1].tokens == summary.tokens == summary.new_tokens >= 300
+    assert steps[-1].processed == summary.generated_tokens
+    assert summary.rows == len(texts(out)) and not summary.source_exhausted
+    again = corpora.write_generated(lm, source, SETTINGS, out, tokens=300, rows=4)
+    assert (again.new_tokens, again.generated_tokens, again.rows) == (0, 0, summary.rows)
+
+
 def test_the_command(
     here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
 ) -> None:
@@ -562,17 +590,17 @@ def test_the_command(
         and forecast["rows_at_a_time"] >= 8
         and forecast["estimated_seconds"] >= 0
     )
-    code, text, told = here(*[a for a in base if a != "-q"], "--json", "--features")
+    code, text, message = here(*[a for a in base if a != "-q"], "--json", "--features")
     summary = json.loads(text)
     assert (
         code == 0
         and summary["tokens"] >= 300
         and summary["feature_tokens"] == summary["tokens"]
-        and "% of answer tokens" in told
+        and "% of answer tokens" in message
     )
-    found = Corpus(out)
-    states = found.features(0)
-    assert found.has_features and states is not None and len(states[0]) == len(found[0].tokens)
+    corpus = Corpus(out)
+    states = corpus.features(0)
+    assert corpus.has_features and states is not None and len(states[0]) == len(corpus[0].tokens)
     code, text, _ = here(
         "--model", str(folder), "--out", str(out), "--features"
     )  # alone: nothing is left to do
@@ -582,16 +610,23 @@ def test_the_command(
 def test_odd_records_are_dropped_and_named(
     here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
 ) -> None:
-    records = [
-        {"prompt": "rain?"}, {"messages": [{"role": "user", "content": None}]}, 7, {"prompt": 3}, {"question": "?"}, {"prompt": [3, 999]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "ra"}, {"type": "text", "text": "in?"}]}]},
-        {"messages": [{"role": "user", "content": "snow"}, {"role": "alien", "content": "x"}]}, {"text": "wind"},
-    ]  # fmt: skip
+    parts = [{"type": "text", "text": "ra"}, {"type": "text", "text": "in?"}]
+    records: list[Any] = [
+        {"prompt": "rain?"},
+        {"messages": [{"role": "user", "content": None}]},
+        7,
+        {"prompt": 3},
+        {"question": "?"},
+        {"prompt": [3, 999]},
+        {"messages": [{"role": "user", "content": parts}]},
+        {"messages": [{"role": "user", "content": "snow"}, {"role": "alien", "content": "x"}]},
+        {"text": "wind"},
+    ]
     path = tmp_path / "p.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    strange = made_tokenizer(
-        "{% for m in messages %}{% if m.role == 'alien' %}{{ raise_exception('no aliens') }}{% endif %}{% endfor %}"
-        + TEMPLATE
+    strange = byte_tokenizer(
+        "{% for m in messages %}{% if m.role == 'alien' %}"
+        "{{ raise_exception('no aliens') }}{% endif %}{% endfor %}" + TEMPLATE
     )
     model = tmp_path / "model"
     shutil.copytree(folder, model)
@@ -601,8 +636,12 @@ def test_odd_records_are_dropped_and_named(
     code, out, err = here(*base, "--json")
     summary = json.loads(out)
     dropped = {
-        "record-not-an-object": 1, "record-not-text": 2, "record-without-prompt": 1, "template-refused": 1, "token-id-unknown": 1,
-    }  # fmt: skip
+        "record-not-an-object": 1,
+        "record-not-text": 2,
+        "record-without-prompt": 1,
+        "template-refused": 1,
+        "token-id-unknown": 1,
+    }
     assert code == 0 and summary["rows"] >= 2
     assert {why: n for why, n in summary["dropped"].items() if why != "duplicate"} == dropped
     notes = Corpus(tmp_path / "c").manifest["notes"]
@@ -616,7 +655,7 @@ def test_odd_records_are_dropped_and_named(
     )
     assert "first token-id-unknown: " in err and "line 6: token id 999" in err
     first = texts(tmp_path / "c")[0]
-    question = made_tokenizer(None).decode(first.tokens[: first.prompt_length])
+    question = byte_tokenizer(None).decode(first.tokens[: first.prompt_length])
     assert "rain?" in question
     code, _, err = here(*base, "--strict", "--out", str(tmp_path / "d"))
     assert code == 2 and f"{path}, line 2: message 1: content must be text, not null" in err
@@ -657,7 +696,8 @@ def test_progress_is_reported_from_the_start(
     lines = err.splitlines()
     assert lines[:2] == [f"loading {folder}", "writing, 64 rows at a time: 0 of 900 tokens"]
     assert re.fullmatch(
-        r"writing, 64 rows at a time: 0 of 900 tokens, \d+ tok/s, \d+ tokens in unfinished rows, 0 rows stored, 0 dropped",
+        r"writing, 64 rows at a time: 0 of 900 tokens, \d+ tok/s, "
+        r"\d+ tokens in unfinished rows, 0 rows stored, 0 dropped",
         lines[2],
     )
 
@@ -690,7 +730,7 @@ def test_the_command_imports(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         ((), 2, "say how many tokens to write: --tokens N"),
         (("--tokens", "9", "--shares", "0.5,0.2,0.2"), 2, "sum to 1"),
@@ -730,7 +770,7 @@ def test_errors_are_one_line(
     tmp_path: Path,
     arguments: tuple[str, ...],
     code: int,
-    told: str,
+    message: str,
 ) -> None:
     got, out, err = here(
         "--model",
@@ -743,13 +783,13 @@ def test_errors_are_one_line(
         "24",
         *arguments,
     )
-    assert (got, out) == (code, "") and told in err and "Traceback" not in err
+    assert (got, out) == (code, "") and message in err and "Traceback" not in err
 
 
 def test_a_corpus_of_an_earlier_version_is_resumed(
     here: Callable[..., tuple[int, str, str]], folder: Path, tmp_path: Path
 ) -> None:
-    """Its manifest knows the target by the beginning of its weights alone; from now on by all of them."""
+    """Its manifest has a digest of the beginning of the weights alone; later ones have all."""
     model, manifest = tmp_path / "model", tmp_path / "c" / "manifest.json"
     shutil.copytree(folder, model)
     (model / "more.safetensors").write_bytes(bytes(2 << 20))
@@ -807,6 +847,6 @@ def test_another_seed_or_target_is_refused(
     with torch.no_grad():
         model.get_parameter("transformer.h.0.ln_1.bias").add_(0.01)
     model.save_pretrained(other)
-    made_tokenizer(TEMPLATE).save_pretrained(other)
+    byte_tokenizer(TEMPLATE).save_pretrained(other)
     code, _, err = here(*command(other, tmp_path / "c", 100)[2:])
     assert code == 1 and "begun with target" in err

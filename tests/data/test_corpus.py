@@ -1,4 +1,4 @@
-"""Corpora on disk: what goes in comes out, whole or not at all, and nobody else's rows get in between."""
+"""Corpora on disk: rows come back whole or not at all, and never mixed with rows of another run."""
 
 import json
 import resource
@@ -32,32 +32,32 @@ def writer(folder: Path, **options: Any) -> CorpusWriter:
 
 
 def contents(folder: Path) -> dict[int, list[int]]:
-    found = Corpus(folder)
-    keys = [found[i].key for i in range(len(found))]
+    stored = Corpus(folder)
+    keys = [stored[i].key for i in range(len(stored))]
     assert len(keys) == len(set(keys))
-    return {found[i].key: found[i].tokens.tolist() for i in range(len(found))}
+    return {stored[i].key: stored[i].tokens.tolist() for i in range(len(stored))}
 
 
-def tally(w: CorpusWriter) -> Ledger:
+def ledger(w: CorpusWriter) -> Ledger:
     return Ledger(w, Corpus(w.folder).columns())
 
 
 def test_rows_come_back_over_shards_and_runs(tmp_path: Path) -> None:
-    given = rows(40)
-    for part in (given[:25], given[25:]):
+    originals = rows(40)
+    for part in (originals[:25], originals[25:]):
         with writer(tmp_path / "c", shard_tokens=50) as w:
             for row in part:
                 w.add(row)
-    found = Corpus(tmp_path / "c")
+    stored = Corpus(tmp_path / "c")
     assert (
-        len(found) == 40
-        and found.tokens == sum(len(r.tokens) for r in given)
-        and len(found.shards) > 2
+        len(stored) == 40
+        and stored.tokens == sum(len(r.tokens) for r in originals)
+        and len(stored.shards) > 2
     )
-    for i, row in enumerate(given):
-        assert torch.equal(found[i].tokens, row.tokens)
-        assert (found[i].prompt_length, found[i].key) == (row.prompt_length, row.key)
-        assert found[i].temperature == pytest.approx(row.temperature)
+    for i, row in enumerate(originals):
+        assert torch.equal(stored[i].tokens, row.tokens)
+        assert (stored[i].prompt_length, stored[i].key) == (row.prompt_length, row.key)
+        assert stored[i].temperature == pytest.approx(row.temperature)
     assert not [p for p in (tmp_path / "c").iterdir() if p.name.endswith(".partial")]
 
 
@@ -114,7 +114,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("damage", "message"),
     [
         (lambda f: (f / "manifest.json").unlink(), "holds no manifest.json"),
         (lambda f: (f / "manifest.json").write_text("{"), "is damaged"),
@@ -126,22 +126,22 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
         (lambda f: (f / "shard-00000.safetensors").write_bytes(b"short"), "cannot be read"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, damage: Any, told: str) -> None:
+def test_damage_is_named(tmp_path: Path, damage: Any, message: str) -> None:
     with writer(tmp_path) as w:
         w.add(rows(1)[0])
     damage(tmp_path)
-    with pytest.raises(CorpusError, match=told):
+    with pytest.raises(CorpusError, match=message):
         Corpus(tmp_path)[0]
 
 
 def test_duplicates_are_dropped_also_in_a_later_run(tmp_path: Path) -> None:
     first, second = rows(2)
     with writer(tmp_path) as w:
-        t = tally(w)
+        t = ledger(w)
         assert t.add(first) and not t.add(Row(first.tokens, 2, 0.7, 10))
         t.close()
     with writer(tmp_path) as w:
-        t = tally(w)
+        t = ledger(w)
         assert t.keys == {first.key, 10}
         assert t.add(second) and not t.add(Row(first.tokens, 1, 1.0, 11))
         t.drop(12, "question-empty")
@@ -154,13 +154,13 @@ def test_duplicates_are_dropped_also_in_a_later_run(tmp_path: Path) -> None:
 
 def test_what_was_not_flushed_is_not_counted_either(tmp_path: Path) -> None:
     w = writer(tmp_path)
-    t = tally(w)
+    t = ledger(w)
     t.add(rows(1)[0])
     w.flush()
     t.add(rows(1, 1)[0])
     t.drop(7, "question-empty")
     w.lock.release()  # as if the process were gone
-    t = tally(writer(tmp_path))
+    t = ledger(writer(tmp_path))
     assert t.keys == {0} and t.summary().by_temperature["0"]["rows"] == 1 and t.summary().rows == 1
 
 
@@ -179,13 +179,12 @@ def test_import_of_token_rows(tmp_path: Path) -> None:
     path = token_file(tmp_path / "rows.safetensors")
     for _ in range(2):  # the second time there is nothing to do
         with writer(tmp_path / "c") as w:
-            t = tally(w)
+            t = ledger(w)
             assert sum(packing.add_rows(packing.read_rows(path, VOCAB), t)) in (9, 0)
             assert t.close().dropped == {"duplicate": 1}
-    found = Corpus(tmp_path / "c")
-    assert [
-        (found[i].tokens.tolist(), found[i].prompt_length, found[i].temperature) for i in range(2)
-    ] == [
+    stored = Corpus(tmp_path / "c")
+    first = [stored[i] for i in range(2)]
+    assert [(row.tokens.tolist(), row.prompt_length, row.temperature) for row in first] == [
         ([1, 2, 3], 1, 0.0),
         ([4, 5, 6], 2, pytest.approx(0.7)),
     ]
@@ -197,7 +196,7 @@ def test_import_of_token_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"offsets": None}, "needs a one-dimensional tensor 'offsets'"),
         ({"offsets": torch.tensor([0, 3, 6, 8])}, "offsets must rise"),
@@ -210,8 +209,8 @@ def test_import_of_token_rows(tmp_path: Path) -> None:
         ({"mode": torch.tensor([0, 1])}, "2 temperatures for 3 rows"),
     ],
 )
-def test_token_files_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(CorpusError, match=told):
+def test_token_files_that_do_not_fit(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorpusError, match=message):
         packing.read_rows(token_file(tmp_path / "rows.safetensors", **changes), VOCAB)
 
 
@@ -225,14 +224,14 @@ def test_token_files_that_are_none(tmp_path: Path) -> None:
 
 def held_out(folder: Path, share: float = 0.3) -> tuple[list[int], list[int]]:
     """The keys of both parts, in their order."""
-    found = Corpus(folder)
-    training, rest = found.split(share)
-    assert sorted(training + rest) == list(range(len(found)))
-    return [found[i].key for i in training], [found[i].key for i in rest]
+    stored = Corpus(folder)
+    training, rest = stored.split(share)
+    assert sorted(training + rest) == list(range(len(stored)))
+    return [stored[i].key for i in training], [stored[i].key for i in rest]
 
 
 def test_held_out_rows_hang_on_their_keys_alone(tmp_path: Path) -> None:
-    """Neither the order of writing, nor their length, nor what is added later moves a row to the other part."""
+    """Neither the order of writing, nor lengths, nor later rows move a row to the other part."""
     for name, order in (("a", rows(200)), ("b", rows(200)[::-1]), ("c", rows(100))):
         with writer(tmp_path / name, shard_tokens=50) as w:
             for row in order:
@@ -257,13 +256,17 @@ def test_counts_are_of_the_rows_named(tmp_path: Path) -> None:
     with writer(tmp_path, shard_tokens=50) as w:
         for row in rows(40):
             w.add(row)
-    found = Corpus(tmp_path)
-    chosen = [3, 17, 18, 39]
+    stored = Corpus(tmp_path)
+    selection = [3, 17, 18, 39]
     expected = torch.zeros(VOCAB, dtype=torch.long)
-    for i in chosen:
-        for token in found[i].tokens.tolist():
+    for i in selection:
+        for token in stored[i].tokens.tolist():
             expected[token] += 1
-    assert torch.equal(found.counts(chosen, VOCAB), expected)
+    assert torch.equal(stored.counts(selection, VOCAB), expected)
+
+
+def tokens_of(corpus: Corpus, rows: list[int]) -> list[int]:
+    return torch.cat([corpus[i].tokens for i in rows]).tolist()
 
 
 def test_a_document_lies_in_one_part(tmp_path: Path) -> None:
@@ -275,20 +278,20 @@ def test_a_document_lies_in_one_part(tmp_path: Path) -> None:
         vocab_size=1000,
         shard_tokens=500,
     ) as w:
-        assert sum(packing.add_rows(packing.packed(documents, 0, 16), tally(w))) == sum(
+        assert sum(packing.add_rows(packing.packed(documents, 0, 16), ledger(w))) == sum(
             map(len, documents)
         ) + len(documents)
-    found = Corpus(tmp_path)
+    stored = Corpus(tmp_path)
     for share in (0.05, 0.5):
-        parts = [{t for i in part for t in found[i].tokens.tolist()} for part in found.split(share)]
+        parts = [set(tokens_of(stored, part)) for part in stored.split(share)]
         assert parts[0] & parts[1] == {0} and len(parts[1]) > 10
-    full = sum(len(found[i].tokens) == 16 for i in range(len(found)))
-    assert full > 0.85 * len(found)
+    full = sum(len(stored[i].tokens) == 16 for i in range(len(stored)))
+    assert full > 0.85 * len(stored)
 
 
 def test_one_document_cannot_be_held_out(tmp_path: Path) -> None:
     with writer(tmp_path, about=ABOUT | {"row_tokens": 16, corpus.PACKED: True}) as w:
-        list(packing.add_rows(packing.packed([list(range(90))], 0, 16), tally(w)))
+        list(packing.add_rows(packing.packed([list(range(90))], 0, 16), ledger(w)))
     with pytest.raises(
         CorpusError, match="6 rows that share documents; training needs at least 2 apart"
     ):
@@ -307,14 +310,13 @@ def test_a_changed_shard_is_named(tmp_path: Path) -> None:
     with writer(tmp_path, shard_tokens=50) as w:
         for row in rows(40):
             w.add(row)
-    found = Corpus(tmp_path)
-    found.verify()
+    stored = Corpus(tmp_path)
+    stored.verify()
     path = tmp_path / "shard-00001.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        CorpusError,
-        match=rf"shard-00001.safetensors was changed .*{files.digest(path)}, not {found.manifest['shards'][1]['sha256']}",
-    ):
+    before = stored.manifest["shards"][1]["sha256"]
+    message = rf"shard-00001.safetensors was changed .*{files.digest(path)}, not {before}"
+    with pytest.raises(CorpusError, match=message):
         Corpus(tmp_path).verify()
