@@ -36,8 +36,8 @@ from specdiff import SpeculativeLM, catalog, cli, verify
 from specdiff.check import Finding, Subject, check_drafter, check_target, check_verifier
 from specdiff.check.contract import Scores
 from specdiff.check.doubles import TableDrafter
-from specdiff.check.drafters import contract, of_the_target, requests
-from specdiff.check.recording import run
+from specdiff.check.drafters import contract, of_the_target
+from specdiff.check.recording import requests, run
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter

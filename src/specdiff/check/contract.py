@@ -119,7 +119,8 @@ class Scores:
         rows = (~context.batch.done).nonzero()[:, 0]
         if draft.probs is None or not len(rows) or not draft.tokens.shape[1]:
             return  # a point mass has no law to miss
-        tokens, q = draft.tokens[rows].cpu(), draft.probs[rows].double().cpu()
+        tokens = draft.tokens[rows].cpu()
+        q = draft.probs[rows].double().cpu()
         shapes = polynomials(transforms(tokens, q, self.generator))
         before = self._before(context, rows, shapes)
         K = tokens.shape[1]
@@ -163,7 +164,8 @@ class Scores:
         0 where there was none.
         """
         earlier = torch.zeros_like(shapes[..., :2])
-        starts, seeds = context.batch.length[rows].tolist(), context.batch.seed[rows].tolist()
+        starts = context.batch.length[rows].tolist()
+        seeds = context.batch.seed[rows].tolist()
         for row, (start, seed) in enumerate(zip(starts, seeds, strict=True)):
             was, drawn = self.last.get(seed, (start, shapes[row, :0]))
             overlap = drawn[start - was : start - was + shapes.shape[1], :, :2]

@@ -1,24 +1,34 @@
 """The suite for a drafter: sound drafts, steady state, the contract, the texts' law, its faults."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdiff import decode, engine
+from specdiff import decode
 from specdiff.check.contract import Scores
 from specdiff.check.findings import FALSE_ALARMS, Finding
 from specdiff.check.goodness_of_fit import compare, law, texts
-from specdiff.check.recording import Record, WatchedDrafter, differing, drafts, row_of, run
+from specdiff.check.recording import (
+    PARAMS,
+    Record,
+    WatchedDrafter,
+    differing,
+    drafts,
+    requests,
+    row_of,
+    run,
+    written,
+)
 from specdiff.drafters.base import Drafter, DrafterWrapper, NoDrafter
 from specdiff.drafters.guarded import FAULTS, faults, shaped
 from specdiff.engine import Request
 from specdiff.errors import DrafterError, TargetError, UsageError
-from specdiff.noise import Noise, row_seed
+from specdiff.noise import Noise
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
@@ -29,13 +39,6 @@ LARGE = 16  # a draft longer than most use
 LAW_LEN = 3
 LONG_LAW_LEN = 8
 SMALL = 5  # the toy's vocabulary; 3 where whole texts are counted
-PARAMS = (
-    SamplingParams(max_tokens=12),
-    SamplingParams(max_tokens=9, temperature=0.6),
-    SamplingParams(max_tokens=12, temperature=1.3, top_k=3),
-    SamplingParams(max_tokens=7, temperature=0),
-    SamplingParams(max_tokens=10, top_p=0.8),
-)
 LAWS = (
     SamplingParams(max_tokens=4),
     SamplingParams(max_tokens=3, temperature=0.6),
@@ -56,18 +59,6 @@ class Subject:
     def toy(self) -> bool:
         """Can it be built for any vocabulary? Then texts are short enough to count."""
         return isinstance(self.target, TableTarget)
-
-
-def requests(
-    target: Target[Any], count: int, params: Sequence[SamplingParams] = PARAMS, seed: int = 5
-) -> list[Request]:
-    """Prompts of one to nine random tokens."""
-    generator = torch.Generator().manual_seed(7)
-    V = target.info.vocab_size
-    prompts = [
-        torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)
-    ]
-    return [Request(p, params[i % len(params)], row_seed(seed, i)) for i, p in enumerate(prompts)]
 
 
 def check_drafter(
@@ -128,7 +119,7 @@ def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -
     lengths = sorted({1, drafter.draft_len or 1, LARGE})
     refused = []
     for draft_len in lengths:
-        look = _with_length(census, draft_len)
+        look = partial(census.look, draft_len=draft_len)
         try:
             run(target, drafter, requests(target, 5), look, draft_len=draft_len, rows=3)
             accepted.append(draft_len)
@@ -159,10 +150,6 @@ def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -
             f"drawn from"
         )
     yield Finding("possible", not census.impossible, message, census.impossible, 0)
-
-
-def _with_length(census: _Census, draft_len: int) -> Callable[[Context, Noise, Draft], None]:
-    return lambda context, noise, draft: census.look(context, noise, draft, draft_len)
 
 
 def steadiness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
@@ -262,15 +249,8 @@ def contract(
         count = rows if small else rows // (25 if draft_len == own else 50)
         # each length has draws of its own
         queue = requests(target, count, sampled, seed=5 + draft_len)
-        run(
-            target,
-            drafter,
-            queue,
-            scores.look,
-            draft_len=draft_len,
-            rows=rows if small else 8,
-            verifier=token,
-        )
+        size = rows if small else 8
+        run(target, drafter, queue, scores.look, draft_len=draft_len, rows=size, verifier=token)
     yield from scores.findings()
 
 
@@ -367,23 +347,3 @@ def survives(drafter: Drafter[Any], target: Target[Any]) -> Finding:
     if passed:
         message = "rounds it fails in become plain ones, and later requests are drafted for"
     return Finding("faults", passed, message)
-
-
-def written(
-    target: Target[Any], drafter: Drafter[Any], queue: Sequence[Request], verifier: Verifier
-) -> dict[int, list[int]]:
-    """The engine's texts, two rows at a time, at the drafter's own draft length.
-
-    Raises TargetError if the target failed.
-    """
-    results: dict[int, list[int]] = {}
-    steps = engine.serve(
-        target, drafter, queue, verifier=verifier, draft_len=drafter.draft_len, rows=2
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        for step in steps:
-            for message in step.errors().values():
-                raise TargetError(message)
-            results |= {request: ids.tolist() for request, ids, _ in step.finished()}
-    return results

@@ -1,4 +1,4 @@
-"""Recordings of a drafter in the real loop: every draft as it was proposed.
+"""Runs of the real loop: their requests, texts, and every draft as it was proposed.
 
 Shapes: B rows, K drafted tokens, V target vocabulary.
 """
@@ -14,13 +14,21 @@ from torch import Tensor
 
 from specdiff import engine
 from specdiff.drafters.base import Drafter, DrafterWrapper
+from specdiff.engine import Request
 from specdiff.errors import TargetError
-from specdiff.noise import Noise
+from specdiff.noise import Noise, row_seed
 from specdiff.targets.base import Target
-from specdiff.types import Context, Draft
+from specdiff.types import Context, Draft, SamplingParams
 from specdiff.verify import Verifier, match
 
 Look = Callable[[Context, Noise, Draft], None]
+PARAMS = (
+    SamplingParams(max_tokens=12),
+    SamplingParams(max_tokens=9, temperature=0.6),
+    SamplingParams(max_tokens=12, temperature=1.3, top_k=3),
+    SamplingParams(max_tokens=7, temperature=0),
+    SamplingParams(max_tokens=10, top_p=0.8),
+)
 
 
 class WatchedDrafter(DrafterWrapper[Any]):
@@ -53,6 +61,18 @@ class WatchedDrafter(DrafterWrapper[Any]):
             raise
 
 
+def requests(
+    target: Target[Any], count: int, params: Sequence[SamplingParams] = PARAMS, seed: int = 5
+) -> list[Request]:
+    """Prompts of one to nine random tokens."""
+    generator = torch.Generator().manual_seed(7)
+    V = target.info.vocab_size
+    prompts = [
+        torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)
+    ]
+    return [Request(p, params[i % len(params)], row_seed(seed, i)) for i, p in enumerate(prompts)]
+
+
 @dataclass(frozen=True, slots=True)
 class Drafted:
     """One row's draft in one round: the tokens that count, their laws (None: point masses), and the
@@ -69,7 +89,7 @@ Record = dict[tuple[int, int], Drafted]  # by (seed, round)
 def drafts(
     target: Target[Any],
     drafter: Drafter[Any],
-    requests: Sequence[engine.Request],
+    requests: Sequence[Request],
     *,
     draft_len: int,
     rows: int,
@@ -102,7 +122,7 @@ def row_of(draft: Draft, row: int, text: Sequence[int]) -> Drafted:
 def run(
     target: Target[Any],
     drafter: Drafter[Any],
-    requests: Sequence[engine.Request],
+    requests: Sequence[Request],
     look: Look,
     *,
     draft_len: int,
@@ -126,6 +146,26 @@ def run(
                 raise watched.errors[0]
             for message in step.errors().values():
                 raise TargetError(message)
+
+
+def written(
+    target: Target[Any], drafter: Drafter[Any], queue: Sequence[Request], verifier: Verifier
+) -> dict[int, list[int]]:
+    """The engine's texts, two rows at a time, at the drafter's own draft length.
+
+    Raises TargetError if the target failed.
+    """
+    results: dict[int, list[int]] = {}
+    steps = engine.serve(
+        target, drafter, queue, verifier=verifier, draft_len=drafter.draft_len, rows=2
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        for step in steps:
+            for message in step.errors().values():
+                raise TargetError(message)
+            results |= {request: ids.tolist() for request, ids, _ in step.finished()}
+    return results
 
 
 def differing(one: Record, two: Record) -> float:

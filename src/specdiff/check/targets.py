@@ -5,6 +5,7 @@ Shapes: B rows, N scored positions, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from specdiff import engine
 from specdiff.check.doubles import Hinted
-from specdiff.check.drafters import requests, written
 from specdiff.check.findings import Finding
+from specdiff.check.recording import requests, written
 from specdiff.drafters.base import NoDrafter
 from specdiff.engine import Request
 from specdiff.targets.base import Target, TargetWrapper
@@ -102,7 +103,7 @@ def served(target: Target[Any], waves: Sequence[Sequence[Request]]) -> WatchedTa
     A wave joins when the last has ended.
     """
     watched = WatchedTarget(target)
-    everything = [request for wave in waves for request in wave]
+    everything = list(chain.from_iterable(waves))
     running = 0
 
     def stream() -> Iterator[Request | None]:

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specdiff.check.doubles import TableDrafter
-from specdiff.check.drafters import of_the_target, requests, written
+from specdiff.check.drafters import of_the_target
 from specdiff.check.findings import Finding
+from specdiff.check.recording import requests, written
 from specdiff.drafters.base import NoDrafter
 from specdiff.noise import Noise
 from specdiff.targets.table import TableTarget
