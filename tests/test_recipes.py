@@ -1,4 +1,4 @@
-"""The table of lawful and unlawful ways to make a draft: what it claims is so, and it is what the guide shows."""
+"""The table of lawful and unlawful recipes: its claims hold, and the guide shows it."""
 
 import statistics
 
@@ -14,19 +14,19 @@ def test_lawful_ways_are_exact_and_the_others_are_not(name: str) -> None:
     recipe, lawful = constructions.RECIPES[name]
     cases = [constructions.Case(seed) for seed in range(100, 120)]  # others than the table's
     for verifier in ("token", "block", "match"):
-        found = [constructions.distance(recipe, verifier, case) for case in cases]
+        values = [constructions.distance(recipe, verifier, case) for case in cases]
         if lawful or verifier == "match":
-            assert max(found) < 1e-12
+            assert max(values) < 1e-12
         else:
-            assert statistics.median(found) > 0.005 and max(found) > 0.03
+            assert statistics.median(values) > 0.005 and max(values) > 0.03
 
 
 @pytest.mark.parametrize("name", constructions.RECIPES)
 def test_every_draft_is_accounted_for(name: str) -> None:
     recipe, _ = constructions.RECIPES[name]
     case = constructions.Case(7)
-    found = recipe(case)
-    assert float(found.chance.sum()) == pytest.approx(1, abs=1e-12)
+    values = recipe(case)
+    assert float(values.chance.sum()) == pytest.approx(1, abs=1e-12)
     assert float(case.target_law().sum()) == pytest.approx(1, abs=1e-12)
 
 

@@ -1,4 +1,4 @@
-"""The autoregressive baseline: its cache, its two vocabularies, its folder, and that what it hands on is what it drew from."""
+"""The autoregressive baseline: its cache, vocabularies, folder, and exact probabilities."""
 
 import json
 from dataclasses import replace
@@ -53,16 +53,16 @@ def network(family: str = "llama", seed: int = 1, positions: int = 256, **ours: 
     """Random, and sharp enough that every token hangs on those before it."""
     base = tiny.model(family, seed=seed, positions=positions)
     base.config.update(ours)
-    made = SmallLM(base.config)
-    made.load_state_dict(
+    instance = SmallLM(base.config)
+    instance.load_state_dict(
         {f"net.{name}": tensor for name, tensor in base.state_dict().items()}, strict=False
     )
-    if made.draft_vocab_size is not None:
-        chosen = torch.randperm(tiny.VOCAB, generator=torch.Generator().manual_seed(2))[
-            : made.draft_vocab_size
+    if instance.draft_vocab_size is not None:
+        ids = torch.randperm(tiny.VOCAB, generator=torch.Generator().manual_seed(2))[
+            : instance.draft_vocab_size
         ]
-        made.draft_vocab.copy_(chosen.sort().values)
-    return made
+        instance.draft_vocab.copy_(ids.sort().values)
+    return instance
 
 
 def drafter(shape: str = "full", family: str = "llama", **options: Any) -> AutoregressiveDrafter:
@@ -124,7 +124,7 @@ def fed(drafter: AutoregressiveDrafter, monkeypatch: pytest.MonkeyPatch) -> list
 def test_cached_equals_recomputed(
     shape: str, family: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over rounds that accept all, some and nothing, of different draft lengths, in rows of different length."""
+    """Over rounds that accept all, some and nothing, of different draft and row lengths."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     ours, batch = drafter(shape, family), tiny.batch_of(PROMPTS, max_tokens=60)
     state = ours.open(3, 80)
@@ -147,7 +147,7 @@ def test_cached_equals_recomputed(
 
 
 def test_a_rejected_drafts_entries_are_forgotten() -> None:
-    """A short draft leaves a longer one's entries behind it; the text then goes on with those very tokens."""
+    """A short draft leaves a longer one's entries after it; the text then has its tokens."""
     ours, batch = drafter(), tiny.batch_of(PROMPTS, max_tokens=60)
     state = ours.open(3, 80)
     draft = propose(ours, batch, 6, state)
@@ -159,7 +159,7 @@ def test_a_rejected_drafts_entries_are_forgotten() -> None:
 
 
 def test_tokens_behind_a_rejected_one_are_read() -> None:
-    """Plain rounds may write just what the rejected draft went on with: its entries were computed behind another token."""
+    """Plain rounds may emit a rejected draft's later tokens: its entries do not apply."""
     ours, batch = drafter(), tiny.batch_of(PROMPTS, max_tokens=60)
     state = ours.open(3, 80)
     draft = propose(ours, batch, 6, state)
@@ -243,7 +243,7 @@ def test_a_row_drafts_the_same_alone(shape: str) -> None:
 
 
 def test_a_new_request_forgets_the_rows_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even a prompt that begins alike is read anew, so that a request's numbers never depend on who sat there before."""
+    """Even a prompt that begins alike is read anew: the last request must not show."""
     ours, old = drafter(), tiny.batch_of(PROMPTS)
     state = ours.open(3, 64)
     propose(ours, old, 6, state)
@@ -298,7 +298,7 @@ def test_greedy_text_is_the_targets(family: str, shape: str) -> None:
 def test_the_target_as_its_own_drafter_is_always_right(
     family: str, sampling: dict[str, Any]
 ) -> None:
-    """q = p: every token of every round stands, which a law one position late or a stale entry would spoil."""
+    """q = p: every token is accepted; a law one position late or a stale entry would spoil that."""
     target = tiny.target(family)
     itself = tiny.model(family)
     ours = AutoregressiveDrafter(SmallLM(itself.config, itself), target.info)
@@ -383,7 +383,7 @@ def test_padding_on_the_right_changes_nothing() -> None:
 
 
 def test_tables_in_another_precision() -> None:
-    """A float32 body between bf16 tables: products in float32, or the self-test would see bf16's rounding."""
+    """A float32 body between bf16 tables: products in float32, else the self-test fails."""
     coarse = info(
         embedding=info().embedding.bfloat16(), head=info().head.bfloat16(), dtype=torch.bfloat16
     )
@@ -415,7 +415,7 @@ def test_save_and_load(shape: str, family_: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_save_and_load_in_bf16(shape: str, tmp_path: Path) -> None:
-    """Half the bytes; the model in use stays as it is, and so do the rotary frequencies of one loaded in bf16."""
+    """Half the bytes; the model in use and bf16 rotary frequencies are unchanged."""
     before = network(**SHAPES[shape])
     before.save_pretrained(tmp_path, torch.bfloat16, draft_len=2)
     assert before.net.dtype == torch.float32
@@ -446,7 +446,7 @@ def test_a_plain_checkpoint_in_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "told"),
+    ("ours", "message"),
     [
         ({"borrow_embeddings": "yes"}, "borrow_embeddings must be of type bool, not 'yes'"),
         (
@@ -460,13 +460,13 @@ def test_a_plain_checkpoint_in_shards(tmp_path: Path) -> None:
         ({"draft_vocab_size": 20}, "draft_vocab_size 20 .* needs borrow_embeddings true"),
     ],
 )
-def test_odd_keys_are_refused(ours: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_odd_keys_are_refused(ours: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         network(**ours)
 
 
 @pytest.mark.parametrize(
-    ("changes", "shape", "error", "told"),
+    ("changes", "shape", "error", "message"),
     [
         ({"vocab_size": 50}, "full", DrafterError, "48 tokens.*'tiny' has 50"),
         ({"vocab_size": 47}, "borrowed", DrafterError, "48 tokens.*'tiny' has 47"),
@@ -497,9 +497,9 @@ def test_odd_keys_are_refused(ours: dict[str, Any], told: str) -> None:
     ],
 )
 def test_a_drafter_that_does_not_fit_is_refused(
-    changes: dict[str, Any], shape: str, error: type[Exception], told: str
+    changes: dict[str, Any], shape: str, error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         AutoregressiveDrafter(network(**SHAPES[shape]), info(**changes))
 
 
@@ -538,7 +538,7 @@ def altered(folder: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         ({"draft_len": 0}, ConfigError, r"config\.json: draft_len must be at least 1, not 0"),
         ({"draft_len": "4"}, ConfigError, r"config\.json: draft_len must be of type int, not '4'"),
@@ -554,9 +554,9 @@ def altered(folder: Path, **changes: Any) -> Path:
     ],
 )
 def test_a_damaged_config_is_refused(
-    folder: Path, changes: dict[str, Any], error: type[Exception], told: str
+    folder: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         autoregressive(info(), altered(folder, **changes))
 
 
@@ -592,8 +592,8 @@ def test_a_plain_checkpoint_of_other_sizes_is_refused(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "lack .* more"),
         ({"num_hidden_layers": 2, "intermediate_size": 65}, r"hold .* in shape .*, not"),
     ]
-    for changes, told in cases:
-        with pytest.raises(WeightsError, match=told):
+    for changes, message in cases:
+        with pytest.raises(WeightsError, match=message):
             SmallLM.from_pretrained(altered(tmp_path, **changes))
 
 
@@ -601,15 +601,16 @@ def test_a_plain_checkpoint_of_other_sizes_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_catalog_knows_folders_of_both_kinds(folder: Path) -> None:
-    made = catalog.drafter(str(folder), info(), {"draft_temperature": 0.5})
-    assert isinstance(made, AutoregressiveDrafter)
-    assert made.draft_temperature == 0.5
+    instance = catalog.drafter(str(folder), info(), {"draft_temperature": 0.5})
+    assert isinstance(instance, AutoregressiveDrafter)
+    assert instance.draft_temperature == 0.5
     with pytest.raises(UsageError, match=r"does not take these options.*steps"):
         catalog.drafter(str(folder), info(), {"steps": 2})
     for kind in ("bert-like", ["llama"], None):
         with pytest.raises(
             ConfigError,
-            match=r"no drafter format with model_type .*; known are sedd, mdlm and transformers' causal LMs",
+            match=r"no drafter format with model_type .*; "
+            r"known are sedd, mdlm and transformers' causal LMs",
         ):
             catalog.drafter(str(altered(folder, model_type=kind)), info())
 

@@ -1,4 +1,4 @@
-"""One drafter and one target object, many threads: all that changes lives in what `open` handed out."""
+"""One drafter and one target object, many threads: all that changes lives in the state."""
 
 import sys
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ DRAFTERS: dict[str, Drafter[Any]] = {
         TARGET.info, steps=2, n_blocks=1, attention="causal-context", time_conditioning=False
     ),
     "autoregressive": AutoregressiveDrafter(SmallLM(BASE.config, BASE), TARGET.info),
-    "sedd any": AnyOrderDrafter(tiny.drafter(TARGET.info, n_blocks=1).denoiser, steps=2),  # type: ignore[attr-defined]
+    "sedd any": AnyOrderDrafter(tiny.drafter(TARGET.info, n_blocks=1).denoiser, steps=2),
 }
 
 
@@ -44,13 +44,13 @@ def often() -> Iterator[None]:
 
 def texts(drafter: Drafter[Any], call: int) -> dict[int, list[int]]:
     """A few requests through two rows, with the drafts they got."""
-    asked = [
+    queue = [
         Request([call % 5, i % 5], SamplingParams(max_tokens=8), 10 * call + i) for i in range(3)
     ]
-    found: dict[int, list[int]] = {}
-    for p in engine.run(TARGET, drafter, asked, verifier=VERIFIERS["token"], draft_len=3, rows=2):
-        found.setdefault(p.request, []).extend([*p.tokens, -p.accepted])
-    return found
+    results: dict[int, list[int]] = {}
+    for p in engine.run(TARGET, drafter, queue, verifier=VERIFIERS["token"], draft_len=3, rows=2):
+        results.setdefault(p.request, []).extend([*p.tokens, -p.accepted])
+    return results
 
 
 @pytest.mark.parametrize("name", DRAFTERS)

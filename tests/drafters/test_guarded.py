@@ -1,4 +1,4 @@
-"""A drafter that breaks while decoding costs speed, never the text: plain rounds, one warning, and the target's law.
+"""A drafter that fails while decoding costs speed, never the text: plain rounds, and one warning.
 
 Shapes: B rows, K drafted tokens, V vocabulary.
 """
@@ -34,7 +34,10 @@ Spoil = Callable[[Draft, torch.Tensor, torch.Tensor], Draft]
 
 
 class Spoiled(Drafter[None]):
-    """`inner`, whose draft is spoilt in the rows and rounds, and from the position on, that a hash of seed and round names."""
+    """SOUND, whose draft is spoiled in some rows and rounds, from some position on.
+
+    A hash of seed and round decides.
+    """
 
     draft_len = 3
 
@@ -59,7 +62,7 @@ def probs_become(value: float) -> Spoil:
 
 
 def tokens_become(value: int) -> Spoil:
-    """Of point masses: the ratio test of soft drafts would ask for the chance of leaving the vocabulary."""
+    """Of point masses: the ratio test of soft drafts would look the token's probability up."""
 
     def spoil(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
         here = (torch.arange(draft.tokens.shape[1]) == at[:, None]) & hit[:, None]
@@ -127,7 +130,7 @@ FAULTS: dict[str, tuple[Spoil, str]] = {
         lambda d, hit, at: replace(d, parents=torch.zeros_like(d.tokens) - 1),
         "drafted a tree",
     ),
-    "nothing": (lambda d, hit, at: None, "returned a NoneType"),  # type: ignore[arg-type, return-value]
+    "nothing": (lambda d, hit, at: None, "returned a NoneType"),  # type: ignore[arg-type]
 }
 
 
@@ -136,53 +139,53 @@ def requests(count: int = 5) -> list[Request]:
 
 
 def served(
-    drafter: Drafter[Any], asked: Sequence[Request], verifier: str = "match", rows: int = 2
+    drafter: Drafter[Any], queue: Sequence[Request], verifier: str = "match", rows: int = 2
 ) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {}
+    results: dict[int, list[int]] = {}
     for turn in engine.serve(
-        TARGET, drafter, asked, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows
+        TARGET, drafter, queue, verifier=VERIFIERS[verifier], draft_len=drafter.draft_len, rows=rows
     ):
-        found |= {i: ids.tolist() for i, ids, _ in turn.finished()}
-    return found
+        results |= {i: ids.tolist() for i, ids, _ in turn.finished()}
+    return results
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_text_goes_on_and_one_warning_names_drafter_and_fault(fault: str) -> None:
-    spoil, told = FAULTS[fault]
-    with pytest.warns(RuntimeWarning, match=f"drafter Spoiled .*{told}") as caught:
-        found = served(Spoiled(spoil), requests())
+    spoil, message = FAULTS[fault]
+    with pytest.warns(RuntimeWarning, match=f"drafter Spoiled .*{message}") as caught:
+        results = served(Spoiled(spoil), requests())
     assert len(caught) == 1
-    assert found == served(NoDrafter(), requests())
+    assert results == served(NoDrafter(), requests())
 
 
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")
 @pytest.mark.parametrize("verifier", ["token", "block", "match"])
 @pytest.mark.parametrize("fault", ["nan", "negative", "beyond the vocabulary", "size"])
 def test_the_law_is_the_targets_though_rounds_fail_at_random(fault: str, verifier: str) -> None:
-    found = texts(
+    results = texts(
         TARGET, Spoiled(FAULTS[fault][0], every=3), VERIFIERS[verifier], PARAMS, count=20_000
     )
-    assert compare(found, law(TARGET, PARAMS)) > 1e-5
+    assert compare(results, law(TARGET, PARAMS)) > 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")
 @pytest.mark.parametrize("verifier", ["token", "block"])
 def test_the_law_is_the_targets_though_it_raises(verifier: str) -> None:
     """In small batches, or it would raise in the first round of all."""
-    found = texts(
+    results = texts(
         TARGET, Spoiled(raises, every=40), VERIFIERS[verifier], PARAMS, count=3000, rows=30
     )
-    assert compare(found, law(TARGET, PARAMS)) > 1e-5
+    assert compare(results, law(TARGET, PARAMS)) > 1e-5
 
 
 def test_falling_back_by_what_was_drawn_would_show() -> None:
-    """So the law tests above say something: a draft dropped whole because of a late token, its earlier tokens with it."""
+    """The law tests above can fail: here a whole draft is dropped because of a late token."""
 
     def by_token(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
         return replace(draft, size=torch.where((draft.tokens == 2).any(1), 0, 3))
 
-    found = texts(TARGET, Spoiled(by_token), VERIFIERS["token"], PARAMS, count=40_000)
-    assert compare(found, law(TARGET, PARAMS)) < 1e-6
+    results = texts(TARGET, Spoiled(by_token), VERIFIERS["token"], PARAMS, count=40_000)
+    assert compare(results, law(TARGET, PARAMS)) < 1e-6
 
 
 def test_a_sound_drafter_does_not_feel_it() -> None:
@@ -218,15 +221,17 @@ def test_how_a_sound_draft_lies_in_memory_does_not_matter(verifier: str) -> None
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled drafted a tree")
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_a_tree_is_refused_and_the_law_is_the_targets(verifier: str) -> None:
-    """A chain's tokens that claim to be siblings: a penalty would count other tokens than those before them."""
+    """A chain's tokens that claim to be siblings: a penalty would count the wrong tokens."""
     params = SamplingParams(max_tokens=4, repetition_penalty=2.5)
     forest = Spoiled(lambda d, hit, at: replace(d, parents=torch.full_like(d.tokens, -1)))
-    found = texts(TARGET, forest, VERIFIERS[verifier], params, count=20_000)
-    assert torch.equal(found, texts(TARGET, NoDrafter(), VERIFIERS[verifier], params, count=20_000))
+    results = texts(TARGET, forest, VERIFIERS[verifier], params, count=20_000)
+    assert torch.equal(
+        results, texts(TARGET, NoDrafter(), VERIFIERS[verifier], params, count=20_000)
+    )
 
 
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")
-def test_the_tokens_before_the_fault_stay_and_then_the_row_rests() -> None:
+def test_the_tokens_before_the_fault_stay_and_then_the_row_is_disabled() -> None:
     batch = Batch.of([[1]] * 3, [SamplingParams(max_tokens=9)] * 3, range(3))
     rounds = list(
         decode.decode(
@@ -256,19 +261,19 @@ def faults_of(drafter: Drafter[Any], count: int = 5, rows: int = 2) -> list[int]
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_stats_of_an_answer_say_that_the_drafter_broke(fault: str) -> None:
-    """Once a request: it rests until the next one."""
+    """Once a request: drafting is disabled until the next one."""
     assert faults_of(Spoiled(FAULTS[fault][0], every=1)) == [1] * 5
     assert faults_of(SOUND) == [0] * 5
 
 
 @pytest.mark.filterwarnings("ignore:the drafter Spoiled")
 def test_only_the_rows_that_broke_are_counted() -> None:
-    found = faults_of(Spoiled(FAULTS["nan"][0], every=8), count=12)
-    assert 0 < sum(found) < 12
-    assert found == faults_of(Spoiled(FAULTS["nan"][0], every=8), count=12, rows=12)
+    results = faults_of(Spoiled(FAULTS["nan"][0], every=8), count=12)
+    assert 0 < sum(results) < 12
+    assert results == faults_of(Spoiled(FAULTS["nan"][0], every=8), count=12, rows=12)
 
 
-def test_once_every_row_rests_nothing_is_drafted_until_a_request_joins() -> None:
+def test_once_every_row_is_disabled_nothing_is_drafted_until_a_request_joins() -> None:
     calls = []
 
     def failing(draft: Draft, hit: torch.Tensor, at: torch.Tensor) -> Draft:
@@ -314,8 +319,8 @@ def test_trouble_as_requests_come_and_go(role: str) -> None:
         RuntimeWarning,
         match=r"drafter Clumsy raised IndexError as requests (joined|left): lost a row",
     ) as caught:
-        found = served(Clumsy(lambda d, h, a: d), requests())
-    assert len(caught) == 1 and found == served(NoDrafter(), requests())
+        results = served(Clumsy(lambda d, h, a: d), requests())
+    assert len(caught) == 1 and results == served(NoDrafter(), requests())
     with pytest.warns(
         RuntimeWarning, match="drafter Clumsy"
     ):  # a request that has its answer counts no fault

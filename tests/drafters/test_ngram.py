@@ -1,4 +1,4 @@
-"""Prompt lookup against a slow version, by hand on what it promises, and ragged in one batch through the real loop."""
+"""Prompt lookup: against a slow version, by hand, and ragged in one batch through the real loop."""
 
 import pytest
 import torch
@@ -42,12 +42,12 @@ def test_against_a_slow_version(longest: int, shortest: int) -> None:
     ]
     draft = propose(rows, 5, longest=longest, shortest=shortest)
     assert draft.probs is None and draft.size is not None
-    found = [
+    drafts = [
         tokens[:size]
         for tokens, size in zip(draft.tokens.tolist(), draft.size.tolist(), strict=True)
     ]
-    assert found == [slow(row, 5, longest, shortest) for row in rows]
-    assert {len(f) for f in found} == {0, 5}
+    assert drafts == [slow(row, 5, longest, shortest) for row in rows]
+    assert {len(f) for f in drafts} == {0, 5}
 
 
 def test_the_longest_match_wins_then_the_most_recent() -> None:
@@ -65,8 +65,8 @@ def test_no_match_anywhere_is_a_plain_round() -> None:
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
-def test_a_row_without_a_match_beside_one_with(verifier: str) -> None:
-    """The first round of the second row is plain, as its statistics say; each row's text is the one it has alone."""
+def test_a_row_without_a_match_next_to_one_with(verifier: str) -> None:
+    """The first round of the second row is plain; each row's text is the one it has alone."""
     rows, drafter = [[1, 2, 0, 1, 2], [3]], catalog.drafter("ngram", TARGET.info)
     rounds = list(
         decode.decode(

@@ -1,4 +1,4 @@
-"""A drafter on another device: everything it sees is there, everything it says is back, and no token changes."""
+"""A drafter on another device: inputs are moved there, drafts moved back, and no token changes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,14 +18,13 @@ from specdiff.targets.table import TableTarget
 from specdiff.types import Context, Draft
 from specdiff.verify import VERIFIERS
 
-HOME, AWAY = (
-    torch.device("cpu"),
-    torch.device("cpu:0"),
-)  # one chip, but two devices to whoever compares them
+# one chip, but two devices when compared
+HOME = torch.device("cpu")
+AWAY = torch.device("cpu:0")
 
 
 class Abroad(Tensor):
-    """What moving to AWAY gives while `stamped`; whatever is computed from one is one, so nothing comes home unmoved."""
+    """A tensor moved to AWAY while `stamped`; results computed from one are one too."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""SEDD as a drafter: its canvas, its time, its cache, and that what it hands on is what it drew from."""
+"""SEDD as a drafter: its canvas, time and cache, and exact probabilities."""
 
 import math
 from dataclasses import replace
@@ -105,7 +105,7 @@ def test_a_row_drafts_the_same_alone(shape: str, steps: int) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_later_groups_condition_on_earlier_ones(shape: str) -> None:
-    """left-to-right: each group's q is the network's law given the committed tokens and all earlier groups, and nothing else."""
+    """left-to-right: each group's q depends on the committed tokens and earlier groups, only."""
     drafter = tiny.drafter(info(), steps=3, **SHAPES[shape])
     batch = tiny.batch_of(PROMPTS)
     draft = propose(drafter, batch, 7)
@@ -127,7 +127,9 @@ def test_one_shot_is_one_pass_and_t_steps_are_t_passes() -> None:
     drafter = tiny.drafter(info())
     denoiser, calls = drafter.denoiser, []
     whole = denoiser.denoise
-    denoiser.denoise = lambda *given: calls.append(given[3][0].sum().item()) or whole(*given)
+    denoiser.denoise = lambda *arguments: (
+        calls.append(arguments[3][0].sum().item()) or whole(*arguments)
+    )
     for steps, expected in [
         (1, [0]),
         (2, [0, 3]),
@@ -167,15 +169,15 @@ def listened(drafter: Any) -> list[Tensor]:
     heard: list[Tensor] = []
     network = drafter.denoiser.model
     whole = network.hidden
-    vars(network)["hidden"] = lambda ids, sigma, **given: (
-        heard.append(sigma) or whole(ids, sigma, **given)
+    vars(network)["hidden"] = lambda ids, sigma, **arguments: (
+        heard.append(sigma) or whole(ids, sigma, **arguments)
     )
     return heard
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_the_time_of_the_canvas(window: int | None) -> None:
-    """1 - e^-sigma(t) = m/L over the unpadded positions, clamped to t = 1, anew in each left-to-right pass."""
+    """1 - e^-sigma(t) = m/L over the unpadded positions, clamped to t = 1, anew in each pass."""
     drafter = tiny.drafter(info(), steps=3, window=window)
     heard = listened(drafter)
     propose(drafter, tiny.batch_of(PROMPTS), 6)
@@ -219,7 +221,7 @@ def test_a_long_prompt_fits_the_networks_length() -> None:
 
 
 def banded(drafter: Any, batch: Batch, canvas: Tensor) -> Tensor:
-    """Logits from one pass over everything: context under a causal band, the canvas bidirectional over its window and itself."""
+    """Logits from one pass over everything: causal context, bidirectional canvas."""
     network, window, K = drafter.denoiser.model, drafter.denoiser.window, canvas.shape[1]
     rows = []
     for b, n in enumerate(batch.length.tolist()):
@@ -227,8 +229,8 @@ def banded(drafter: Any, batch: Batch, canvas: Tensor) -> Tensor:
         mask = torch.zeros(n + K, n + K, dtype=torch.bool)
         for i in range(n + K):
             for j in range(n + K):
-                seen = j <= i and (window is None or j > i - window)
-                mask[i, j] = seen if i < n else j >= n - (window or n)
+                visible = j <= i and (window is None or j > i - window)
+                mask[i, j] = visible if i < n else j >= n - (window or n)
         with torch.no_grad():
             states = network.hidden(ids, torch.zeros(1), mask=mask[None, None])
             rows.append(network.logits(states[:, n:])[0])
@@ -240,7 +242,7 @@ def banded(drafter: Any, batch: Batch, canvas: Tensor) -> Tensor:
 def test_incremental_equals_recomputed(
     shape: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Over rounds of uneven progress, partly revealed canvases and a long one that leaves stale entries behind."""
+    """Over rounds of uneven progress, partly revealed canvases, and stale entries of a long one."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     drafter = tiny.drafter(info(), **SHAPES[shape] | {"time_conditioning": False})
     denoiser, batch = drafter.denoiser, tiny.batch_of(PROMPTS, max_tokens=40)
@@ -255,18 +257,18 @@ def test_incremental_equals_recomputed(
         (1, (1, 2, 1)),
         (8, (1, 1, 1)),
     ]:
-        shown = torch.arange(K) < K // 2
+        prefix = torch.arange(K) < K // 2
         masked = torch.full((3, K), denoiser.mask_id)
         revealed = torch.where(
-            shown, torch.randint(tiny.VOCAB, (3, K), generator=generator), masked
+            prefix, torch.randint(tiny.VOCAB, (3, K), generator=generator), masked
         )
-        for canvas, known in ((masked, torch.zeros(K, dtype=torch.bool)), (revealed, shown)):
+        for canvas, flags in ((masked, torch.zeros(K, dtype=torch.bool)), (revealed, prefix)):
             fresh = denoiser.open(3, 64)
             denoiser.admit(fresh, context(batch), torch.arange(3))
             with torch.inference_mode():
-                kept = denoiser.denoise(context(batch), state, canvas, known.expand(3, K))
-                again = denoiser.denoise(context(batch), fresh, canvas, known.expand(3, K))
-            torch.testing.assert_close(kept, again, rtol=0, atol=1e-5)
+                cached = denoiser.denoise(context(batch), state, canvas, flags.expand(3, K))
+                again = denoiser.denoise(context(batch), fresh, canvas, flags.expand(3, K))
+            torch.testing.assert_close(cached, again, rtol=0, atol=1e-5)
             full = banded(drafter, batch, canvas)
             columns = (
                 denoiser.model.draft_vocab
@@ -274,7 +276,7 @@ def test_incremental_equals_recomputed(
                 else slice(0, tiny.VOCAB)
             )
             torch.testing.assert_close(
-                kept[..., columns], full[..., : tiny.VOCAB], rtol=0, atol=2e-5
+                cached[..., columns], full[..., : tiny.VOCAB], rtol=0, atol=2e-5
             )
         drawn = [torch.randint(tiny.VOCAB, (n,), generator=generator).tolist() for n in new]
         batch = committed(batch, drawn)
@@ -298,7 +300,7 @@ def test_a_new_request_forgets_the_rows_old_one() -> None:
 
 
 def test_two_streams_never_meet() -> None:
-    """Interleaved runs of one drafter over different prompts: all that changes lives in the states."""
+    """Interleaved runs of one drafter over different prompts: what changes lives in the states."""
     drafter = tiny.drafter(info(), steps=2, **tiny.CACHED)
     first, second = tiny.batch_of([PROMPTS[0]]), tiny.batch_of([PROMPTS[2]])
     states = [drafter.open(1, 64), drafter.open(1, 64)]
@@ -316,7 +318,7 @@ def test_two_streams_never_meet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "options", "error", "told"),
+    ("changes", "options", "error", "message"),
     [
         ({"tokens": 47}, {}, DrafterError, "47 tokens.*'tiny' has 48"),
         ({}, {"window": 0}, UsageError, "window must be at least 1, not 0"),
@@ -329,10 +331,10 @@ def test_two_streams_never_meet() -> None:
     ],
 )
 def test_a_drafter_that_does_not_fit_is_refused(
-    changes: dict[str, Any], options: dict[str, Any], error: type[Exception], told: str
+    changes: dict[str, Any], options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     network = tiny.sedd(tiny.sedd_config(**changes))
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         SEDDDenoiser(network, info(), **options)
 
 
@@ -346,7 +348,7 @@ def test_borrowing_from_a_target_without_is_refused(part: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"order": "any"}, "unknown order 'any'; known are one-shot, left-to-right"),
@@ -355,9 +357,9 @@ def test_borrowing_from_a_target_without_is_refused(part: str) -> None:
         ({"draft_temperature": math.nan}, "draft_temperature.*nan"),
     ],
 )
-def test_options_out_of_range_are_refused(options: dict[str, Any], told: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     denoiser = tiny.drafter(info()).denoiser
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         DenoisingDrafter(denoiser, **options)
 
 
@@ -395,11 +397,11 @@ def any_order(shape: str, **options: Any) -> AnyOrderDrafter[Any]:
 @pytest.mark.parametrize("sampler", ["analytic", "euler"])
 @pytest.mark.parametrize("shape", ANY)
 def test_any_order_hands_on_point_masses_of_real_tokens(shape: str, sampler: str) -> None:
-    """T passes; a row drafts the same alone; nothing is left MASK, and nothing lies outside the draft vocabulary."""
+    """T passes; a row drafts the same alone; no token is MASK or outside the draft vocabulary."""
     drafter = any_order(shape, steps=3, sampler=sampler)
     scorer, calls = drafter.scorer, []
     whole = scorer.log_score
-    scorer.log_score = lambda *given: calls.append(given[3]) or whole(*given)
+    scorer.log_score = lambda *arguments: calls.append(arguments[3]) or whole(*arguments)
     together = propose(drafter, tiny.batch_of(PROMPTS), 5)
     assert together.probs is None and together.size is None and len(calls) == 3
     assert ((together.tokens >= 0) & (together.tokens < tiny.VOCAB)).all()
@@ -418,7 +420,7 @@ def test_any_order_starts_at_the_time_of_the_canvas(shape: str) -> None:
     drafter = any_order(shape, steps=2)
     heard: list[Tensor] = []
     whole = drafter.scorer.log_score
-    drafter.scorer.log_score = lambda *given: heard.append(given[3]) or whole(*given)
+    drafter.scorer.log_score = lambda *arguments: heard.append(arguments[3]) or whole(*arguments)
     propose(drafter, tiny.batch_of(PROMPTS), 6)
     for row, prompt in enumerate(PROMPTS):
         assert 1 - math.exp(-heard[0][row].item()) == pytest.approx(6 / (len(prompt) + 6), rel=1e-4)
@@ -428,7 +430,7 @@ def test_any_order_starts_at_the_time_of_the_canvas(shape: str) -> None:
 
 
 def test_one_pass_of_any_order_is_a_one_shot_draft() -> None:
-    """The closing step over the whole noise is the denoiser's law: the same uniforms give the same tokens, filters and all."""
+    """The closing step over the whole noise is the denoiser's law: same uniforms, same tokens."""
     one_shot, batch = (
         tiny.drafter(info(), output="denoiser"),
         tiny.batch_of(PROMPTS, temperature=0.7, top_k=5),
@@ -455,14 +457,14 @@ def test_a_denoisers_score_is_its_law_over_the_odds_of_a_mask() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, not 0"),
         ({"sampler": "magic"}, "unknown sampler 'magic'; known are analytic, euler"),
     ],
 )
-def test_any_order_refuses_options_out_of_range(options: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_any_order_refuses_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         any_order("windowed", **options)
 
 

@@ -1,4 +1,4 @@
-"""Drafters of the target's own tokenizer whose vocabulary is padded to another size: served on the ids both hold, else refused."""
+"""Drafters whose vocabulary is the target's with other padding run on common ids, else fail."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,12 +57,14 @@ def test_the_texts_are_plain_ones_and_drafts_are_proposed(
     kind: str, size: int, target: CausalTarget, tmp_path: Path
 ) -> None:
     """Prompts hold every id of the target, also those that the smaller drafter lacks."""
-    made = catalog.drafter(drafter_folder(kind, size, tmp_path / "drafter", words()), target.info)
+    instance = catalog.drafter(
+        drafter_folder(kind, size, tmp_path / "drafter", words()), target.info
+    )
     prompts = [[47, 3, 40, 41], [5], [i % tiny.VOCAB for i in range(39, 60)]]
     params = SamplingParams(max_tokens=20, temperature=0)
     for verifier in VERIFIERS.values():
         batch = tiny.batch_of(prompts, 20, temperature=0)
-        rounds = list(decode.decode(target, made, batch, verifier=verifier, draft_len=3))
+        rounds = list(decode.decode(target, instance, batch, verifier=verifier, draft_len=3))
         for text, prompt in zip(tiny.rows_of(rounds[-1].batch), prompts, strict=True):
             assert text == tiny.plain(tiny.copy_of(target.model), prompt, params.max_tokens)
         assert not any(bool(r.disabled.any()) for r in rounds)

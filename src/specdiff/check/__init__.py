@@ -1,7 +1,8 @@
-"""The conformance suite: is this drafter, verifier or target lossless? The tests and `specdiff check` run the same code.
+"""The conformance suite: is this drafter, verifier or target lossless?
 
-Every statistical check has a false-alarm chance below 1e-5, so that a sound subject fails with less than 1e-4; seeds are fixed,
-so it fails always or never.
+The tests and `specdiff check` run the same code. Every statistical check has a false-alarm chance
+below 1e-5, so that a sound subject fails with a chance below 1e-4; seeds are fixed, so it always
+fails or never does.
 """
 
 from specdiff.check.drafters import Subject, check_drafter

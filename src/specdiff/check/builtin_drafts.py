@@ -1,7 +1,9 @@
-"""The drafters of this library, tiny and random, as recipes: every draft that their own code can come up with, and its chance.
+"""The drafters of this library, tiny and random, as recipes: every draft they can produce, with its
+chance.
 
-Where each position takes one uniform, the edges at which its token changes are found by bisection, so chances are those of the code
-and not what it says of them. Where it takes several (any order, several passes), drafts are drawn instead, and the distance has an error.
+Where each position takes one uniform, the edges at which its token changes are computed by
+bisection, so chances are those of the code and not the ones it reports. Where it takes several (any
+order, several passes), drafts are drawn instead, and the distance has an error.
 
 Shapes: D drafts, R rows, K drafted positions, V vocabulary.
 """
@@ -13,7 +15,8 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -34,15 +37,15 @@ from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
 INFO = TargetInfo("law", V, V, 1, 1 << 30, torch.float64, torch.device("cpu"))
 PROMPT = [0, 1, 2, 0, 1]
 HALVINGS = 52
-NOTHING = 1e-14  # what halving leaves of a token that is never drawn
+NOTHING = 1e-14  # width that halving leaves to a token that is never drawn
 ALARM = 1e-6  # the chance that a stated error is exceeded
 Build = Callable[[int], Drafter[Any]]
 Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Stands for Noise where the uniforms are chosen: one a position."""
+class FixedNoise:
+    """Noise whose uniforms are given: one a position."""
 
     values: Float[Tensor, "R K"]
 
@@ -52,28 +55,25 @@ class Given:
 
 
 def _random(network: Net, seed: int) -> Net:
-    """Nothing is left at its initial value: tokens hang on those around them, and none is certain."""
+    """Every parameter random, so that tokens depend on those around them, and none is certain."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            spread = (
-                1.0
-                if "embed" in name
-                else 0.5
-                if parameter.dim() == 1
-                else 1.2 / parameter.shape[-1] ** 0.5
-            )
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=generator) * spread + ("norm" in name)
-            )
+            values = torch.randn(parameter.shape, generator=generator) * _spread(name, parameter)
+            parameter.copy_(values + ("norm" in name))
     return network.double().eval()
 
 
+def _spread(name: str, parameter: Tensor) -> float:
+    if "embed" in name:
+        return 1.0
+    return 0.5 if parameter.dim() == 1 else 1.2 / float(parameter.shape[-1]) ** 0.5
+
+
 def _sedd(seed: int, **changes: Any) -> SEDDDenoiser:
-    config = replace(
-        SEDDConfig(tokens=V, hidden_size=8, n_blocks=1, n_heads=2, cond_dim=4, length=16), **changes
-    )
-    return SEDDDenoiser(_random(SEDD(config), seed), INFO, window=4, draft_len=K)
+    config = SEDDConfig(tokens=V, hidden_size=8, n_blocks=1, n_heads=2, cond_dim=4, length=16)
+    network = _random(SEDD(replace(config, **changes)), seed)
+    return SEDDDenoiser(network, INFO, window=4, draft_len=K)
 
 
 def _causal(seed: int) -> AutoregressiveDrafter:
@@ -107,10 +107,12 @@ DRAFTERS: dict[str, tuple[Build, bool]] = {
 
 
 def propose(drafter: Drafter[Any], rows: int, noise: Noise | None = None) -> Draft:
-    """A first draft behind the same prompt, a row for each of the noise's; None: rows of noise of their own."""
-    batch = replace(
-        tile(Batch.of([PROMPT], [SamplingParams()], [0], slots=32), rows), seed=torch.arange(rows)
-    )
+    """First drafts after the same prompt, one for each row of the noise.
+
+    None: each row has noise of its own.
+    """
+    one = Batch.of([PROMPT], [SamplingParams()], [0], slots=32)
+    batch = replace(tile(one, rows), seed=torch.arange(rows))
     context = Context(batch, None, torch.zeros_like(batch.length), None)
     state = drafter.open(rows, 32)
     drafter.admit(state, context, torch.arange(rows))
@@ -119,50 +121,52 @@ def propose(drafter: Drafter[Any], rows: int, noise: Noise | None = None) -> Dra
 
 
 def enumerated(drafter: Drafter[Any]) -> Drafts:
-    """Every draft with its chance, from the edges of its draws. The drafter must take its tokens in the order of their ids."""
-    ask = partial(_given, drafter)
-    middles, widths = (
-        torch.full((1, K), 0.5, dtype=torch.float64),
-        torch.ones(1, dtype=torch.float64),
-    )
+    """Every draft with its chance, from the edges of its draws.
+
+    The drafter must take its tokens in the order of their ids.
+    """
+    drafts = partial(_with_uniforms, drafter)
+    middles = torch.full((1, K), 0.5, dtype=torch.float64)
+    widths = torch.ones(1, dtype=torch.float64)
     for k in range(K):
-        edges = _edges(ask, middles, k)
+        edges = _edges(drafts, middles, k)
         chance = edges.diff(dim=1)
         grown = middles[:, None].repeat(1, V, 1)
         grown[..., k] = (edges[:, 1:] + edges[:, :-1]) / 2
-        kept = (chance > NOTHING).flatten()
-        middles, widths = grown.flatten(0, 1)[kept], (widths[:, None] * chance).flatten()[kept]
-    return Drafts(ask(middles), widths)
+        possible = (chance > NOTHING).flatten()
+        middles = grown.flatten(0, 1)[possible]
+        widths = (widths[:, None] * chance).flatten()[possible]
+    return Drafts(drafts(middles), widths)
 
 
-def _given(drafter: Drafter[Any], uniforms: Float[Tensor, "R K"]) -> Draft:
-    return propose(drafter, len(uniforms), cast(Noise, Given(uniforms)))
+def _with_uniforms(drafter: Drafter[Any], uniforms: Float[Tensor, "R K"]) -> Draft:
+    return propose(drafter, len(uniforms), cast(Noise, FixedNoise(uniforms)))
 
 
 def _edges(
-    ask: Callable[[Tensor], Draft], uniforms: Float[Tensor, "R K"], k: int
+    drafts: Callable[[Tensor], Draft], uniforms: Float[Tensor, "R K"], k: int
 ) -> Float[Tensor, "R V+1"]:
     """Where position k's token ceases to be at most 0, 1, ...; 0 and 1 at the ends."""
     rows = uniforms.repeat_interleave(V - 1, dim=0)
     below = torch.arange(V - 1).repeat(len(uniforms))
-    low, high = (
-        torch.zeros(len(rows), dtype=torch.float64),
-        torch.ones(len(rows), dtype=torch.float64),
-    )
+    low = torch.zeros(len(rows), dtype=torch.float64)
+    high = torch.ones(len(rows), dtype=torch.float64)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         rows[:, k] = middle
-        over: Int[Tensor, R] = ask(rows).tokens[:, k] > below
-        low, high = torch.where(over, low, middle), torch.where(over, middle, high)
+        over = drafts(rows).tokens[:, k] > below
+        low = torch.where(over, low, middle)
+        high = torch.where(over, middle, high)
     inner = high.view(len(uniforms), V - 1)
-    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=1.0)
+    return F.pad(F.pad(inner, (1, 0)), (0, 1), value=1.0)
 
 
 def drawn(drafter: Drafter[Any], count: int) -> Drafts:
-    """So many drafts, as they come."""
+    """`count` random drafts, of equal weight."""
     return Drafts(propose(drafter, count), torch.full((count,), 1 / count, dtype=torch.float64))
 
 
 def error(count: int, cells: int) -> float:
-    """By how much at most the distance from `count` drawn drafts lies above the true one's estimate, but for ALARM (McDiarmid)."""
+    """The most by which the distance of `count` random drafts exceeds the true one, except with
+    chance ALARM (McDiarmid)."""
     return math.sqrt((cells - 1) / count) / 2 + math.sqrt(math.log(1 / ALARM) / (2 * count))

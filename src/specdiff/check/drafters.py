@@ -1,39 +1,44 @@
-"""The suite for a drafter: sound drafts, steady state, the contract, the law of the texts, and what becomes of faults."""
+"""The suite for a drafter: sound drafts, steady state, the contract, the texts' law, its faults."""
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specdiff import decode, engine
+from specdiff import decode
 from specdiff.check.contract import Scores
 from specdiff.check.findings import FALSE_ALARMS, Finding
 from specdiff.check.goodness_of_fit import compare, law, texts
-from specdiff.check.recording import Drafted, Record, Watched, differing, drafts, run
-from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.check.recording import (
+    PARAMS,
+    Record,
+    WatchedDrafter,
+    differing,
+    drafts,
+    requests,
+    row_of,
+    run,
+    written,
+)
+from specdiff.drafters.base import Drafter, DrafterWrapper, NoDrafter
 from specdiff.drafters.guarded import FAULTS, faults, shaped
 from specdiff.engine import Request
 from specdiff.errors import DrafterError, TargetError, UsageError
-from specdiff.noise import Noise, row_seed
+from specdiff.noise import Noise
 from specdiff.targets.base import Target
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
 from specdiff.verify import Verifier, match, token
 
 LARGE = 16  # a draft longer than most use
-LAW_LEN, LONG_LAW_LEN = 3, 8  # drafts of the texts that are counted
+# drafts of the texts that are counted
+LAW_LEN = 3
+LONG_LAW_LEN = 8
 SMALL = 5  # the toy's vocabulary; 3 where whole texts are counted
-ASKED = (
-    SamplingParams(max_tokens=12),
-    SamplingParams(max_tokens=9, temperature=0.6),
-    SamplingParams(max_tokens=12, temperature=1.3, top_k=3),
-    SamplingParams(max_tokens=7, temperature=0),
-    SamplingParams(max_tokens=10, top_p=0.8),
-)
 LAWS = (
     SamplingParams(max_tokens=4),
     SamplingParams(max_tokens=3, temperature=0.6),
@@ -45,55 +50,42 @@ Build = Callable[[TargetInfo], Drafter[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A drafter to be built, and what it drafts for: the toy, or the one target it is made for."""
+    """A drafter to be built, and its target: the toy, or the one target it was made for."""
 
     build: Build
     target: Target[Any] = field(default_factory=lambda: TableTarget.random(SMALL, seed=3))
 
     @property
     def toy(self) -> bool:
-        """Can it be had for any vocabulary? Then texts are short enough to count."""
+        """Can it be built for any vocabulary? Then texts are short enough to count."""
         return isinstance(self.target, TableTarget)
-
-
-def requests(
-    target: Target[Any], count: int, asked: Sequence[SamplingParams] = ASKED, seed: int = 5
-) -> list[Request]:
-    """Prompts of one to nine random tokens."""
-    generator = torch.Generator().manual_seed(7)
-    V = target.info.vocab_size
-    prompts = [
-        torch.randint(V, (1 + 4 * i % 9,), generator=generator).tolist() for i in range(count)
-    ]
-    return [Request(p, asked[i % len(asked)], row_seed(seed, i)) for i, p in enumerate(prompts)]
 
 
 def check_drafter(
     subject: Subject, verifiers: Mapping[str, Verifier], *, quick: bool = False
 ) -> Iterator[Finding]:
-    """Every finding about a drafter, each as it is known; drafts that cannot be read end it early, for they prove nothing further."""
+    """Every finding about a drafter, one by one; drafts that cannot be read end the suite early."""
     drafter = subject.build(subject.target.info)
-    sound, lengths = True, list[int]()
+    sound = True
+    lengths: list[int] = []
     for finding in soundness(drafter, subject.target, lengths):
-        sound &= (
-            finding.passed or finding.name == "possible"
-        )  # a lie, which the contract's checks explain
+        # "possible" finds wrong probabilities, which the contract's checks explain
+        sound &= finding.passed or finding.name == "possible"
         yield finding
     if not sound:
         return
     yield from steadiness(drafter, subject.target)
     longest = max(lengths)
     yield from contract(drafter, subject.target, 300 if quick else 2000, longest)
-    yield from (
-        _laws(subject.build, verifiers, 5000 if quick else 50_000, longest) if subject.toy else ()
-    )
+    if subject.toy:
+        yield from _laws(subject.build, verifiers, 5000 if quick else 50_000, longest)
     yield greedy(drafter, subject.target, verifiers)
     yield survives(drafter, subject.target)
 
 
 @dataclass(slots=True)
-class _Seen:
-    """What one look at every draft adds up to: how many positions have each fault."""
+class _Census:
+    """Totals over all drafts: how many positions have each fault."""
 
     vocab_size: int
     rounds: int = 0
@@ -106,12 +98,11 @@ class _Seen:
         shaped(draft, context.batch, draft_len, self.vocab_size)
         live = ~context.batch.done
         half = draft.probs is not None and draft.probs.dtype in (torch.float16, torch.bfloat16)
-        found = (
-            faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)[live].flatten().cpu()
-        )
+        fault = faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)
+        fault = fault[live].flatten().cpu()
         self.rounds += 1
-        self.counts += found.bincount(minlength=len(FAULTS))
-        if draft.probs is not None and not bool(found.any()):
+        self.counts += fault.bincount(minlength=len(FAULTS))
+        if draft.probs is not None and not bool(fault.any()):
             size = draft.sizes[live, None]
             counted = torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < size
             own = draft.probs[live].gather(-1, draft.tokens[live, :, None])[..., 0]
@@ -119,23 +110,18 @@ class _Seen:
 
 
 def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -> Iterator[Finding]:
-    """Short, usual and long drafts under all sampling parameters: nothing raised, right shapes, laws that are laws.
+    """Short, usual and long drafts under all sampling parameters: nothing is raised, shapes are
+    right, and laws are laws.
 
-    `accepted` gets the draft lengths that it does not refuse.
+    The draft lengths that it does not refuse are appended to `accepted`.
     """
-    V = target.info.vocab_size
-    seen, lengths = _Seen(V), sorted({1, drafter.draft_len or 1, LARGE})
+    census = _Census(target.info.vocab_size)
+    lengths = sorted({1, drafter.draft_len or 1, LARGE})
     refused = []
     for draft_len in lengths:
+        look = partial(census.look, draft_len=draft_len)
         try:
-            run(
-                target,
-                drafter,
-                requests(target, 5),
-                _with_length(seen, draft_len),
-                draft_len=draft_len,
-                rows=3,
-            )
+            run(target, drafter, requests(target, 5), look, draft_len=draft_len, rows=3)
             accepted.append(draft_len)
         except UsageError as error:
             if draft_len == drafter.draft_len:
@@ -145,73 +131,69 @@ def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -
         except TargetError:
             raise
         except Exception as error:
-            what = (
-                str(error)
-                if isinstance(error, DrafterError)
-                else f"raised {type(error).__name__}: {error}"
-            )
-            yield Finding("drafts", False, f"with draft_len {draft_len} it {what}")
+            own = isinstance(error, DrafterError)
+            fault = str(error) if own else f"raised {type(error).__name__}: {error}"
+            yield Finding("drafts", False, f"with draft_len {draft_len} it {fault}")
             return
-    beside = f"; it refuses {refused}" if refused else ""
-    yield Finding("drafts", True, f"{seen.rounds} rounds with draft_len {lengths}{beside}")
+    exceptions = f"; it refuses {refused}" if refused else ""
+    yield Finding("drafts", True, f"{census.rounds} rounds with draft_len {lengths}{exceptions}")
     for place, name in enumerate(("tokens", "probabilities", "size"), start=1):
-        wrong = int(seen.counts[place])
-        yield Finding(
-            name,
-            not wrong,
-            f"it {FAULTS[place]}, at {wrong} positions" if wrong else "sound at every position",
-            wrong,
-            0,
+        wrong = int(census.counts[place])
+        message = "sound at every position"
+        if wrong:
+            message = f"it {FAULTS[place]}, at {wrong} positions"
+        yield Finding(name, not wrong, message, wrong, 0)
+    message = "every token has a chance in its law"
+    if census.impossible:
+        message = (
+            f"{census.impossible} tokens have probability 0 in the very law they are said to be "
+            f"drawn from"
         )
-    lie = f"{seen.impossible} tokens have probability 0 in the very law they are said to be drawn from"
-    yield Finding(
-        "possible",
-        not seen.impossible,
-        lie if seen.impossible else "every token has a chance in its law",
-        seen.impossible,
-        0,
-    )
-
-
-def _with_length(seen: _Seen, draft_len: int) -> Callable[[Context, Noise, Draft], None]:
-    return lambda context, noise, draft: seen.look(context, noise, draft, draft_len)
+    yield Finding("possible", not census.impossible, message, census.impossible, 0)
 
 
 def steadiness(drafter: Drafter[Any], target: Target[Any]) -> Iterator[Finding]:
-    """The draft is a function of the row's text and noise: not of the hour, its neighbours, its row, or rejected tokens."""
-    asked = requests(target, 7)
+    """The draft is a function of the row's text and noise, not of other rows or rejected tokens.
+
+    A drafter that is not deterministic would fail the other checks for the same cause, so they are
+    left out then.
+    """
+    queue = requests(target, 7)
     K = max(drafter.draft_len, 1)
     alone: Record = {}
-    for request in asked:
+    for request in queue:
         alone |= drafts(target, drafter, [request], draft_len=K, rows=1)
-    yield _same(
+    deterministic = _same(
         "deterministic",
         alone,
-        [drafts(target, drafter, asked[:1], draft_len=K, rows=1)],
-        "the same text and noise gave another draft: draw from `noise` only (no torch.rand, random or clock), so that a seed gives a text",
+        [drafts(target, drafter, queue[:1], draft_len=K, rows=1)],
+        "the same text and noise gave another draft: draw from `noise` only (no torch.rand, "
+        "torch.multinomial, random or clock), so that a seed gives a text",
     )
+    yield deterministic
+    if not deterministic.passed:
+        return
     yield _same(
         "batches",
         alone,
-        [
-            drafts(target, drafter, some, draft_len=K, rows=len(asked))
-            for some in (asked, asked[::-1])
-        ],
-        "a row's draft depends on the other rows of its batch, or on its place among them: it may use its own text, state and noise only",
+        [drafts(target, drafter, q, draft_len=K, rows=len(q)) for q in (queue, queue[::-1])],
+        "a row's draft depends on the other rows of its batch, or on its place among them: "
+        "it may use its own text, state and noise only",
     )
     yield _same(
         "admission",
         alone,
-        [drafts(target, drafter, asked, draft_len=K, rows=2)],
-        "where a request takes a row over from another, or joins while others run, its draft is not what it is in a batch of its own: "
-        "`admit` must forget what the rows held before, and touch no other row",
+        [drafts(target, drafter, queue, draft_len=K, rows=2)],
+        "where a request takes a row over from another, or joins while others run, its draft is "
+        "not what it is in a batch of its own: `admit` must forget what the rows held before, and "
+        "touch no other row",
     )
     yield _same(
         "rejection",
         alone,
-        [_fresh(target, drafter, alone, asked, K)],
-        "after some rounds a row's draft is not what a new row with the same text drafts: rejected tokens, or positions counted wrongly, "
-        "live on in its state",
+        [_fresh(target, drafter, alone, queue, K)],
+        "after some rounds a row's draft is not what a new row with the same text drafts: "
+        "rejected tokens, or positions counted wrongly, live on in its state",
     )
 
 
@@ -227,64 +209,48 @@ def _fresh(
     target: Target[Any],
     drafter: Drafter[Any],
     record: Record,
-    asked: Sequence[Request],
+    queue: Sequence[Request],
     draft_len: int,
 ) -> Record:
-    """The recorded drafts once more, each by a row that is admitted with the whole text, in the same round's noise."""
-    found: Record = {}
+    """The recorded drafts once more, each by a row that is admitted with the whole text, in the
+    same round's noise."""
+    fresh: Record = {}
 
-    def keep(context: Context, noise: Noise, draft: Draft) -> None:
-        size = int(draft.sizes[0])
-        law = None if draft.probs is None else draft.probs[0, :size].double().cpu()
+    def look(context: Context, noise: Noise, draft: Draft) -> None:
         key = int(context.batch.seed[0]), int(context.batch.round[0])
-        found[key] = Drafted(record[key].text, draft.tokens[0, :size].tolist(), law)
+        fresh[key] = row_of(draft, 0, record[key].text)
 
-    params = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): r.params for r in asked}
+    device = target.info.device
+    params = {int(Batch.of([r.prompt], [r.params], [r.seed]).seed[0]): r.params for r in queue}
     for seed, number in [key for key in record if key[1] > 0][:40]:
         text = record[seed, number].text
-        batch = Batch.of(
-            [text],
-            [params[seed]],
-            [seed],
-            slots=len(text) + 2 * draft_len + 2,
-            device=target.info.device,
-        )
+        slots = len(text) + 2 * draft_len + 2
+        batch = Batch.of([text], [params[seed]], [seed], slots=slots, device=device)
         batch = replace(batch, round=batch.round + number)
-        state = decode.start(
-            target,
-            Watched(drafter, keep),
-            batch,
-            verifier=match,
-            slots=len(text) + 2 * draft_len + 2,
-        )
-        decode.admit(state, torch.arange(1, device=target.info.device))
+        watched = WatchedDrafter(drafter, look)
+        state = decode.start(target, watched, batch, verifier=match, slots=slots)
+        decode.admit(state, torch.arange(1, device=device))
         decode.step(state, draft_len)
-    return found
+    return fresh
 
 
 def contract(
     drafter: Drafter[Any], target: Target[Any], rows: int, longest: int = LARGE
 ) -> Iterator[Finding]:
-    """See `specdiff.check.contract`; of drafts as long as the drafter likes, and of the longest. A real target gets as many texts
-    as are affordable, fewer of the longest drafts."""
+    """The checks of `specdiff.check.contract`, at the drafter's own draft length and the longest.
+
+    A real target gets as many texts as are affordable, fewer of the longest drafts.
+    """
     small = target.info.vocab_size <= 64
     scores = Scores(target.info.vocab_size)
-    sampled = [p for p in ASKED if p.temperature]
+    sampled = [p for p in PARAMS if p.temperature]
     own = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
     for draft_len in sorted({own, longest} if drafter.draft_len else {own}):
         count = rows if small else rows // (16 if draft_len == own else 32)
-        asked = requests(
-            target, count, sampled, seed=5 + draft_len
-        )  # draws of its own for each length
-        run(
-            target,
-            drafter,
-            asked,
-            scores.look,
-            draft_len=draft_len,
-            rows=rows if small else 8,
-            verifier=token,
-        )
+        # each length has draws of its own
+        queue = requests(target, count, sampled, seed=5 + draft_len)
+        size = rows if small else 8
+        run(target, drafter, queue, scores.look, draft_len=draft_len, rows=size, verifier=token)
     yield from scores.findings()
 
 
@@ -305,34 +271,32 @@ def of_the_target(
     count: int,
     longest: int = LARGE,
 ) -> Finding:
-    """Monte Carlo through the real loop: do whole texts have the chances the target gives them, with short and with long drafts?"""
-    short, long = min(LAW_LEN, longest), min(LONG_LAW_LEN, longest)
+    """Monte Carlo through the real loop: do whole texts have the chances the target gives them?
+
+    With short drafts and with long ones.
+    """
+    short = min(LAW_LEN, longest)
+    long = min(LONG_LAW_LEN, longest)
     trials = [(params, short, count) for params in LAWS] + [(LONG_LAW, long, count // 2)]
 
     def fit(params: SamplingParams, draft_len: int, count: int) -> float:
-        return compare(
-            texts(target, drafter, verifier, params, count=count, rows=count, draft_len=draft_len),
-            law(target, params),
+        sample = texts(
+            target, drafter, verifier, params, count=count, rows=count, draft_len=draft_len
         )
+        return compare(sample, law(target, params))
 
-    p, worst = min(
-        ((fit(*trial), i) for i, trial in enumerate(trials)), key=lambda outcome: outcome[0]
-    )
-    params, draft_len, size = trials[worst]
+    p_values = [fit(*trial) for trial in trials]
+    p = min(p_values)
+    params, draft_len, size = trials[p_values.index(p)]
     threshold = FALSE_ALARMS / len(trials)
     if p >= threshold:
-        return Finding(
-            name,
-            True,
-            f"{sum(size for _, _, size in trials)} texts have the target's law (p-value)",
-            p,
-            threshold,
-        )
-    found = (
-        f"temperature {params.temperature}, top_k {params.top_k}, draft_len {draft_len}: {size} texts of {params.max_tokens} tokens, "
-        f"G-test p = {p:.1e}"
+        total = sum(size for _, _, size in trials)
+        return Finding(name, True, f"{total} texts have the target's law (p-value)", p, threshold)
+    message = (
+        f"texts do not have the target's law (temperature {params.temperature}, top_k "
+        f"{params.top_k}, draft_len {draft_len}: {size} texts of {params.max_tokens} tokens, "
+        f"G-test p = {p:.1e}): decoding with it is not lossless"
     )
-    message = f"texts do not have the target's law ({found}): decoding with it is not lossless"
     return Finding(name, False, message, p, threshold)
 
 
@@ -340,43 +304,28 @@ def greedy(
     drafter: Drafter[Any], target: Target[Any], verifiers: Mapping[str, Verifier]
 ) -> Finding:
     """At temperature 0 every text is plain decoding's."""
-    asked = [
-        replace(r, params=SamplingParams(max_tokens=16, temperature=0)) for r in requests(target, 4)
-    ]
-    plain = written(target, NoDrafter(), asked, match)
+    queue = requests(target, 4, [SamplingParams(max_tokens=16, temperature=0)])
+    plain = written(target, NoDrafter(), queue, match)
     wrong = [
         name
         for name, verifier in verifiers.items()
-        if written(target, drafter, asked, verifier) != plain
+        if written(target, drafter, queue, verifier) != plain
     ]
     if not wrong:
         return Finding("greedy", True, "at temperature 0 the tokens are plain decoding's")
-    near = (
-        ""
-        if target.info.dtype in (torch.float32, torch.float64)
-        else "; in low precision near-ties do this, check in float32"
-    )
-    return Finding(
-        "greedy",
-        False,
-        f"at temperature 0 the tokens are not plain decoding's under {', '.join(wrong)}{near}",
-    )
+    message = f"at temperature 0 the tokens are not plain decoding's under {', '.join(wrong)}"
+    if target.info.dtype not in (torch.float32, torch.float64):
+        message += "; in low precision near-ties do this, check in float32"
+    return Finding("greedy", False, message)
 
 
-class _Failing(Drafter[Any]):
-    """`inner`, raising in every second round *after* it has drafted: the state is left as a fault would leave it."""
+class _Failing(DrafterWrapper[Any]):
+    """`inner`, raising in every second round *after* it has drafted: the state is left as a fault
+    would leave it."""
 
     def __init__(self, inner: Drafter[Any]) -> None:
-        self.inner, self.calls, self.taps, self.draft_len = inner, 0, inner.taps, inner.draft_len
-
-    def open(self, rows: int, slots: int) -> Any:
-        return self.inner.open(rows, slots)
-
-    def admit(self, state: Any, context: Context, rows: Int[Tensor, "R"]) -> None:
-        self.inner.admit(state, context, rows)
-
-    def release(self, state: Any, rows: Int[Tensor, "R"]) -> None:
-        self.inner.release(state, rows)
+        super().__init__(inner)
+        self.calls = 0
 
     def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
         draft = self.inner.propose(context, state, noise, draft_len)
@@ -388,42 +337,13 @@ class _Failing(Drafter[Any]):
 
 def survives(drafter: Drafter[Any], target: Target[Any]) -> Finding:
     """Rounds that fail become plain ones, and requests that join later are drafted for again."""
-    asked = requests(target, 6)
-    plain = written(target, NoDrafter(), asked, match)
-    if written(target, _Failing(drafter), asked, match) == plain:
-        return Finding(
-            "faults",
-            True,
-            "rounds it fails in become plain ones, and later requests are drafted for",
-        )
-    return Finding(
-        "faults",
-        False,
-        "after a round in which it raised, the texts are not the target's own: its state does not survive that",
+    queue = requests(target, 6)
+    plain = written(target, NoDrafter(), queue, match)
+    passed = written(target, _Failing(drafter), queue, match) == plain
+    message = (
+        "after a round in which it raised, the texts are not the target's own: its state does not "
+        "survive that"
     )
-
-
-def written(
-    target: Target[Any], drafter: Drafter[Any], asked: Sequence[Request], verifier: Verifier
-) -> dict[int, list[int]]:
-    """The engine's texts, two rows at a time, drafts as long as the drafter likes. Raises TargetError where the target failed."""
-    found: dict[int, list[int]] = {}
-
-    def look(context: Context, noise: Noise, draft: Draft) -> None:
-        return None
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        served = engine.serve(
-            target,
-            Watched(drafter, look),
-            asked,
-            verifier=verifier,
-            draft_len=drafter.draft_len,
-            rows=2,
-        )
-        for turn in served:
-            for error in turn.errors().values():
-                raise TargetError(error)
-            found |= {request: ids.tolist() for request, ids, _ in turn.finished()}
-    return found
+    if passed:
+        message = "rounds it fails in become plain ones, and later requests are drafted for"
+    return Finding("faults", passed, message)

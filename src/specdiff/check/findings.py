@@ -1,17 +1,21 @@
-"""What a check finds, and how sure it has to be."""
+"""Findings: the outcome of a check, and the significance it needs."""
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-FALSE_ALARMS = 1e-5  # of one statistical check; a whole suite has fewer than ten, so a sound subject fails with less than 1e-4
+# of one statistical check; a whole suite has fewer than ten, so a sound subject fails with a
+# chance below 1e-4
+FALSE_ALARMS = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One check's outcome. `message` says in plain words what is wrong and why it matters (or, passed, what was looked at).
+    """One check's outcome.
 
-    `statistic` passes up to `threshold` (p-values: down to it); both None where nothing was measured.
+    `message` says in plain words what is wrong and why it matters or, if passed, what was examined.
+    `statistic` passes up to `threshold` (p-values: down to it); both are None where nothing was
+    measured.
     """
 
     name: str
@@ -25,5 +29,6 @@ class Finding:
 
 
 def critical(tests: int) -> float:
-    """What the largest of `tests` bounded martingale scores exceeds with a chance below FALSE_ALARMS (Freedman's inequality)."""
+    """The value that the largest of `tests` bounded martingale scores exceeds with a chance below
+    FALSE_ALARMS (Freedman's inequality)."""
     return math.sqrt(2 * math.log(2 * max(tests, 1) / FALSE_ALARMS))

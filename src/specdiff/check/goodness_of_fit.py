@@ -1,6 +1,6 @@
 """Many texts from the real loop, the exact law of such texts, and the test that compares the two.
 
-Shapes: N texts, L tokens at most, B rows. A text ends behind its first stop id; PADDING fills what follows.
+Shapes: N texts, L tokens at most, B rows. A text ends with its first stop id, then PADDING.
 """
 
 from collections import Counter
@@ -37,38 +37,40 @@ def texts(
 ) -> Int[Tensor, "N L"]:
     """`count` continuations of a one-token prompt, by hand-written rounds of `decode.step`.
 
-    A one-token prompt leaves nothing to admit to the target, and admitting 1e5 rows one by one would take longer than decoding
-    them; that `decode.decode` and the engine give the same tokens is another test's matter.
+    A one-token prompt leaves nothing to admit to the target, and admitting 1e5 rows one by one
+    would take longer than decoding them. Other tests show that `decode.decode` and the engine give
+    the same tokens.
     """
-    found = []
+    parts = []
     one = Batch.of([[token]], [params], [0])
     for first in range(0, count, rows):
         batch = replace(tile(one, rows), seed=torch.arange(first, first + rows) + (seed << 32))
-        run = decode.start(
-            target, drafter, batch, verifier=verifier, slots=params.max_tokens + draft_len + 2
-        )
+        slots = params.max_tokens + draft_len + 2
+        run = decode.start(target, drafter, batch, verifier=verifier, slots=slots)
         if drafter.taps:
             decode.admit(run, torch.arange(rows))
         else:
             run.drafter.admit(run.state, run.context, torch.arange(rows))
         while not bool(run.batch.done.all()):
             decode.raise_if_failed(decode.step(run, draft_len if drafter.draft_len else 0))
-        found.append(written(run.batch))
-    return torch.cat(found)
+        parts.append(written(run.batch))
+    return torch.cat(parts)
 
 
 def written(batch: Batch) -> Int[Tensor, "N L"]:
-    """What each row of a batch holds behind its prompt (one length for all)."""
+    """The tokens of each row of a batch after its prompt (one length for all)."""
     start = int(batch.prompt_length[0])
     assert bool((batch.prompt_length == start).all())
     index = torch.arange(batch.ids.shape[1])
-    return torch.where(index < batch.length[:, None], batch.ids, PADDING)[
-        :, start : int(batch.params.limit[0])
-    ]
+    ids = torch.where(index < batch.length[:, None], batch.ids, PADDING)
+    return ids[:, start : int(batch.params.limit[0])]
 
 
 def tile(row: Any, rows: int) -> Any:
-    """A one-row Batch or Params (or any struct of tensors) `rows` times over: much faster than `Batch.of` on 1e5 prompts."""
+    """A one-row Batch or Params (or any struct of tensors), repeated `rows` times.
+
+    Much faster than `Batch.of` on 1e5 prompts.
+    """
     if isinstance(row, Tensor):
         return row.expand(rows, *row.shape[1:]).clone()
     names = [
@@ -80,11 +82,8 @@ def tile(row: Any, rows: int) -> Any:
 def law(target: TableTarget, params: SamplingParams, prompt: tuple[int, ...] = (1,)) -> Law:
     """Every text that the target may write, up to its stop id or max_tokens, with its chance."""
     V = target.info.vocab_size
-    table = (
-        probabilities(target.table.view(1, V * V, V), Params.stack([params], torch.tensor([0])))[0]
-        .view(V, V, V)
-        .tolist()
-    )
+    options = Params.stack([params], torch.tensor([0]))
+    table = probabilities(target.table.view(1, V * V, V), options).view(V, V, V).tolist()
     open_: Law = {(): 1.0}
     ended: Law = {}
     for _ in range(params.max_tokens):
@@ -93,18 +92,20 @@ def law(target: TableTarget, params: SamplingParams, prompt: tuple[int, ...] = (
             before, anchor = [0, *prompt, *text][-2:]
             for token, p in enumerate(table[before][anchor]):
                 if p > 0:
-                    (ended if token in params.stop_token_ids else grown)[(*text, token)] = (
-                        chance * p
-                    )
+                    longer = ended if token in params.stop_token_ids else grown
+                    longer[(*text, token)] = chance * p
         open_ = grown
     return ended | open_
 
 
 def compare(
-    found: Int[Tensor, "N L"] | Sequence[Sequence[int]], expected: Mapping[tuple[int, ...], float]
+    sample: Int[Tensor, "N L"] | Sequence[Sequence[int]], expected: Mapping[tuple[int, ...], float]
 ) -> float:
-    """p of the G-test; texts expected fewer than five times share a cell, and a text that cannot occur gives 0."""
-    counts = _count(found) if isinstance(found, Tensor) else Counter(map(tuple, found))
+    """The p-value of the G-test; 0 if the sample holds a text that cannot occur.
+
+    Texts expected fewer than five times share a cell.
+    """
+    counts = _count(sample) if isinstance(sample, Tensor) else Counter(map(tuple, sample))
     total = sum(counts.values())
     if not counts.keys() <= expected.keys():
         return 0.0
@@ -113,11 +114,11 @@ def compare(
     ]
     rest = (total - sum(n for n, _ in cells), total - sum(e for _, e in cells))
     cells += [rest] if rest[1] >= 5 else []
-    seen, wanted = torch.tensor(cells, dtype=torch.float64).T
-    wanted = wanted * seen.sum() / wanted.sum()  # a rest too small for a cell is left out of both
-    return _chi_square_tail(
-        2 * float(torch.special.xlogy(seen, seen / wanted).sum()), len(cells) - 1
-    )
+    observed, expectation = torch.tensor(cells, dtype=torch.float64).T
+    # a rest too small for a cell is left out of both
+    expectation = expectation * observed.sum() / expectation.sum()
+    G = 2 * float(torch.special.xlogy(observed, observed / expectation).sum())
+    return _chi_square_tail(G, len(cells) - 1)
 
 
 def _chi_square_tail(x: float, degrees: int) -> float:
@@ -127,14 +128,12 @@ def _chi_square_tail(x: float, degrees: int) -> float:
     return float(torch.special.gammaincc(half[0], half[1]))
 
 
-def _count(found: Int[Tensor, "N L"]) -> Counter[tuple[int, ...]]:
-    base = int(found.max()) - PADDING + 1
-    place = base ** torch.arange(found.shape[1])
-    codes, counts = torch.unique(((found - PADDING) * place).sum(1), return_counts=True)
+def _count(sample: Int[Tensor, "N L"]) -> Counter[tuple[int, ...]]:
+    base = int(sample.max()) - PADDING + 1
+    place = base ** torch.arange(sample.shape[1])
+    codes, counts = torch.unique(((sample - PADDING) * place).sum(1), return_counts=True)
     rows = (codes[:, None] // place % base + PADDING).tolist()
-    return Counter(
-        {
-            tuple(t for t in row if t != PADDING): n
-            for row, n in zip(rows, counts.tolist(), strict=True)
-        }
-    )
+    counter: Counter[tuple[int, ...]] = Counter()
+    for row, n in zip(rows, counts.tolist(), strict=True):
+        counter[tuple(t for t in row if t != PADDING)] = n
+    return counter

@@ -37,7 +37,7 @@ CHUNK = 512  # most context tokens read in one pass, so that a long prompt's att
 
 @dataclass(slots=True)
 class SEDDState:
-    """Keys and values of the committed tokens (causal context only), and their count in each row."""
+    """Keys and values of the committed tokens (causal context only), and their count per row."""
 
     cache: RaggedCache | None
     read: Int[Tensor, "B"]
