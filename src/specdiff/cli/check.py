@@ -34,7 +34,7 @@ def check(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="Check this target: a name, folder, hub id or ./file.py:Class."),
+        typer.Option(help="Check this target: name, folder, hub id, file.py:Class or table."),
     ] = None,
     as_json: params.Json = False,
     recipes: Annotated[
