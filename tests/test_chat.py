@@ -71,10 +71,7 @@ def here(
 
 
 def process(folder: Path, *arguments: str) -> "subprocess.Popen[bytes]":
-    """The command in a process with the SIGINT handler of a terminal.
-
-    A background shell passes the signal on as ignored.
-    """
+    """The command with the SIGINT handler of a terminal: a background shell ignores the signal."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "from specdiff.cli import main; main()"
@@ -119,11 +116,11 @@ def test_each_line_is_a_turn(folder: Path, lm: SpeculativeLM) -> None:
     conversation = Conversation(lm, "be brief", temperature=0, max_tokens=7)
     answers = ["".join(p.text for p in conversation.say(text)) for text in ("the rain", "in spain")]
     assert out == "".join(f"{answer}\n" for answer in answers)
-    footers = err.splitlines()
-    assert len(footers) == 2 and all("tok/s" in line and "tau" in line for line in footers), err
+    told = err.splitlines()
+    assert len(told) == 2 and all("tok/s" in line and "tau" in line for line in told), err
     assert (
-        "; 0 of " in footers[0]
-        and f"; {conversation.reading.reused} of " in footers[1]
+        "; 0 of " in told[0]
+        and f"; {conversation.reading.reused} of " in told[1]
         and conversation.reading.reused > 0
     )
 
@@ -137,7 +134,8 @@ def test_settings_are_listed_changed_and_checked(
     here: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     bad = {
-        "!set temperature hot": "is 0.0; !set takes a number or default for it, not 'hot'",
+        "!set temperature hot": "temperature is 0.0; "
+        "!set takes a number or default for it, not 'hot'",
         "!set temperature -1": "temperature must be a finite number >= 0 (0 is greedy), not -1.0",
         "!set max_tokens": "!set takes a whole number for it, not ''",
         "!set max_tokens default": "not 'default'",
@@ -166,10 +164,10 @@ def test_settings_are_listed_changed_and_checked(
     ]
     code, out, err = here("\n".join(lines), "-q")
     assert code == 0
-    notes = err.splitlines()
-    for line, message in zip(notes, bad.values(), strict=False):
-        assert line.startswith("specdiff: error: ") and message in line, line
-    listed = dict(line.split(maxsplit=1) for line in notes[len(bad) : -1])
+    said = err.splitlines()
+    for line, told in zip(said, bad.values(), strict=False):
+        assert line.startswith("specdiff: error: ") and told in line, line
+    listed = dict(line.split(maxsplit=1) for line in said[len(bad) : -1])
     assert listed.keys() == SETTINGS.keys()
     changed = {
         "top_p": "0.5",
@@ -195,22 +193,13 @@ def test_settings_are_listed_changed_and_checked(
 def test_commands(
     here: Callable[..., tuple[int, str, str]], lm: SpeculativeLM, tmp_path: Path
 ) -> None:
-    existing = tmp_path / "existing.json"
-    existing.write_text("mine")
-    lines = [
-        "!help",
-        "the rain",
-        "!status",
-        "!clear",
-        "!status",
-        "!hope",
-        f"!save {existing}",
-        "!save",
-        f"!save {tmp_path}/no/where.json",
-        "!exit",
-        "in spain\n",
-    ]
-    code, out, err = here("\n".join(lines), "-q")
+    kept = tmp_path / "kept.json"
+    kept.write_text("mine")
+    lines = (
+        "!help\nthe rain\n!status\n!clear\n!status\n!hope\n"
+        f"!save {kept}\n!save\n!save {tmp_path}/no/where.json\n!exit\nin spain\n"
+    )
+    code, out, err = here(lines, "-q")
     answer = "".join(p.text for p in Conversation(lm, temperature=0, max_tokens=7).say("the rain"))
     assert code == 0 and out == f"{answer}\n"  # lines after !exit are not turns
     for command in COMMANDS:
@@ -221,7 +210,7 @@ def test_commands(
         "1 answers, 2 messages" in err and "1 answers, 0 messages" in err and "7 tokens in" in err
     )
     assert "unknown command '!hope'; known are !help, !set, !status, !clear, !save, !exit" in err
-    assert f"{existing} exists and is not overwritten" in err and existing.read_text() == "mine"
+    assert f"{kept} exists and is not overwritten" in err and kept.read_text() == "mine"
     assert (
         "!save needs the name of a file" in err and "cannot write" in err and "No such file" in err
     )
@@ -241,14 +230,14 @@ def test_bytes_that_are_no_text_and_lines_of_windows(
     assert code == 0 and err == "" and out.endswith("\n") and out.count("\n") >= 2
 
 
-def test_a_bad_option_is_reported_at_once(here: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_bad_option_is_told_at_once(here: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = here("the rain\n", "--temperature", "-1")
     assert code == 2 and out == "" and "temperature must be" in err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGINT")
 def test_an_interrupt_stops_the_answer_and_keeps_it(folder: Path, tmp_path: Path) -> None:
-    """The signal comes after the first of thousands of tokens; the chat continues."""
+    """The signal arrives after the first of thousands of tokens; the session continues."""
     chat = process(folder, "--temperature", "0", "--max-tokens", "5000", "--max-model-len", "5900")
     assert chat.stdin is not None and chat.stdout is not None and chat.stderr is not None
     say(chat.stdin, "the rain")
@@ -256,9 +245,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_it(folder: Path, tmp_path: Path
     assert begin
     chat.send_signal(signal.SIGINT)
     say(chat.stdin, "!set max_tokens 5", "in spain", f"!save {tmp_path}/a.json", "!exit")
-    rest, notes = chat.communicate(timeout=200)
-    out = (begin + rest).decode()
-    err = notes.decode()
+    rest, told = chat.communicate(timeout=200)
+    out, err = (begin + rest).decode(), told.decode()
     assert chat.returncode == 0, err
     saved = json.loads((tmp_path / "a.json").read_text())
     first, second = (m["content"] for m in saved["messages"] if m["role"] == "assistant")
