@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdiff.text.generation import Generation
-from specdiff.text.lm import Prompt, SpeculativeLM
+from specdiff.text.lm import SpeculativeLM
 
 REPETITIONS = 2  # of each way of decoding, after the answer itself
 
@@ -30,7 +30,7 @@ class Comparison:
 
 def compare(
     lm: SpeculativeLM,
-    prompt: Prompt,
+    prompt: str | Sequence[int],
     options: Mapping[str, Any],
     answer: Generation,
     seconds: float,
@@ -73,7 +73,7 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
 
 
 def _timed(
-    lm: SpeculativeLM, prompt: Prompt, options: Mapping[str, Any]
+    lm: SpeculativeLM, prompt: str | Sequence[int], options: Mapping[str, Any]
 ) -> tuple[Generation, float]:
     """An answer, and its tokens per second."""
     begin = time.perf_counter()
