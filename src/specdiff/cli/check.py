@@ -36,7 +36,7 @@ def check(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option(help="Check this target: a name, folder, hub id or ./file.py:Class."),
+        typer.Option(help="Check this target: name, folder, hub id, file.py:Class or table."),
     ] = None,
     as_json: params.Json = False,
     recipes: Annotated[
@@ -131,21 +131,22 @@ def _findings(
 
 
 def _recipes(as_json: bool) -> None:
-    """The table of docs/exactness.md: total variation from the target's law, least and most over random cases."""
+    """The table of docs/exactness.md: range of the total variation from the target's law."""
     from specdiff.check.constructions import table
 
     if as_json:
         terminal.print_json(
             [
-                {"draft": name, "lawful": lawful, "distance": found}
-                for name, lawful, found in table()
+                {"draft": name, "lawful": lawful, "distance": distances}
+                for name, lawful, distances in table()
             ]
         )
         return
     print("| a draft made by | `token` | `block` | `match` |\n|---|---|---|---|")
-    for name, lawful, found in table():
+    for name, lawful, distances in table():
         cells = [
-            "0" if most < 1e-12 else f"{least:.3f} to {most:.2f}" for least, most in found.values()
+            "0" if most < 1e-12 else f"{least:.3f} to {most:.2f}"
+            for least, most in distances.values()
         ]
         print(" | ".join([f"| {name if lawful else f'**{name}**'}", *cells]) + " |")
 

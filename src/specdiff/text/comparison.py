@@ -8,7 +8,6 @@ from typing import Any
 
 from specdiff.text.generation import Generation
 from specdiff.text.lm import SpeculativeLM
-from specdiff.text.prompts import Prompt
 
 REPETITIONS = 2  # of each way of decoding, after the answer itself
 
@@ -31,7 +30,7 @@ class Comparison:
 
 def compare(
     lm: SpeculativeLM,
-    prompt: Prompt,
+    prompt: str | Sequence[int],
     options: Mapping[str, Any],
     answer: Generation,
     seconds: float,
@@ -74,7 +73,7 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
 
 
 def _timed(
-    lm: SpeculativeLM, prompt: Prompt, options: Mapping[str, Any]
+    lm: SpeculativeLM, prompt: str | Sequence[int], options: Mapping[str, Any]
 ) -> tuple[Generation, float]:
     """An answer, and its tokens per second."""
     begin = time.perf_counter()
