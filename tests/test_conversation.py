@@ -58,8 +58,12 @@ def test_each_answer_is_that_of_its_messages_alone(
         prompt, alone = lm.render(messages), lm.chat(messages, max_tokens=25, **options)
         assert answered(conversation, text) == (alone.text, alone.token_ids)
         assert conversation.messages == [*messages, {"role": "assistant", "content": alone.text}]
-        found = min(prefix_cache.shared(held[:-1], prompt), len(prompt) - 1)
-        read, reused, held = read + len(prompt) - found, reused + found, [*prompt, *alone.token_ids]
+        overlap = min(prefix_cache.shared(held[:-1], prompt), len(prompt) - 1)
+        read, reused, held = (
+            read + len(prompt) - overlap,
+            reused + overlap,
+            [*prompt, *alone.token_ids],
+        )
         assert (conversation.reading.read, conversation.reading.reused) == (read, reused)
         assert conversation.size == len(held)
     assert conversation.stats.tokens == 25 * len(SAID) and reused > read / 3
@@ -70,8 +74,8 @@ def test_a_position_too_many_would_show(lm: SpeculativeLM, monkeypatch: pytest.M
 
     def seats(held: Any, prompts: Any) -> list[tuple[int, int]]:
         return [
-            (row, min(kept + 1, len(p) - 1))
-            for (row, kept), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
+            (row, min(length + 1, len(p) - 1))
+            for (row, length), p in zip(prefix_cache.seats(held, prompts), prompts, strict=True)
         ]
 
     monkeypatch.setattr(rows, "seats", seats)
@@ -90,16 +94,16 @@ def test_an_answer_that_is_tokenised_as_it_was_written_is_read_once(tokenizer: A
         (tokenizer("falls mainly on the plain,")["input_ids"], 0),
         (list(tokenizer("spain").input_ids[:1]) * 2, None),
     ):
-        made = scripted(tokenizer, lmprompt(tokenizer, "the rain"), [*answer, END])
-        conversation = Conversation(made, temperature=0, draft_len=3)
+        model = scripted(tokenizer, lmprompt(tokenizer, "the rain"), [*answer, END])
+        conversation = Conversation(model, temperature=0, draft_len=3)
         answered(conversation, "the rain")
         first = conversation.reading.read
         list(conversation.say("in spain", max_tokens=2))
-        told = [*lmprompt(tokenizer, "the rain"), *answer, END]
-        prompt = made.render(conversation.messages[:3])
-        assert conversation.reading.reused == prefix_cache.shared(told[:-1], prompt)
+        tokens = [*lmprompt(tokenizer, "the rain"), *answer, END]
+        prompt = model.render(conversation.messages[:3])
+        assert conversation.reading.reused == prefix_cache.shared(tokens[:-1], prompt)
         assert conversation.reading.read == first + len(prompt) - conversation.reading.reused
-        assert conversation.reading.parted == (conversation.reading.reused < len(told) - 1)
+        assert conversation.reading.parted == (conversation.reading.reused < len(tokens) - 1)
         if parted is not None:
             assert conversation.reading.parted == parted
 
@@ -109,9 +113,9 @@ def lmprompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def test_stopped_from_another_thread_it_keeps_what_is_written(lm: SpeculativeLM) -> None:
-    conversation, shown = Conversation(lm, temperature=0, max_tokens=400), ""
+    conversation, output = Conversation(lm, temperature=0, max_tokens=400), ""
     for piece in conversation.say("the rain"):
-        shown += piece.text
+        output += piece.text
         if len(piece.generation.token_ids) >= 10:
             thread = threading.Thread(target=conversation.stop)
             thread.start()
@@ -120,7 +124,7 @@ def test_stopped_from_another_thread_it_keeps_what_is_written(lm: SpeculativeLM)
         piece.generation.finish_reason == "interrupted"
         and 10 <= len(piece.generation.token_ids) <= 30
     )
-    assert conversation.messages[-1] == {"role": "assistant", "content": shown} and shown
+    assert conversation.messages[-1] == {"role": "assistant", "content": output} and output
     goes_on(lm, conversation)
     assert conversation.reading.reused > 0
 
@@ -136,13 +140,13 @@ def goes_on(lm: SpeculativeLM, conversation: Conversation) -> None:
 
 
 def test_left_by_its_reader_it_keeps_what_was_read(lm: SpeculativeLM) -> None:
-    conversation, shown = Conversation(lm, temperature=0, max_tokens=400), ""
+    conversation, output = Conversation(lm, temperature=0, max_tokens=400), ""
     for piece in conversation.say("the rain"):
-        shown += piece.text
-        if len(shown) > 10:
+        output += piece.text
+        if len(output) > 10:
             break
     del piece
-    assert conversation.messages[-1]["content"] == shown
+    assert conversation.messages[-1]["content"] == output
     goes_on(lm, conversation)
 
 
@@ -151,12 +155,12 @@ def test_an_empty_answer_leaves_the_messages_well_formed(tokenizer: Any) -> None
         ([END], False),
         ([VOCAB - 1] * 50, True),
     ):  # ends at once; says only what is no text, and is stopped
-        made = scripted(tokenizer, lmprompt(tokenizer, "the rain"), answer)
-        conversation = Conversation(made, temperature=0, draft_len=3)
-        said = conversation.say("the rain")
+        model = scripted(tokenizer, lmprompt(tokenizer, "the rain"), answer)
+        conversation = Conversation(model, temperature=0, draft_len=3)
+        chunks = conversation.say("the rain")
         if stops:
-            said = stopping(conversation, said)
-        assert [p.text for p in said] == [""]
+            chunks = stopping(conversation, chunks)
+        assert [p.text for p in chunks] == [""]
         assert conversation.messages == [
             {"role": "user", "content": "the rain"},
             {"role": "assistant", "content": ""},
@@ -165,7 +169,7 @@ def test_an_empty_answer_leaves_the_messages_well_formed(tokenizer: Any) -> None
         assert roles(conversation) == ["user", "assistant"] * 2
 
 
-def stopping(conversation: Conversation, said: Any) -> Any:
+def stopping(conversation: Conversation, chunks: Any) -> Any:
     """`said`, stopped in its first round."""
     score = conversation.lm.target.score
 
@@ -174,7 +178,7 @@ def stopping(conversation: Conversation, said: Any) -> Any:
         return score(*arguments)
 
     conversation.lm.target.score = scored  # type: ignore[method-assign]
-    return said
+    return chunks
 
 
 def test_a_conversation_that_no_longer_fits_says_so_and_is_not_lost(
@@ -204,17 +208,19 @@ def test_a_conversation_that_no_longer_fits_says_so_and_is_not_lost(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ({"temperature": -1}, "temperature must be"),
         ({"raw": True}, "unknown option 'raw'"),
         ({"verifier": "hope"}, "unknown verifier"),
     ],
 )
-def test_a_bad_option_loses_nothing(lm: SpeculativeLM, options: dict[str, Any], told: str) -> None:
+def test_a_bad_option_loses_nothing(
+    lm: SpeculativeLM, options: dict[str, Any], message: str
+) -> None:
     conversation = Conversation(lm, temperature=0, max_tokens=9)
     answered(conversation, "the rain")
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         list(conversation.say("in spain", **options))
     assert len(conversation.messages) == 2
     goes_on(lm, conversation)

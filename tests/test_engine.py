@@ -31,10 +31,10 @@ class Watched(TargetWrapper[Any]):
     def __init__(self, inner: Target[Any]) -> None:
         super().__init__(inner)
         self.rows = 0
-        self.taken: set[int] = set()
+        self.busy: set[int] = set()
         self.most = 0
         self.admitted: list[list[int]] = []
-        self.kept: list[int] = []
+        self.prefix_lengths: list[int] = []
         self.scored: list[int] = []
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
@@ -42,39 +42,39 @@ class Watched(TargetWrapper[Any]):
         return self.inner.open(rows, slots, taps)
 
     def admit(
-        self, cache: Any, rows: Tensor, prompts: Sequence[Tensor], kept: Tensor
+        self, cache: Any, rows: Tensor, prompts: Sequence[Tensor], prefix_lengths: Tensor
     ) -> Tensor | None:
         joining = rows.tolist()
         assert len(joining) == len(set(joining)) == len(prompts)
-        assert not self.taken & set(joining), "a row was given away while taken"
-        self.taken |= set(joining)
-        self.most = max(self.most, len(self.taken))
+        assert not self.busy & set(joining), "a row was given away while taken"
+        self.busy |= set(joining)
+        self.most = max(self.most, len(self.busy))
         self.admitted += [p.tolist() for p in prompts]
-        self.kept += kept.tolist()
-        return self.inner.admit(cache, rows, prompts, kept)
+        self.prefix_lengths += prefix_lengths.tolist()
+        return self.inner.admit(cache, rows, prompts, prefix_lengths)
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         self.scored.append(len(batch.length))
         return self.inner.score(cache, batch, draft)
 
     def release(self, cache: Any, rows: Tensor) -> None:
-        assert set(rows.tolist()) <= self.taken
-        self.taken -= set(rows.tolist())
+        assert set(rows.tolist()) <= self.busy
+        self.busy -= set(rows.tolist())
         self.inner.release(cache, rows)
 
 
 def requests(count: int, vocab: int, stops: bool = True) -> list[Request]:
     """Prompts, budgets and temperatures of all sorts; ids to stop at in every third."""
     generator = torch.Generator().manual_seed(0)
-    made = []
+    items = []
     for i in range(count):
         prompt = torch.randint(vocab, (1 + i % 7,), generator=generator).tolist()
         stop = (i % vocab, 3) if stops and i % 3 == 0 else ()
         params = SamplingParams(
             1 + (i * 5) % 9, (0.0, 0.8, 1.0)[i % 3], top_k=(0, 4)[i % 2], stop_token_ids=stop
         )
-        made.append(Request(prompt, params, row_seed(1, i)))
-    return made
+        items.append(Request(prompt, params, row_seed(1, i)))
+    return items
 
 
 def collected(
@@ -95,7 +95,7 @@ def collected(
 def served(
     target: Target[Any],
     drafter: Drafter[Any],
-    asked: Sequence[Request],
+    queue: Sequence[Request],
     verifier: str = "token",
     **options: Any,
 ) -> Any:
@@ -103,7 +103,7 @@ def served(
         engine.run(
             target,
             drafter,
-            asked,
+            queue,
             verifier=VERIFIERS[verifier],
             **{"draft_len": 3, "rows": ROWS} | options,
         )
@@ -111,7 +111,7 @@ def served(
 
 
 @pytest.fixture(scope="module")
-def asked() -> list[Request]:
+def queue() -> list[Request]:
     return requests(MANY, tiny.VOCAB)
 
 
@@ -126,57 +126,57 @@ def drafter(target: Target[Any]) -> Drafter[Any]:
 
 
 def test_many_requests_through_few_rows(
-    target: Target[Any], drafter: Drafter[Any], asked: list[Request]
+    target: Target[Any], drafter: Drafter[Any], queue: list[Request]
 ) -> None:
     watched = Watched(target)
-    tokens, ends, order = served(watched, drafter, asked)
-    assert watched.admitted == [list(r.prompt) for r in asked]  # in order of arrival
+    tokens, ends, order = served(watched, drafter, queue)
+    assert watched.admitted == [list(r.prompt) for r in queue]  # in order of arrival
     assert watched.rows == watched.most == ROWS
     assert set(watched.scored) == {ROWS}
-    assert not watched.taken
+    assert not watched.busy
     assert order[:ROWS] == list(range(ROWS)) and sorted(order) == list(range(MANY))
     assert sorted(ends) == list(range(MANY))
-    for i, request in enumerate(asked):
+    for i, request in enumerate(queue):
         stops = request.params.stop_token_ids
         assert not set(tokens[i][:-1]) & set(stops)
         assert ends[i] == ("stop" if tokens[i][-1] in stops else "length")
         assert len(tokens[i]) == request.params.max_tokens or ends[i] == "stop"
     assert set(ends.values()) == {"stop", "length"}
     for i in range(0, MANY, 11):  # each alone gives the same
-        alone, end, _ = served(target, drafter, asked[i : i + 1])
+        alone, end, _ = served(target, drafter, queue[i : i + 1])
         assert (alone[0], end[0]) == (tokens[i], ends[i]), i
 
 
 @pytest.mark.parametrize("verifier", VERIFIERS)
 def test_all_equal_one_by_one_on_an_exact_target(verifier: str) -> None:
     table = TableTarget.random(5, seed=3)
-    asked = requests(96, 5)
+    queue = requests(96, 5)
     drafter = tiny.drafter(table.info, steps=2, n_blocks=1)
-    tokens, ends, _ = served(table, drafter, asked, verifier)
-    for i, request in enumerate(asked):
+    tokens, ends, _ = served(table, drafter, queue, verifier)
+    for i, request in enumerate(queue):
         alone, end, _ = served(table, drafter, [request], verifier)
         assert (alone[0], end[0]) == (tokens[i], ends[i]), i
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_any_number_of_rows_gives_the_same(rows: int) -> None:
-    table, asked = TableTarget.random(5, seed=3), requests(40, 5)
+    table, queue = TableTarget.random(5, seed=3), requests(40, 5)
     drafter = tiny.drafter(table.info, n_blocks=1)
-    assert served(table, drafter, asked, rows=rows)[:2] == served(table, drafter, asked)[:2]
+    assert served(table, drafter, queue, rows=rows)[:2] == served(table, drafter, queue)[:2]
 
 
 def test_the_order_of_arrival_changes_nothing() -> None:
-    table, asked = TableTarget.random(5, seed=3), requests(40, 5)
+    table, queue = TableTarget.random(5, seed=3), requests(40, 5)
     drafter = tiny.drafter(table.info, n_blocks=1)
-    forth, back = served(table, drafter, asked), served(table, drafter, asked[::-1])
+    forth, back = served(table, drafter, queue), served(table, drafter, queue[::-1])
     assert [forth[0][i] for i in range(40)] == [back[0][39 - i] for i in range(40)]
 
 
 def test_fewer_requests_than_rows_open_fewer(
-    target: Target[Any], drafter: Drafter[Any], asked: list[Request]
+    target: Target[Any], drafter: Drafter[Any], queue: list[Request]
 ) -> None:
     watched = Watched(target)
-    served(watched, drafter, asked[:3])
+    served(watched, drafter, queue[:3])
     assert watched.rows == 3
 
 
@@ -189,12 +189,12 @@ def test_no_requests_open_nothing(target: Target[Any], drafter: Drafter[Any]) ->
 def test_a_free_row_is_refilled_at_once() -> None:
     """A long answer holds one row; the short ones pass by on the other."""
     table = TableTarget.random(5, seed=3)
-    asked = [
+    queue = [
         Request([1], SamplingParams(max_tokens=60), 0),
         *[Request([2], SamplingParams(max_tokens=2), i) for i in range(9)],
     ]
     progress = list(
-        engine.run(table, NoDrafter(), asked, verifier=VERIFIERS["token"], draft_len=0, rows=2)
+        engine.run(table, NoDrafter(), queue, verifier=VERIFIERS["token"], draft_len=0, rows=2)
     )
     ends = [p.request for p in progress if p.finished]
     assert ends == [*range(1, 10), 0]
@@ -204,20 +204,20 @@ def test_a_free_row_is_refilled_at_once() -> None:
 def test_a_row_may_draft_anything_while_others_are_done() -> None:
     """The last long request runs with idle rows, which have no output."""
     table = TableTarget.random(5, seed=3)
-    asked = [
+    queue = [
         Request([1], SamplingParams(max_tokens=1), 0),
         Request([1, 2], SamplingParams(max_tokens=30), 1),
     ]
     drafter = tiny.drafter(table.info, n_blocks=1)
-    tokens, ends, _ = served(table, drafter, asked, rows=2)
+    tokens, ends, _ = served(table, drafter, queue, rows=2)
     assert [len(tokens[0]), len(tokens[1])] == [1, 30]
-    assert tokens[1] == served(table, drafter, asked[1:])[0][0]
+    assert tokens[1] == served(table, drafter, queue[1:])[0][0]
     assert ends == {0: "length", 1: "length"}
 
 
 def test_the_draft_length_may_change_between_rounds() -> None:
     """Under `match` a rule that switches drafting off and on leaves the text alone."""
-    table, asked = TableTarget.random(5, seed=3), requests(40, 5)
+    table, queue = TableTarget.random(5, seed=3), requests(40, 5)
     drafter = tiny.drafter(table.info, n_blocks=1)
     heard: list[Round | None] = []
 
@@ -226,17 +226,17 @@ def test_the_draft_length_may_change_between_rounds() -> None:
         return (0, 3, 8, 1)[len(heard) % 4]
 
     assert (
-        served(table, drafter, asked, "match", draft_len=rule)[:2]
-        == served(table, NoDrafter(), asked, "match", draft_len=0)[:2]
+        served(table, drafter, queue, "match", draft_len=rule)[:2]
+        == served(table, NoDrafter(), queue, "match", draft_len=0)[:2]
     )
     assert heard[0] is None
     assert all(isinstance(r, Round) for r in heard[1:])
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
-    asked = [Request([1], SamplingParams(), 0), Request([], SamplingParams(), 0)]
+    queue = [Request([1], SamplingParams(), 0), Request([], SamplingParams(), 0)]
     with pytest.raises(UsageError, match="prompt 1 holds no tokens"):
-        served(TableTarget.random(5), NoDrafter(), asked, draft_len=0)
+        served(TableTarget.random(5), NoDrafter(), queue, draft_len=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -247,14 +247,14 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
 ) -> None:
     """Many requests through two rows: a failing request changes none of the others."""
     table, drafter = TableTarget.random(5, seed=3), TableDrafter(5)
-    asked = [
+    queue = [
         Request([i % 5] * (1 + i), SamplingParams(max_tokens=8, temperature=temperature), 10 + i)
         for i in range(7)
     ]
     sick = Sick(table, SICKNESS[sickness], 6, seed=12)
-    tokens, ends, _ = served(table, drafter, asked, verifier, rows=2)
+    tokens, ends, _ = served(table, drafter, queue, verifier, rows=2)
     progress = list(
-        engine.run(sick, drafter, asked, verifier=VERIFIERS[verifier], draft_len=3, rows=2)
+        engine.run(sick, drafter, queue, verifier=VERIFIERS[verifier], draft_len=3, rows=2)
     )
     after, afterwards, _ = collected(iter(progress))
     assert {i: after[i] for i in after if i != 2} == {i: tokens[i] for i in tokens if i != 2}
@@ -267,10 +267,10 @@ def test_a_request_whose_logits_are_not_finite_fails_alone(
 
 def test_a_failed_request_is_not_handed_over_as_a_text() -> None:
     sick = Sick(TableTarget.random(5, seed=3), SICKNESS["all nan"], 4, seed=11)
-    asked = [Request([1, 2], SamplingParams(max_tokens=6), 10 + i) for i in range(3)]
+    queue = [Request([1, 2], SamplingParams(max_tokens=6), 10 + i) for i in range(3)]
     texts, errors = {}, {}
     for turn in engine.serve(
-        sick, TableDrafter(5), asked, verifier=VERIFIERS["token"], draft_len=3, rows=3
+        sick, TableDrafter(5), queue, verifier=VERIFIERS["token"], draft_len=3, rows=3
     ):
         texts |= {request: ids.tolist() for request, ids, _ in turn.finished()}
         errors |= turn.errors()
@@ -317,12 +317,12 @@ class Entered(Drafter[Any]):
 @pytest.mark.parametrize("verifier", VERIFIERS)
 @pytest.mark.parametrize("waves", [(1, 7), (1, 1, 1, 5), (2, 9), (1, 8, 8)])
 def test_rows_open_as_requests_come(waves: tuple[int, ...], verifier: str) -> None:
-    table, asked = TableTarget.random(5, seed=3), requests(sum(waves), 5)
-    asked = [
+    table, queue = TableTarget.random(5, seed=3), requests(sum(waves), 5)
+    queue = [
         Request(r.prompt, replace(r.params, max_tokens=6 + r.params.max_tokens), r.seed)
-        for r in asked
+        for r in queue
     ]
-    parts, rest = [], list(asked)
+    parts, rest = [], list(queue)
     for n in waves:
         parts.append([rest.pop(0) for _ in range(n)])
     watched = Watched(table)
@@ -336,19 +336,19 @@ def test_rows_open_as_requests_come(waves: tuple[int, ...], verifier: str) -> No
     texts = {}
     for turn in engine.serve(watched, drafter, arriving(parts), **options):
         texts |= {request: ids[prompt:].tolist() for request, ids, prompt in turn.finished()}
-    assert watched.most > waves[0] and watched.most <= 8 and not watched.taken
-    assert texts == served(table, TableDrafter(5), asked, verifier, rows=1)[0]
+    assert watched.most > waves[0] and watched.most <= 8 and not watched.busy
+    assert texts == served(table, TableDrafter(5), queue, verifier, rows=1)[0]
 
 
 def test_a_stream_that_begins_with_one_request_is_not_served_one_at_a_time() -> None:
     """One, nothing yet, and seven more: all of them run together from then on."""
     table = TableTarget.random(5, seed=3)
-    asked = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(8)]
+    queue = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(8)]
     turns = list(
         engine.serve(
             table,
             NoDrafter(),
-            arriving([asked[:1], asked[1:]]),
+            arriving([queue[:1], queue[1:]]),
             verifier=VERIFIERS["match"],
             draft_len=0,
             slots=7,
@@ -359,15 +359,15 @@ def test_a_stream_that_begins_with_one_request_is_not_served_one_at_a_time() -> 
 
 def test_a_burst_after_the_last_row_ended_opens_rows_too() -> None:
     table = TableTarget.random(5, seed=3)
-    asked = [Request([i % 5], SamplingParams(max_tokens=2), i) for i in range(8)]
+    queue = [Request([i % 5], SamplingParams(max_tokens=2), i) for i in range(8)]
     options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 0, "slots": 7}
     assert (
-        len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 2), **options)))
+        len(list(engine.serve(table, NoDrafter(), arriving([queue[:1], queue[1:]], 2), **options)))
         == 2 + 2
     )
     # nothing runs and nothing waits: the stream is over, as it says
     assert (
-        len(list(engine.serve(table, NoDrafter(), arriving([asked[:1], asked[1:]], 3), **options)))
+        len(list(engine.serve(table, NoDrafter(), arriving([queue[:1], queue[1:]], 3), **options)))
         == 2
     )
 
@@ -389,13 +389,13 @@ class Failing(Drafter[None]):
 
 def test_a_drafter_that_broke_stays_disabled_when_rows_are_opened() -> None:
     table, drafter = TableTarget.random(5, seed=3), Failing()
-    asked = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(2)]
+    queue = [Request([i % 5], SamplingParams(max_tokens=6), i) for i in range(2)]
     with pytest.warns(RuntimeWarning, match="the drafter Failing raised ValueError") as caught:
         turns = list(
             engine.serve(
                 table,
                 drafter,
-                arriving([asked[:1], asked[1:]]),
+                arriving([queue[:1], queue[1:]]),
                 verifier=VERIFIERS["match"],
                 draft_len=3,
                 slots=7,
@@ -434,10 +434,10 @@ class Counting(TableDrafter):
 @pytest.mark.parametrize("end", ["abandoned", "raises", "thrown"])
 def test_rows_are_released_whatever_ends_the_stream(end: str) -> None:
     target = Released(TableTarget.random(5, seed=3), 2 if end == "raises" else 10**6)
-    drafter, asked = Counting(), requests(6, 5)
-    turns = engine.serve(target, drafter, asked, verifier=VERIFIERS["token"], draft_len=3, rows=3)
+    drafter, queue = Counting(), requests(6, 5)
+    turns = engine.serve(target, drafter, queue, verifier=VERIFIERS["token"], draft_len=3, rows=3)
     next(turns)
-    assert target.taken and drafter.held == target.taken
+    assert target.busy and drafter.held == target.busy
     if end == "abandoned":
         turns.close()  # type: ignore[attr-defined]
     elif end == "raises":
@@ -446,7 +446,7 @@ def test_rows_are_released_whatever_ends_the_stream(end: str) -> None:
     else:
         with pytest.raises(KeyError):
             turns.throw(KeyError("the reader's own"))  # type: ignore[attr-defined]
-    assert not target.taken and not drafter.held
+    assert not target.busy and not drafter.held
 
 
 @pytest.mark.parametrize("end", ["abandoned", "raises", "read"])
@@ -455,7 +455,7 @@ def test_decode_releases_its_rows_too(end: str) -> None:
     drafter = Counting()
     rounds = decode.decode(target, drafter, tiny.batch_of([[1], [2, 3]]), draft_len=3)
     next(rounds)
-    assert target.taken == drafter.held == {0, 1}
+    assert target.busy == drafter.held == {0, 1}
     if end == "abandoned":
         rounds.close()  # type: ignore[attr-defined]
     elif end == "raises":
@@ -463,7 +463,7 @@ def test_decode_releases_its_rows_too(end: str) -> None:
             list(rounds)
     else:
         list(rounds)
-    assert not target.taken and not drafter.held
+    assert not target.busy and not drafter.held
 
 
 def test_a_request_past_the_targets_positions_is_refused(drafter: Drafter[Any]) -> None:
@@ -523,13 +523,13 @@ def test_a_row_that_was_opened_late_holds_nothing_that_a_prompt_could_take_over(
 def test_a_drafter_that_reads_features_gets_those_of_the_whole_prompt(target: Target[Any]) -> None:
     """A row that holds the beginning of a prompt is not taken over: its features are gone."""
     shared = [5, 6, 7, 8, 9, 10]
-    asked = [Request([*shared, i], SamplingParams(max_tokens=4), i) for i in range(6)]
+    queue = [Request([*shared, i], SamplingParams(max_tokens=4), i) for i in range(6)]
     plain, tapped = Watched(target), Watched(target)
-    texts = served(plain, TableDrafter(tiny.VOCAB), asked, "match", rows=1)[0]
-    assert sum(plain.kept) > 0  # so there is something to take over
+    texts = served(plain, TableDrafter(tiny.VOCAB), queue, "match", rows=1)[0]
+    assert sum(plain.prefix_lengths) > 0  # so there is something to take over
     drafter = Sized(TableDrafter(tiny.VOCAB))
-    assert served(tapped, drafter, asked, "match", rows=1)[0] == texts
-    assert tapped.kept == [0] * 6
+    assert served(tapped, drafter, queue, "match", rows=1)[0] == texts
+    assert tapped.prefix_lengths == [0] * 6
     assert drafter.sizes == [len(shared)] * 6
 
 
@@ -556,11 +556,11 @@ class Sized(Drafter[None]):
 def test_steps_are_snapshots() -> None:
     """They can be read after later steps have moved the rows on."""
     table = TableTarget.random(5, seed=3)
-    asked = requests(7, 5)
+    queue = requests(7, 5)
     options: dict[str, Any] = {"verifier": VERIFIERS["match"], "draft_len": 3, "rows": 2}
-    steps = engine.serve(table, TableDrafter(5), asked, **options)
+    steps = engine.serve(table, TableDrafter(5), queue, **options)
     live = [(step.outputs(), [r for r, _, _ in step.finished()]) for step in steps]
-    steps = list(engine.serve(table, TableDrafter(5), asked, **options))
+    steps = list(engine.serve(table, TableDrafter(5), queue, **options))
     late = [(step.outputs(), [r for r, _, _ in step.finished()]) for step in steps]
 
     def plain(outputs: list[RequestOutput]) -> list[RequestOutput]:

@@ -47,25 +47,27 @@ def test_samples_have_their_length_and_their_seed(
 ) -> None:
     lm = lm_of(target, kind)
     ask: Callable[..., Any] = partial(sample.infill, lm, length=9, steps=4, sampler=sampler)
-    for given in (
+    for options in (
         {},
         {"prefix": [3, 1, 4]},
         {} if kind == "causal" else {"prefix": [3, 1, 4], "suffix": [1, 5]},
     ):
-        made = ask(count=3, seed=1, **given)
-        assert [len(s.token_ids) for s in made] == [9, 9, 9] and all(
-            0 <= t < tiny.VOCAB for s in made for t in s.token_ids
+        samples = ask(count=3, seed=1, **options)
+        assert [len(s.token_ids) for s in samples] == [9, 9, 9] and all(
+            0 <= t < tiny.VOCAB for s in samples for t in s.token_ids
         )
-        assert len({tuple(s.token_ids) for s in made}) == 3
-        assert [s.token_ids for s in ask(count=1, seed=1, **given)] == [made[0].token_ids]
-        assert all(s.perplexity is not None and s.perplexity > 1 for s in made)
+        assert len({tuple(s.token_ids) for s in samples}) == 3
+        assert [s.token_ids for s in ask(count=1, seed=1, **options)] == [samples[0].token_ids]
+        assert all(s.perplexity is not None and s.perplexity > 1 for s in samples)
 
 
 def test_prefix_and_suffix_weigh_on_what_lies_between(target: CausalTarget) -> None:
     lm = lm_of(target, "own")
     texts = {
-        name: [s.token_ids for s in sample.infill(lm, length=4, steps=2, count=4, seed=0, **given)]
-        for name, given in {
+        name: [
+            s.token_ids for s in sample.infill(lm, length=4, steps=2, count=4, seed=0, **options)
+        ]
+        for name, options in {
             "one": {"prefix": [1], "suffix": [2]},
             "two": {"prefix": [9], "suffix": [2]},
             "three": {"prefix": [1], "suffix": [9]},
@@ -86,10 +88,10 @@ def test_perplexity_is_the_targets_own_in_chunks_or_whole(
             .log_softmax(-1)
             .gather(-1, ids[1:, None])[:, 0]
         )
-    for known, expected in [(0, logp), (1, logp), (7, logp[6:])]:
+    for size, expected in [(0, logp), (1, logp), (7, logp[6:])]:
         for chunk in (128, 4):
             monkeypatch.setattr(sample, "CHUNK", chunk)
-            got = sample.perplexity(target, ids[:known].tolist(), ids[known:].tolist())
+            got = sample.perplexity(target, ids[:size].tolist(), ids[size:].tolist())
             assert got == pytest.approx(math.exp(-expected.mean().item()), rel=1e-4)
     assert sample.perplexity(target, [], [3]) is None
     with pytest.raises(UsageError, match="300 tokens are more than the 256 positions"):
@@ -105,7 +107,7 @@ def test_perplexity_of_a_known_law() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "told"),
+    ("kind", "options", "message"),
     [
         ("causal", {"suffix": [1]}, "context is causal, so it cannot see a suffix"),
         ("own", {"length": 0}, "length must be at least 1, not 0"),
@@ -120,9 +122,9 @@ def test_perplexity_of_a_known_law() -> None:
     ],
 )
 def test_what_cannot_be_sampled_is_refused(
-    target: CausalTarget, kind: str, options: dict[str, Any], told: str
+    target: CausalTarget, kind: str, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         sample.infill(lm_of(target, kind), **options)
 
 
@@ -163,7 +165,7 @@ def test_the_command(
     code, out, err = run("--count", "2", "--device", "cpu")
     assert code == 0 and len(out.split()) == 10 and "perplexity under" in err
     code, out, _ = run("--json", "--device", "cpu")
-    told = json.loads(out)
-    assert code == 0 and len(told["samples"][0]["token_ids"]) == 5 and told["perplexity"] > 1
+    report = json.loads(out)
+    assert code == 0 and len(report["samples"][0]["token_ids"]) == 5 and report["perplexity"] > 1
     code, out, err = run("--sampler", "magic", "--device", "cpu")
     assert code == 2 and out == "" and "unknown sampler 'magic'" in err

@@ -73,7 +73,9 @@ class Script(Target[None]):
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> None:
         return None
 
-    def admit(self, cache: None, rows: Tensor, prompts: Sequence[Tensor], kept: Tensor) -> None:
+    def admit(
+        self, cache: None, rows: Tensor, prompts: Sequence[Tensor], prefix_lengths: Tensor
+    ) -> None:
         return None
 
     def score(self, cache: None, batch: Batch, draft: Draft) -> TargetOutput:
@@ -204,12 +206,12 @@ def test_match_gives_the_same_text_with_any_drafter(
 
 
 def test_interleaved_streams_never_meet(lm: SpeculativeLM) -> None:
-    asked: list[tuple[str, dict[str, Any]]] = [
+    jobs: list[tuple[str, dict[str, Any]]] = [
         ("the rain", {"seed": 1}),
         ("plain plain plain", {"seed": 2, "verifier": "block"}),
     ]
-    alone = [lm.generate(p, max_tokens=20, **o).token_ids for p, o in asked]
-    streams = [lm.stream(p, max_tokens=20, **o) for p, o in asked]
+    alone = [lm.generate(p, max_tokens=20, **o).token_ids for p, o in jobs]
+    streams = [lm.stream(p, max_tokens=20, **o) for p, o in jobs]
     last: list[Chunk | None] = [None, None]
     open_ = [0, 1]
     while open_:
@@ -260,14 +262,14 @@ def test_a_stop_id_cuts_inside_a_draft(
         (98, {"stop_token_ids": [99, 98], "ignore_eos": True}),
     ):
         answer = [*range(30, 30 + where), stop, 70, 99, 98, END, 71, 72]
-        made = scripted(tokenizer, [7, 8], answer, flaw)
-        out = made.generate([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options)
+        model = scripted(tokenizer, [7, 8], answer, flaw)
+        out = model.generate([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options)
         assert out.token_ids == answer[: where + 1]
         assert out.finish_reason == "stop"
         assert len(out.accepted) == out.stats.tokens == where + 1
         assert out.stats.accepted == sum(out.accepted)
         streamed = list(
-            made.stream([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options)
+            model.stream([7, 8], max_tokens=40, draft_len=draft_len, temperature=0, **options)
         )
         assert streamed[-1].generation.token_ids == out.token_ids
         assert "".join(p.text for p in streamed) == out.text
@@ -282,15 +284,15 @@ def test_a_stop_on_the_last_token_is_a_stop(tokenizer: Any) -> None:
 
 
 def test_ignore_eos_goes_on(tokenizer: Any) -> None:
-    made = scripted(tokenizer, [7], [30, END, 31, END, 32])
-    out = made.generate([7], max_tokens=5, draft_len=8, temperature=0, ignore_eos=True)
+    model = scripted(tokenizer, [7], [30, END, 31, END, 32])
+    out = model.generate([7], max_tokens=5, draft_len=8, temperature=0, ignore_eos=True)
     assert (out.token_ids, out.finish_reason) == ([30, END, 31, END, 32], "length")
 
 
 def test_rows_of_a_list_end_each_on_their_own(tokenizer: Any) -> None:
     """One target text by position: longer prompts reach the stop sooner."""
-    made = scripted(tokenizer, [7], [*range(30, 40), END])
-    outs = made.generate(
+    model = scripted(tokenizer, [7], [*range(30, 40), END])
+    outs = model.generate(
         [[7], [7, 30, 31], [7, *range(30, 39)]], max_tokens=6, draft_len=4, temperature=0
     )
     assert [o.token_ids for o in outs] == [
@@ -337,8 +339,10 @@ def test_streamed_pieces_join_to_the_text(lm: SpeculativeLM) -> None:
 def test_characters_are_never_split(tokenizer: Any, text: str, draft_len: int) -> None:
     answer = tokenizer(text)["input_ids"]
     assert len(answer) > len(text) / 2
-    made = scripted(tokenizer, [40], [*answer, END], flaw=3)
-    pieces = [p.text for p in made.stream([40], max_tokens=100, temperature=0, draft_len=draft_len)]
+    model = scripted(tokenizer, [40], [*answer, END], flaw=3)
+    pieces = [
+        p.text for p in model.stream([40], max_tokens=100, temperature=0, draft_len=draft_len)
+    ]
     assert "".join(pieces) == text
     assert not any("\ufffd" in p for p in pieces)
     assert all(text.startswith("".join(pieces[:i])) for i in range(len(pieces)))
@@ -347,32 +351,33 @@ def test_characters_are_never_split(tokenizer: Any, text: str, draft_len: int) -
 def test_text_is_streamed_as_it_comes(tokenizer: Any) -> None:
     """Not held back to the end: each piece shows what the tokens so far spell."""
     answer = tokenizer("the rain in spain falls mainly on the plain")["input_ids"]
-    made = scripted(tokenizer, [40], [*answer, END])
-    stream = made.stream([40], max_tokens=100, temperature=0, draft_len=3)
-    seen = ""
+    model = scripted(tokenizer, [40], [*answer, END])
+    stream = model.stream([40], max_tokens=100, temperature=0, draft_len=3)
+    joined = ""
     for piece in stream:
-        seen += piece.text
-        assert piece.generation.text == seen
-    assert seen == tokenizer.decode(answer)
+        joined += piece.text
+        assert piece.generation.text == joined
+    assert joined == tokenizer.decode(answer)
 
 
 def test_a_broken_character_at_the_end_is_shown(tokenizer: Any) -> None:
     """max_tokens inside an emoji: the stream ends with what generate's text ends with."""
     answer = tokenizer("ab🦊")["input_ids"]
     ids = answer[:-1] if len(answer) > 3 else answer
-    made = scripted(tokenizer, [40], answer)
+    model = scripted(tokenizer, [40], answer)
     options: dict[str, Any] = {"max_tokens": len(ids), "temperature": 0, "draft_len": 8}
     assert (
-        "".join(p.text for p in made.stream([40], **options)) == made.generate([40], **options).text
+        "".join(p.text for p in model.stream([40], **options))
+        == model.generate([40], **options).text
     )
 
 
 def test_pieces_say_where_they_came_from(tokenizer: Any) -> None:
     answer = tokenizer("abcdefghij")["input_ids"]
-    made = scripted(tokenizer, [40], [*answer, END], flaw=1000)
-    out = made.generate([40], max_tokens=20, temperature=0, draft_len=3)
+    model = scripted(tokenizer, [40], [*answer, END], flaw=1000)
+    out = model.generate([40], max_tokens=20, temperature=0, draft_len=3)
     assert out.accepted == ([True, True, True, False] * 3)[: len(answer) + 1]
-    pieces = [p for p in made.stream([40], max_tokens=20, temperature=0, draft_len=3) if p.text]
+    pieces = [p for p in model.stream([40], max_tokens=20, temperature=0, draft_len=3) if p.text]
     assert [p.accepted for p in pieces] == out.accepted[: len(answer)]
 
 
@@ -387,9 +392,9 @@ def test_a_string_is_a_users_turn(lm: SpeculativeLM, tokenizer: Any) -> None:
     )
     assert tokenizer.decode(lm.encode("the rain", raw=True)) == "the rain"
     options: dict[str, Any] = {"max_tokens": 8, "seed": 2}
-    asked = lm.generate("the rain", **options).token_ids
-    assert asked == lm.chat([{"role": "user", "content": "the rain"}], **options).token_ids
-    assert asked != lm.generate("the rain", raw=True, **options).token_ids
+    ids = lm.generate("the rain", **options).token_ids
+    assert ids == lm.chat([{"role": "user", "content": "the rain"}], **options).token_ids
+    assert ids != lm.generate("the rain", raw=True, **options).token_ids
     assert lm.generate("the rain", system="in", **options).token_ids == lm.chat(
         [{"role": "system", "content": "in"}, {"role": "user", "content": "the rain"}], **options
     ).token_ids  # fmt: skip
@@ -400,12 +405,12 @@ def test_without_a_template_a_string_is_text(lm: SpeculativeLM, tokenizer: Any) 
 
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
-    made = SpeculativeLM(lm.target, "none", bare, 64)
-    assert bare.decode(made.encode("the rain")) == "the rain"
+    model = SpeculativeLM(lm.target, "none", bare, 64)
+    assert bare.decode(model.encode("the rain")) == "the rain"
     with pytest.raises(UsageError, match=r"no chat template.*raw=True"):
-        made.chat([{"role": "user", "content": "hi"}])
+        model.chat([{"role": "user", "content": "hi"}])
     with pytest.raises(UsageError, match="system prompt needs a chat template"):
-        made.generate("the rain", system="in")
+        model.generate("the rain", system="in")
 
 
 # bounds, and what is counted
@@ -478,18 +483,20 @@ def test_options_of_a_drafter_given_by_name(
     target: CausalTarget, tokenizer: Any, tmp_path: Path
 ) -> None:
     tiny.sedd(tiny.sedd_config(VOCAB)).save_pretrained(tmp_path / "drafter", draft_len=5)
-    made = SpeculativeLM(target, str(tmp_path / "drafter"), tokenizer, 128)
-    assert made.drafter.draft_len == 5
-    one = made.generate("the", max_tokens=8, seed=0)
-    two = made.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2})
-    assert one.token_ids == made.generate("the", max_tokens=8, seed=0, drafter_options={}).token_ids
+    model = SpeculativeLM(target, str(tmp_path / "drafter"), tokenizer, 128)
+    assert model.drafter.draft_len == 5
+    one = model.generate("the", max_tokens=8, seed=0)
+    two = model.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2})
+    assert (
+        one.token_ids == model.generate("the", max_tokens=8, seed=0, drafter_options={}).token_ids
+    )
     assert one.stats.drafted == 5 * one.stats.rounds
     assert (
         two.token_ids
-        == made.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2}).token_ids
+        == model.generate("the", max_tokens=8, seed=0, drafter_options={"steps": 2}).token_ids
     )
     with pytest.raises(UsageError, match="stepz"):
-        made.generate("the", drafter_options={"stepz": 2})
+        model.generate("the", drafter_options={"stepz": 2})
 
 
 def test_options_of_a_drafter_given_as_an_object(lm: SpeculativeLM) -> None:

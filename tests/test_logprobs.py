@@ -16,21 +16,21 @@ ASKED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("verifier", ["token", "block", "match"])
-@pytest.mark.parametrize("asked", ASKED, ids=str)
+@pytest.mark.parametrize("options", ASKED, ids=str)
 @pytest.mark.parametrize("drafter", ["sedd", "hinted", "none"])
 def test_they_are_the_log_softmax_of_the_raw_logits(
-    drafter: str, asked: dict[str, Any], verifier: str
+    drafter: str, options: dict[str, Any], verifier: str
 ) -> None:
     net, target, prompts = tiny.model("llama"), tiny.target("llama"), tiny.prompts(3)
-    made: Any = {"sedd": tiny.drafter(target.info), "none": "none"}.get(drafter)
-    made = made or tiny.Hinted([tiny.plain(net, prompts[0], 20)] * 3, tiny.VOCAB, 3)
-    lm = SpeculativeLM(target, made, None, 128)
+    proposer: Any = {"sedd": tiny.drafter(target.info), "none": "none"}.get(drafter)
+    proposer = proposer or tiny.Hinted([tiny.plain(net, prompts[0], 20)] * 3, tiny.VOCAB, 3)
+    lm = SpeculativeLM(target, proposer, None, 128)
     outs = lm.generate(
-        prompts, max_tokens=12, seed=3, draft_len=4, verifier=verifier, logprobs=3, **asked
+        prompts, max_tokens=12, seed=3, draft_len=4, verifier=verifier, logprobs=3, **options
     )
     assert (
         outs[0].token_ids
-        == lm.generate(prompts, max_tokens=12, seed=3, draft_len=4, verifier=verifier, **asked)[
+        == lm.generate(prompts, max_tokens=12, seed=3, draft_len=4, verifier=verifier, **options)[
             0
         ].token_ids
     )
@@ -57,15 +57,15 @@ def test_each_request_is_told_what_it_asked_for() -> None:
     from specdiff.verify import token
 
     target = tiny.target("gpt2")
-    wanted = [None, 0, 2, 20]
-    asked = [
+    counts = [None, 0, 2, 20]
+    requests = [
         engine.Request([i + 1], SamplingParams(max_tokens=5, logprobs=n), i)
-        for i, n in enumerate(wanted)
+        for i, n in enumerate(counts)
     ]
     for p in engine.run(
-        target, tiny.drafter(target.info), asked, verifier=token, draft_len=3, rows=2
+        target, tiny.drafter(target.info), requests, verifier=token, draft_len=3, rows=2
     ):
-        n = wanted[p.request]
+        n = counts[p.request]
         assert len(p.logprobs) == len(p.top_logprobs) == (0 if n is None else len(p.tokens))
         assert all(len(top) == n for top in p.top_logprobs)
 

@@ -28,25 +28,25 @@ def cut(text: str, stops: Sequence[str], include: bool = False) -> tuple[str, bo
 
 @given(pieces=st.lists(letters, max_size=6), stops=few_stops, include=st.booleans())
 def test_any_pieces_are_cut_alike(pieces: list[str], stops: list[str], include: bool) -> None:
-    held, shown = StopStrings(stops, include=include), ""
-    want, found = cut("".join(pieces), stops, include)
+    held, output = StopStrings(stops, include=include), ""
+    want, complete = cut("".join(pieces), stops, include)
     for piece in pieces:
-        shown += held.add(piece)
-        assert want.startswith(shown)
-    assert (shown + held.finish(), held.complete) == (want, found)
+        output += held.add(piece)
+        assert want.startswith(output)
+    assert (output + held.finish(), held.complete) == (want, complete)
 
 
 @given(data=st.binary(max_size=24), stops=few_stops)
 def test_half_characters_hide_no_stop(data: bytes, stops: list[str]) -> None:
     """Bytes as tokens: each character counts at the token that completes it."""
     text = Detokenizer(lambda ids: bytes(ids).decode(errors="replace"), StopStrings(stops))
-    shown, used = "", 0
+    output, used = "", 0
     for token in data:
         if text.stopped:
             break
-        shown, used = shown + text.add(token), used + 1
-    shown += text.finish()
-    assert (shown, text.stopped) == cut(data.decode(errors="replace"), stops)
+        output, used = output + text.add(token), used + 1
+    output += text.finish()
+    assert (output, text.stopped) == cut(data.decode(errors="replace"), stops)
     if text.stopped and used < len(data):
         assert cut(data[: used - 1].decode(errors="replace"), stops)[1] is False
 
@@ -71,7 +71,7 @@ def test_streams_join_to_the_text(
     tokenizer: Any, text: str, stops: list[str], draft_len: int, include: bool
 ) -> None:
     answer = tokenizer(text)["input_ids"]
-    made = scripted(tokenizer, [40], [*answer, END], flaw=3)
+    model = scripted(tokenizer, [40], [*answer, END], flaw=3)
     options: dict[str, Any] = {
         "max_tokens": 90,
         "temperature": 0,
@@ -79,8 +79,8 @@ def test_streams_join_to_the_text(
         "stop": stops,
         "include_stop": include,
     }
-    out, pieces = made.generate([40], **options), list(made.stream([40], **options))
-    want, found = cut(text, stops, include)
+    out, pieces = model.generate([40], **options), list(model.stream([40], **options))
+    want, complete = cut(text, stops, include)
     assert "".join(p.text for p in pieces) == out.text == want
     last = pieces[-1].generation
     assert (last.text, last.token_ids, last.accepted, last.finish_reason) == (
@@ -91,7 +91,7 @@ def test_streams_join_to_the_text(
     )
     assert len(out.token_ids) == len(out.accepted) == out.stats.tokens
     assert out.stats.accepted == sum(out.accepted)
-    if found:  # the tokens end with the one that completed it
+    if complete:  # the tokens end with the one that completed it
         assert cut(tokenizer.decode(out.token_ids), stops)[1]
         assert not cut(tokenizer.decode(out.token_ids[:-1]).rstrip("\ufffd"), stops)[1]
     else:
@@ -101,8 +101,8 @@ def test_streams_join_to_the_text(
 @pytest.mark.parametrize("rows", [1, 2, 8])
 def test_rows_stop_each_on_their_own_and_are_free_at_once(tokenizer: Any, rows: int) -> None:
     answer = tokenizer("the rain in spain falls mainly on the plain")["input_ids"]
-    made = scripted(tokenizer, [40], [*answer, END])
-    outs = made.generate(
+    model = scripted(tokenizer, [40], [*answer, END])
+    outs = model.generate(
         [[40], [40, *answer[:6]], [40, *answer[:2]]],
         max_tokens=60,
         temperature=0,
@@ -113,11 +113,11 @@ def test_rows_stop_each_on_their_own_and_are_free_at_once(tokenizer: Any, rows: 
     whole = [tokenizer.decode(answer[n:]) for n in (0, 6, 2)]
     assert [o.text for o in outs] == [text.split("mainly")[0] for text in whole]
     assert {o.finish_reason for o in outs} == {"stop"}
-    alone = made.generate([40], max_tokens=60, temperature=0, draft_len=5, stop="mainly")
+    alone = model.generate([40], max_tokens=60, temperature=0, draft_len=5, stop="mainly")
     assert (alone.token_ids, alone.stats.rounds) == (outs[0].token_ids, outs[0].stats.rounds)
     assert (
         alone.stats.rounds
-        < made.generate([40], max_tokens=60, temperature=0, draft_len=5).stats.rounds
+        < model.generate([40], max_tokens=60, temperature=0, draft_len=5).stats.rounds
     )
 
 

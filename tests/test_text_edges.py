@@ -275,7 +275,7 @@ def test_text_after_a_run_of_byte_tokens_is_shown_at_once() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("said", "stop", "want"),
+    ("spelling", "stop", "want"),
     [
         (["ab", "</s>", "ab"], ["</s>"], "ab"),
         (["ab", "</s>", "a", "</s>", "b"], ["</s>b"], "aba"),
@@ -298,10 +298,10 @@ def test_text_after_a_run_of_byte_tokens_is_shown_at_once() -> None:
     ],
 )
 def test_special_tokens_in_a_stop_string_end_the_text(
-    kind: str, said: list[str], stop: Any, want: str | None
+    kind: str, spelling: list[str], stop: Any, want: str | None
 ) -> None:
     tokenizer = byte_fallback(kind)
-    ids = tokenizer.convert_tokens_to_ids(said)
+    ids = tokenizer.convert_tokens_to_ids(spelling)
     whole, pieces, stopped = written(tokenizer, ids, stop=stop)
     assert stopped == (want is not None)
     assert (
@@ -315,7 +315,7 @@ def test_special_tokens_in_a_stop_string_end_the_text(
 def test_a_special_stop_string_ends_generate_and_stream_alike(draft_len: int) -> None:
     tokenizer = byte_fallback("strip")
     answer = tokenizer.convert_tokens_to_ids(["▁ab", "</s>", "▁a", "<|turn|>", "c", "d"])
-    made = scripted(tokenizer, [40], answer, flaw=3)
+    model = scripted(tokenizer, [40], answer, flaw=3)
     options: dict[str, Any] = {
         "max_tokens": 6,
         "temperature": 0,
@@ -327,13 +327,13 @@ def test_a_special_stop_string_ends_generate_and_stream_alike(draft_len: int) ->
         (["<|turn|>c"], "ab a", 5),
         ("</s><|turn|>", "ab acd", 6),
     ):
-        out = made.generate([40], stop=stop, **options)
-        pieces = list(made.stream([40], stop=stop, **options))
+        out = model.generate([40], stop=stop, **options)
+        pieces = list(model.stream([40], stop=stop, **options))
         assert "".join(p.text for p in pieces) == out.text == text
         assert out.token_ids == pieces[-1].generation.token_ids == answer[:count]
         assert out.finish_reason == ("length" if count == 6 else "stop")
-    shown = made.generate([40], stop="</s>", include_stop=True, **options).text
-    assert shown == "ab</s>"
+    output = model.generate([40], stop="</s>", include_stop=True, **options).text
+    assert output == "ab</s>"
 
 
 # what messages hold is text
@@ -504,8 +504,8 @@ def test_a_beginning_of_text_is_taken_once() -> None:
 
 
 def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> None:
-    made = copy.deepcopy(byte_level)
-    made.chat_template = (
+    model = copy.deepcopy(byte_level)
+    model.chat_template = (
         "{% if enable_thinking is defined %}[think {{ enable_thinking }}]{% endif %}"
         "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
         "{% for d in documents or [] %}[{{ d.text }}]{% endfor %}"
@@ -520,7 +520,7 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
         """
         return a
 
-    lm = chatting(made, VOCAB)
+    lm = chatting(model, VOCAB)
     hi = [{"role": "user", "content": "hi"}]
     schema = {"type": "function", "function": {"name": "sub"}}
     more: dict[str, Any] = {
@@ -529,7 +529,7 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
         "chat_template_kwargs": {"enable_thinking": False},
     }
     want = "[think False][sub][add][doc]hi"
-    assert made.decode(lm.render(hi, **more)) == made.decode(lm.encode("hi", **more)) == want
+    assert model.decode(lm.render(hi, **more)) == model.decode(lm.encode("hi", **more)) == want
     answers = [
         lm.chat(hi, max_tokens=2, seed=0, **more),
         lm.generate("hi", max_tokens=2, seed=0, **more),
@@ -537,8 +537,8 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
     assert answers[0].token_ids == answers[1].token_ids
     talk = Conversation(lm, max_tokens=2, **more)
     list(talk.say("hi"))
-    assert made.decode(talk._tokens[: len(lm.encode("hi", **more))]) == want
-    for bad, said in (
+    assert model.decode(talk._tokens[: len(lm.encode("hi", **more))]) == want
+    for bad, message in (
         (
             {"chat_template_kwargs": {"messages": []}},
             "chat_template_kwargs may not hold 'messages'",
@@ -551,7 +551,7 @@ def test_template_variables_and_tools_reach_the_template(byte_level: Any) -> Non
         ({"tools": [3]}, "each of tools must be a mapping, not 3"),
         ({"documents": ["doc"]}, "each of documents must be a mapping, not 'doc'"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             lm.generate("hi", **bad)
     for prompt, raw in (([1, 2], False), ("hi", True)):
         with pytest.raises(UsageError, match="tools needs a chat template"):
@@ -574,7 +574,7 @@ def test_content_is_text_or_refused_by_name(byte_level: Any) -> None:
         [{"role": "user", "content": "the rain"}]
     )
     first = {"role": "user", "content": "hi"}
-    for content, said in (
+    for content, message in (
         (None, r"message 1 \(role 'user'\) has no content"),
         ([{"type": "image_url", "image_url": {}}], "message 1 has a part of type 'image_url'"),
         (["text"], "message 1 has a part of type 'str'"),
@@ -582,7 +582,7 @@ def test_content_is_text_or_refused_by_name(byte_level: Any) -> None:
         (5, r"the content of message 1 \(role 'user'\) must be a string, not 5"),
         (b"hi", "the content of message 1"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             lm.chat([first, {"role": "user", "content": content}])
     with pytest.raises(UsageError, match=r"message 1 .*no content"):
         lm.chat([first, {"role": "user"}])
@@ -680,27 +680,33 @@ def test_the_packaged_model_ends_a_turn(smollm_tokenizer: Any) -> None:
 def test_sampling_defaults_are_the_models_where_the_caller_names_none(
     tmp_path: Path, byte_level: Any
 ) -> None:
-    named = {"temperature": 0.3, "top_p": 0.7, "top_k": 9, "min_p": 0.01, "repetition_penalty": 1.2}
+    config = {
+        "temperature": 0.3,
+        "top_p": 0.7,
+        "top_k": 9,
+        "min_p": 0.01,
+        "repetition_penalty": 1.2,
+    }
     folder = saved(
-        tmp_path / "model", {**named, "do_sample": True, "max_new_tokens": 3}, eos_token_id=0
+        tmp_path / "model", {**config, "do_sample": True, "max_new_tokens": 3}, eos_token_id=0
     )
     byte_level.save_pretrained(folder)
     lm = specdiff.load(folder, "none", device="cpu")
     bare = specdiff.load(folder, "none", device="cpu", generation_config="none")
-    assert lm.defaults == named and bare.defaults == {}
+    assert lm.defaults == config and bare.defaults == {}
     options: dict[str, Any] = {"max_tokens": 20, "seed": 3, "ignore_eos": True}
-    own, explicit = lm.generate([5, 6], **options), bare.generate([5, 6], **options, **named)
+    own, explicit = lm.generate([5, 6], **options), bare.generate([5, 6], **options, **config)
     assert own.token_ids == explicit.token_ids != bare.generate([5, 6], **options).token_ids
-    none = dict.fromkeys([*named, "max_tokens", "stop", "verifier", "draft_len", "logit_bias"])
+    none = dict.fromkeys([*config, "max_tokens", "stop", "verifier", "draft_len", "logit_bias"])
     assert lm.generate([5, 6], **{**none, **options}).token_ids == own.token_ids
-    warmer = {**named, "temperature": 1.5}
+    warmer = {**config, "temperature": 1.5}
     assert (
         lm.generate([5, 6], **options, temperature=1.5).token_ids
         == bare.generate([5, 6], **options, **warmer).token_ids
     )
     talk, same = (
         Conversation(lm, max_tokens=9, seed=1),
-        Conversation(bare, max_tokens=9, seed=1, **named),
+        Conversation(bare, max_tokens=9, seed=1, **config),
     )
     assert [p.text for p in talk.say("hi")] == [p.text for p in same.say("hi")]
 
@@ -783,7 +789,7 @@ def test_lists_of_token_ids_of_any_library(small: SpeculativeLM, prompts: Any) -
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [
         (None, "a prompt must be a string, token ids, or a list of either, not NoneType"),
         (5, "a prompt must be a string"),
@@ -803,14 +809,16 @@ def test_lists_of_token_ids_of_any_library(small: SpeculativeLM, prompts: Any) -
         ([2**64], f"token id {2**64} is outside"),
     ],
 )
-def test_what_is_no_prompt_is_one_clear_error(small: SpeculativeLM, prompt: Any, said: str) -> None:
+def test_what_is_no_prompt_is_one_clear_error(
+    small: SpeculativeLM, prompt: Any, message: str
+) -> None:
     for ask in (small.generate, lambda p: list(small.stream(p))):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             ask(prompt)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"temperature": "0.5"}, "temperature must be a number, not '0.5'"),
         ({"temperature": True}, "temperature must be a number, not True"),
@@ -848,10 +856,10 @@ def test_what_is_no_prompt_is_one_clear_error(small: SpeculativeLM, prompt: Any,
     ids=str,
 )
 def test_what_is_no_option_is_one_clear_error(
-    small: SpeculativeLM, options: dict[str, Any], said: str
+    small: SpeculativeLM, options: dict[str, Any], message: str
 ) -> None:
     for ask in (small.generate, lambda p, **o: list(small.stream(p, **o))):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             ask([1, 2], **options)
 
 
