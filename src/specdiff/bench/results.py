@@ -328,10 +328,7 @@ def write(folder: Path, results: BenchResults) -> Path:
 
 
 def read(folder: Path) -> BenchResults:
-    """The results in a folder, or in the file itself.
-
-    Raises UsageError naming the file and what is wrong with it.
-    """
+    """The results in a folder, or in the file itself. Raises UsageError for a damaged file."""
     file = folder / "results.json" if folder.is_dir() else folder
     if not file.is_file():
         raise UsageError(
