@@ -77,9 +77,9 @@ class Header:
         if architecture not in MODEL_ARCH_NAMES.values():
             raise ValueError(f"there is no GGUF architecture {architecture!r}")
         if architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
+            names = ", ".join(ARCHITECTURES)
             raise UnsupportedModelError(
-                f"{path}: GGUF architecture {architecture!r} is not served; served are {known}"
+                f"{path}: GGUF architecture {architecture!r} is not served; served are {names}"
             )
         prefix = f"{architecture}."
         fields = {

@@ -67,7 +67,7 @@ def write(
 ## Made
 
 - command: `{command}`
-- specdiff {specdiff.__version__}, commit {environment.commit() or 'unknown'}
+- specdiff {specdiff.__version__}, commit {environment.commit() or "unknown"}
 - parameters: {sizes["trained"]:,} trained, {sizes["stored"]:,} stored
 - data: {corpus.tokens:,} tokens in {len(corpus):,} rows ({source}),
   of which {recipe.held_out:.0%}, chosen by a hash of the row's key, are held out
