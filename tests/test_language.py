@@ -22,8 +22,9 @@ PAGES = sorted(
 
 RETIRED = (
     r"mend(s|ed|ing)?", r"heat", r"rest(s|ed|ing)", r"tells?", r"told", r"behind", r"beside",
-    r"gone on with", r"go(es)? on with", r"so many", r"likeliest", r"is had", r"by itself", r"foretells?",
-    r"licence", r"what has been said", r"nobody('s)?", r"spares?", r"quantised?", r"penalised?", r"normalis\w+", r"colou?red?",
+    r"gone on with", r"go(es)? on with", r"so many", r"likeliest", r"is had", r"by itself",
+    r"foretells?", r"licence", r"what has been said", r"nobody('s)?", r"spares?", r"quantised?",
+    r"penalised?", r"normalis\w+", r"colour(s|ed)?",
 )  # fmt: skip
 WORDS = re.compile(r"\b(" + "|".join(RETIRED) + r")\b", re.IGNORECASE)
 # the word belongs to proofs; elsewhere it is the distribution
