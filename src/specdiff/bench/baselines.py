@@ -25,6 +25,7 @@ from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
 from specdiff.errors import DrafterError, UnsupportedModelError, UsageError
 from specdiff.models.loading import load_model
+from specdiff.nn.borrowed import scatter
 from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.base import Target
 from specdiff.types import Batch, SamplingParams, TargetInfo
@@ -206,8 +207,7 @@ class SpreadHead(nn.Module):
 
     def forward(self, hidden: Float[Tensor, "*B H"]) -> Float[Tensor, "*B V"]:
         logits: Tensor = self.head(hidden)
-        full = logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf)
-        return full.index_copy_(-1, self.get_buffer("draft_vocab"), logits)
+        return scatter(logits, self.get_buffer("draft_vocab"), self.vocab_size)
 
 
 def stock_model(model: str, info: TargetInfo) -> PreTrainedModel:

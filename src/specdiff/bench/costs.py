@@ -22,9 +22,9 @@ from specdiff.bench.journal import FailureRecord
 from specdiff.bench.metrics import Spread
 from specdiff.bench.settings import Baseline
 from specdiff.bench.suites import EncodedPrompt
-from specdiff.drafters.base import Drafter
+from specdiff.drafters.base import Drafter, DrafterWrapper
 from specdiff.noise import Noise
-from specdiff.targets.base import Target
+from specdiff.targets.base import Target, TargetWrapper
 from specdiff.types import Batch, Context, Draft, SamplingParams, TargetOutput, Verification
 from specdiff.verify import Verifier, verifier
 
@@ -108,59 +108,26 @@ class RepeatDrafter(Drafter[None]):
         return None
 
 
-class WaitingTarget(Target[Any]):
+class WaitingTarget(TargetWrapper[Any]):
     """A target that waits for the device after every pass, so that the host's clock times it."""
-
-    def __init__(self, inner: Target[Any]) -> None:
-        self.inner = inner
-        self.info = inner.info
-
-    def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Any:
-        return self.inner.open(rows, slots, taps)
-
-    def admit(
-        self,
-        cache: Any,
-        rows: Int[Tensor, "R"],
-        prompts: Sequence[Int[Tensor, "L"]],
-        prefix_lengths: Int[Tensor, "R"],
-    ) -> Float[Tensor, "R N D"] | None:
-        return self.inner.admit(cache, rows, prompts, prefix_lengths)
 
     def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
         output = self.inner.score(cache, batch, draft)
         torch.cuda.synchronize(self.info.device)
         return output
 
-    def keep(self, cache: Any, batch: Batch, verification: Verification) -> None:
-        self.inner.keep(cache, batch, verification)
 
-    def release(self, cache: Any, rows: Int[Tensor, "R"]) -> None:
-        self.inner.release(cache, rows)
-
-
-class WaitingDrafter(Drafter[Any]):
+class WaitingDrafter(DrafterWrapper[Any]):
     """A drafter that waits for the device after every draft."""
 
     def __init__(self, inner: Drafter[Any], device: torch.device) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.device = device
-        self.taps = inner.taps
-        self.draft_len = inner.draft_len
-
-    def open(self, rows: int, slots: int) -> Any:
-        return self.inner.open(rows, slots)
-
-    def admit(self, state: Any, context: Context, rows: Int[Tensor, "R"]) -> None:
-        self.inner.admit(state, context, rows)
 
     def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
         draft = self.inner.propose(context, state, noise, draft_len)
         torch.cuda.synchronize(self.device)
         return draft
-
-    def release(self, state: Any, rows: Int[Tensor, "R"]) -> None:
-        self.inner.release(state, rows)
 
 
 def reachable(contexts: Sequence[int], positions: int) -> list[int]:
