@@ -116,11 +116,11 @@ def test_each_line_is_a_turn(folder: Path, lm: SpeculativeLM) -> None:
     conversation = Conversation(lm, "be brief", temperature=0, max_tokens=7)
     answers = ["".join(p.text for p in conversation.say(text)) for text in ("the rain", "in spain")]
     assert out == "".join(f"{answer}\n" for answer in answers)
-    told = err.splitlines()
-    assert len(told) == 2 and all("tok/s" in line and "tau" in line for line in told), err
+    notes = err.splitlines()
+    assert len(notes) == 2 and all("tok/s" in line and "tau" in line for line in notes), err
     assert (
-        "; 0 of " in told[0]
-        and f"; {conversation.reading.reused} of " in told[1]
+        "; 0 of " in notes[0]
+        and f"; {conversation.reading.reused} of " in notes[1]
         and conversation.reading.reused > 0
     )
 
@@ -164,10 +164,10 @@ def test_settings_are_listed_changed_and_checked(
     ]
     code, out, err = here("\n".join(lines), "-q")
     assert code == 0
-    said = err.splitlines()
-    for line, told in zip(said, bad.values(), strict=False):
-        assert line.startswith("specdiff: error: ") and told in line, line
-    listed = dict(line.split(maxsplit=1) for line in said[len(bad) : -1])
+    messages = err.splitlines()
+    for line, message in zip(messages, bad.values(), strict=False):
+        assert line.startswith("specdiff: error: ") and message in line, line
+    listed = dict(line.split(maxsplit=1) for line in messages[len(bad) : -1])
     assert listed.keys() == SETTINGS.keys()
     changed = {
         "top_p": "0.5",
@@ -193,11 +193,11 @@ def test_settings_are_listed_changed_and_checked(
 def test_commands(
     here: Callable[..., tuple[int, str, str]], lm: SpeculativeLM, tmp_path: Path
 ) -> None:
-    kept = tmp_path / "kept.json"
-    kept.write_text("mine")
+    saved = tmp_path / "kept.json"
+    saved.write_text("mine")
     lines = (
         "!help\nthe rain\n!status\n!clear\n!status\n!hope\n"
-        f"!save {kept}\n!save\n!save {tmp_path}/no/where.json\n!exit\nin spain\n"
+        f"!save {saved}\n!save\n!save {tmp_path}/no/where.json\n!exit\nin spain\n"
     )
     code, out, err = here(lines, "-q")
     answer = "".join(p.text for p in Conversation(lm, temperature=0, max_tokens=7).say("the rain"))
@@ -210,7 +210,7 @@ def test_commands(
         "1 answers, 2 messages" in err and "1 answers, 0 messages" in err and "7 tokens in" in err
     )
     assert "unknown command '!hope'; known are !help, !set, !status, !clear, !save, !exit" in err
-    assert f"{kept} exists and is not overwritten" in err and kept.read_text() == "mine"
+    assert f"{saved} exists and is not overwritten" in err and saved.read_text() == "mine"
     assert (
         "!save needs the name of a file" in err and "cannot write" in err and "No such file" in err
     )
@@ -245,8 +245,8 @@ def test_an_interrupt_stops_the_answer_and_keeps_it(folder: Path, tmp_path: Path
     assert begin
     chat.send_signal(signal.SIGINT)
     say(chat.stdin, "!set max_tokens 5", "in spain", f"!save {tmp_path}/a.json", "!exit")
-    rest, told = chat.communicate(timeout=200)
-    out, err = (begin + rest).decode(), told.decode()
+    rest, notes = chat.communicate(timeout=200)
+    out, err = (begin + rest).decode(), notes.decode()
     assert chat.returncode == 0, err
     saved = json.loads((tmp_path / "a.json").read_text())
     first, second = (m["content"] for m in saved["messages"] if m["role"] == "assistant")
