@@ -28,6 +28,7 @@ from specdiff.models.loading import load_model
 from specdiff.nn.borrowed import scatter
 from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.base import Target
+from specdiff.text.comparison import first_difference
 from specdiff.types import Batch, SamplingParams, TargetInfo
 from specdiff.verify import verifier
 
@@ -305,12 +306,6 @@ def divergences(
                 near_tie=tie.near_tie,
                 top2=tie.top2,
             )
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first index at which they differ; the shorter one's length if it is a prefix."""
-    at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
-    return min(len(a), len(b)) if at is None and len(a) != len(b) else at
 
 
 @torch.inference_mode()

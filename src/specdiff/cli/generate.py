@@ -122,7 +122,6 @@ def generate(
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}"):
         lm = specdiff.load(model, drafter, **loading)
-        lm.encode(text, raw=raw, system=system)  # reports a bad prompt before any output
     out = None if as_json else terminal.page()
     begin = time.perf_counter()
     answer, interrupted = _stream(lm.stream(text, **options), out, show_accepted)
