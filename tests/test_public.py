@@ -27,6 +27,7 @@ def imported(code: str) -> set[str]:
 
 
 def test_all_is_sorted_and_real() -> None:
+    assert list(specdiff.__all__) == sorted(specdiff._HOME)
     assert list(specdiff.__all__) == sorted(set(specdiff.__all__))
     for name in specdiff.__all__:
         assert getattr(specdiff, name) is not None

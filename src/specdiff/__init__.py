@@ -7,7 +7,21 @@ Importing this package imports neither transformers nor rich; public names load 
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors; at run time each name is imported on first use
+    from specdiff import decode
+    from specdiff.drafters.base import Drafter
+    from specdiff.errors import SpecdiffError
+    from specdiff.hf.custom_generate import custom_generate
+    from specdiff.noise import Purpose
+    from specdiff.stats import Stats
+    from specdiff.targets.base import Target
+    from specdiff.text.conversation import Conversation
+    from specdiff.text.generation import Generation
+    from specdiff.text.lm import SpeculativeLM
+    from specdiff.text.load import load
+    from specdiff.types import Batch, Context, Draft, Round, SamplingParams, TargetInfo
 
 _HOME = {
     "Batch": "types",
@@ -29,7 +43,25 @@ _HOME = {
     "load": "text.load",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Batch",
+    "Context",
+    "Conversation",
+    "Draft",
+    "Drafter",
+    "Generation",
+    "Purpose",
+    "Round",
+    "SamplingParams",
+    "SpecdiffError",
+    "SpeculativeLM",
+    "Stats",
+    "Target",
+    "TargetInfo",
+    "custom_generate",
+    "decode",
+    "load",
+]
 __version__ = "0.1.0"
 
 
