@@ -323,7 +323,7 @@ def test_a_penalty_that_counts_the_whole_draft_everywhere_is_caught(
 ) -> None:
     monkeypatch.setattr(
         decode,
-        "law",
+        "distribution",
         lambda logits, batch, draft: sampling.distribution(logits, batch, draft.tokens),
     )
     sample = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS["counts"], count=FEW)
