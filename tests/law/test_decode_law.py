@@ -309,7 +309,9 @@ def test_a_penalty_that_ignores_the_draft_is_caught(
     `match` alone cannot repair it either: its p is wrong.
     """
     monkeypatch.setattr(
-        decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens[:, :0])
+        decode,
+        "distribution",
+        lambda logits, batch, draft: sampling.distribution(logits, batch, draft.tokens[:, :0]),
     )
     sample = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS[setting], count=FEW)
     assert compare(sample, law(SETTINGS[setting])) < CAUGHT
@@ -320,7 +322,9 @@ def test_a_penalty_that_counts_the_whole_draft_everywhere_is_caught(
     monkeypatch: pytest.MonkeyPatch, verifier: str
 ) -> None:
     monkeypatch.setattr(
-        decode, "law", lambda logits, batch, draft: sampling.law(logits, batch, draft.tokens)
+        decode,
+        "distribution",
+        lambda logits, batch, draft: sampling.distribution(logits, batch, draft.tokens),
     )
     sample = texts(TARGET, ONE_SHOT, VERIFIERS[verifier], SETTINGS["counts"], count=FEW)
     assert compare(sample, law(SETTINGS["counts"])) < CAUGHT
