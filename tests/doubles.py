@@ -20,7 +20,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import Denoiser, DenoisingDrafter
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
-from specdiff.targets.base import Target
+from specdiff.targets.base import Target, TargetWrapper
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, TargetOutput, Verification
 

@@ -40,6 +40,8 @@ class CellName:
 
 @dataclass(frozen=True, slots=True)
 class DraftSetting:
+    """How a cell drafted; None where its baseline has no such setting."""
+
     draft_len: int | str | None
     steps: int | None
 
@@ -90,6 +92,8 @@ class ComparedCell:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
+    """Two runs side by side: what differs around them, and their common cells."""
+
     differences: list[Difference]
     cells: list[ComparedCell]
     only_first: list[CellName]

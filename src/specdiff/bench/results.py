@@ -146,6 +146,8 @@ class AppendixRow:
 
 @dataclass(frozen=True, slots=True)
 class PaperTables:
+    """Table 2 and Appendix A of the paper, with our measurements."""
+
     table2: list[Table2Row]
     appendix_a: list[AppendixRow]
     notes: list[str]

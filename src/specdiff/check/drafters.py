@@ -246,7 +246,8 @@ def contract(
     sampled = [p for p in PARAMS if p.temperature]
     own = max(drafter.draft_len, 1) if small else min(max(drafter.draft_len, 1), 8)
     for draft_len in sorted({own, longest} if drafter.draft_len else {own}):
-        count = rows if small else rows // (16 if draft_len == own else 32)
+        affordable = rows // 16 if draft_len == own else rows // 32
+        count = rows if small else affordable
         # each length has draws of its own
         queue = requests(target, count, sampled, seed=5 + draft_len)
         size = rows if small else 8

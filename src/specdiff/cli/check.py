@@ -47,9 +47,7 @@ def check(
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="With --recipes: folder of bias.json and bias.html; includes our own drafters."
-        ),
+        typer.Option(help="With --recipes: folder for bias.html and bias.json."),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", metavar="", help="Fewer samples: coarse bugs only.")
