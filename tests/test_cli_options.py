@@ -18,14 +18,17 @@ class Odd(Exception):  # noqa: N818
 # --help
 
 
-@pytest.mark.parametrize("verb", ["generate", "chat", "sample", "check", "env"])
+@pytest.mark.parametrize(
+    "verb", ["generate", "chat", "sample", "check", "data", "train", "bench", "env"]
+)
 def test_every_option_is_one_line_of_help(
     here: Here, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     rows = [row for row in here(verb, "--help")[1].splitlines() if row.startswith("│")]
     assert rows and all(len(row) == 100 for row in rows)
-    assert all(row.strip("│* ").startswith(("-", "PROMPT", "DRAFTER")) for row in rows)
+    first = ("-", "PROMPT", "DRAFTER", "report ", "compare ")
+    assert [row for row in rows if not row.strip("│* ").startswith(first)] == []
 
 
 def test_help_groups_options_and_names_the_variables_once(here: Here) -> None:

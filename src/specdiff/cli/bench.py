@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from specdiff.bench.results import BenchResults
     from specdiff.bench.settings import BenchSettings, Part
 
+RUN = "Run"  # a panel of --help
+SUITES = "embedded (default), paper, or jsonl|humaneval|gsm8k:FILE."
 SAVE_SECONDS = 10  # between two writes of the files while measuring
 QUICK: dict[str, Any] = {
     "prompts": 5,
@@ -55,69 +57,69 @@ SMOKE: dict[str, Any] = {
 
 def bench(
     ctx: typer.Context,
-    suite: Annotated[
-        str, typer.Option(help="embedded, paper, jsonl:FILE, humaneval:FILE or gsm8k:FILE.")
-    ] = "embedded",
+    suite: Annotated[str, params.option(SUITES, panel=RUN, show_default=False)] = "embedded",
     model: params.OptionalModel = None,
     drafter: Annotated[
         list[str] | None,
-        typer.Option(help="Another drafter, as SPEC or NAME=SPEC; repeatable."),
+        params.option("Another drafter, as SPEC or NAME=SPEC; repeatable.", panel=params.DRAFTING),
     ] = None,
     only: Annotated[
-        str, typer.Option(help="Baselines NAME,NAME,... to run; hf and ours-vanilla always run.")
+        str, params.option("Baselines NAME,... besides hf and ours-vanilla.", panel=params.DRAFTING)
     ] = "",
     quick: Annotated[
-        bool, typer.Option("--quick", help="A table in minutes: 5 prompts, 24 tokens, no sweeps.")
+        bool, params.flag("A table in minutes: 5 prompts, 24 tokens.", "--quick", panel=RUN)
     ] = False,
-    temperatures: Annotated[str, typer.Option(help="T,T,...; default 0,1 (paper: 1).")] = "",
+    temperatures: Annotated[
+        str, params.option("T,T,... (default: 0,1; paper: 1).", panel=RUN)
+    ] = "",
     max_tokens: Annotated[
-        int | None, typer.Option(help="Maximum tokens of an answer; default 64.")
+        int | None, params.option("Maximum tokens of an answer (default: 64).", panel=RUN)
     ] = None,
     prompts: Annotated[
-        int | None,
-        typer.Option(help="Number of prompts, spread evenly over the tasks (default: all)."),
+        int | None, params.option("Number of prompts, over all tasks (default: all).", panel=RUN)
     ] = None,
     times: Annotated[
-        int | None, typer.Option(help="Turns per prompt; there are at least 5 turns in all.")
+        int | None, params.option("Turns per prompt; at least 5 turns in all.", panel=RUN)
     ] = None,
-    batch: Annotated[str, typer.Option(help="Batch sizes N,N,...; default 1,2,4,8,16,32.")] = "",
+    batch: Annotated[
+        str, params.option("Batch sizes N,N,... (default: 1,2,4,8,16,32).", panel=RUN)
+    ] = "",
     gammas: Annotated[
-        str, typer.Option(help="Draft lengths to tune and sweep over, K,K,...; default 2,4,8,16.")
+        str,
+        params.option(
+            "Draft lengths to tune and sweep (default: 2,4,8,16).", panel=params.DRAFTING
+        ),
     ] = "",
     steps: Annotated[
         str,
-        typer.Option(
-            help="Network passes per draft to tune and sweep over, T,T,...; default 1,2,4."
-        ),
+        params.option("Network passes to tune and sweep (default: 1,2,4).", panel=params.DRAFTING),
     ] = "",
-    verifier: Annotated[str, typer.Option(help="token, block, match or match-gumbel.")] = "token",
+    verifier: Annotated[
+        str, params.option("token, block, match or match-gumbel.", panel=params.DRAFTING)
+    ] = "token",
     draft_len: Annotated[
         int | None,
-        typer.Option(help="One draft length for all drafters (default: tuned for each)."),
+        params.option("One draft length for all (default: tuned for each).", panel=params.DRAFTING),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all sampling.")] = 0,
+    seed: Annotated[int, params.option("Seed of all sampling.", panel=RUN)] = 0,
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
     config: params.Config = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder of results.json, results.csv and report.html; default bench-SUITE."
-        ),
+        params.option("Folder of the results (default: bench-SUITE).", panel=params.OUTPUT),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run in --out, with the same settings.")
+        bool, params.flag("Resume the run in --out, with the same settings.", "--resume", panel=RUN)
     ] = False,
     smoke: Annotated[
-        bool,
-        typer.Option("--smoke", help="Suite paper on tiny random models: a test of the code path."),
+        bool, params.flag("Suite paper on tiny random models.", "--smoke", panel=RUN)
     ] = False,
     as_json: Annotated[
-        bool,
-        typer.Option("--json", help="Print a summary as one JSON object instead of the table."),
+        bool, params.flag("Print a summary as one JSON object.", "--json", panel=params.OUTPUT)
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="No live table and no notes.")
+        bool, params.flag("No live table and no notes.", "-q", "--quiet", panel=params.OUTPUT)
     ] = False,
 ) -> None:
     """Measure drafters against plain decoding and transformers' own speculation, interleaved in

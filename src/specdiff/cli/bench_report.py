@@ -51,8 +51,9 @@ def compare(
     second: Annotated[Path, typer.Argument(help="Folder of the run to judge.")],
     as_json: Annotated[bool, JSON] = False,
 ) -> None:
-    """Compare two runs cell by cell: SECOND over FIRST, with a verdict if the spreads do not
-    overlap.
+    """Compare two runs cell by cell: SECOND over FIRST.
+
+    A verdict is given if the spreads do not overlap.
 
     Example:  specdiff bench compare bench-before bench-after
     """

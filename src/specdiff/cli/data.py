@@ -21,132 +21,80 @@ if TYPE_CHECKING:
     from specdiff.data.sources import Source
     from specdiff.text.lm import SpeculativeLM
 
+DATA = "Data"  # a panel of --help
 TEMPERATURES = "1.0,0.7,0"
 SHARES = "0.4,0.2,0.4"  # of TEMPERATURES
 
 
 def data(
     out: Annotated[
-        Path,
-        typer.Option(
-            help="Corpus folder; an interrupted run is resumed.", rich_help_panel="Output"
-        ),
+        Path, params.option("Corpus folder; an interrupted run is resumed.", panel=params.OUTPUT)
     ],
     model: params.Model = "smollm2-135m",
     drafter: Annotated[
-        str,
-        typer.Option(help="Changes the speed only; see generate.", rich_help_panel="Model"),
+        str, params.option("Changes the speed only; see generate.", panel=params.MODEL)
     ] = "none",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
     max_model_len: Annotated[
-        int,
-        typer.Option(help="Maximum tokens of prompt and answer.", rich_help_panel="Model"),
+        int, params.option("Maximum tokens of prompt and answer.", panel=params.MODEL)
     ] = 1024,
     config: params.Config = None,
     tokens: Annotated[
-        int,
-        typer.Option(help="Tokens of the corpus, prompts included.", rich_help_panel="Data"),
+        int, params.option("Tokens of the corpus, prompts included.", panel=DATA)
     ] = 0,
     source: Annotated[
-        str,
-        typer.Option(
-            help="self (the target writes the questions too), jsonl or text.",
-            rich_help_panel="Data",
-        ),
+        str, params.option("Where prompts come from: self, jsonl or text.", panel=DATA)
     ] = "self",
     input_path: Annotated[
         Path | None,
-        typer.Option(
-            "--input",
-            help="The JSONL file; the text file, or folder of *.txt.",
-            rich_help_panel="Data",
-        ),
+        params.option("The JSONL file; the text file, or folder of *.txt.", "--input", panel=DATA),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(
-            help="cnn_dailymail, openwebtext, lm1b, or any Hugging Face data set.",
-            rich_help_panel="Data",
-        ),
+        params.option("cnn_dailymail, openwebtext, lm1b, or a hub data set.", panel=DATA),
     ] = None,
     from_tokens: Annotated[
         Path | None,
-        typer.Option(
-            help="Import rows of a safetensors file instead of generating.",
-            rich_help_panel="Data",
-        ),
+        params.option("Import rows of a safetensors file; generate nothing.", panel=DATA),
     ] = None,
     verbatim: Annotated[
         bool,
-        typer.Option(
-            "--verbatim",
-            help="Store the texts themselves, packed; generate nothing.",
-            rich_help_panel="Data",
+        params.flag(
+            "Store the texts themselves, packed; generate nothing.", "--verbatim", panel=DATA
         ),
     ] = False,
     temperatures: Annotated[
-        str,
-        typer.Option(
-            help="Of the answers, separated by commas; 0 is greedy.", rich_help_panel="Data"
-        ),
+        str, params.option("Of the answers; 0 is greedy.", panel=DATA)
     ] = TEMPERATURES,
-    shares: Annotated[
-        str,
-        typer.Option(
-            help="Share of rows at each temperature (default: 0.4,0.2,0.4, or equal shares).",
-            rich_help_panel="Data",
-        ),
-    ] = "",
-    seed: Annotated[int, typer.Option(help="Same seed, same corpus.", rich_help_panel="Data")] = 0,
+    shares: Annotated[str, params.option("Share of rows at each temperature.", panel=DATA)] = "",
+    seed: Annotated[int, params.option("Same seed, same corpus.", panel=DATA)] = 0,
     rows: Annotated[
-        str,
-        typer.Option(
-            help="Texts written at a time, or auto: the fastest number.", rich_help_panel="Data"
-        ),
+        str, params.option("Texts written at a time (auto: the fastest).", panel=DATA)
     ] = "auto",
-    max_tokens: Annotated[
-        int, typer.Option(help="Most tokens of an answer.", rich_help_panel="Data")
-    ] = 256,
+    max_tokens: Annotated[int, params.option("Maximum tokens of an answer.", panel=DATA)] = 256,
     text_tokens: Annotated[
-        int,
-        typer.Option(help="Tokens of a document that become its prompt.", rich_help_panel="Data"),
+        int, params.option("Tokens of a document that become its prompt.", panel=DATA)
     ] = 64,
     features: Annotated[
-        bool,
-        typer.Option(
-            "--features",
-            help="Store the target's final states too, for training on a CPU.",
-            rich_help_panel="Data",
-        ),
+        bool, params.flag("Store the target's final states too.", "--features", panel=DATA)
     ] = False,
     strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="Stop at the first unusable record instead of dropping it.",
-            rich_help_panel="Data",
-        ),
+        bool, params.flag("Stop at the first unusable record.", "--strict", panel=DATA)
     ] = False,
-    shard_tokens: Annotated[
-        int, typer.Option(help="Tokens per file.", rich_help_panel="Output")
-    ] = 1 << 20,
+    shard_tokens: Annotated[int, params.option("Tokens per file.", panel=params.OUTPUT)] = 1 << 20,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Estimate time and disk space; write nothing.",
-            rich_help_panel="Output",
+        params.flag(
+            "Estimate time and disk space; write nothing.", "--dry-run", panel=params.OUTPUT
         ),
     ] = False,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help="Print the closing summary as one JSON object.", rich_help_panel="Output"
-        ),
+        params.flag("Print the closing summary as one JSON object.", "--json", panel=params.OUTPUT),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="No progress.", rich_help_panel="Output")
+        bool, params.flag("No progress.", "-q", "--quiet", panel=params.OUTPUT)
     ] = False,
 ) -> None:
     """Let the target write its own training corpus. Stop any time; the same command resumes it.

@@ -19,78 +19,60 @@ if TYPE_CHECKING:
     from specdiff.training.prepare import TrainingRun
     from specdiff.training.trainer import Trainer, TrainingProgress
 
+TRAINING = "Training"  # a panel of --help
+
 
 def train(
     data: Annotated[
-        Path,
-        typer.Option(help="Corpus folder, written by 'specdiff data'.", rich_help_panel="Data"),
+        Path, params.option("Corpus folder, written by 'specdiff data'.", panel=TRAINING)
     ],
     out: Annotated[
         Path,
-        typer.Option(
-            help="The drafter's folder; an interrupted run is resumed.", rich_help_panel="Output"
-        ),
+        params.option("Folder of the drafter; an interrupted run is resumed.", panel=params.OUTPUT),
     ],
     model: params.TrainedModel = "smollm2-135m",
     recipe: Annotated[
         str,
-        typer.Option(
-            help="sedd, autoregressive, target, sedd-pretrain, sedd-finetune or a FILE.yaml.",
-            rich_help_panel="Training",
+        params.option(
+            "A packaged recipe (default: sedd), or FILE.yaml.", panel=TRAINING, show_default=False
         ),
     ] = "sedd",
     changes: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="key=value of the recipe; may be repeated.", rich_help_panel="Training"
-        ),
+        params.option("key=value of the recipe; repeatable.", "--set", panel=TRAINING),
     ] = None,
     device: params.Device = "auto",
     config: params.Config = None,
     max_minutes: Annotated[
         float | None,
-        typer.Option(
-            help="Stop after this time; the same command resumes.", rich_help_panel="Training"
-        ),
+        params.option("Stop after this time; the same command resumes.", panel=TRAINING),
     ] = None,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="CPU threads; fewer than cores if other work runs on them.",
-            rich_help_panel="Training",
-        ),
-    ] = None,
+    threads: Annotated[int | None, params.option("CPU threads.", panel=TRAINING)] = None,
     license: Annotated[
-        str, typer.Option(help="License in the model card.", rich_help_panel="Output")
+        str, params.option("License in the model card.", panel=params.OUTPUT)
     ] = "apache-2.0",
     log_to: Annotated[
-        str,
-        typer.Option(
-            help="none, tensorboard or trackio; log.jsonl and curve.jsonl are always written.",
-            rich_help_panel="Output",
-        ),
+        str, params.option("none, tensorboard or trackio.", panel=params.OUTPUT)
     ] = "none",
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Print sizes, memory and time; write nothing.",
-            rich_help_panel="Output",
+        params.flag(
+            "Print sizes, memory and time; write nothing.", "--dry-run", panel=params.OUTPUT
         ),
     ] = False,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json",
-            help="Print the closing measurement as one JSON object.",
-            rich_help_panel="Output",
+        params.flag(
+            "Print the closing measurement as one JSON object.", "--json", panel=params.OUTPUT
         ),
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("-q", "--quiet", help="No progress.", rich_help_panel="Output")
+        bool, params.flag("No progress.", "-q", "--quiet", panel=params.OUTPUT)
     ] = False,
 ) -> None:
     """Train a drafter for a target. Stop any time; the same command resumes it.
+
+    Recipes: sedd, autoregressive, target, sedd-pretrain, sedd-finetune.
 
     Several GPUs:  accelerate launch -m specdiff train ...
 
