@@ -16,7 +16,7 @@ from doubles import ToyDenoiser
 from specdiff import decode
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.logits_processors import above, adjusted
+from specdiff.logits_processors import above, process_logits
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise
 from specdiff.sampling import distribution, probabilities
@@ -84,7 +84,7 @@ def some_draft(rows: int, K: int, seed: int = 1) -> tuple[Draft, Tensor]:
 def test_row_k_counts_the_first_k_draft_tokens(K: int) -> None:
     batch = running(OPTIONS)
     draft, logits = some_draft(len(OPTIONS), K)
-    result = adjusted(logits, batch, draft)
+    result = process_logits(logits, batch, draft)
     for row, options in enumerate(OPTIONS):
         prompt, answer = texts(batch, row)
         for k in range(K + 1):
@@ -98,7 +98,7 @@ def test_row_k_counts_the_first_k_draft_tokens(K: int) -> None:
 def test_a_drafters_rows_count_all_it_has_drawn() -> None:
     batch = running(OPTIONS)
     draft, logits = some_draft(len(OPTIONS), 3)
-    result = adjusted(logits, batch, draft.tokens)
+    result = process_logits(logits, batch, draft.tokens)
     for row, options in enumerate(OPTIONS):
         prompt, answer = texts(batch, row)
         for k in range(4):
@@ -128,7 +128,7 @@ def test_a_tree_counts_ancestors() -> None:
     options = {"repetition_penalty": 1.7, "frequency_penalty": 0.4}
     batch = running([options] * 2)
     logits = torch.randn(2, 7, V, dtype=torch.float64)
-    result = adjusted(logits, batch, draft)
+    result = process_logits(logits, batch, draft)
     for row in range(2):
         prompt, answer = texts(batch, row)
         for n in range(7):
@@ -143,7 +143,7 @@ def test_a_tree_counts_ancestors() -> None:
 def test_repetition_is_transformers(penalty: float) -> None:
     batch = running([{"repetition_penalty": penalty}] * 6)
     draft, logits = some_draft(6, 4)
-    result = adjusted(logits, batch, draft)
+    result = process_logits(logits, batch, draft)
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     for row in range(6):
         for k in range(5):
@@ -157,7 +157,7 @@ def test_bias_and_repetition_are_transformers_in_its_order() -> None:
     bias = ((3, 2.5), (0, -4.0), (7, 9.0))
     batch = running([{"logit_bias": bias, "repetition_penalty": 1.4}] * 4)
     draft, logits = some_draft(4, 2)
-    result = adjusted(logits, batch, draft)
+    result = process_logits(logits, batch, draft)
     processors = [
         SequenceBiasLogitsProcessor([[[i], v] for i, v in bias]),
         RepetitionPenaltyLogitsProcessor(1.4),
@@ -174,7 +174,7 @@ def test_bias_and_repetition_are_transformers_in_its_order() -> None:
 def test_unused_options_cost_nothing() -> None:
     batch = running([{}, {"temperature": 0.5}])
     draft, logits = some_draft(2, 3)
-    assert adjusted(logits, batch, draft) is logits
+    assert process_logits(logits, batch, draft) is logits
     assert batch.params.active == {"temperature"} and batch.params.logprobs is None
     assert torch.equal(distribution(logits, batch, draft), probabilities(logits, batch.params))
 
@@ -184,7 +184,7 @@ def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
     batch = running(OPTIONS)
     logits = torch.randn(len(OPTIONS), 4, V, generator=generator)
     draft = some_draft(len(OPTIONS), 3)[0]
-    result = adjusted(logits, batch, draft)
+    result = process_logits(logits, batch, draft)
     assert torch.equal(result[0], logits[0])  # asks for nothing
     for row in range(len(OPTIONS)):
         at = slice(row, row + 1)
@@ -192,7 +192,7 @@ def test_a_row_does_not_feel_its_neighbours_at_all() -> None:
         alone = replace(
             alone, ids=batch.ids[at], length=batch.length[at], prompt_length=batch.prompt_length[at]
         )
-        assert torch.equal(adjusted(logits[at], alone, Draft(draft.tokens[at])), result[at])
+        assert torch.equal(process_logits(logits[at], alone, Draft(draft.tokens[at])), result[at])
 
 
 def test_the_logits_handed_in_stay_as_they_were() -> None:
@@ -217,7 +217,7 @@ def test_rows_that_join_bring_their_own_lists() -> None:
         )
     rows = [{"presence_penalty": 1.0}, wide, {"logit_bias": ((0, 3.0),)}]
     logits = torch.randn(3, 1, V, dtype=torch.float64)
-    result = adjusted(
+    result = process_logits(
         logits,
         replace(batch, ids=torch.ones_like(batch.ids), length=batch.length + 1),
         Draft.empty(batch),
@@ -232,9 +232,9 @@ def test_rows_that_join_bring_their_own_lists() -> None:
 def test_half_precision_is_worked_in_float32(dtype: torch.dtype) -> None:
     batch = running(OPTIONS)
     draft, logits = some_draft(len(OPTIONS), 3)
-    result = adjusted(logits.to(dtype), batch, draft)
+    result = process_logits(logits.to(dtype), batch, draft)
     assert result.dtype == torch.float32 and torch.equal(
-        result, adjusted(logits.to(dtype).float(), batch, draft)
+        result, process_logits(logits.to(dtype).float(), batch, draft)
     )
 
 

@@ -12,7 +12,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.types import Round
 
-PLAIN_PROBES = 2  # plain rounds timed at the start, to compare with
+PLAIN_PROBES = 2  # plain rounds timed after the first drafting rounds, to compare with
 PATIENCE = 8  # drafting rounds before the first decision
 MEMORY = 0.9  # weight of the past in the running means
 FIRST_PAUSE = 16  # plain rounds before drafting is probed again

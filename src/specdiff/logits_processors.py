@@ -24,7 +24,7 @@ COUNTING = frozenset({"repetition_penalty", "presence_penalty", "frequency_penal
 FINITE = 1e30
 
 
-def adjusted(
+def process_logits(
     logits: Float[Tensor, "B N V"], batch: Batch, drawn: Draft | Int[Tensor, "B M"]
 ) -> Float[Tensor, "B N V"]:
     """The logits under the rows' own options, at least float32; the same object if none is used.

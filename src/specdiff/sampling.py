@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff.devices import exact
-from specdiff.logits_processors import adjusted
+from specdiff.logits_processors import process_logits
 from specdiff.types import Batch, Draft, Logprobs, Params, Verification
 
 PREFIX = 512  # candidates sorted first; top-p sets are nearly always smaller
@@ -24,7 +24,7 @@ def distribution(
     drafter, `drawn` holds the tokens it has drawn in this round (at first [B, 0]), which count at
     every position. `probabilities` applies temperature and filters alone.
     """
-    return probabilities(adjusted(logits, batch, drawn), batch.params)
+    return probabilities(process_logits(logits, batch, drawn), batch.params)
 
 
 def probabilities(logits: Float[Tensor, "B N V"], params: Params) -> Float[Tensor, "B N V"]:

@@ -90,7 +90,7 @@ def test_score_entropy_of_a_denoiser_is_cross_entropy_over_t_up_to_a_constant() 
         entropy = objectives.score_entropy(
             process, schedule, torch.nn.functional.pad(log_score, (0, 1)), t, x, x0
         )
-        cross = objectives.denoise(logits, x0, t[:, None].expand(2, 3))
+        cross = objectives.cross_entropy(logits, x0, t[:, None].expand(2, 3))
         differences.append((entropy - cross).detach())
         gradients = [
             torch.autograd.grad(loss.sum(), logits, retain_graph=True)[0]
@@ -106,7 +106,7 @@ def test_denoise_against_a_slow_version(timed: bool) -> None:
     logits = normal(2, 3, C).requires_grad_()
     truth = torch.tensor([[0, 5, -1], [-100, 2, 2]])
     t = torch.tensor([[0.1, 0.5, 0.5], [0.0, 1.0, 0.3]], dtype=torch.float64) if timed else None
-    got = objectives.denoise(logits, truth, t)
+    got = objectives.cross_entropy(logits, truth, t)
     for b in range(2):
         for i in range(3):
             k = int(truth[b, i])
@@ -120,18 +120,18 @@ def test_denoise_against_a_slow_version(timed: bool) -> None:
     assert (logits.grad[truth < 0] == 0).all()
     assert logits.grad.isfinite().all()
     assert torch.autograd.gradcheck(
-        lambda z: objectives.denoise(z, truth, t), logits.detach().requires_grad_()
+        lambda z: objectives.cross_entropy(z, truth, t), logits.detach().requires_grad_()
     )
 
 
 def test_denoise_takes_any_leading_shape() -> None:
     logits = normal(C)
     truth = torch.tensor(3)
-    assert objectives.denoise(logits, truth).shape == ()
-    assert objectives.denoise(logits[None, None], truth[None, None])[0, 0] == objectives.denoise(
-        logits, truth
-    )
-    assert objectives.denoise(logits.new_zeros(0, C), truth.new_zeros(0)).shape == (0,)
+    assert objectives.cross_entropy(logits, truth).shape == ()
+    assert objectives.cross_entropy(logits[None, None], truth[None, None])[
+        0, 0
+    ] == objectives.cross_entropy(logits, truth)
+    assert objectives.cross_entropy(logits.new_zeros(0, C), truth.new_zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("divergence", objectives.DIVERGENCES)

@@ -233,7 +233,7 @@ class ChatRepl:
         from specdiff.text.options import Options
 
         options = Options.of(_options(settings), self.conversation.lm.defaults)
-        options.judge()
+        options.build_verifier()
         self.conversation.lm.drafting(options)
 
     def _note(self, text: str) -> None:

@@ -144,7 +144,7 @@ class Conversation:
         drafter, length = self.lm.drafting(options)
         config = (drafter, options.verifier, length if isinstance(length, int) else None)
         if self._row is None or self._row.broken or self._row.config != config:
-            self._row = _Row(self.lm, drafter, options.judge(), length, config)
+            self._row = _Row(self.lm, drafter, options.build_verifier(), length, config)
         return self._row
 
     def _keep(

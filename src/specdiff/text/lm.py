@@ -35,7 +35,9 @@ from specdiff.text.options import ChatOptions, GenerateOptions, Options, Templat
 from specdiff.text.prompts import Prompt, prompt_list
 from specdiff.unicode import valid
 
-DRAFTERS = 8  # drafters cached for requests with options of their own, least recently used out
+MAX_CACHED_DRAFTERS = (
+    8  # drafters cached for requests with options of their own, least recently used out
+)
 
 
 class SpeculativeLM:
@@ -255,7 +257,7 @@ class SpeculativeLM:
             ids = self.encode(prompt, raw=raw, system=system, **options.template)
             requests.append(self.request(ids, options, row_seed(root, i)))
         drafter, length = self.drafting(options)
-        verifier = options.judge()
+        verifier = options.build_verifier()
         steps = engine.serve(
             self.target, drafter, requests, verifier=verifier, draft_len=length, rows=rows
         )
@@ -309,7 +311,7 @@ class SpeculativeLM:
         with self._lock:
             drafter = self._drafters.setdefault(key, drafter)
             self._drafters.move_to_end(key)
-            if len(self._drafters) > DRAFTERS:
+            if len(self._drafters) > MAX_CACHED_DRAFTERS:
                 self._drafters.popitem(last=False)
         return drafter
 

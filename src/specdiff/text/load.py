@@ -38,8 +38,8 @@ def load(
 
     Args:
         model: hub id, local folder, file.gguf, or a built-in name (smollm2-135m).
-        drafter: "auto" (the bundled one for this target), "none", "sedd", a folder or hub id,
-            "module:Class", "./file.py:Class", or a Drafter.
+        drafter: "auto" (the bundled one for this target), "none", "ngram", "sedd",
+            "autoregressive", a folder or hub id, "module:Class", "./file.py:Class", or a Drafter.
         device: "auto" is CUDA if available, otherwise the CPU.
         dtype: "auto" is float32 on a CPU, the checkpoint's own elsewhere.
         max_len: maximum number of tokens of prompt and answer together.

@@ -154,7 +154,7 @@ class Options:
         """The stop strings. `special`: the special tokens, which they may contain."""
         return StopStrings(self.stop, include=self.include_stop, special=special)
 
-    def judge(self) -> Verifier:
+    def build_verifier(self) -> Verifier:
         """The verifier. Raises UnknownNameError."""
         return verifier_named(self.verifier)
 

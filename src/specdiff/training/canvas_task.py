@@ -77,4 +77,6 @@ class CanvasTask(DrafterTask[CanvasBatch]):
         following[:, :-1] = self.columns[ids[:, 1:]]
         inside = torch.arange(ids.shape[1], device=ids.device) < batch.lengths[:, None] - 1
         counted = inside & (following >= 0)
-        return mean(objectives.denoise(self.network.logits(states[counted]), following[counted]))
+        return mean(
+            objectives.cross_entropy(self.network.logits(states[counted]), following[counted])
+        )

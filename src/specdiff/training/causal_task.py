@@ -62,7 +62,7 @@ class TargetTask(Task[RowBatch]):
         at = torch.arange(ids.shape[1] - 1, device=ids.device)
         counted = at < batch.lengths[:, None] - 1
         logits = self.network(ids, use_cache=False).logits[:, :-1][counted].float()
-        return mean(objectives.denoise(logits, ids[:, 1:][counted])), {}
+        return mean(objectives.cross_entropy(logits, ids[:, 1:][counted])), {}
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         dtype = getattr(torch, self.recipe.save_dtype)

@@ -40,7 +40,7 @@ def score_entropy(
     )
 
 
-def denoise(
+def cross_entropy(
     logits: Float[Tensor, "*N C"], truth: Int[Tensor, "*N"], t: Float[Tensor, "*N"] | None = None
 ) -> Float[Tensor, "*N"]:
     """-log q(truth), divided by t if there is one: the masked-diffusion bound.

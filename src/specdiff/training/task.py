@@ -126,14 +126,16 @@ class DrafterTask(Task[BatchT]):
         """Losses at positions `at` of rows `row`, from the target's states one position earlier."""
         truth = self.columns[batch.ids[row, at]]
         if batch.states is None or batch.log_z is None:
-            loss = objectives.denoise(logits, truth)
+            loss = objectives.cross_entropy(logits, truth)
             return TokenLosses(loss, torch.exp(-loss.detach()) * (truth >= 0))
         states = batch.states[row, at - 1]
         log_z = batch.log_z[row, at - 1]
         teacher = (states.to(self.head.dtype) @ self.head.T).float() - log_z[:, None].float()
         loss = objectives.distill(logits, teacher, self.recipe.divergence)
         if self.recipe.truth_share:
-            loss = torch.lerp(loss, objectives.denoise(logits, truth), self.recipe.truth_share)
+            loss = torch.lerp(
+                loss, objectives.cross_entropy(logits, truth), self.recipe.truth_share
+            )
         return TokenLosses(loss, objectives.overlap(logits.detach(), teacher))
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
