@@ -33,7 +33,7 @@ from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.errors import ConfigError, TargetError, UsageError
 from specdiff.text import chat_template
 from specdiff.text.chat_template import Renderer, TemplateError
-from specdiff.text.lm import DRAFTERS
+from specdiff.text.lm import MAX_CACHED_DRAFTERS
 from specdiff.text.load import tokenizer_of
 from specdiff.text.options import Options
 from test_lm import VOCAB, Script, scripted
@@ -915,11 +915,11 @@ def test_few_drafters_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         return lm.drafting(Options.of({"drafter_options": {"draft_temperature": temperature}}))[0]
 
     first, second = drafter(0.01), drafter(0.02)
-    for i in range(3, DRAFTERS + 1):
+    for i in range(3, MAX_CACHED_DRAFTERS + 1):
         drafter(i / 100)
     assert drafter(0.01) is first  # now the most recently used
     drafter(0.5)
-    assert drafter(0.01) is first and len(lm._drafters) == DRAFTERS
+    assert drafter(0.01) is first and len(lm._drafters) == MAX_CACHED_DRAFTERS
     assert drafter(0.02) is not second
     errors: list[BaseException] = []
 
@@ -935,7 +935,7 @@ def test_few_drafters_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         thread.start()
     for thread in threads:
         thread.join()
-    assert not errors and len(lm._drafters) <= DRAFTERS
+    assert not errors and len(lm._drafters) <= MAX_CACHED_DRAFTERS
 
 
 # a target that fails

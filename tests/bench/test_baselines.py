@@ -10,7 +10,7 @@ import tiny
 from specdiff import decode, stats
 from specdiff.bench.baselines import OurDecoder, TransformersDecoder
 from specdiff.bench.settings import Cell
-from specdiff.bench.timing import Stopwatch, Workload
+from specdiff.bench.timing import RoundTimer, Workload
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.types import Batch, SamplingParams
 
@@ -64,7 +64,7 @@ def test_rounds_in_a_loop_are_not_fresh() -> None:
     head = target.model.get_output_embeddings()
     with torch.no_grad():
         head.weight.zero_()  # all logits equal: greedy takes the first id each time
-    watch = Stopwatch(torch.device("cpu"))
+    watch = RoundTimer(torch.device("cpu"))
     params = [SamplingParams(max_tokens=20, temperature=0)]
     for r in decode.decode(
         target,

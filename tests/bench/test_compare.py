@@ -1,4 +1,4 @@
-"""Comparison of two runs: which is faster, by how much, and when there is no verdict."""
+"""RunComparison of two runs: which is faster, by how much, and when there is no verdict."""
 
 import json
 import sys

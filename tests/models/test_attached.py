@@ -14,7 +14,7 @@ import specdiff
 import tiny
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.errors import UnsupportedModelError
-from specdiff.hf.custom_generate import DRAFTERS
+from specdiff.hf.custom_generate import CACHED_DRAFTERS
 from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.causal import CausalTarget, attached
 
@@ -197,7 +197,7 @@ def test_a_borrowing_drafter_follows_its_target(
         change(net)
         text = tiny.plain(net, [3, 1, 4], NEW)
         assert ours(net, [3, 1, 4], drafter=str(tmp_path)) == text
-    (drafter,) = DRAFTERS[attached(net)].values()
+    (drafter,) = CACHED_DRAFTERS[attached(net)].values()
     assert isinstance(drafter, AutoregressiveDrafter)
     assert torch.equal(
         drafter.model.net.get_input_embeddings().weight, net.get_input_embeddings().weight

@@ -711,7 +711,7 @@ def test_few_drafters_are_kept() -> None:
         custom_generate._drafter(target, "ngram", {"longest": longest})
         # used again and again
         assert custom_generate._drafter(target, "ngram", {"longest": 1}) is first
-    assert len(custom_generate.DRAFTERS[target]) == custom_generate.MOST_DRAFTERS
+    assert len(custom_generate.CACHED_DRAFTERS[target]) == custom_generate.MOST_DRAFTERS
     assert custom_generate._drafter(target, "ngram", {"longest": 2}) is not None
 
 
@@ -753,7 +753,7 @@ def test_threads_share_one_drafter() -> None:
         lists = list(pool.map(build, range(8)))
     for drafters in lists:
         assert {type(drafter).__name__ for drafter in drafters} == {"NGramDrafter"}
-    assert len(custom_generate.DRAFTERS[target]) <= custom_generate.MOST_DRAFTERS
+    assert len(custom_generate.CACHED_DRAFTERS[target]) <= custom_generate.MOST_DRAFTERS
     for place, drafters in enumerate(lists):
         assert [drafter.longest for drafter in drafters] == [
             1 + (place + turn) % 12 for turn in range(200)

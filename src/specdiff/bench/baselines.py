@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdiff import catalog, decode
 from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA, Cell
-from specdiff.bench.timing import Measurement, Stopwatch, Workload, energy_counter, watch_memory
+from specdiff.bench.timing import Measurement, RoundTimer, Workload, energy_counter, watch_memory
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
 from specdiff.errors import DrafterError, UnsupportedModelError, UsageError
@@ -82,7 +82,7 @@ class OurDecoder(Decoder):
         length = Controller(drafter.draft_len) if cell.draft_len == "auto" else cell.draft_len
         assert not isinstance(length, str)
         with without_faults():
-            watch = Stopwatch(self.target.info.device)
+            watch = RoundTimer(self.target.info.device)
             for r in decode.decode(
                 self.target,
                 drafter,

@@ -1,4 +1,4 @@
-"""Comparison of two runs: ratios of the second run's figures over the first's.
+"""RunComparison of two runs: ratios of the second run's figures over the first's.
 
 A baseline is compared with itself at the settings that each run's tuning chose; sweeps are compared
 point by point.
@@ -91,7 +91,7 @@ class ComparedCell:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class RunComparison:
     """Two runs side by side: what differs around them, and their common cells."""
 
     differences: list[Difference]
@@ -100,11 +100,11 @@ class Comparison:
     only_second: list[CellName]
 
 
-def compare(first: BenchResults, second: BenchResults) -> Comparison:
+def compare(first: BenchResults, second: BenchResults) -> RunComparison:
     """Match the cells of two runs, and compare their figures."""
     ours = _cells(first)
     theirs = _cells(second)
-    return Comparison(
+    return RunComparison(
         differences=list(differences(first, second)),
         cells=[_compare(k[0], ours[k], theirs[k]) for k in ours if k in theirs],
         only_first=[_name(k[0], ours[k]) for k in ours if k not in theirs],

@@ -69,7 +69,7 @@ class CostRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Position:
+class PositionCost:
     """Acceptance at one draft position, given that it was reached; `overlap` is the mean of
     1 - TV(p, q)."""
 
@@ -89,7 +89,7 @@ class Conditional:
     steps: int | None
     temperature: float
     verifier: str
-    positions: list[Position]
+    positions: list[PositionCost]
 
 
 class RepeatDrafter(Drafter[None]):
@@ -257,10 +257,10 @@ class OverlapCounter:
         self.accepted[k] += accepted
         self.overlap[k] += shared
 
-    def positions(self) -> list[Position]:
+    def positions(self) -> list[PositionCost]:
         """One entry per draft position."""
         rows = zip(self.reached, self.accepted, self.overlap, strict=True)
-        return [Position(n, accepted, accepted / n, sums / n) for n, accepted, sums in rows]
+        return [PositionCost(n, accepted, accepted / n, sums / n) for n, accepted, sums in rows]
 
 
 def overlaps(draft: Draft, p: Float[Tensor, "B K V"]) -> Float[Tensor, "B K"]:
@@ -276,7 +276,7 @@ def acceptance(
     batches: Iterable[Batch],
     verifier: Verifier,
     draft_len: int | None,
-) -> list[Position]:
+) -> list[PositionCost]:
     """Acceptance by position, over all batches."""
     counter = OverlapCounter(verifier)
     for batch in batches:

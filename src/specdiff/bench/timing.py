@@ -163,7 +163,7 @@ class _RoundLog:
         return sizes
 
 
-class Stopwatch:
+class RoundTimer:
     """Logs the rounds of a decode; `measurement` folds them once the clock has stopped."""
 
     def __init__(self, device: torch.device) -> None:

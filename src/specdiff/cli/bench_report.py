@@ -12,7 +12,7 @@ from specdiff.cli import terminal
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from specdiff.bench.compare import CellName, Change, ComparedCell, Comparison, DraftSetting
+    from specdiff.bench.compare import CellName, Change, ComparedCell, DraftSetting, RunComparison
 
 JSON = typer.Option("--json", help="Print one JSON object.")
 MINUS = "·"
@@ -101,7 +101,7 @@ def _table(cells: "Sequence[ComparedCell]", title: str) -> "Table":
     return table
 
 
-def _differences(comparison: "Comparison") -> list[str]:
+def _differences(comparison: "RunComparison") -> list[str]:
     lines = [f"differs: {d.what}: {d.first} → {d.second}" for d in comparison.differences]
     return lines or ["environment and settings are the same"]
 

@@ -123,7 +123,7 @@ def data(
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}", log=True):
         lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
-    job = _Job(lm, out, tokens, batch, shard_tokens, notes)
+    job = _Corpus(lm, out, tokens, batch, shard_tokens, notes)
     longest = lm.max_len if verbatim else lm.max_len - max_tokens
     begin = time.perf_counter()
     summary: CorpusSummary | CorpusForecast | None = None
@@ -198,7 +198,7 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _Corpus:
     """A corpus folder to fill, and the console that shows progress."""
 
     lm: "SpeculativeLM"

@@ -54,8 +54,10 @@ TEMPERED: dict[str, tuple[float, float]] = {
     "min_p": (0.0, 1.0),
 }
 MOST_DRAFTERS = 8  # of each target, the most recently used
-DRAFTERS: WeakKeyDictionary[CausalTarget, OrderedDict[str, Drafter[Any]]] = WeakKeyDictionary()
-LOCK = threading.Lock()  # around DRAFTERS
+CACHED_DRAFTERS: WeakKeyDictionary[CausalTarget, OrderedDict[str, Drafter[Any]]] = (
+    WeakKeyDictionary()
+)
+LOCK = threading.Lock()  # around CACHED_DRAFTERS
 
 
 def custom_generate(
@@ -194,7 +196,7 @@ def _drafter(
     except TypeError:  # options that are objects: no text identifies them for certain
         return catalog.drafter(spec, target.info, options)
     with LOCK:
-        cache = DRAFTERS.setdefault(target, OrderedDict())
+        cache = CACHED_DRAFTERS.setdefault(target, OrderedDict())
         if key in cache:
             cache.move_to_end(key)
             return cache[key]

@@ -35,9 +35,7 @@ from specdiff.text.options import ChatOptions, GenerateOptions, Options, Templat
 from specdiff.text.prompts import Prompt, prompt_list
 from specdiff.unicode import valid
 
-MAX_CACHED_DRAFTERS = (
-    8  # drafters cached for requests with options of their own, least recently used out
-)
+MAX_CACHED_DRAFTERS = 8  # with options of their own; the least recently used is dropped
 
 
 class SpeculativeLM:
