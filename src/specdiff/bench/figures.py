@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from specdiff.bench.costs import Conditional, Position
+from specdiff.bench.costs import Conditional, PositionCost
 from specdiff.bench.metrics import CellResult, Speedup
 from specdiff.bench.results import PartResult
 from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA
@@ -333,7 +333,7 @@ def conditional(part: PartResult) -> Drawing | str:
     return Drawing(figure, "Share accepted against 1 minus total variation: " + "; ".join(words))
 
 
-def _reached(entry: Conditional) -> list[tuple[int, Position]]:
+def _reached(entry: Conditional) -> list[tuple[int, PositionCost]]:
     positions = enumerate(entry.positions, start=1)
     return [(k, position) for k, position in positions if position.reached >= FEW]
 
