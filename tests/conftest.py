@@ -8,4 +8,4 @@ import specdiff
 @pytest.fixture(scope="session")
 def lm() -> specdiff.SpeculativeLM:
     """The packaged SmolLM2, with the drafter that ships for it (none, where none does)."""
-    return specdiff.load("smollm2-135m")
+    return specdiff.load("smollm2-135m", dtype="float32")

@@ -34,19 +34,19 @@ TRAINED = ("sedd", "autoregressive")  # the kinds of trained drafters; "auto" pr
 DRAFTERS = ("auto", "none", "ngram", *TRAINED)
 
 
-def model_folder(spec: str | os.PathLike[str]) -> Path | str:
+def model_folder(spec: str | os.PathLike[str], *, weights: bool = True) -> Path | str:
     """The folder of a model spec's safetensors and tokenizer, or a hub id to fetch.
 
-    A path object is a local file or folder, never a name.
+    A path object is a local file or folder, never a name. Without `weights`, a GGUF file's folder
+    holds its config and tokenizer only.
     """
     from specdiff.models import gguf
 
     if not isinstance(spec, str):
         spec = os.fspath(Path(spec).expanduser().absolute())
-    if spec in PACKAGED_MODELS:
-        return gguf.converted(gguf.packaged(*PACKAGED_MODELS[spec]))
-    if spec.endswith(".gguf"):
-        return gguf.converted(Path(spec).expanduser())
+    file = _gguf_file(spec)
+    if file is not None:
+        return gguf.converted(file) if weights else gguf.described(file)
     if spec in HUB_MODELS:
         return HUB_MODELS[spec]
     path = Path(spec).expanduser()
@@ -58,6 +58,14 @@ def model_folder(spec: str | os.PathLike[str]) -> Path | str:
             f"or one of {', '.join(model_names())}"
         )
     return spec
+
+
+def _gguf_file(spec: str) -> Path | None:
+    from specdiff.models import gguf
+
+    if spec in PACKAGED_MODELS:
+        return gguf.packaged(*PACKAGED_MODELS[spec])
+    return Path(spec).expanduser() if spec.endswith(".gguf") else None
 
 
 def model_names() -> list[str]:
@@ -85,20 +93,44 @@ def target(
     dtype: torch.dtype | None,
     device: torch.device,
     options: Mapping[str, Any] | None = None,
+    quantize: str = "none",
 ) -> tuple[Target[Any], Path | str]:
-    """The self-tested target of a spec, and its tokenizer's folder.
-
-    `options` are those of `specdiff.load`.
-    """
-    folder = model_folder(spec)
-    from specdiff.models.loading import load_model
+    """The self-tested target of a spec, and its tokenizer's folder; arguments as of `network`."""
     from specdiff.targets.causal import attached
 
+    model, folder = network(spec, dtype, device, options, quantize)
+    return attached(model, name=os.fspath(spec)), folder
+
+
+def network(
+    spec: str | os.PathLike[str],
+    dtype: torch.dtype | None,
+    device: torch.device,
+    options: Mapping[str, Any] | None = None,
+    quantize: str = "none",
+) -> tuple[Any, Path | str]:
+    """The model of a spec, and its tokenizer's folder.
+
+    `options` are the model_options of `specdiff.load`. Of `quantize`, "auto" computes a GGUF file
+    as it is if it holds packed weights, on the CPU and in bfloat16 whatever `device` and `dtype`;
+    "int8" and "int4" round the loaded weights.
+    """
+    from specdiff.models import loading, packed
+    from specdiff.models.gguf_packed import load_packed
+
+    name = spec if isinstance(spec, str) else os.fspath(Path(spec).expanduser().absolute())
+    file = _gguf_file(name) if quantize == "auto" else None
+    result = None if file is None else load_packed(file, loading.checked_options(options or {}))
+    if result is not None:
+        return result
+    folder = model_folder(spec)
     try:
-        model = load_model(folder, dtype, device, options)
+        model = loading.load_model(folder, dtype, device, options)
     except UnknownNameError as error:
         raise UnknownNameError(f"{error}. Built-in models: {', '.join(model_names())}") from error
-    return attached(model, name=os.fspath(spec)), folder
+    if quantize in packed.FORMS:
+        packed.quantize(model, quantize)
+    return model, folder
 
 
 def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = None) -> Drafter[Any]:
@@ -213,7 +245,7 @@ def _tokenizer_folder(name: str) -> Path | str | None:
     if not name:
         return None
     try:
-        folder = model_folder(name)
+        folder = model_folder(name, weights=False)
     except SpecdiffError:
         return None
     return folder if isinstance(folder, Path) or "/" in folder else None

@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH_NAMES, GGUFWriter, TokenType, get_tensor_name_map
+from gguf import (
+    GGML_QUANT_SIZES,
+    MODEL_ARCH_NAMES,
+    GGMLQuantizationType,
+    GGUFWriter,
+    TokenType,
+    get_tensor_name_map,
+    quantize,
+)
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -25,6 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+TYPES = GGMLQuantizationType.__members__
 VOCAB = 261  # four specials, the bytes, and one merge
 LENGTH = 64
 SIZES: dict[str, Any] = {
@@ -84,8 +93,12 @@ def write(
     fields: Mapping[str, Any] | None = None,
     tensors: Mapping[str, torch.Tensor | None] | None = None,
     tokenizer: str | None = "gpt2",
+    kind: str = "F32",
 ) -> Path:
-    """Write a model. `fields` and `tensors` add to its own, or replace them; None removes one."""
+    """Write a model. `fields` and `tensors` add to its own, or replace them; None removes one.
+
+    kind: the type of every matrix whose rows are a multiple of its blocks.
+    """
     writer = GGUFWriter(path, architecture)
     for key, value in {**metadata(net, architecture), **(fields or {})}.items():
         if value is not None:
@@ -105,7 +118,12 @@ def write(
         writer.add_pad_token_id(0)
     for name, tensor in {**renamed(net, architecture), **(tensors or {})}.items():
         if tensor is not None:
-            writer.add_tensor(name, np.ascontiguousarray(tensor.detach().float().numpy()))
+            numbers = np.ascontiguousarray(tensor.detach().float().numpy())
+            block = 1 if kind == "F32" or tensor.dim() < 2 else GGML_QUANT_SIZES[TYPES[kind]][0]
+            if block > 1 and tensor.shape[-1] % block == 0:
+                writer.add_tensor(name, quantize(numbers, TYPES[kind]), raw_dtype=TYPES[kind])
+            else:
+                writer.add_tensor(name, numbers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -36,6 +36,7 @@ def data(
     ] = "none",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    quantize: params.Quantize = "auto",
     max_model_len: Annotated[
         int, params.option("Maximum tokens of prompt and answer.", panel=params.MODEL)
     ] = 1024,
@@ -122,7 +123,15 @@ def data(
     settings = _settings(seed, max_tokens, temperatures, shares)
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}", log=True):
-        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
+        lm = specdiff.load(
+            model,
+            drafter,
+            device=device,
+            dtype=dtype,
+            # features are for training, which reads plain weights
+            quantize="none" if features and quantize == "auto" else quantize,
+            max_len=max_model_len,
+        )
     job = _Corpus(lm, out, tokens, batch, shard_tokens, notes)
     longest = lm.max_len if verbatim else lm.max_len - max_tokens
     begin = time.perf_counter()

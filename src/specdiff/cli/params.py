@@ -61,6 +61,7 @@ OptionalModel = Annotated[str | None, option(_TARGET, panel=MODEL, variable="MOD
 TrainedModel = Annotated[str, option(_TARGET, "--target", "--model", panel=MODEL, variable="MODEL")]
 Device = Annotated[str, option("auto, cpu, cuda, ...", panel=MODEL, variable="DEVICE")]
 Dtype = Annotated[str, option("auto, float32, bfloat16 or float16.", panel=MODEL, variable="DTYPE")]
+Quantize = Annotated[str, option("auto, none, int8 or int4.", panel=MODEL, variable="QUANTIZE")]
 MaxModelLen = Annotated[
     int, option("Maximum tokens of prompt and answer.", panel=MODEL, variable="MAX_MODEL_LEN")
 ]

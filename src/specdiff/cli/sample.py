@@ -15,6 +15,7 @@ def sample(
     model: params.Model = "smollm2-135m",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    quantize: params.Quantize = "auto",
     drafter: Annotated[
         str,
         params.option("A SEDD or MDLM drafter: a folder, a hub id or sedd.", panel=params.DRAFTING),
@@ -46,7 +47,7 @@ def sample(
     import specdiff
     from specdiff.text.sample import infill
 
-    lm = specdiff.load(model, drafter, device=device, dtype=dtype)
+    lm = specdiff.load(model, drafter, device=device, dtype=dtype, quantize=quantize)
     samples = infill(
         lm,
         length=length,

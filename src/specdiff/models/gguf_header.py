@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from specdiff.errors import UnsupportedModelError, WeightsError
 from specdiff.weights import few
@@ -32,6 +32,15 @@ HARMLESS = ("context_length", "rope.scaling.finetuned", "tensor_data_layout")
 UNEVEN_SCALE = {("gemma2", 46), ("gemma3", 62)}
 
 
+class Place(NamedTuple):
+    """Where a tensor lies in a file."""
+
+    kind: str  # the name of its type: F32, Q4_1, ...
+    shape: tuple[int, ...]  # of its numbers
+    offset: int  # bytes
+    size: int  # bytes
+
+
 @dataclass(frozen=True)
 class Header:
     """The metadata and the tensor table of a file.
@@ -42,7 +51,7 @@ class Header:
     path: Path
     architecture: str
     fields: Mapping[str, Any]
-    sizes: Mapping[str, int]  # elements of each tensor
+    places: Mapping[str, Place]  # of each tensor
     rope_freqs: tuple[float, ...]
 
     @classmethod
@@ -85,12 +94,12 @@ class Header:
         fields = {
             key.removeprefix(prefix): value(key) for key in reader.fields if key.startswith(prefix)
         }
-        sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
+        places = {tensor.name: _place(tensor) for tensor in reader.tensors}
         rope_freqs: tuple[float, ...] = ()
         for tensor in reader.tensors:
             if tensor.name == ROPE_FREQS:
                 rope_freqs = tuple(tensor.data.tolist())
-        header = cls(path, architecture, fields, sizes, rope_freqs)
+        header = cls(path, architecture, fields, places, rope_freqs)
         header._check_keys()
         return header
 
@@ -121,26 +130,26 @@ class Header:
             config.rope_parameters = self._rope(config, implied)
         return config
 
-    def check_tensors(self, parameters: Mapping[str, int]) -> None:
-        """Check that parameters (name -> elements) and the file's tensors match one to one.
+    def tensors(self, parameters: Mapping[str, int]) -> dict[str, Place]:
+        """The tensor of each of the model's parameters (name -> elements), one to one.
 
-        Raises WeightsError naming those that do not.
+        Raises WeightsError naming those that do not match.
         """
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
         arch = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == self.architecture)
         names = get_tensor_name_map(arch, self.fields["block_count"])
         expected = {}
-        for name, size in parameters.items():
-            stem, _, suffix = name.rpartition(".")
-            if stem == "lm_head" and "output.weight" not in self.sizes:
+        for parameter in parameters:
+            stem, _, suffix = parameter.rpartition(".")
+            if stem == "lm_head" and "output.weight" not in self.places:
                 continue  # the head is the embedding
-            expected[f"{names.get_name(stem) or stem}.{suffix}"] = size
-        present = dict(self.sizes)
+            expected[parameter] = f"{names.get_name(stem) or stem}.{suffix}"
+        present = set(self.places)
         if self._scales_frequencies():
-            del present[ROPE_FREQS]
-        missing = sorted(expected.keys() - present.keys())
-        surplus = sorted(present.keys() - expected.keys())
+            present.remove(ROPE_FREQS)
+        missing = sorted({*expected.values()} - present)
+        surplus = sorted(present - {*expected.values()})
         problems = [f"lacks {few(missing)}"] * bool(missing)
         problems += [f"holds {few(surplus)}, which the model has no place for"] * bool(surplus)
         if problems:
@@ -148,12 +157,14 @@ class Header:
                 f"{self.path} {' and '.join(problems)}; "
                 f"it cannot be loaded as a {self.architecture} model"
             )
-        for name, size in expected.items():
-            if present[name] != size:
+        for parameter, name in expected.items():
+            elements = math.prod(self.places[name].shape)
+            if elements != parameters[parameter]:
                 raise WeightsError(
-                    f"{self.path}: {name} holds {present[name]} numbers, "
-                    f"but its metadata asks for {size}"
+                    f"{self.path}: {name} holds {elements} numbers, "
+                    f"but its metadata asks for {parameters[parameter]}"
                 )
+        return {parameter: self.places[name] for parameter, name in expected.items()}
 
     def _check_keys(self) -> None:
         """Every key that llama.cpp requires is present, and each value is one for all layers."""
@@ -239,6 +250,12 @@ class Header:
             )
         rope: dict[str, Any] = scaled.rope_parameters
         return rope
+
+
+def _place(tensor: Any) -> Place:
+    """A tensor of gguf's reader, whose shape begins with the fastest dimension."""
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    return Place(tensor.tensor_type.name, shape, int(tensor.data_offset), int(tensor.n_bytes))
 
 
 def _implied(config: Any) -> dict[str, Any]:

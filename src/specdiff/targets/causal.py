@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from specdiff.models.cache import RaggedCache
 from specdiff.models.loading import home
+from specdiff.models.packed import PackedLinear
 from specdiff.models.ragged import RaggedModel, lock_of
 from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
@@ -51,7 +52,7 @@ class CausalTarget(Target[CausalCache]):
             dtype=model.dtype,
             device=home(model),
             embedding=_table(model.get_input_embeddings(), torch.nn.Embedding),
-            head=_table(model.get_output_embeddings(), torch.nn.Linear),
+            head=_head(model),
         )
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
@@ -131,6 +132,16 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     place = tensor.data_ptr() if plain else id(tensor)
     writes = 0 if tensor.is_inference() else tensor._version
     return place, writes, tensor.dtype, tensor.device, tuple(tensor.shape)
+
+
+def _head(model: PreTrainedModel) -> Float[Tensor, "V D"] | None:
+    """The output matrix; that of a packed head is the embedding it is tied to, or expanded."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, PackedLinear):
+        return _table(head, torch.nn.Linear)
+    if model.config.get_text_config().tie_word_embeddings:
+        return _table(model.get_input_embeddings(), torch.nn.Embedding)
+    return head.expanded() if head.bias is None else None
 
 
 def _table(

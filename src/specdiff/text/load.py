@@ -9,11 +9,15 @@ import torch
 
 from specdiff import catalog
 from specdiff.arguments import brief, whole
+from specdiff.devices import native_half
 from specdiff.drafters.base import Drafter
 from specdiff.errors import ConfigError, UsageError
+from specdiff.models.packed import FORMS
 from specdiff.text import defaults
 from specdiff.text.lm import SpeculativeLM
 
+QUANTIZE = ("auto", "none", *FORMS)
+HARMLESS = {"attn_implementation"}  # model_options that quantized weights may have, too
 DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -28,6 +32,7 @@ def load(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    quantize: str = "auto",
     max_len: int = 2048,
     drafter_options: Mapping[str, Any] | None = None,
     drafter_device: str | None = None,
@@ -42,6 +47,11 @@ def load(
             "autoregressive", a folder or hub id, "module:Class", "./file.py:Class", or a Drafter.
         device: "auto" is CUDA if available, otherwise the CPU.
         dtype: "auto" is float32 on a CPU, the checkpoint's own elsewhere.
+        quantize: "auto": a GGUF file's 4- and 8-bit weights are computed as they are, in bfloat16,
+            on a CPU that computes bfloat16 natively and with dtype "auto"; all else is "none".
+            "none": they are expanded to `dtype`. "int8", "int4": round the linear layers of any
+            model on a CPU to 8 bits, or to 4 in groups of 32 (its head to 8); the distribution
+            that is preserved is then the rounded model's.
         max_len: maximum number of tokens of prompt and answer together.
         drafter_options: keyword arguments of the drafter (steps, order, ...).
         drafter_device: device of the drafter; None: that of the target's embedding. A Drafter
@@ -77,11 +87,14 @@ def load(
             param="device",
         )
     target_device = _device("device", device)
+    form = _quantization(quantize, dtype, target_device, model_options or {})
     weights_dtype = DTYPES[dtype]
-    if dtype == "auto" and target_device.type == "cpu":
+    if form in FORMS:
+        weights_dtype = torch.bfloat16
+    elif dtype == "auto" and target_device.type == "cpu":
         weights_dtype = torch.float32
     own_device = None if drafter_device is None else _device("drafter_device", drafter_device)
-    target, folder = catalog.target(model, weights_dtype, target_device, model_options)
+    target, folder = catalog.target(model, weights_dtype, target_device, model_options, form)
     network = getattr(target, "model", None)
     sampling = defaults.sampling_defaults(network) if generation_config == "auto" else {}
     lm = SpeculativeLM(
@@ -91,6 +104,41 @@ def load(
     if config is not None and config.eos_token_id is None and lm.end_ids:
         config.eos_token_id = [*lm.end_ids]  # so that transformers' own generate ends there too
     return lm
+
+
+def _quantization(
+    quantize: str, dtype: str, device: torch.device, options: Mapping[str, Any]
+) -> str:
+    """The `quantize` of `catalog.network`."""
+    if quantize not in QUANTIZE:
+        raise UsageError(
+            f"unknown quantize {quantize!r}; known are {', '.join(QUANTIZE)}", param="quantize"
+        )
+    # how the weights are placed or packed is said there, too
+    others = sorted({name for name in options if options[name] is not None} - HARMLESS)
+    if quantize == "auto":
+        native = device.type == "cpu" and native_half(device) == torch.bfloat16
+        return "auto" if native and dtype == "auto" and not others else "none"
+    if quantize not in FORMS:
+        return quantize
+    if device.type != "cpu":
+        raise UsageError(
+            f"quantize {quantize!r} computes on a CPU, not on {device}; there, give "
+            "model_options={'quantization_config': transformers.TorchAoConfig(...)}",
+            param="quantize",
+        )
+    if others:
+        raise UsageError(
+            f"quantize {quantize!r} and model_options[{others[0]!r}] both say how the weights are "
+            "loaded; give one of them",
+            param="quantize",
+        )
+    if dtype not in ("auto", "bfloat16"):
+        raise UsageError(
+            f"quantize {quantize!r} computes in bfloat16, not in {dtype}; leave dtype at 'auto'",
+            param="dtype",
+        )
+    return quantize
 
 
 def tokenizer_of(folder: Path | str) -> Any:

@@ -18,6 +18,7 @@ from specdiff import files
 from specdiff.data.corpus import Corpus, pad
 from specdiff.errors import CorpusError, UnsupportedModelError
 from specdiff.models.loading import home
+from specdiff.models.packed import formats
 
 # log_z is computed from the rounded states, so that the stored probabilities sum to 1
 STORED = torch.bfloat16
@@ -127,6 +128,11 @@ def precompute(
 
 def _head(model: PreTrainedModel) -> Tensor:
     """The output matrix, after a check that the logits are the final states times it."""
+    if formats(model):
+        raise UnsupportedModelError(
+            "states of quantized weights cannot teach: the drafter is trained on the plain head; "
+            "load the target with quantize='none'"
+        )
     read_out = model.get_output_embeddings()
     if not isinstance(read_out, torch.nn.Linear) or read_out.bias is not None:
         raise UnsupportedModelError(
