@@ -56,8 +56,8 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("architecture", ggufs.MODELS)
 def test_every_weight_is_the_files(tmp_path: Path, architecture: str, kind: str) -> None:
-    """Packed matrices are those that transformers expands, in its order of rows, within
-    three roundings (2^-8 of the largest weight of a group each); all other tensors are equal bit for bit."""
+    """Packed matrices are those that transformers expands, in its order of rows, within three
+    roundings (each 2^-8 of the largest weight of a group); all other tensors are equal."""
     path = written(tmp_path / "model.gguf", architecture, kind)
     model = loaded(path)
     exact = expanded(path, torch.float32)

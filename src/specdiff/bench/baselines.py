@@ -24,10 +24,11 @@ from specdiff.bench.timing import Measurement, RoundTimer, Workload, energy_coun
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
 from specdiff.errors import DrafterError, UnsupportedModelError, UsageError
-from specdiff.models.loading import load_model
+from specdiff.models.packed import formats
 from specdiff.nn.borrowed import scatter
 from specdiff.nn.small_lm import SmallLM
 from specdiff.targets.base import Target
+from specdiff.targets.causal import CausalTarget
 from specdiff.text.comparison import first_difference
 from specdiff.types import Batch, SamplingParams, TargetInfo
 from specdiff.verify import verifier
@@ -211,9 +212,18 @@ class SpreadHead(nn.Module):
         return scatter(logits, self.get_buffer("draft_vocab"), self.vocab_size)
 
 
-def stock_model(model: str, info: TargetInfo) -> PreTrainedModel:
-    """The target as transformers loads it, with its own weights and none of our code."""
-    return load_model(catalog.model_folder(model), info.dtype, info.device)
+def stock_model(model: str, target: Target[Any], quantize: str) -> PreTrainedModel:
+    """The target as transformers loads it, with its own weights and none of our code.
+
+    quantize: that of `specdiff.load`. A quantized target's model computes with the same layers.
+    """
+    info = target.info
+    rounded = isinstance(target, CausalTarget) and formats(target.model)
+    stock: PreTrainedModel
+    stock, _ = catalog.network(
+        model, info.dtype, info.device, quantize=quantize if rounded else "none"
+    )
+    return stock
 
 
 def assistant_model(spec: str, info: TargetInfo) -> PreTrainedModel:

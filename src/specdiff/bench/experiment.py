@@ -177,7 +177,12 @@ def load(part: Part, settings: BenchSettings, texts: list[suites.PromptText]) ->
     Raises what loading the target raises, and UsageError if no prompt fits.
     """
     lm = specdiff.load(
-        part.model, "none", device=settings.device, dtype=settings.dtype, max_len=1 << 30
+        part.model,
+        "none",
+        device=settings.device,
+        dtype=settings.dtype,
+        quantize=settings.quantize,
+        max_len=1 << 30,
     )
     prompts, notes = suites.encode(texts, lm, part.prefix)
     if not prompts:
@@ -187,14 +192,18 @@ def load(part: Part, settings: BenchSettings, texts: list[suites.PromptText]) ->
     shared: dict[str, PreTrainedModel] = {}
     for baseline in part.baselines:
         try:
-            experiment.decoders[baseline.name] = _decoder(baseline, part, lm, shared)
+            experiment.decoders[baseline.name] = _decoder(baseline, part, lm, settings, shared)
         except LOADING as error:
             experiment.problems[baseline.name] = explain(error, 1)
     return experiment
 
 
 def _decoder(
-    baseline: Baseline, part: Part, lm: SpeculativeLM, shared: dict[str, PreTrainedModel]
+    baseline: Baseline,
+    part: Part,
+    lm: SpeculativeLM,
+    settings: BenchSettings,
+    shared: dict[str, PreTrainedModel],
 ) -> Decoder:
     info = lm.target.info
     if baseline.kind == "ours":
@@ -209,7 +218,7 @@ def _decoder(
             )
         return decoder
     if HF not in shared:
-        shared[HF] = baselines.stock_model(part.model, info)
+        shared[HF] = baselines.stock_model(part.model, lm.target, settings.quantize)
     assistant = None
     if baseline.kind == ASSISTED:
         assistant = baselines.assistant_model(baseline.spec or "", info)

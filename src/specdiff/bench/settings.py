@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from specdiff.bench.suites import PromptText
 from specdiff.errors import UsageError
-from specdiff.text.load import DTYPES
+from specdiff.text.load import DTYPES, QUANTIZE
 from specdiff.verify import VERIFIERS
 
 HF = "hf"
@@ -52,6 +52,7 @@ class BenchSettings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str = "auto"
     sweeps: bool = True
     sample: int = 5
     tuning_tokens: int = 32
@@ -76,6 +77,8 @@ class BenchSettings:
         verifiers = f"one of {', '.join(VERIFIERS)}"
         _require("verifier", self.verifier, self.verifier in VERIFIERS, verifiers)
         _require("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        known = f"one of {', '.join(QUANTIZE)}"
+        _require("quantize", self.quantize, self.quantize in QUANTIZE, known)
         drafter_specs(self.drafters)
 
 

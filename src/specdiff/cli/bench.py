@@ -104,6 +104,7 @@ def bench(
     seed: Annotated[int, params.option("Seed of all sampling.", panel=RUN)] = 0,
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    quantize: params.Quantize = "auto",
     config: params.Config = None,
     out: Annotated[
         Path | None,
@@ -152,6 +153,7 @@ def bench(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "quantize": quantize,
         "smoke": smoke,
     }
     base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})
