@@ -12,8 +12,10 @@ def env(
     import torch
 
     from specdiff import environment
+    from specdiff.devices import native_half
     from specdiff.models.gguf import cache_home
 
+    native = native_half(torch.device("cpu")) == torch.bfloat16 and not torch.cuda.is_available()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = (
         environment.versions()
@@ -23,6 +25,7 @@ def env(
             "cuda devices": cuda,
             "mps": torch.backends.mps.is_available(),
             "default dtype": "the checkpoint's" if cuda else "float32",
+            "gguf weights": "as they are" if native else "expanded to float32",
             "cache": str(cache_home()),
             "converted models": sorted(
                 p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")

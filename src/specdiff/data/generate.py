@@ -25,7 +25,9 @@ from specdiff.data.shards import Row
 from specdiff.data.sources import Opening, Source, SourcePrompt
 from specdiff.engine import EngineStep, Request
 from specdiff.errors import CorpusError, UsageError
+from specdiff.models.packed import formats
 from specdiff.noise import row_seed
+from specdiff.targets.causal import CausalTarget
 from specdiff.text.lm import SpeculativeLM
 from specdiff.types import SamplingParams
 from specdiff.verify import match
@@ -76,7 +78,9 @@ def about(lm: SpeculativeLM, source: Source, settings: CorpusSettings) -> dict[s
     """Everything a row depends on besides its key."""
     spec = lm.target.info.name
     folder = Path(spec).expanduser()
+    packed = formats(lm.target.model) if isinstance(lm.target, CausalTarget) else ""
     return identity(spec) | {
+        **({"quantized": packed} if packed else {}),
         "target": str(folder.resolve()) if folder.is_dir() else spec,
         "dtype": str(lm.target.info.dtype).removeprefix("torch."),
         "source": source.about,
