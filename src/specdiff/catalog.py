@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 
+from specdiff.devices import return_freed_memory
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNameError, UsageError
@@ -122,6 +123,7 @@ def network(
     file = _gguf_file(name) if quantize == "auto" else None
     result = None if file is None else load_packed(file, loading.checked_options(options or {}))
     if result is not None:
+        return_freed_memory()
         return result
     folder = model_folder(spec)
     try:
@@ -130,6 +132,7 @@ def network(
         raise UnknownNameError(f"{error}. Built-in models: {', '.join(model_names())}") from error
     if quantize in packed.FORMS:
         packed.quantize(model, quantize)
+        return_freed_memory()
     return model, folder
 
 
