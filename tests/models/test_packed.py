@@ -20,6 +20,7 @@ from specdiff.models import packed
 from specdiff.models.gguf_blocks import READERS
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.causal import CausalTarget, attached
+from specdiff.training.teacher import OnlineTeacher
 
 FORMATS = ("Q4_0", "Q4_1", "Q8_0")
 BOUND = 6e-3  # of a product, relative to its norm
@@ -335,3 +336,9 @@ def test_a_checkpoint_is_not_rounded_unless_it_is_said(folder: Path, quantize: s
 def test_what_does_not_fit_is_refused(folder: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         specdiff.load(folder, "none", **{"device": "cpu"} | options)
+
+
+def test_states_of_quantized_weights_do_not_teach() -> None:
+    """A drafter is trained on the plain head, whose probabilities they would not give."""
+    with pytest.raises(UnsupportedModelError, match="cannot teach: .* load .* quantize='none'"):
+        OnlineTeacher(rounded("int8"))
