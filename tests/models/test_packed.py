@@ -340,5 +340,5 @@ def test_what_does_not_fit_is_refused(folder: Path, options: dict[str, str], mes
 
 def test_states_of_quantized_weights_do_not_teach() -> None:
     """A drafter is trained on the plain head, whose probabilities they would not give."""
-    with pytest.raises(UnsupportedModelError, match="cannot teach: .* load .* quantize='none'"):
+    with pytest.raises(UnsupportedModelError, match=r"cannot teach: .* load .* quantize='none'"):
         OnlineTeacher(rounded("int8"))
