@@ -113,6 +113,7 @@ def test_json_is_one_object_and_environment_variables_are_read(
     here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECDIFF_MAX_TOKENS", "9")
+    monkeypatch.setenv("SPECDIFF_DTYPE", "float32")  # equal text is promised there
     answer = json.loads(here(PROMPT, "--json", "--seed", "5", "--verifier", "match")[1])
     assert (
         len(answer["token_ids"]) <= 9
