@@ -342,3 +342,13 @@ def test_states_of_quantized_weights_do_not_teach() -> None:
     """A drafter is trained on the plain head, whose probabilities they would not give."""
     with pytest.raises(UnsupportedModelError, match=r"cannot teach: .* load .* quantize='none'"):
         OnlineTeacher(rounded("int8"))
+
+
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0", "int8"])
+def test_rows_that_do_not_lie_side_by_side(kind: str) -> None:
+    """As the last positions of a batch do."""
+    weight = matrix(64, 64)
+    form = packed.Int8Linear(weight) if kind == "int8" else layer(kind, weight)
+    x = states(6, 64).view(2, 3, 64)[:, -1:]
+    assert not x.is_contiguous()
+    assert torch.equal(form(x), form(x.clone(memory_format=torch.contiguous_format)))

@@ -77,8 +77,8 @@ class BenchSettings:
         verifiers = f"one of {', '.join(VERIFIERS)}"
         _require("verifier", self.verifier, self.verifier in VERIFIERS, verifiers)
         _require("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
-        known = f"one of {', '.join(QUANTIZE)}"
-        _require("quantize", self.quantize, self.quantize in QUANTIZE, known)
+        names = f"one of {', '.join(QUANTIZE)}"
+        _require("quantize", self.quantize, self.quantize in QUANTIZE, names)
         drafter_specs(self.drafters)
 
 

@@ -73,7 +73,7 @@ class PackedLinear(nn.Module):
         """rows W^T, in bfloat16."""
 
     def forward(self, x: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O"]:
-        out = self.product(x.reshape(-1, self.in_features).bfloat16())
+        out = self.product(x.reshape(-1, self.in_features).bfloat16().contiguous())
         if self.bias is not None:
             out = out + self.bias
         return out.view(*x.shape[:-1], self.out_features).to(x.dtype)
