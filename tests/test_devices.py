@@ -96,3 +96,19 @@ def test_draws_of_24_bits(poor: Any) -> None:
     share = torch.bincount(tokens.flatten(), minlength=4) / tokens.numel()
     assert share[0] == share[3] == 0
     assert abs(float(share[1]) - 0.25) < 0.015  # six standard deviations of 32768 draws
+
+
+@pytest.mark.parametrize(
+    ("facts", "dtype"),
+    [
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True}, None),
+        ({}, None),
+    ],
+)
+def test_half_precision_is_native_where_the_processor_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, facts: dict[str, bool], dtype: torch.dtype | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts)
+    assert devices.native_half(torch.device("cpu")) is dtype

@@ -1,4 +1,4 @@
-"""Devices: their most exact dtype, and moving dataclasses of tensors to them."""
+"""Devices: their native dtypes, and moving dataclasses of tensors to them."""
 
 import ctypes
 import sys
@@ -20,6 +20,24 @@ def exact(device: torch.device) -> torch.dtype:
     Draws in float32 have 24 random bits instead of 53.
     """
     return torch.float32 if device.type in NO_FLOAT64 else torch.float64
+
+
+def native_half(device: torch.device) -> torch.dtype | None:
+    """The 16-bit float that a device multiplies natively, so that it is faster than float32.
+
+    bfloat16 on a CPU with AVX-512 BF16 or AMX and on CUDA from compute capability 8.0, float16 on
+    earlier CUDA devices and on mps. None where 16-bit floats are only emulated.
+    """
+    if device.type == "cpu":
+        return torch.bfloat16 if _multiplies_bfloat16() else None
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    return torch.float16 if device.type == "mps" else None
+
+
+def _multiplies_bfloat16() -> bool:
+    facts = torch.cpu.get_capabilities()
+    return bool(facts.get("avx512_bf16") or facts.get("amx_bf16"))
 
 
 def moved(value: Any, device: torch.device) -> Any:
