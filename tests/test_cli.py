@@ -48,6 +48,7 @@ def test_help_version_and_env(here: Callable[..., tuple[int, str, str]]) -> None
     version = here("--version")[1].strip()
     facts = json.loads(here("env", "--json")[1])
     assert facts["specdiff"] == version and facts["torch"]
+    assert facts["default dtype"].startswith(("bfloat16 (", "float32 (", "the checkpoint's"))
     assert "cache" in here("env")[1]
 
 
@@ -113,6 +114,7 @@ def test_json_is_one_object_and_environment_variables_are_read(
     here: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPECDIFF_MAX_TOKENS", "9")
+    monkeypatch.setenv("SPECDIFF_DTYPE", "float32")
     answer = json.loads(here(PROMPT, "--json", "--seed", "5", "--verifier", "match")[1])
     assert (
         len(answer["token_ids"]) <= 9

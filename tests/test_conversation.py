@@ -296,7 +296,7 @@ def test_a_bad_option_of_all_answers_is_told_at_once(lm: SpeculativeLM) -> None:
 def smollm() -> SpeculativeLM:
     import specdiff
 
-    return specdiff.load("smollm2-135m")
+    return specdiff.load("smollm2-135m", dtype="float32")
 
 
 @pytest.mark.real

@@ -11,7 +11,7 @@ def env(
     """Versions, devices and caches: paste this into a bug report."""
     import torch
 
-    from specdiff import environment
+    from specdiff import devices, environment
     from specdiff.models.gguf import cache_home
 
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -22,7 +22,9 @@ def env(
             "cpu threads": torch.get_num_threads(),
             "cuda devices": cuda,
             "mps": torch.backends.mps.is_available(),
-            "default dtype": "the checkpoint's" if cuda else "float32",
+            "default dtype": devices.weights_dtype_in_words(
+                torch.device("cuda" if cuda else "cpu")
+            ),
             "cache": str(cache_home()),
             "converted models": sorted(
                 p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")

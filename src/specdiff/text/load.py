@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from specdiff import catalog
+from specdiff import catalog, devices
 from specdiff.arguments import brief, whole
 from specdiff.drafters.base import Drafter
 from specdiff.errors import ConfigError, UsageError
@@ -41,7 +41,8 @@ def load(
         drafter: "auto" (the bundled one for this target), "none", "ngram", "sedd",
             "autoregressive", a folder or hub id, "module:Class", "./file.py:Class", or a Drafter.
         device: "auto" is CUDA if available, otherwise the CPU.
-        dtype: "auto" is float32 on a CPU, the checkpoint's own elsewhere.
+        dtype: "auto" is bfloat16 on a CPU that multiplies it natively and float32 on another CPU,
+            the checkpoint's own elsewhere.
         max_len: maximum number of tokens of prompt and answer together.
         drafter_options: keyword arguments of the drafter (steps, order, ...).
         drafter_device: device of the drafter; None: that of the target's embedding. A Drafter
@@ -77,9 +78,7 @@ def load(
             param="device",
         )
     target_device = _device("device", device)
-    weights_dtype = DTYPES[dtype]
-    if dtype == "auto" and target_device.type == "cpu":
-        weights_dtype = torch.float32
+    weights_dtype = DTYPES[dtype] or devices.weights_dtype(target_device)
     own_device = None if drafter_device is None else _device("drafter_device", drafter_device)
     target, folder = catalog.target(model, weights_dtype, target_device, model_options)
     network = getattr(target, "model", None)
