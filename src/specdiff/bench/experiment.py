@@ -180,7 +180,12 @@ def load(part: Part, settings: BenchSettings, texts: list[suites.PromptText]) ->
     Raises what loading the target raises, and UsageError if no prompt fits.
     """
     lm = specdiff.load(
-        part.model, "none", device=settings.device, dtype=settings.dtype, max_len=1 << 30
+        part.model,
+        "none",
+        device=settings.device,
+        dtype=settings.dtype,
+        max_len=1 << 30,
+        threads=settings.threads,
     )
     prompts, notes = suites.encode(texts, lm, part.prefix)
     if not prompts:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from specdiff.bench.suites import PromptText
 from specdiff.errors import UsageError
 from specdiff.text.load import DTYPES
+from specdiff.text.threads import checked
 from specdiff.verify import VERIFIERS
 
 HF = "hf"
@@ -56,6 +57,7 @@ class BenchSettings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    threads: int | str | None = None
     sweeps: bool = True
     sample: int = 5
     tuning_tokens: int = 32
@@ -80,6 +82,7 @@ class BenchSettings:
         verifiers = f"one of {', '.join(VERIFIERS)}"
         _require("verifier", self.verifier, self.verifier in VERIFIERS, verifiers)
         _require("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        checked(self.threads)
         for name in self.peers:
             _require("baselines", name, name in PEERS, f"one of {', '.join(PEERS)}")
         drafter_specs(self.drafters)

@@ -108,6 +108,7 @@ def bench(
     seed: Annotated[int, params.option("Seed of all sampling.", panel=RUN)] = 0,
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    threads: params.Threads = "auto",
     config: params.Config = None,
     out: Annotated[
         Path | None,
@@ -159,6 +160,7 @@ def bench(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "threads": params.thread_count(threads),
         "smoke": smoke,
     }
     base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})

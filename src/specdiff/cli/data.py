@@ -36,6 +36,7 @@ def data(
     ] = "none",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    threads: params.Threads = "auto",
     max_model_len: Annotated[
         int, params.option("Maximum tokens of prompt and answer.", panel=params.MODEL)
     ] = 1024,
@@ -111,6 +112,7 @@ def data(
     if shard_tokens < 1:
         raise UsageError(f"--shard-tokens must be at least 1, not {shard_tokens}")
     batch = _batch(rows)
+    count = params.thread_count(threads)
     quiet_libraries()
     import specdiff
     from specdiff.data import sources
@@ -122,7 +124,9 @@ def data(
     settings = _settings(seed, max_tokens, temperatures, shares)
     notes = terminal.notes(quiet=quiet)
     with terminal.status(notes, f"loading {model}", log=True):
-        lm = specdiff.load(model, drafter, device=device, dtype=dtype, max_len=max_model_len)
+        lm = specdiff.load(
+            model, drafter, device=device, dtype=dtype, max_len=max_model_len, threads=count
+        )
     job = _Corpus(lm, out, tokens, batch, shard_tokens, notes)
     longest = lm.max_len if verbatim else lm.max_len - max_tokens
     begin = time.perf_counter()

@@ -1,5 +1,6 @@
 """`specdiff env`: versions, devices and caches, for bug reports."""
 
+import os
 from typing import Any
 
 from specdiff.cli import params, terminal
@@ -19,7 +20,9 @@ def env(
         environment.versions()
         | environment.system()
         | {
-            "cpu threads": torch.get_num_threads(),
+            "cpu threads": f"{torch.get_num_threads()} (OMP_NUM_THREADS)"
+            if "OMP_NUM_THREADS" in os.environ
+            else f"{torch.get_num_threads()} at most, the fastest number is measured at load",
             "cuda devices": cuda,
             "mps": torch.backends.mps.is_available(),
             "default dtype": devices.weights_dtype_in_words(

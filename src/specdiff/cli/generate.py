@@ -25,6 +25,7 @@ def generate(
     model: params.Model = "smollm2-135m",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    threads: params.Threads = "auto",
     max_model_len: params.MaxModelLen = 2048,
     model_options: params.ModelOptions = "{}",
     generation_config: params.GenerationConfig = "auto",
@@ -110,6 +111,7 @@ def generate(
     loading: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
+        "threads": params.thread_count(threads),
         "max_len": max_model_len,
         "drafter_device": drafter_device,
         "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature),

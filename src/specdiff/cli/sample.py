@@ -15,6 +15,7 @@ def sample(
     model: params.Model = "smollm2-135m",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    threads: params.Threads = "auto",
     drafter: Annotated[
         str,
         params.option("A SEDD or MDLM drafter: a folder, a hub id or sedd.", panel=params.DRAFTING),
@@ -46,7 +47,9 @@ def sample(
     import specdiff
     from specdiff.text.sample import infill
 
-    lm = specdiff.load(model, drafter, device=device, dtype=dtype)
+    lm = specdiff.load(
+        model, drafter, device=device, dtype=dtype, threads=params.thread_count(threads)
+    )
     samples = infill(
         lm,
         length=length,

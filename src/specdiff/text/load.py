@@ -13,6 +13,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.errors import ConfigError, UsageError
 from specdiff.text import defaults
 from specdiff.text.lm import SpeculativeLM
+from specdiff.text.threads import checked, set_threads
 
 DTYPES = {
     "auto": None,
@@ -33,6 +34,7 @@ def load(
     drafter_device: str | None = None,
     model_options: Mapping[str, Any] | None = None,
     generation_config: str = "auto",
+    threads: int | str | None = None,
 ) -> SpeculativeLM:
     """Load a model and the drafter that accelerates it.
 
@@ -52,6 +54,8 @@ def load(
         generation_config: "auto": temperature, top_k, top_p, min_p and repetition_penalty default
             to the values in the model's generation_config.json (do_sample is ignored, as in vLLM).
             "none": they default to those of SamplingParams.
+        threads: torch's number of CPU threads, for the whole process. "auto": the fastest for this
+            target now, measured in 0.3 seconds, unless OMP_NUM_THREADS is set. None: unchanged.
 
     Raises UnknownNameError, ConfigError, WeightsError, UnsupportedModelError or DrafterError, each
     naming the value and the fix.
@@ -68,6 +72,7 @@ def load(
         )
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}", param="dtype")
+    count = checked(threads)
     max_len = whole("max_len", max_len)
     if max_len < 2:
         raise UsageError(f"max_len must be at least 2, not {max_len}", param="max_len")
@@ -81,6 +86,7 @@ def load(
     weights_dtype = DTYPES[dtype] or devices.weights_dtype(target_device)
     own_device = None if drafter_device is None else _device("drafter_device", drafter_device)
     target, folder = catalog.target(model, weights_dtype, target_device, model_options)
+    set_threads(count, target)
     network = getattr(target, "model", None)
     sampling = defaults.sampling_defaults(network) if generation_config == "auto" else {}
     lm = SpeculativeLM(
