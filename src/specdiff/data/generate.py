@@ -136,8 +136,9 @@ def generate(
 
     Rows are settled in the order of their keys, and the corpus ends with the first key that
     reaches the goal: the same seed gives the same rows, whatever the batch size `rows`. The
-    generator may be closed at any time: the writer's next flush stores the settled rows. `on_prompt`
-    is called for each prompt with their number so far: the target reads them before a step comes.
+    generator may be closed at any time: the writer's next flush stores the settled rows.
+
+    `on_prompt` is called for each prompt with their number so far; the target then reads them.
 
     Raises CorpusError if only duplicates or unusable prompts come.
     """
