@@ -7,5 +7,5 @@ import specdiff
 
 @pytest.fixture(scope="session")
 def lm() -> specdiff.SpeculativeLM:
-    """The packaged SmolLM2, with the drafter that ships for it (none, where none does)."""
+    """The packaged SmolLM2 in float32, with the drafter that ships for it, if one does."""
     return specdiff.load("smollm2-135m", dtype="float32")

@@ -48,6 +48,7 @@ def test_help_version_and_env(here: Callable[..., tuple[int, str, str]]) -> None
     version = here("--version")[1].strip()
     facts = json.loads(here("env", "--json")[1])
     assert facts["specdiff"] == version and facts["torch"]
+    assert facts["default dtype"].startswith(("bfloat16 (", "float32 (", "the checkpoint's"))
     assert "cache" in here("env")[1]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from specdiff import SpeculativeLM, devices
 from specdiff.controller import Controller
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw
+from specdiff.text.load import load
 from specdiff.verify import VERIFIERS
 
 
@@ -111,4 +113,20 @@ def test_half_precision_is_native_where_the_processor_multiplies_it(
     monkeypatch: pytest.MonkeyPatch, facts: dict[str, bool], dtype: torch.dtype | None
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts)
-    assert devices.native_half(torch.device("cpu")) is dtype
+    cpu = torch.device("cpu")
+    assert devices.native_half(cpu) is dtype
+    loaded = dtype or torch.float32
+    assert devices.weights_dtype(cpu) is loaded
+    assert devices.weights_dtype_in_words(cpu).startswith(f"{loaded} (".removeprefix("torch."))
+
+
+def test_a_target_is_loaded_in_the_native_dtype(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tiny.model("llama").save_pretrained(tmp_path)
+    for facts, dtype in (({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda facts=facts: facts)
+        assert load(tmp_path, "none", device="cpu").target.info.dtype is dtype
+        assert load(tmp_path, "none", device="cpu", dtype="float32").target.info.dtype is (
+            torch.float32
+        )

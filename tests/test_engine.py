@@ -10,16 +10,18 @@ from torch import Tensor
 
 import tiny
 from doubles import SICKNESS, Sick, StaleTarget
-from specdiff import decode, engine
+from specdiff import decode, engine, rows
 from specdiff.check.doubles import TableDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.ngram import NGramDrafter
 from specdiff.engine import Request, RequestOutput
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, row_seed
+from specdiff.rows import alike
 from specdiff.targets.base import Target, TargetWrapper
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Context, Draft, Round, SamplingParams, TargetOutput
-from specdiff.verify import VERIFIERS
+from specdiff.verify import VERIFIERS, match
 
 ROWS = 8
 MANY = 512
@@ -578,3 +580,29 @@ def test_a_sequence_is_checked_before_it_is_served() -> None:
             table, NoDrafter(), [*requests(1, 5), Request([], SamplingParams(), 0)], **options
         )
     assert caught.value.param == "prompt"
+
+
+def test_prompts_of_like_length_are_read_together() -> None:
+    assert list(alike([5, 3, 4], 20)) == [[0, 1, 2]]
+    assert list(alike([3, 90, 4, 2], 12)) == [[0, 2, 3], [1]]
+    assert list(alike([7, 7, 7], 14)) == [[0, 1], [2]]
+    assert list(alike([], 8)) == []
+
+
+def test_reading_prompts_in_several_passes_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tiny.target("llama")
+    prompts = [list(range(1, 2 + 5 * i)) for i in range(6)]
+    requests = [Request(p, SamplingParams(max_tokens=8), i) for i, p in enumerate(prompts)]
+
+    def answers() -> dict[int, list[int]]:
+        tokens: dict[int, list[int]] = {}
+        steps = engine.run(
+            target, NGramDrafter(target.info), requests, verifier=match, draft_len=2, rows=4
+        )
+        for output in steps:
+            tokens.setdefault(output.request, []).extend(output.tokens)
+        return tokens
+
+    together = answers()
+    monkeypatch.setattr(rows, "PASS_TOKENS", 8)
+    assert answers() == together

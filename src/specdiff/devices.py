@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+BFLOAT16 = {"AVX-512 BF16": "avx512_bf16", "AMX": "amx_bf16"}  # what torch calls them
 NO_FLOAT64 = frozenset({"mps"})  # device types
 M_TRIM_THRESHOLD = -1  # numbers that mallopt defines
 M_MMAP_THRESHOLD = -3
@@ -35,9 +36,24 @@ def native_half(device: torch.device) -> torch.dtype | None:
     return torch.float16 if device.type == "mps" else None
 
 
+def weights_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which a target is loaded unless one is named; None: the checkpoint's own."""
+    return native_half(device) or torch.float32 if device.type == "cpu" else None
+
+
+def weights_dtype_in_words(device: torch.device) -> str:
+    """What `weights_dtype` is on a device, and why."""
+    if device.type != "cpu":
+        return "the checkpoint's"
+    if native_half(device) is None:
+        return "float32 (the processor has neither AVX-512 BF16 nor AMX for bfloat16)"
+    names = [name for name, fact in BFLOAT16.items() if torch.cpu.get_capabilities().get(fact)]
+    return f"bfloat16 (native: {', '.join(names)})"
+
+
 def _multiplies_bfloat16() -> bool:
     facts = torch.cpu.get_capabilities()
-    return bool(facts.get("avx512_bf16") or facts.get("amx_bf16"))
+    return any(facts.get(fact) for fact in BFLOAT16.values())
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -1,6 +1,6 @@
 """Rows: the rows of a running batch, which requests join and leave between decoding steps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,8 @@ from specdiff.prefix_cache import seats
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Round, SamplingParams
 from specdiff.verify import Verifier
+
+PASS_TOKENS = 2048  # of prompts read together, padding included
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,7 @@ class Rows:
 
     def start(self) -> None:
         """Admit the first requests."""
-        decode.admit(self.state, torch.arange(len(self.slots), device=self.device))
+        self._admit([(row, 0) for row in range(len(self.slots))])
 
     def ended(self, last: Round) -> list[int]:
         done = last.batch.done.tolist()
@@ -79,12 +81,20 @@ class Rows:
         if missing > 0:
             self._grow(size + max(missing, min(size, self.limit - size)))
         places = self._places([slot.request.prompt for slot in joining])
-        rows, prefix_lengths = torch.tensor(places, device=self.device).unbind(1)
+        rows = torch.tensor([row for row, _ in places], device=self.device)
         batch = _batch(joining, self.width, self.device)
         self.state.batch = self.state.batch.with_rows(rows, batch)
-        decode.admit(self.state, rows, prefix_lengths)
+        self._admit(places)
         for slot, (row, reused) in zip(joining, places, strict=True):
             self.slots[row] = replace(slot, reused=reused)
+
+    def _admit(self, places: Sequence[tuple[int, int]]) -> None:
+        """Read the texts of rows, given with how many of their first tokens the cache holds."""
+        lengths = self.state.batch.length.tolist()
+        new = [lengths[row] - reused for row, reused in places]
+        for group in alike(new, PASS_TOKENS):
+            part = torch.tensor([places[i] for i in group], device=self.device)
+            decode.admit(self.state, part[:, 0], part[:, 1])
 
     def _places(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """For each prompt an idle row, and how many of its first tokens the row's cache holds."""
@@ -118,9 +128,25 @@ class Rows:
         state.batch = batch
         state.context = Context(batch, None, torch.zeros_like(batch.length), previous)
         if len(running):
-            decode.admit(state, running)
+            self._admit([(row, 0) for row in self.running])
             state.drafter.resume(drafting, earlier, running)
         self.slots += [None] * (rows - len(self.slots))
+
+
+def alike(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Groups of indices, shortest first, each of at most `tokens` tokens once it is padded.
+
+    One long prompt among many would have all of them padded to its length. All of them are one
+    group if they fit; a longer one is a group of its own.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[index] > tokens:
+            yield sorted(group)
+            group = []
+        group.append(index)
+    if group:
+        yield sorted(group)
 
 
 def _batch(joining: Sequence[Slot], width: int, device: torch.device) -> Batch:

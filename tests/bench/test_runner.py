@@ -308,7 +308,7 @@ def test_greedy_answers_of_another_model_are_caught(
     settings: Make, part: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: the sedd cell decodes with a target that is not ours."""
-    loaded = load(settings(), part())
+    loaded = load(settings(dtype="float32"), part())
     loaded.best[("sedd", 0.0)] = (2, None)
     assert greedy_divergences(loaded) == []
     sedd = loaded.decoders["sedd"]

@@ -695,10 +695,14 @@ def test_progress_is_reported_from_the_start(
     assert code == 0
     lines = err.splitlines()
     assert lines[:2] == [f"loading {folder}", "writing, 64 rows at a time: 0 of 900 tokens"]
+    prompts = sum("reading prompts" in line for line in lines)
+    for i, line in enumerate(lines[2 : 2 + prompts], 1):
+        assert line == f"writing, 64 rows at a time: 0 of 900 tokens, reading prompts, {i} so far"
+    assert prompts
     assert re.fullmatch(
         r"writing, 64 rows at a time: 0 of 900 tokens, \d+ tok/s, "
         r"\d+ tokens in unfinished rows, 0 rows stored, 0 dropped",
-        lines[2],
+        lines[2 + prompts],
     )
 
 

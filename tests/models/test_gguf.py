@@ -67,7 +67,8 @@ def test_every_served_architecture_is_tested() -> None:
 
 def test_generation_from_a_file(tmp_path: Path) -> None:
     net = ggufs.model("llama")
-    lm = specdiff.load(str(ggufs.write(tmp_path / "model.gguf", net)), "ngram", device="cpu")
+    path = ggufs.write(tmp_path / "model.gguf", net)
+    lm = specdiff.load(str(path), "ngram", device="cpu", dtype="float32")
     prompt = IDS[0, :9].tolist()
     expected = net.generate(
         IDS[:, :9], attention_mask=torch.ones(1, 9), do_sample=False, max_new_tokens=12
@@ -356,7 +357,7 @@ def test_a_tokenizer_that_cannot_be_rebuilt(tmp_path: Path, kind: str | None) ->
             UserWarning,
             match=r"text prompts are unavailable.* tokenizer of .*model\.gguf cannot be rebuilt \(",
         ):
-            lm = specdiff.load(str(path), "none", device="cpu")
+            lm = specdiff.load(str(path), "none", device="cpu", dtype="float32")
         assert len(lm.generate([5, 6, 7], max_tokens=3, ignore_eos=True).token_ids) == 3
         with pytest.raises(
             UsageError, match="this model has no tokenizer; give prompts as lists of token ids"

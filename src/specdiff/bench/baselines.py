@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from specdiff import catalog, decode
-from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA, Cell
+from specdiff.bench.settings import ASSISTED, HF, LOOKUP, PEERS, VANILLA, Cell
 from specdiff.bench.timing import Measurement, RoundTimer, Workload, energy_counter, watch_memory
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
@@ -294,8 +294,13 @@ def divergences(
     answers: Mapping[Cell, Measurement | str],
 ) -> Iterator[Divergence]:
     """Each answer's first difference from the reference's (transformers', else plain decoding's),
-    row by row. `judge` scores the position, `names` are the prompts'."""
-    runs = {cell: run for cell, run in answers.items() if isinstance(run, Measurement)}
+    row by row. `judge` scores the position, `names` are the prompts'. Other engines are omitted:
+    they compute with other numbers."""
+    runs = {
+        cell: run
+        for cell, run in answers.items()
+        if isinstance(run, Measurement) and cell.baseline not in PEERS
+    }
     references = {cell.baseline: run for cell, run in runs.items()}
     reference = references.get(HF) or references.get(VANILLA)
     if reference is None:

@@ -16,10 +16,13 @@ from specdiff import catalog
 from specdiff.bench import baselines, suites
 from specdiff.bench.baselines import Decoder, Divergence, OurDecoder, TransformersDecoder
 from specdiff.bench.journal import Tuning, TuningPoint, Turn
+from specdiff.bench.llama_cpp import LlamaCppDecoder
 from specdiff.bench.settings import (
     ASSISTED,
     HF,
+    LLAMA_CPP,
     LOOKUP,
+    PEERS,
     VANILLA,
     Baseline,
     BenchSettings,
@@ -76,7 +79,7 @@ class Experiment:
     def grid(self, baseline: Baseline) -> list[DrafterSetting]:
         """The settings to tune over: draft lengths, and steps if the sweeps are on."""
         settings = self.settings
-        if baseline.kind in (HF, ASSISTED) or baseline.spec == "none":
+        if baseline.kind in (HF, ASSISTED, *PEERS) or baseline.spec == "none":
             return [(None, None)]
         lengths = settings.gammas if baseline.draft_len is None else (baseline.draft_len,)
         if not self.takes_steps(baseline):
@@ -183,6 +186,7 @@ def load(part: Part, settings: BenchSettings, texts: list[suites.PromptText]) ->
         dtype=settings.dtype,
         quantize=settings.quantize,
         max_len=1 << 30,
+        threads=settings.threads,
     )
     prompts, notes = suites.encode(texts, lm, part.prefix)
     if not prompts:
@@ -217,6 +221,8 @@ def _decoder(
                 f"plain decoding is measured as {VANILLA}"
             )
         return decoder
+    if baseline.kind == LLAMA_CPP:
+        return LlamaCppDecoder(part.model, lm.max_len)
     if HF not in shared:
         shared[HF] = baselines.stock_model(part.model, lm.target, settings.quantize)
     assistant = None

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from specdiff.bench.costs import Conditional, PositionCost
 from specdiff.bench.metrics import CellResult, Speedup
 from specdiff.bench.results import PartResult
-from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA
+from specdiff.bench.settings import ASSISTED, HF, LLAMA_CPP, LOOKUP, VANILLA
 
 INK = "#010203"  # a stand-in, which the page's own color replaces
 GRID = "#040506"
@@ -55,6 +55,7 @@ COLORS = {
     "autoregressive": "#d55e00",
     "sedd": "#009e73",
     "ngram": "#a6862d",
+    LLAMA_CPP: "#7a78c8",
 }
 MORE_COLORS = ("#7a78c8", "#0f7cc0", "#b5541c", "#5f9e1f", "#d0508a")
 MARKERS = "osD^vPX*<>"

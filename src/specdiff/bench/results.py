@@ -33,7 +33,7 @@ from specdiff.bench.journal import (
     parse,
 )
 from specdiff.bench.metrics import CellResult, TimedRun
-from specdiff.bench.settings import HF, VANILLA, Cell
+from specdiff.bench.settings import HF, PEERS, VANILLA, Cell
 from specdiff.bench.timing import RunRecord
 from specdiff.errors import UsageError
 
@@ -256,7 +256,7 @@ def _cell(cell: Cell, runs: Sequence[tuple[Turn, RunRecord]]) -> CellResult:
     wrong = [d for d in every if all(getattr(d, name) == getattr(cell, name) for name in KEY)]
     why = next((run.why for _, run in runs if run.why is not None), None) or _wrong(wrong)
     exact = None
-    if cell.temperature == 0 and able:
+    if cell.temperature == 0 and able and cell.baseline not in PEERS:
         exact = 1 - len(wrong) / (len(able) * cell.batch)
     rows = [
         TimedRun(run, turn.task, _reference(turn, HF), _reference(turn, VANILLA))

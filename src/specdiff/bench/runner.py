@@ -28,6 +28,7 @@ from specdiff.bench.settings import (
     ASSISTED,
     HF,
     LOOKUP,
+    PEERS,
     VANILLA,
     Baseline,
     BenchSettings,
@@ -309,9 +310,12 @@ def _costs(loaded: Experiment) -> Iterator[Unit]:
 
 
 def _batches(loaded: Experiment) -> Iterator[Unit]:
-    """At the last temperature, stop ids ignored; transformers speculates at batch 1 only."""
+    """At the last temperature, stop ids ignored.
+
+    Transformers speculates at batch 1 only, and other engines are measured there.
+    """
     temperature = loaded.settings.temperatures[-1]
-    able = [b for b in loaded.baselines() if b.kind not in (ASSISTED, LOOKUP)]
+    able = [b for b in loaded.baselines() if b.kind not in (ASSISTED, LOOKUP, *PEERS)]
     tokens = min(BATCH_TOKENS, loaded.part.max_tokens)
     for size in loaded.settings.batch:
         for at in range(ALTERNATIONS):

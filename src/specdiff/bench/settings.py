@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from specdiff.bench.suites import PromptText
 from specdiff.errors import UsageError
 from specdiff.text.load import DTYPES, QUANTIZE
+from specdiff.text.threads import checked
 from specdiff.verify import VERIFIERS
 
 HF = "hf"
 ASSISTED = "hf-assisted"
 LOOKUP = "hf-prompt-lookup"
 VANILLA = "ours-vanilla"
+LLAMA_CPP = "llama.cpp"
+PEERS = (LLAMA_CPP,)  # other engines, measured on request
 OURS = {  # name -> drafter spec, measured unless replaced
     "autoregressive": "autoregressive",
     "sedd": "sedd",
@@ -31,7 +34,8 @@ class BenchSettings:
     `contexts` and `widths` are those of the cost curves; `sweeps` adds the sweeps of draft length
     and steps, which take `sample` prompts, as acceptance counts do. Tuning takes `tuning_tokens`
     per prompt, at every temperature (`tune_each`) or only at the first. `only` limits the
-    baselines to these and the two references of speed-ups; () means all.
+    baselines to these and the two references of speed-ups; () means all. `peers` are other engines
+    to measure.
 
     Raises UsageError.
     """
@@ -40,6 +44,7 @@ class BenchSettings:
     model: str
     drafters: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (0.0, 1.0)
     max_tokens: int = 64
     prompts: int | None = None
@@ -53,6 +58,7 @@ class BenchSettings:
     device: str = "auto"
     dtype: str = "auto"
     quantize: str = "auto"
+    threads: int | str | None = None
     sweeps: bool = True
     sample: int = 5
     tuning_tokens: int = 32
@@ -79,6 +85,9 @@ class BenchSettings:
         _require("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         names = f"one of {', '.join(QUANTIZE)}"
         _require("quantize", self.quantize, self.quantize in QUANTIZE, names)
+        checked(self.threads)
+        for name in self.peers:
+            _require("baselines", name, name in PEERS, f"one of {', '.join(PEERS)}")
         drafter_specs(self.drafters)
 
 
@@ -91,7 +100,7 @@ def _require(name: str, value: object, valid: bool, allowed: str) -> None:
 class Baseline:
     """One way to decode.
 
-    kind: "hf", "hf-assisted", "hf-prompt-lookup" or "ours".
+    kind: "hf", "hf-assisted", "hf-prompt-lookup", "llama.cpp" or "ours".
     spec: the drafter's ("none": plain decoding).
     draft_len, steps: fixed values; None is tuned.
     required: the run fails if this baseline cannot be loaded.
@@ -157,14 +166,14 @@ def drafter_specs(drafters: tuple[str, ...]) -> dict[str, str]:
     for text in drafters:
         match = NAME.fullmatch(text)
         name, spec = match.groups() if match else (text, text)
-        if name in specs or name in (HF, ASSISTED, LOOKUP, VANILLA):
+        if name in specs or name in (HF, ASSISTED, LOOKUP, VANILLA, *PEERS):
             raise UsageError(f"the drafter name {name!r} is taken; give another as NAME={spec}")
         specs[name] = spec
     return specs
 
 
 def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
-    """Transformers' three, plain decoding, the built-in drafters, and the user's own."""
+    """Transformers' three, plain decoding, the drafters, and the other engines of `peers`."""
     extra = drafter_specs(settings.drafters)
     specs = OURS | extra
     ours = [
@@ -177,8 +186,10 @@ def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
         Baseline(LOOKUP, LOOKUP),
         Baseline(VANILLA, "ours", "none"),
         *ours,
+        *(Baseline(name, name) for name in settings.peers),
     )
-    return select(everything, settings.only)
+    only = (*settings.only, *settings.peers) if settings.only else ()
+    return select(everything, only)
 
 
 def select(everything: tuple[Baseline, ...], only: tuple[str, ...]) -> tuple[Baseline, ...]:

@@ -66,6 +66,10 @@ def bench(
     only: Annotated[
         str, params.option("Baselines NAME,... besides hf and ours-vanilla.", panel=params.DRAFTING)
     ] = "",
+    peers: Annotated[
+        str,
+        params.option("Another engine: llama.cpp.", "--baselines", panel=params.DRAFTING),
+    ] = "",
     quick: Annotated[
         bool, params.flag("A table in minutes: 5 prompts, 24 tokens.", "--quick", panel=RUN)
     ] = False,
@@ -105,6 +109,7 @@ def bench(
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
     quantize: params.Quantize = "auto",
+    threads: params.Threads = "auto",
     config: params.Config = None,
     out: Annotated[
         Path | None,
@@ -132,6 +137,8 @@ def bench(
     """
     if ctx.invoked_subcommand is not None:
         return _refuse_options(ctx)
+    if peers and suite == "paper":
+        raise UsageError("--baselines measures other engines on one target, not on --suite paper")
     if smoke and suite != "paper":
         raise UsageError(f"--smoke is for --suite paper; the suite {suite!r} runs on real models")
     options: dict[str, Any] = {
@@ -148,12 +155,14 @@ def bench(
         "model": model or "",
         "drafters": tuple(drafter or ()),
         "only": tuple(filter(None, only.split(","))),
+        "peers": tuple(filter(None, peers.split(","))),
         "verifier": verifier,
         "draft_len": draft_len,
         "seed": seed,
         "device": device,
         "dtype": dtype,
         "quantize": quantize,
+        "threads": params.thread_count(threads),
         "smoke": smoke,
     }
     base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})
@@ -195,7 +204,7 @@ def _numbers(flag: str, text: str, kind: Callable[[str], float]) -> tuple[float,
 
 def _prepare(values: dict[str, Any], folder: Path) -> "tuple[BenchSettings, list[Part]]":
     """Settings and parts; mistakes in them show before anything is loaded or written."""
-    from specdiff.bench import paper, runner, suites
+    from specdiff.bench import llama_cpp, paper, runner, suites
     from specdiff.bench.settings import BenchSettings, Part, baselines
     from specdiff.catalog import DEFAULT_MODEL
 
@@ -203,6 +212,8 @@ def _prepare(values: dict[str, Any], folder: Path) -> "tuple[BenchSettings, list
     if values["suite"] != paper.SUITE:
         model = values["model"] or DEFAULT_MODEL
         settings = BenchSettings(**values | {"model": model, "suite_sha256": digest})
+        if settings.peers:
+            llama_cpp.check(model)
         own = Part(
             values["suite"].partition(":")[0],
             settings.model,

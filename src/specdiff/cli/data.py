@@ -37,6 +37,7 @@ def data(
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
     quantize: params.Quantize = "auto",
+    threads: params.Threads = "auto",
     max_model_len: Annotated[
         int, params.option("Maximum tokens of prompt and answer.", panel=params.MODEL)
     ] = 1024,
@@ -112,6 +113,7 @@ def data(
     if shard_tokens < 1:
         raise UsageError(f"--shard-tokens must be at least 1, not {shard_tokens}")
     batch = _batch(rows)
+    count = params.thread_count(threads)
     quiet_libraries()
     import specdiff
     from specdiff.data import sources
@@ -131,6 +133,7 @@ def data(
             # features are for training, which reads plain weights
             quantize="none" if features and quantize == "auto" else quantize,
             max_len=max_model_len,
+            threads=count,
         )
     job = _Corpus(lm, out, tokens, batch, shard_tokens, notes)
     longest = lm.max_len if verbatim else lm.max_len - max_tokens

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from specdiff.data.ledger import CorpusSummary
     from specdiff.data.write import CorpusProgress, Report
 
-FIRST_SECONDS = 5.0  # until the second line of progress where stderr is no terminal
+FIRST_SECONDS = 5.0  # between lines before the first token, where stderr is no terminal
 REPORT_SECONDS = 60.0  # between later lines
 
 
@@ -21,7 +21,8 @@ REPORT_SECONDS = 60.0  # between later lines
 def progress_bar(notes: "Console", title: str) -> "Iterator[Report]":
     """A progress bar.
 
-    Where stderr is no terminal: a line at once, one after the first seconds, then one a minute.
+    Where stderr is no terminal: a line at once, one with the first prompt, one every few seconds
+    until tokens come, then one a minute.
     """
     from rich.progress import (
         BarColumn,
@@ -40,6 +41,7 @@ def progress_bar(notes: "Console", title: str) -> "Iterator[Report]":
     )
     begin = 0.0
     due = 0.0
+    reading = False
     with Progress(
         *columns,
         console=notes,
@@ -50,14 +52,17 @@ def progress_bar(notes: "Console", title: str) -> "Iterator[Report]":
         task = bar.add_task(title, total=None, note="")
 
         def report(progress: "CorpusProgress") -> None:
-            nonlocal begin, due
+            nonlocal begin, due, reading
             now = time.perf_counter()
             begin = begin or now
             note = _note(progress, now - begin)
             completed = min(progress.total or progress.tokens, progress.tokens)
             bar.update(task, total=progress.total or None, completed=completed, note=note)
-            if not notes.is_terminal and now >= due:
-                due = now + (REPORT_SECONDS if due else FIRST_SECONDS)
+            first_prompt = bool(progress.prompts) and not reading
+            reading = reading or first_prompt
+            if not notes.is_terminal and (now >= due or first_prompt):
+                later = due and progress.processed
+                due = now + (REPORT_SECONDS if later else FIRST_SECONDS)
                 state = f"{title}: {progress.tokens} of {progress.total or 'all'} tokens"
                 notes.print(", ".join(filter(None, (state, note))), soft_wrap=True)
 
@@ -65,9 +70,9 @@ def progress_bar(notes: "Console", title: str) -> "Iterator[Report]":
 
 
 def _note(progress: "CorpusProgress", seconds: float) -> str:
-    """Speed and counts; empty before the first token."""
+    """Speed and counts; before the first token, the number of prompts that are being read."""
     if not progress.processed:
-        return ""
+        return f"reading prompts, {progress.prompts} so far" if progress.prompts else ""
     parts = [f"{progress.processed / max(seconds, 1e-9):.0f} tok/s"]
     if progress.unsettled is not None:
         parts.append(f"{progress.unsettled} tokens in unfinished rows")

@@ -1,5 +1,6 @@
 """`specdiff env`: versions, devices and caches, for bug reports."""
 
+import os
 from typing import Any
 
 from specdiff.cli import params, terminal
@@ -11,21 +12,24 @@ def env(
     """Versions, devices and caches: paste this into a bug report."""
     import torch
 
-    from specdiff import environment
-    from specdiff.devices import native_half
+    from specdiff import devices, environment
     from specdiff.models.gguf import cache_home
 
-    native = native_half(torch.device("cpu")) == torch.bfloat16 and not torch.cuda.is_available()
+    native = (
+        devices.native_half(torch.device("cpu")) == torch.bfloat16 and not torch.cuda.is_available()
+    )
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = (
         environment.versions()
         | environment.system()
         | {
-            "cpu threads": torch.get_num_threads(),
+            "cpu threads": f"{torch.get_num_threads()} (OMP_NUM_THREADS)"
+            if "OMP_NUM_THREADS" in os.environ
+            else f"{torch.get_num_threads()} at most, the fastest number is measured at load",
             "cuda devices": cuda,
             "mps": torch.backends.mps.is_available(),
-            "default dtype": "the checkpoint's" if cuda else "float32",
             "gguf weights": "as they are" if native else "expanded to float32",
+            "default dtype": devices.weights_dtype_in_words(torch.device("cuda") if cuda else cpu),
             "cache": str(cache_home()),
             "converted models": sorted(
                 p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")

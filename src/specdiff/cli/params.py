@@ -62,6 +62,10 @@ TrainedModel = Annotated[str, option(_TARGET, "--target", "--model", panel=MODEL
 Device = Annotated[str, option("auto, cpu, cuda, ...", panel=MODEL, variable="DEVICE")]
 Dtype = Annotated[str, option("auto, float32, bfloat16 or float16.", panel=MODEL, variable="DTYPE")]
 Quantize = Annotated[str, option("auto, none, int8 or int4.", panel=MODEL, variable="QUANTIZE")]
+Threads = Annotated[
+    str,
+    option("CPU threads: N, or auto (the fastest now).", panel=MODEL, variable="THREADS"),
+]
 MaxModelLen = Annotated[
     int, option("Maximum tokens of prompt and answer.", panel=MODEL, variable="MAX_MODEL_LEN")
 ]
@@ -242,6 +246,16 @@ def biases(text: str) -> dict[int, float]:
     if len(by_token) < len(pairs):
         raise UsageError(f"--logit-bias names a token twice: {text!r}")
     return by_token
+
+
+def thread_count(text: str) -> int | str:
+    """N or "auto". Raises UsageError."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"--threads must be a whole number or 'auto', not {text!r}") from None
 
 
 def draft_length(text: str) -> int | str | None:

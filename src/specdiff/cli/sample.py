@@ -16,6 +16,7 @@ def sample(
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
     quantize: params.Quantize = "auto",
+    threads: params.Threads = "auto",
     drafter: Annotated[
         str,
         params.option("A SEDD or MDLM drafter: a folder, a hub id or sedd.", panel=params.DRAFTING),
@@ -47,7 +48,14 @@ def sample(
     import specdiff
     from specdiff.text.sample import infill
 
-    lm = specdiff.load(model, drafter, device=device, dtype=dtype, quantize=quantize)
+    lm = specdiff.load(
+        model,
+        drafter,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        threads=params.thread_count(threads),
+    )
     samples = infill(
         lm,
         length=length,

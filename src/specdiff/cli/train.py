@@ -47,7 +47,7 @@ def train(
         float | None,
         params.option("Stop after this time; the same command resumes.", panel=TRAINING),
     ] = None,
-    threads: Annotated[int | None, params.option("CPU threads.", panel=TRAINING)] = None,
+    threads: params.Threads = "auto",
     license: Annotated[
         str, params.option("License in the model card.", panel=params.OUTPUT)
     ] = "apache-2.0",
@@ -80,7 +80,8 @@ def train(
     """
     if max_minutes is not None and not max_minutes > 0:
         raise UsageError(f"--max-minutes must be above 0, not {max_minutes}")
-    if threads is not None and threads < 1:
+    count = params.thread_count(threads)
+    if isinstance(count, int) and count < 1:
         raise UsageError(f"--threads must be at least 1, not {threads}")
     quiet_libraries()
     import torch
@@ -90,8 +91,8 @@ def train(
     prepare, recipes = _training()
     config = recipes.load(recipe, changes or ())
     keep_freed_memory()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if isinstance(count, int):  # torch's own number is the fastest for large batches
+        torch.set_num_threads(count)
     notes = terminal.notes(quiet=quiet)
     command = valid(shlex.join(["specdiff", *sys.argv[1:]]))
     with tempfile.TemporaryDirectory() as scratch:

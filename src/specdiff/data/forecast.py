@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from specdiff.data.generate import CorpusSettings, about, first_prompt, serve, slots
-from specdiff.data.sources import Source
+from specdiff.data.generate import CorpusSettings, about, serve, slots
+from specdiff.data.sources import Source, first_prompt
 from specdiff.engine import Request
 from specdiff.text.lm import SpeculativeLM
 from specdiff.types import SamplingParams

@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,6 +134,7 @@ def generate(
     *,
     tokens: int,
     rows: int,
+    on_prompt: Callable[[int], None] = lambda prompts: None,
 ) -> Iterator[GenerationStep]:
     """Write rows until the corpus has `tokens` tokens or the source is exhausted.
 
@@ -141,9 +142,11 @@ def generate(
     reaches the goal: the same seed gives the same rows, whatever the batch size `rows`. The
     generator may be closed at any time: the writer's next flush stores the settled rows.
 
+    `on_prompt` is called for each prompt with their number so far; the target then reads them.
+
     Raises CorpusError if only duplicates or unusable prompts come.
     """
-    feed = _Feed(lm, source, ledger, settings, tokens)
+    feed = _Feed(lm, source, ledger, settings, tokens, on_prompt)
     last_flush = time.monotonic()
     while ledger.writer.tokens < tokens and not feed.exhausted:
         with closing(serve(lm, iter(feed), slots(lm, source, settings), rows)) as steps:
@@ -180,16 +183,6 @@ def slots(lm: SpeculativeLM, source: Source, settings: CorpusSettings) -> int:
     return needed
 
 
-def first_prompt(source: Source) -> SourcePrompt:
-    """The first usable prompt. Raises UsageError if there is none, with the reason."""
-    why = ""
-    for prompt in source.prompts(()):
-        if not prompt.reason:
-            return prompt
-        why = why or f" (the first: {prompt.detail or prompt.reason})"
-    raise UsageError(f"the source holds no usable prompt{why}")
-
-
 @dataclass(frozen=True, slots=True)
 class _Outcome:
     """The result of a key: a row, or the reason why it has none. It took `generated` tokens."""
@@ -217,12 +210,15 @@ class _Feed:
         ledger: Ledger,
         settings: CorpusSettings,
         goal: int,
+        on_prompt: Callable[[int], None],
     ) -> None:
         self.lm = lm
         self.source = source
         self.ledger = ledger
         self.settings = settings
         self.goal = goal
+        self.on_prompt = on_prompt
+        self.count = 0  # of prompts taken
         self.prompts = source.prompts(ledger.keys)
         self.ready: deque[tuple[_Job, Request]] = deque()
         self.running: dict[int, _Job] = {}
@@ -305,6 +301,8 @@ class _Feed:
         opening = self.source.opening
         for prompt in self.prompts:
             self.order.append(prompt.key)
+            self.count += 1
+            self.on_prompt(self.count)
             if prompt.reason:
                 outcome = _Outcome(None, reason=prompt.reason, detail=prompt.detail)
                 self._close(prompt.key, outcome)

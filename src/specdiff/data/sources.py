@@ -104,6 +104,16 @@ class SelfSource:
         return (SourcePrompt(key, self.prefix) for key in count() if key not in skip)
 
 
+def first_prompt(source: Source) -> SourcePrompt:
+    """The first usable prompt. Raises UsageError if there is none, with the reason."""
+    why = ""
+    for prompt in source.prompts(()):
+        if not prompt.reason:
+            return prompt
+        why = why or f" (the first: {prompt.detail or prompt.reason})"
+    raise UsageError(f"the source holds no usable prompt{why}")
+
+
 def user_turn(lm: SpeculativeLM) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The chat template's tokens before a user's content, and from its end to the answer."""
     contents = ("Apples", "7 dogs?", "(why", "über alles!")

@@ -8,7 +8,7 @@ with other settings or a shard has changed.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from specdiff.data.corpus import PACKED, Corpus, CorpusWriter
 from specdiff.data.generate import (
     CorpusSettings,
     about,
-    first_prompt,
     generate,
     identity,
     slots,
 )
 from specdiff.data.ledger import CorpusSummary, Ledger
 from specdiff.data.shards import Row
-from specdiff.data.sources import Document, RecordSource, Source
+from specdiff.data.sources import Document, RecordSource, Source, first_prompt
 from specdiff.text.lm import SpeculativeLM
 
 SHARD_TOKENS = 1 << 20
@@ -36,7 +35,8 @@ class CorpusProgress:
     """Progress of a job that has stored `tokens` of `total` tokens (0: no limit).
 
     `processed` tokens were processed since the job began; `rows` are stored and `dropped` keys
-    dropped, both in the whole corpus. `unsettled` generated tokens belong to unfinished rows.
+    dropped, both in the whole corpus. `unsettled` generated tokens belong to unfinished rows;
+    `prompts` were taken from the source.
     """
 
     tokens: int
@@ -45,6 +45,7 @@ class CorpusProgress:
     rows: int | None = None
     dropped: int = 0
     unsettled: int | None = None
+    prompts: int = 0
 
 
 Report = Callable[[CorpusProgress], None]
@@ -88,9 +89,19 @@ def write_generated(
         report(_progress(ledger, tokens, 0, unsettled=0))
         begin = time.perf_counter()
         generated = 0
-        for step in generate(lm, source, ledger, settings, tokens=tokens, rows=rows):
+        unsettled = 0
+
+        def on_prompt(prompts: int) -> None:
+            progress = _progress(ledger, tokens, generated, unsettled)
+            report(replace(progress, prompts=prompts))
+
+        steps = generate(
+            lm, source, ledger, settings, tokens=tokens, rows=rows, on_prompt=on_prompt
+        )
+        for step in steps:
             generated += step.tokens
-            report(_progress(ledger, tokens, generated, unsettled=step.unsettled))
+            unsettled = step.unsettled
+            report(_progress(ledger, tokens, generated, unsettled))
         seconds = time.perf_counter() - begin
         return GenerationSummary(
             **asdict(ledger.close()),
