@@ -1,6 +1,7 @@
 """Sampling: logits to probabilities under a request's parameters, exact draws, log probabilities.
 
-Shapes: B rows, N positions, V vocabulary, M tokens drawn in this round, T top tokens.
+Shapes: B rows, N positions, V vocabulary, M tokens drawn in this round, T top tokens, C
+columns (V, or a draft vocabulary).
 """
 
 import torch
@@ -16,15 +17,19 @@ PREFIX = 512  # candidates sorted first; top-p sets are nearly always smaller
 
 
 def distribution(
-    logits: Float[Tensor, "B N V"], batch: Batch, drawn: Draft | Int[Tensor, "B M"]
-) -> Float[Tensor, "B N V"]:
+    logits: Float[Tensor, "B N C"],
+    batch: Batch,
+    drawn: Draft | Int[Tensor, "B M"],
+    columns: Int[Tensor, "C"] | None = None,
+) -> Float[Tensor, "B N C"]:
     """The rows' distributions under allowed ids, bias, penalties, temperature and filters.
 
     For the target, `drawn` is the Draft: its tokens count at the positions after them. For a
     drafter, `drawn` holds the tokens it has drawn in this round (at first [B, 0]), which count at
-    every position. `probabilities` applies temperature and filters alone.
+    every position. `probabilities` applies temperature and filters alone. `columns`: the ascending
+    ids that the logits are of (None: all).
     """
-    return probabilities(process_logits(logits, batch, drawn), batch.params)
+    return probabilities(process_logits(logits, batch, drawn, columns), batch.params)
 
 
 def probabilities(logits: Float[Tensor, "B N V"], params: Params) -> Float[Tensor, "B N V"]:

@@ -16,13 +16,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, tempered
+from specdiff.drafters.denoising import checked_temperature, reachable_size, tempered
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.ragged import RaggedModel
 from specdiff.models.self_test import self_test
-from specdiff.nn.borrowed import scatter
 from specdiff.nn.linear import stream_weights
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
@@ -105,6 +104,7 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         params = tempered(context.batch.params, self.draft_temperature)
         batch = replace(context.batch, params=params)
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
+        columns = self.model.draft_ids
         logits = self._catch_up(context.batch, state)
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
@@ -113,10 +113,12 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
                 at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
                 logits = self._pass(state, tokens[-1], at)
             drawn = torch.cat([batch.ids[:, :0], *tokens], dim=1)
-            q = distribution(self._spread(logits), batch, drawn)
-            tokens.append(draw(q, uniform[:, k : k + 1]))
+            q = distribution(self._fitted(logits), batch, drawn, columns)
+            index = draw(q, uniform[:, k : k + 1])
+            tokens.append(index if columns is None else columns[index])
             probs.append(q)
-        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))
+        size = reachable_size(params, columns, draft_len)
+        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1), size, columns=columns)
 
     def _catch_up(self, batch: Batch, state: AutoregressiveState) -> Float[Tensor, "B 1 C"]:
         """Feed the committed tokens whose keys are missing, at least the anchor.
@@ -148,11 +150,9 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         ids = known_ids(ids, self.model.vocab_size, self.vocab_size)
         return self.ragged.forward(state.cache, ids, at, last=1)[0]
 
-    def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
-        """Over the target's vocabulary: what the draft vocabulary lacks is never drawn."""
-        if self.model.draft_vocab_size is None:
-            return fitted(logits, self.vocab_size)
-        return scatter(logits, self.model.draft_vocab, self.vocab_size)
+    def _fitted(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 C"]:
+        """Over the draft vocabulary, or over the target's."""
+        return logits if self.model.borrows else fitted(logits, self.vocab_size)
 
 
 def autoregressive(

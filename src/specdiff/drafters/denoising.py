@@ -4,7 +4,7 @@ Written once for every denoiser. Only orders that fix positions left to right be
 are here: with any other order the probabilities stored at draw time are not the distribution
 P(x_k | x_<k, R_k) that the ratio test needs. (`any_order` drafts point masses instead.)
 
-Shapes: B rows, K drafted positions, V target vocabulary.
+Shapes: B rows, K drafted positions, C columns (V, the target's vocabulary, or a draft vocabulary).
 """
 
 from abc import abstractmethod
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
+from specdiff.logits_processors import reachable
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import distribution, draw
 from specdiff.types import Context, Draft, Params
@@ -36,6 +37,8 @@ class Denoiser(Protocol[DenoiserState]):
     mask_id: int | None
     draft_len: int = 8
     taps: tuple[int, ...] = ()
+    # the ascending target ids that its logits are of; None: all of them
+    columns: Int[Tensor, "C"] | None = None
 
     def open(self, rows: int, slots: int) -> DenoiserState:
         """State for `rows` rows of at most `slots` positions. By default None."""
@@ -56,8 +59,11 @@ class Denoiser(Protocol[DenoiserState]):
         state: DenoiserState,
         canvas: Int[Tensor, "B K"],
         revealed: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, "B K V"]:
-        """Logits of every canvas position, which hold `mask_id` unless `revealed`."""
+    ) -> Float[Tensor, "B K C"]:
+        """Logits of every canvas position, which hold `mask_id` unless `revealed`.
+
+        C is V, or the number of `columns`.
+        """
 
 
 class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
@@ -121,14 +127,17 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
         position = torch.arange(draft_len, device=canvas.device)
         probs: list[Tensor] = []
+        columns = self.denoiser.columns
         for group in position.tensor_split(min(self.steps, draft_len)):
             first = sum(earlier.shape[1] for earlier in probs)
             revealed = (position < first).expand_as(canvas)
             logits = self.denoiser.denoise(context, state, canvas, revealed)
-            q = distribution(logits[:, group], batch, canvas[:, :first])
-            canvas = canvas.index_copy(1, group, draw(q, uniform[:, group]))
+            q = distribution(logits[:, group], batch, canvas[:, :first], columns)
+            drawn = draw(q, uniform[:, group])
+            canvas = canvas.index_copy(1, group, drawn if columns is None else columns[drawn])
             probs.append(q)
-        return Draft(canvas, torch.cat(probs, dim=1))
+        size = reachable_size(params, columns, draft_len)
+        return Draft(canvas, torch.cat(probs, dim=1), size, columns=columns)
 
 
 def checked_temperature(draft_temperature: float) -> float:
@@ -136,6 +145,15 @@ def checked_temperature(draft_temperature: float) -> float:
     if not 0 <= draft_temperature < float("inf"):
         raise UsageError(f"draft_temperature must be a finite number >= 0, not {draft_temperature}")
     return draft_temperature
+
+
+def reachable_size(
+    params: Params, columns: Int[Tensor, "C"] | None, draft_len: int
+) -> Int[Tensor, "B"] | None:
+    """`Draft.size`: 0 in rows whose allowed ids leave no column. None where all rows draft."""
+    if columns is None or "allowed_token_ids" not in params.active:
+        return None
+    return reachable(params, columns).long() * draft_len
 
 
 def tempered(params: Params, factor: float) -> Params:
