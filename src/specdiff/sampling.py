@@ -108,6 +108,27 @@ def draw(weights: Float[Tensor, "... V"], uniform: Float[Tensor, "..."]) -> Int[
     return torch.searchsorted(cdf, scaled, right=True).squeeze(-1).clamp(max=weights.shape[-1] - 1)
 
 
+def draw_tokens(
+    logits: Float[Tensor, "B N C"],
+    batch: Batch,
+    drawn: Int[Tensor, "B M"],
+    uniform: Float[Tensor, "B N"],
+    columns: Int[Tensor, "C"] | None = None,
+) -> tuple[Int[Tensor, "B N"], Float[Tensor, "B N C"] | None]:
+    """A drafter's tokens and the distributions they were drawn from, as `distribution` has them.
+
+    Where all rows are greedy the tokens are the most likely ones, and there is no distribution:
+    they are point masses.
+    """
+    q = None
+    if batch.params.all_greedy:
+        index = process_logits(logits, batch, drawn, columns).argmax(-1)
+    else:
+        q = distribution(logits, batch, drawn, columns)
+        index = draw(q, uniform)
+    return index if columns is None else columns[index], q
+
+
 def logprobs(logits: Float[Tensor, "B N V"], verification: Verification, top: int) -> Logprobs:
     """Log probabilities of the emitted tokens and of the `top` most likely ones.
 

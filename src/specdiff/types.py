@@ -72,6 +72,7 @@ _NUMBERS = (
     "frequency_penalty",
 )
 _OTHERS = ("top_k", "logit_bias", "allowed_token_ids")
+_HOST = ("active", "logprobs", "all_greedy")  # fields of Params that are no tensors
 _OPTIONAL = ("allowed_token_ids", "logprobs")
 _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": whole,
@@ -104,8 +105,8 @@ class Params:
     """SamplingParams of a whole batch, one entry a row, with each row's length limit.
 
     Lists are filled up with PADDING (bias: 0). `active` names the options in use by some row,
-    `logprobs` is the most alternatives any row reports. Both are known on the host, so unused
-    options cost neither work nor a sync.
+    `logprobs` is the most alternatives any row reports, `all_greedy` says that every row has
+    temperature 0. They are known on the host, so unused options cost neither work nor a sync.
     """
 
     temperature: Float[Tensor, "B"]
@@ -122,6 +123,7 @@ class Params:
     allowed_ids: Int[Tensor, "B E"]
     active: frozenset[str]
     logprobs: int | None
+    all_greedy: bool
 
     @classmethod
     def stack(
@@ -153,6 +155,7 @@ class Params:
             limit=limit.to(device),
             active=frozenset(active),
             logprobs=max((r.logprobs for r in rows if r.logprobs is not None), default=None),
+            all_greedy=bool(cold.all()),
             **{name: column.to(device) for name, column in columns.items()},
         )
 
@@ -232,7 +235,7 @@ class Batch:
 
 def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
     changed = {}
-    for name in (f.name for f in fields(params) if f.name not in ("active", "logprobs")):
+    for name in (f.name for f in fields(params) if f.name not in _HOST):
         old = getattr(params, name)
         new = getattr(joined, name)
         if old.dim() == 2:
@@ -242,7 +245,10 @@ def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
         changed[name] = old.index_copy(0, rows, new)
     logprobs = [n for n in (params.logprobs, joined.logprobs) if n is not None]
     return Params(
-        active=params.active | joined.active, logprobs=max(logprobs, default=None), **changed
+        active=params.active | joined.active,
+        logprobs=max(logprobs, default=None),
+        all_greedy=params.all_greedy and joined.all_greedy,
+        **changed,
     )
 
 

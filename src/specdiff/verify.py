@@ -5,8 +5,8 @@ residual laws) and a draw (the plan met with uniforms). Tests enumerate every ro
 loop only ever calls the draw.
 
 Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary (q may have fewer columns). Row k of p and
-q conditions on the first k draft tokens; rows k >= size have q_k = 0, so at n = size the residual is
-p itself and the bonus token needs no branch.
+q conditions on the first k draft tokens; rows k >= size have q_k = 0, so at n = size the residual
+is p itself and the bonus token needs no branch.
 """
 
 from collections.abc import Callable
@@ -173,7 +173,7 @@ def match(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification
     The draws are keyed by position alone, so the text depends on target, prompt and seed, and on
     no drafter.
     """
-    return _agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
+    return agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
 
 
 def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
@@ -182,10 +182,14 @@ def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verif
     A drafter may share that noise on purpose, to agree more often.
     """
     gumbel = noise.shared(p.shape[1], p.shape[2]).to(p.dtype)
-    return _agree(draft, (p.log() + gumbel).argmax(-1))
+    return agree(draft, (p.log() + gumbel).argmax(-1))
 
 
-def _agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
+def agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
+    """Accept while the draft is the target's own token, then emit that.
+
+    With the most likely tokens this is what every verifier here does at temperature 0.
+    """
     accepted = ((draft.tokens == own[:, :-1]) & _counted(draft)).long().cumprod(1).sum(1)
     return _emit(draft, accepted, own.gather(1, accepted[:, None])[:, 0])
 

@@ -102,8 +102,9 @@ class _Census:
         fault = fault[live].flatten().cpu()
         self.rounds += 1
         self.counts += fault.bincount(minlength=len(FAULTS))
-        own = draft.token_probs()
-        if own is not None and not bool(fault.any()):
+        # ids beyond the vocabulary have no probability to look up
+        own = None if bool(fault.any()) else draft.token_probs()
+        if own is not None:
             size = draft.sizes[live, None]
             counted = torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < size
             self.impossible += int(((own[live] <= 0) & counted).sum())

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, reachable_size, tempered
+from specdiff.drafters.denoising import checked_temperature, drafted, tempered
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
@@ -25,7 +25,7 @@ from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import distribution, draw
+from specdiff.sampling import draw_tokens
 from specdiff.types import Batch, Context, Draft, TargetInfo
 from specdiff.weights import CONFIG, locate, positive, read_config
 
@@ -99,7 +99,8 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
     ) -> Draft:
         """The tokens committed since the last round in one pass, then one pass a token.
 
-        Each token is drawn from exactly its row of `probs`.
+        Each token is drawn from exactly its row of `probs`. Where all rows are greedy, the tokens
+        are point masses.
         """
         params = tempered(context.batch.params, self.draft_temperature)
         batch = replace(context.batch, params=params)
@@ -107,18 +108,17 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         columns = self.model.draft_ids
         logits = self._catch_up(context.batch, state)
         tokens: list[Tensor] = []
-        probs: list[Tensor] = []
+        probs: list[Tensor | None] = []
         for k in range(draft_len):
             if k:
                 at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
                 logits = self._pass(state, tokens[-1], at)
             drawn = torch.cat([batch.ids[:, :0], *tokens], dim=1)
-            q = distribution(self._fitted(logits), batch, drawn, columns)
-            index = draw(q, uniform[:, k : k + 1])
-            tokens.append(index if columns is None else columns[index])
+            logits = self._fitted(logits)
+            token, q = draw_tokens(logits, batch, drawn, uniform[:, k : k + 1], columns)
+            tokens.append(token)
             probs.append(q)
-        size = reachable_size(params, columns, draft_len)
-        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1), size, columns=columns)
+        return drafted(torch.cat(tokens, dim=1), probs, params, columns)
 
     def _catch_up(self, batch: Batch, state: AutoregressiveState) -> Float[Tensor, "B 1 C"]:
         """Feed the committed tokens whose keys are missing, at least the anchor.

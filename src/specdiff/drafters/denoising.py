@@ -8,6 +8,7 @@ Shapes: B rows, K drafted positions, C columns (V, the target's vocabulary, or a
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -19,7 +20,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.logits_processors import reachable
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import distribution, draw
+from specdiff.sampling import draw_tokens
 from specdiff.types import Context, Draft, Params
 
 DenoiserState = TypeVar("DenoiserState")
@@ -118,6 +119,8 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     ) -> Draft:
         """One pass a group; every token is drawn from exactly its row of `probs`.
 
+        Where all rows are greedy, the tokens are point masses.
+
         A group's penalties count the tokens of earlier groups, not of its own: those are drawn at
         once, and q is what they were drawn from.
         """
@@ -126,18 +129,19 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
         position = torch.arange(draft_len, device=canvas.device)
-        probs: list[Tensor] = []
+        probs: list[Tensor | None] = []
         columns = self.denoiser.columns
+        first = 0
         for group in position.tensor_split(min(self.steps, draft_len)):
-            first = sum(earlier.shape[1] for earlier in probs)
             revealed = (position < first).expand_as(canvas)
             logits = self.denoiser.denoise(context, state, canvas, revealed)
-            q = distribution(logits[:, group], batch, canvas[:, :first], columns)
-            drawn = draw(q, uniform[:, group])
-            canvas = canvas.index_copy(1, group, drawn if columns is None else columns[drawn])
+            logits = logits[:, group]
+            earlier = canvas[:, :first]
+            tokens, q = draw_tokens(logits, batch, earlier, uniform[:, group], columns)
+            canvas = canvas.index_copy(1, group, tokens)
             probs.append(q)
-        size = reachable_size(params, columns, draft_len)
-        return Draft(canvas, torch.cat(probs, dim=1), size, columns=columns)
+            first += len(group)
+        return drafted(canvas, probs, params, columns)
 
 
 def checked_temperature(draft_temperature: float) -> float:
@@ -147,13 +151,23 @@ def checked_temperature(draft_temperature: float) -> float:
     return draft_temperature
 
 
-def reachable_size(
-    params: Params, columns: Int[Tensor, "C"] | None, draft_len: int
-) -> Int[Tensor, "B"] | None:
-    """`Draft.size`: 0 in rows whose allowed ids leave no column. None where all rows draft."""
-    if columns is None or "allowed_token_ids" not in params.active:
-        return None
-    return reachable(params, columns).long() * draft_len
+def drafted(
+    tokens: Int[Tensor, "B K"],
+    probs: Sequence[Float[Tensor, "B N C"] | None],
+    params: Params,
+    columns: Int[Tensor, "C"] | None,
+) -> Draft:
+    """The draft of tokens that `draw_tokens` drew, from its probabilities in turn.
+
+    Its size is 0 in rows whose allowed ids leave no column.
+    """
+    size = None
+    if columns is not None and "allowed_token_ids" in params.active:
+        size = reachable(params, columns).long() * tokens.shape[1]
+    soft = [q for q in probs if q is not None]
+    if not soft:
+        return Draft(tokens, None, size)
+    return Draft(tokens, torch.cat(soft, dim=1), size, columns=columns)
 
 
 def tempered(params: Params, factor: float) -> Params:
@@ -164,4 +178,5 @@ def tempered(params: Params, factor: float) -> Params:
         params,
         temperature=params.temperature * factor,
         active=params.active | {"temperature", "greedy"},
+        all_greedy=params.all_greedy or factor == 0,
     )
