@@ -265,7 +265,9 @@ def sedd(
     if order not in (None, *ORDERS, "any"):
         raise UsageError(f"unknown order {order!r}; known are {', '.join(ORDERS)}, any")
     path = locate(folder)
-    model = SEDD.from_pretrained(path)
+    # q is what the network computes in any precision, and bfloat16 reads half as much memory
+    half = target.dtype == torch.bfloat16
+    model = SEDD.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
     draft_len = read_config(path).get("draft_len", 8)
     if not isinstance(draft_len, int) or draft_len < 1:
         raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")
