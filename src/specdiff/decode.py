@@ -18,7 +18,7 @@ from specdiff.drafters.guarded import GuardedDrafter, GuardedState
 from specdiff.errors import TargetError, UsageError
 from specdiff.logits_processors import process_logits
 from specdiff.noise import Noise
-from specdiff.sampling import distribution, logprobs
+from specdiff.sampling import distribution, logprobs, most_likely
 from specdiff.stopwatch import stopwatch
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Draft, Round, TargetOutput, Verification
@@ -245,7 +245,7 @@ def _verify(
 ) -> Verification:
     """Run the verifier. Where all rows are greedy, one of ours needs no distribution."""
     if run.batch.params.all_greedy and any(run.verifier is own for own in VERIFIERS.values()):
-        return agree(draft, process_logits(logits, run.batch, draft).argmax(-1))
+        return agree(draft, most_likely(process_logits(logits, run.batch, draft)))
     return run.verifier(draft, distribution(logits, run.batch, draft), noise)
 
 

@@ -122,11 +122,17 @@ def draw_tokens(
     """
     q = None
     if batch.params.all_greedy:
-        index = process_logits(logits, batch, drawn, columns).argmax(-1)
+        index = most_likely(process_logits(logits, batch, drawn, columns))
     else:
         q = distribution(logits, batch, drawn, columns)
         index = draw(q, uniform)
     return index if columns is None else columns[index], q
+
+
+def most_likely(logits: Float[Tensor, "B N C"]) -> Int[Tensor, "B N"]:
+    """The first largest entry of each row (`argmax` is five times slower in bfloat16 on a CPU)."""
+    index: Tensor = logits.max(-1).indices
+    return index
 
 
 def logprobs(logits: Float[Tensor, "B N V"], verification: Verification, top: int) -> Logprobs:

@@ -15,7 +15,7 @@ from specdiff import decode
 from specdiff.check.doubles import TableDrafter
 from specdiff.logits_processors import process_logits
 from specdiff.noise import Noise
-from specdiff.sampling import distribution
+from specdiff.sampling import distribution, most_likely
 from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Draft, SamplingParams, Verification
 from specdiff.verify import VERIFIERS, Verifier, agree
@@ -92,7 +92,7 @@ def test_the_argmax_is_the_one_hot_distributions_ties_included(options: str) -> 
     assert batch.params.all_greedy
     logits = torch.randint(-2, 3, (6, 4, 6), generator=generator).to(torch.bfloat16)
     draft = Draft(torch.randint(6, (6, 3), generator=generator))
-    best = process_logits(logits, batch, draft).argmax(-1)
+    best = most_likely(process_logits(logits, batch, draft))
     assert torch.equal(F.one_hot(best, 6).float(), distribution(logits, batch, draft))
 
 
