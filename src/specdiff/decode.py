@@ -16,12 +16,13 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.guarded import GuardedDrafter, GuardedState
 from specdiff.errors import TargetError, UsageError
+from specdiff.logits_processors import process_logits
 from specdiff.noise import Noise
-from specdiff.sampling import distribution, logprobs
+from specdiff.sampling import distribution, logprobs, most_likely
 from specdiff.stopwatch import stopwatch
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Draft, Round, TargetOutput, Verification
-from specdiff.verify import Verifier, token
+from specdiff.verify import VERIFIERS, Verifier, agree, token
 
 Stop = Callable[[Round], Bool[Tensor, "B"]]
 DraftLength = Callable[[Round | None], int]
@@ -54,8 +55,7 @@ def step(run: DecodeState, draft_len: int, stop: Stop | None = None) -> Round:
     output = run.target.score(run.cache, run.batch, draft)
     clock.lap("score")
     finite = finite_rows(output.logits)
-    p = distribution(output.logits, run.batch, draft)
-    verification = run.verifier(_cut(draft, finite), p, noise)
+    verification = _verify(run, _cut(draft, finite), output.logits, noise)
     verification = _with_logprobs(verification, output, run.batch)
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
@@ -238,6 +238,15 @@ def _propose(run: DecodeState, noise: Noise, draft_len: int) -> Draft:
     if draft_len == 0:
         return Draft.empty(run.batch)
     return run.drafter.propose(run.context, run.state, noise, draft_len)
+
+
+def _verify(
+    run: DecodeState, draft: Draft, logits: Float[Tensor, "B N V"], noise: Noise
+) -> Verification:
+    """Run the verifier. Where all rows are greedy, one of ours needs no distribution."""
+    if run.batch.params.all_greedy and any(run.verifier is own for own in VERIFIERS.values()):
+        return agree(draft, most_likely(process_logits(logits, run.batch, draft)))
+    return run.verifier(draft, distribution(logits, run.batch, draft), noise)
 
 
 def _cut(draft: Draft, finite: Int[Tensor, "B"]) -> Draft:

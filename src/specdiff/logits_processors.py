@@ -10,14 +10,16 @@ Counts are rebuilt from the committed tokens, so nothing can go stale. Only logi
 occur are touched: apart from one copy of the logits this is O(B (V + N S)) work, not O(B N V).
 
 Shapes: B rows, N positions, V vocabulary, S slots, M tokens drawn in this round, L = S + M places
-a token may occur at, E entries.
+a token may occur at, E entries, C columns (V, or a draft vocabulary).
 """
+
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdiff.types import Batch, Draft
+from specdiff.types import Batch, Draft, Params, column_index
 
 COUNTING = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
 # bounds a repetition penalty so that logits times or over it stay finite; larger ones act alike
@@ -25,18 +27,25 @@ FINITE = 1e30
 
 
 def process_logits(
-    logits: Float[Tensor, "B N V"], batch: Batch, drawn: Draft | Int[Tensor, "B M"]
-) -> Float[Tensor, "B N V"]:
+    logits: Float[Tensor, "B N C"],
+    batch: Batch,
+    drawn: Draft | Int[Tensor, "B M"],
+    columns: Int[Tensor, "C"] | None = None,
+) -> Float[Tensor, "B N C"]:
     """The logits under the rows' own options, at least float32; the same object if none is used.
 
     drawn: a Draft, of which scored row k counts the tokens above it; or a tensor of tokens, which
         every row counts, as a drafter's next tokens do. In one pass over many positions those
         before each are not drawn yet, and must not count.
+    columns: the ascending ids that the logits are of (None: all). Where a row allows none of them
+        its logits are 0: see `reachable`.
     """
     active = batch.params.active
     if not active & (COUNTING | {"allowed_token_ids", "logit_bias"}):
         return logits
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    if columns is not None:
+        return _of_columns(logits, batch, drawn, columns)
     if "allowed_token_ids" in active:
         logits = _allowed(logits, batch.params.allowed_ids)
     if "logit_bias" in active:
@@ -46,6 +55,36 @@ def process_logits(
     if isinstance(drawn, Draft):
         return _penalized(logits, batch, drawn.tokens, above(drawn))
     return _penalized(logits, batch, drawn)
+
+
+def reachable(params: Params, columns: Int[Tensor, "C"]) -> Bool[Tensor, "B"]:
+    """Whether a row's allowed ids leave it one of the columns."""
+    unlimited = (params.allowed_ids < 0).all(1)
+    return unlimited | (column_index(params.allowed_ids, columns) < len(columns)).any(1)
+
+
+def _of_columns(
+    logits: Float[Tensor, "B N C"],
+    batch: Batch,
+    drawn: Draft | Int[Tensor, "B M"],
+    columns: Int[Tensor, "C"],
+) -> Float[Tensor, "B N C"]:
+    """Ids become places among the columns; all others share one more column, of logit -inf."""
+    ids = _places(batch.ids, columns)
+    bias_ids = _places(batch.params.bias_ids, columns)
+    allowed_ids = _places(batch.params.allowed_ids, columns)
+    params = replace(batch.params, bias_ids=bias_ids, allowed_ids=allowed_ids)
+    if isinstance(drawn, Draft):
+        drawn = Draft(_places(drawn.tokens, columns), parents=drawn.parents)
+    else:
+        drawn = _places(drawn, columns)
+    padded = torch.nn.functional.pad(logits, (0, 1), value=-torch.inf)
+    logits = process_logits(padded, replace(batch, ids=ids, params=params), drawn)[..., :-1]
+    return torch.where(logits.amax(-1, keepdim=True) == -torch.inf, 0, logits)
+
+
+def _places(ids: Int[Tensor, "*B"], columns: Int[Tensor, "C"]) -> Int[Tensor, "*B"]:
+    return torch.where(ids < 0, ids, column_index(ids, columns))
 
 
 def _biased(

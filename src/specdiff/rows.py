@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from specdiff import decode
 from specdiff.devices import mapped
@@ -122,7 +124,7 @@ class Rows:
         if len(running):
             decode.release(state, running)
         earlier = state.state
-        previous = mapped(state.context.previous, lambda part: part[source])
+        previous = _tiled(state.context.previous, source)
         state.cache = cache
         state.state = drafting
         state.batch = batch
@@ -147,6 +149,15 @@ def alike(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         group.append(index)
     if group:
         yield sorted(group)
+
+
+def _tiled(last: Round | None, source: Int[Tensor, "R"]) -> Round | None:
+    """The last round with rows repeated; a draft's columns are no row's own."""
+    if last is None:
+        return None
+    columns = last.draft.columns
+    tiled: Round = mapped(last, lambda part: part if part is columns else part[source])
+    return tiled
 
 
 def _batch(joining: Sequence[Slot], width: int, device: torch.device) -> Batch:

@@ -3,7 +3,8 @@
 All are frozen dataclasses of plain tensors; only `decode` advances a Batch.
 
 Shapes: B rows, S slots (positions a row may reach), K drafted tokens, N = K + 1 scored positions,
-V target vocabulary, D tapped feature width, E entries of the longest row of a list, T top tokens.
+V target vocabulary, C columns of a draft's probabilities (V, or a draft vocabulary), D tapped
+feature width, E entries of the longest row of a list, T top tokens.
 """
 
 import math
@@ -71,6 +72,7 @@ _NUMBERS = (
     "frequency_penalty",
 )
 _OTHERS = ("top_k", "logit_bias", "allowed_token_ids")
+_HOST = ("active", "logprobs", "all_greedy")  # fields of Params that are no tensors
 _OPTIONAL = ("allowed_token_ids", "logprobs")
 _CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
     "max_tokens": whole,
@@ -103,8 +105,8 @@ class Params:
     """SamplingParams of a whole batch, one entry a row, with each row's length limit.
 
     Lists are filled up with PADDING (bias: 0). `active` names the options in use by some row,
-    `logprobs` is the most alternatives any row reports. Both are known on the host, so unused
-    options cost neither work nor a sync.
+    `logprobs` is the most alternatives any row reports, `all_greedy` says that every row has
+    temperature 0. They are known on the host, so unused options cost neither work nor a sync.
     """
 
     temperature: Float[Tensor, "B"]
@@ -121,6 +123,7 @@ class Params:
     allowed_ids: Int[Tensor, "B E"]
     active: frozenset[str]
     logprobs: int | None
+    all_greedy: bool
 
     @classmethod
     def stack(
@@ -152,6 +155,7 @@ class Params:
             limit=limit.to(device),
             active=frozenset(active),
             logprobs=max((r.logprobs for r in rows if r.logprobs is not None), default=None),
+            all_greedy=bool(cold.all()),
             **{name: column.to(device) for name, column in columns.items()},
         )
 
@@ -231,7 +235,7 @@ class Batch:
 
 def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
     changed = {}
-    for name in (f.name for f in fields(params) if f.name not in ("active", "logprobs")):
+    for name in (f.name for f in fields(params) if f.name not in _HOST):
         old = getattr(params, name)
         new = getattr(joined, name)
         if old.dim() == 2:
@@ -241,7 +245,10 @@ def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
         changed[name] = old.index_copy(0, rows, new)
     logprobs = [n for n in (params.logprobs, joined.logprobs) if n is not None]
     return Params(
-        active=params.active | joined.active, logprobs=max(logprobs, default=None), **changed
+        active=params.active | joined.active,
+        logprobs=max(logprobs, default=None),
+        all_greedy=params.all_greedy and joined.all_greedy,
+        **changed,
     )
 
 
@@ -256,14 +263,17 @@ class Draft:
 
     `probs[b, k]` must be P(x_k | x_<k, R_k), with R_k everything that was used to compute rows
     0..k of it (the contract of docs/write-a-drafter.md); None is a point mass on each token.
-    `size` is how many of the K count in each row (None: all). `parents[b, k]` makes a tree: the
-    node each node continues, -1 for the anchor (None: a chain).
+    `columns` holds the target ids, ascending, whose probabilities the columns of `probs` are: every
+    other id has probability 0 (None: all V ids). `size` is how many of the K count in each row
+    (None: all). `parents[b, k]` makes a tree: the node each node continues, -1 for the anchor
+    (None: a chain).
     """
 
     tokens: Int[Tensor, "B K"]
-    probs: Float[Tensor, "B K V"] | None = None
+    probs: Float[Tensor, "B K C"] | None = None
     size: Int[Tensor, "B"] | None = None
     parents: Int[Tensor, "B K"] | None = None
+    columns: Int[Tensor, "C"] | None = None
 
     @classmethod
     def empty(cls, batch: Batch) -> Self:
@@ -277,6 +287,36 @@ class Draft:
             return self.size
         rows, K = self.tokens.shape
         return self.tokens.new_full((rows,), K)
+
+    def full_probs(self, vocab_size: int) -> Float[Tensor, "B K V"] | None:
+        """`probs` over all ids, 0 outside `columns`; None for point masses.
+
+        For what is not in the loop: this is large.
+        """
+        if self.probs is None or self.columns is None:
+            return self.probs
+        full = self.probs.new_zeros(*self.tokens.shape, vocab_size)
+        return full.index_copy_(-1, self.columns, self.probs)
+
+    def token_probs(self) -> Float[Tensor, "B K"] | None:
+        """The probability of each drafted token, 0 outside `columns`; None for point masses."""
+        if self.probs is None:
+            return None
+        if self.columns is None:
+            return self.probs.gather(-1, self.tokens[..., None])[..., 0]
+        index = column_index(self.tokens, self.columns)
+        inside = index < len(self.columns)
+        at = index.clamp(max=len(self.columns) - 1)[..., None]
+        return torch.where(inside, self.probs.gather(-1, at)[..., 0], 0)
+
+
+def column_index(ids: Int[Tensor, "*B"], columns: Int[Tensor, "C"]) -> Int[Tensor, "*B"]:
+    """The place of each id among the ascending `columns`; C for an id that is not one of them."""
+    C = len(columns)
+    columns = columns.contiguous()
+    index = torch.searchsorted(columns, ids.contiguous())
+    same = columns[index.clamp(max=C - 1)] == ids
+    return torch.where(same, index, C)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ Each verifier is a plan (a pure function of draft and target probabilities: thre
 residual laws) and a draw (the plan met with uniforms). Tests enumerate every row of the plan; the
 loop only ever calls the draw.
 
-Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary. Row k of p and q conditions on the first
-k draft tokens; rows k >= size have q_k = 0, so at n = size the residual is p itself and the bonus
-token needs no branch.
+Shapes: B rows, K drafted tokens, N = K + 1, V vocabulary (q may have fewer columns). Row k of p and
+q conditions on the first k draft tokens; rows k >= size have q_k = 0, so at n = size the residual
+is p itself and the bonus token needs no branch.
 """
 
 from collections.abc import Callable
@@ -61,7 +61,10 @@ def _q_row(
     if draft.probs is None:
         q = torch.zeros_like(like).scatter(1, draft.tokens.gather(1, at), 1)
     else:
-        q = draft.probs.gather(1, at[..., None].expand(-1, 1, like.shape[-1]))[:, 0].to(like.dtype)
+        width = draft.probs.shape[-1]
+        q = draft.probs.gather(1, at[..., None].expand(-1, 1, width))[:, 0].to(like.dtype)
+        if draft.columns is not None:
+            q = torch.zeros_like(like).index_copy(1, draft.columns, q)
     return torch.where((rows < draft.sizes)[:, None], q, 0)
 
 
@@ -69,9 +72,10 @@ def _ratio(draft: Draft, p: Float[Tensor, "B N V"]) -> Float[Tensor, "B K"]:
     """p_k(x_k) / q_k(x_k): 0 where p is 0 (also over q = 0), infinite where only q is."""
     x = draft.tokens[..., None]
     target = p[:, :-1].gather(-1, x)[..., 0]
-    if draft.probs is None:
+    q = draft.token_probs()
+    if q is None:
         return target
-    ratio = target / draft.probs.gather(-1, x)[..., 0].to(p.dtype)
+    ratio = target / q.to(p.dtype)
     return torch.where(target > 0, ratio, 0)
 
 
@@ -99,14 +103,30 @@ def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     total = weight.clone()  # S_k where q_k = 0: w_k itself
     if K > 1 and draft.probs is None:
         total[:, 1:K] = weight[:, 1:K] * (1 - ratio[:, 1:])
-    elif K > 1 and draft.probs is not None:
-        excess = weight[:, 1:K, None] * p[:, 1:K] - draft.probs[:, 1:].to(p.dtype)
-        total[:, 1:K] = excess.clamp(min=0).sum(-1)
+    elif K > 1:
+        total[:, 1:K] = _excess(draft, p, weight)
     inside = torch.arange(K + 1, device=p.device) < draft.sizes[:, None]
     total = torch.where(inside, total, weight)
     room = total + 1 - weight
     h = torch.where(room > 0, total / room, 1)[:, 1:]
     return Plan(torch.where(_counted(draft), h, 0), weight, draft, p)
+
+
+def _excess(
+    draft: Draft, p: Float[Tensor, "B N V"], weight: Float[Tensor, "B N"]
+) -> Float[Tensor, "B K-1"]:
+    """sum (w_k p_k - q_k)+ for k from 1 to K - 1; outside the draft's columns it is w_k p_k."""
+    assert draft.probs is not None
+    K = draft.tokens.shape[1]
+    p = p[:, 1:K]
+    scale = weight[:, 1:K]
+    columns = draft.columns
+    inside = p if columns is None else p[..., columns]
+    excess = scale[..., None] * inside - draft.probs[:, 1:].to(p.dtype)
+    total = excess.clamp(min=0).sum(-1)
+    if columns is None:
+        return total
+    return total + scale * p.index_fill(-1, columns, 0).sum(-1)
 
 
 def match_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
@@ -153,7 +173,7 @@ def match(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification
     The draws are keyed by position alone, so the text depends on target, prompt and seed, and on
     no drafter.
     """
-    return _agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
+    return agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
 
 
 def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
@@ -162,10 +182,14 @@ def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verif
     A drafter may share that noise on purpose, to agree more often.
     """
     gumbel = noise.shared(p.shape[1], p.shape[2]).to(p.dtype)
-    return _agree(draft, (p.log() + gumbel).argmax(-1))
+    return agree(draft, (p.log() + gumbel).argmax(-1))
 
 
-def _agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
+def agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
+    """Accept while the draft is the target's own token, then emit that.
+
+    With the most likely tokens this is what every verifier here does at temperature 0.
+    """
     accepted = ((draft.tokens == own[:, :-1]) & _counted(draft)).long().cumprod(1).sum(1)
     return _emit(draft, accepted, own.gather(1, accepted[:, None])[:, 0])
 

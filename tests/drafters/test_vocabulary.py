@@ -68,9 +68,9 @@ def test_the_texts_are_plain_ones_and_drafts_are_proposed(
         for text, prompt in zip(tiny.rows_of(rounds[-1].batch), prompts, strict=True):
             assert text == tiny.plain(tiny.copy_of(target.model), prompt, params.max_tokens)
         assert not any(bool(r.disabled.any()) for r in rounds)
-        assert all(
-            r.draft.probs is not None and r.draft.probs.shape[-1] == tiny.VOCAB for r in rounds
-        )
+        assert all(r.draft.tokens.shape[1] == 3 for r in rounds)
+    for last in decode.decode(target, instance, tiny.batch_of(prompts, 20), draft_len=3):
+        assert last.draft.probs is not None and last.draft.probs.shape[-1] == tiny.VOCAB
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,8 +2,9 @@
 
 Every draft, every number of accepted tokens, every following token.
 
-Shapes: C cases, D drafts, T texts, K drafted tokens, V vocabulary; N prefixes (in Cases) or K + 1
-(in rows). A prefix of k tokens is one index below V**k, first token most significant.
+Shapes: C cases, D drafts, T texts, K drafted tokens, V vocabulary, I columns; N prefixes
+(in Cases) or K + 1 (in rows). A prefix of k tokens is one index below V**k, first token most
+significant.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,11 @@ from torch import Tensor
 
 from specdiff.types import Draft
 
-SHAPES = ("factorised", "left-to-right", "two groups", "equal", "disjoint", "zeros", "point")
+COLUMNS = ("columns", "columns disjoint", "columns zeros")  # probabilities of some ids only
+SHAPES = (
+    *("factorised", "left-to-right", "two groups", "equal", "disjoint", "zeros", "point"),
+    *COLUMNS,
+)
 
 
 @dataclass(frozen=True)
@@ -25,12 +30,14 @@ class Cases:
 
     `chance` [C, V**K] is that of each whole draft.
     `q` None: the drafts carry no probabilities, whatever `chance` is. `size` None: all K count.
+    `columns`: the drafts carry the probabilities of these ids; `q` is 0 at all others.
     """
 
     p: list[Float[Tensor, "C N V"]]
     q: list[Float[Tensor, "C N V"]] | None
     chance: Float[Tensor, "C D"]
     size: Int[Tensor, "C"] | None
+    columns: Int[Tensor, "I"] | None = None
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -64,10 +71,21 @@ class Cases:
         elif shape == "zeros":
             p = [_thinned(row, generator) for row in p]
             q = [_thinned(row, generator) for row in q]
+        columns = None
+        if shape in COLUMNS:
+            # half of the ids, not the first one: an index is never its own id
+            columns = torch.arange(V)[1::2] if shape == "columns disjoint" else torch.arange(1, V)
+            inside = torch.zeros(V).index_fill(0, columns, 1)
+            q = [_normalize(row * inside) for row in q]
+            if shape == "columns disjoint":
+                p = [_normalize(row * (1 - inside)) for row in p]
+            elif shape == "columns zeros":
+                p = [_thinned(row, generator) for row in p]
+                q = [_thinned(row, generator, inside) for row in q]
         size = torch.randint(0, K + 1, (count,), generator=generator) if ragged else None
         if shape == "point":
             return cls(p, None, _rows(count, 1, V**K, generator)[:, 0], size)
-        return cls(p, q, _chained(q, count, V), size)
+        return cls(p, q, _chained(q, count, V), size, columns)
 
     def rows(self) -> tuple[Draft, Float[Tensor, "R N V"]]:
         """Every draft of every case as one batch row.
@@ -91,8 +109,9 @@ class Cases:
                 else p[:, :, :0]
             )
             probs = probs.flatten(0, 1)
+            probs = probs if self.columns is None else probs[..., self.columns]
         size = None if self.size is None else self.size.repeat_interleave(V**K)
-        return Draft(tokens.repeat(count, 1), probs, size), p.flatten(0, 1)
+        return Draft(tokens.repeat(count, 1), probs, size, columns=self.columns), p.flatten(0, 1)
 
     def target_law(self) -> Float[Tensor, "C T"]:
         """The chance of each K+1 tokens under p."""
@@ -161,9 +180,15 @@ def _rows(count: int, prefixes: int, V: int, generator: torch.Generator) -> Floa
     )
 
 
-def _thinned(rows: Float[Tensor, "C N V"], generator: torch.Generator) -> Float[Tensor, "C N V"]:
+def _thinned(
+    rows: Float[Tensor, "C N V"],
+    generator: torch.Generator,
+    inside: Float[Tensor, "V"] | None = None,
+) -> Float[Tensor, "C N V"]:
     """About half of the tokens, at least one, keep their chance; in some rows only that one."""
     draws = torch.rand(rows.shape, generator=generator)
+    if inside is not None:
+        draws = torch.where(inside > 0, draws, 2)
     return _normalize(rows * ((draws < 0.5) | (draws == draws.amin(-1, keepdim=True))))
 
 

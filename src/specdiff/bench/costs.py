@@ -267,7 +267,8 @@ def overlaps(draft: Draft, p: Float[Tensor, "B K V"]) -> Float[Tensor, "B K"]:
     """sum min(p, q) = 1 - TV(p, q) of each drafted position; p(token) for point masses."""
     if draft.probs is None:
         return p.gather(2, draft.tokens[..., None])[..., 0]
-    return torch.minimum(p, draft.probs.to(p.dtype)).sum(-1)
+    own = p if draft.columns is None else p[..., draft.columns]
+    return torch.minimum(own, draft.probs.to(p.dtype)).sum(-1)
 
 
 def acceptance(

@@ -117,10 +117,11 @@ class Scores:
     def look(self, context: Context, noise: Noise, draft: Draft) -> None:
         """Add one round's drafts."""
         rows = (~context.batch.done).nonzero()[:, 0]
-        if draft.probs is None or not len(rows) or not draft.tokens.shape[1]:
+        probs = draft.full_probs(self.vocab_size)
+        if probs is None or not len(rows) or not draft.tokens.shape[1]:
             return  # a point mass has no law to miss
         tokens = draft.tokens[rows].cpu()
-        q = draft.probs[rows].double().cpu()
+        q = probs[rows].double().cpu()
         shapes = polynomials(transforms(tokens, q, self.generator))
         before = self._before(context, rows, shapes)
         K = tokens.shape[1]

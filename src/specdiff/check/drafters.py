@@ -89,7 +89,7 @@ class _Census:
 
     vocab_size: int
     rounds: int = 0
-    counts: Int[Tensor, "4"] = field(
+    counts: Int[Tensor, "F"] = field(
         default_factory=lambda: torch.zeros(len(FAULTS), dtype=torch.long)
     )
     impossible: int = 0
@@ -102,11 +102,12 @@ class _Census:
         fault = fault[live].flatten().cpu()
         self.rounds += 1
         self.counts += fault.bincount(minlength=len(FAULTS))
-        if draft.probs is not None and not bool(fault.any()):
+        # ids beyond the vocabulary have no probability to look up
+        own = None if bool(fault.any()) else draft.token_probs()
+        if own is not None:
             size = draft.sizes[live, None]
             counted = torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < size
-            own = draft.probs[live].gather(-1, draft.tokens[live, :, None])[..., 0]
-            self.impossible += int(((own <= 0) & counted).sum())
+            self.impossible += int(((own[live] <= 0) & counted).sum())
 
 
 def soundness(drafter: Drafter[Any], target: Target[Any], accepted: list[int]) -> Iterator[Finding]:

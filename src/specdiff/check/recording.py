@@ -81,6 +81,7 @@ class Drafted:
     text: tuple[int, ...]
     tokens: list[int]
     probs: Tensor | None
+    columns: list[int] | None
 
 
 Record = dict[tuple[int, int], Drafted]  # by (seed, round)
@@ -116,7 +117,8 @@ def row_of(draft: Draft, row: int, text: Sequence[int]) -> Drafted:
     """One row of a draft that continues `text`, on the CPU."""
     size = int(draft.sizes[row])
     probs = None if draft.probs is None else draft.probs[row, :size].double().cpu()
-    return Drafted(tuple(text), draft.tokens[row, :size].tolist(), probs)
+    columns = None if draft.columns is None else draft.columns.tolist()
+    return Drafted(tuple(text), draft.tokens[row, :size].tolist(), probs, columns)
 
 
 def run(
@@ -176,6 +178,6 @@ def differing(one: Record, two: Record) -> float:
 
 
 def _alike(a: Drafted, b: Drafted) -> bool:
-    if a.tokens != b.tokens or (a.probs is None) != (b.probs is None):
+    if a.tokens != b.tokens or a.columns != b.columns or (a.probs is None) != (b.probs is None):
         return False
     return a.probs is None or b.probs is None or torch.allclose(a.probs, b.probs, rtol=0, atol=1e-3)

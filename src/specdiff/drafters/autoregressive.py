@@ -16,17 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, tempered
+from specdiff.drafters.denoising import checked_temperature, drafted, tempered
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.ragged import RaggedModel
 from specdiff.models.self_test import self_test
-from specdiff.nn.borrowed import scatter
 from specdiff.nn.linear import stream_weights
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import distribution, draw
+from specdiff.sampling import draw_tokens
 from specdiff.types import Batch, Context, Draft, TargetInfo
 from specdiff.weights import CONFIG, locate, positive, read_config
 
@@ -100,23 +99,26 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
     ) -> Draft:
         """The tokens committed since the last round in one pass, then one pass a token.
 
-        Each token is drawn from exactly its row of `probs`.
+        Each token is drawn from exactly its row of `probs`. Where all rows are greedy, the tokens
+        are point masses.
         """
         params = tempered(context.batch.params, self.draft_temperature)
         batch = replace(context.batch, params=params)
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
+        columns = self.model.draft_ids
         logits = self._catch_up(context.batch, state)
         tokens: list[Tensor] = []
-        probs: list[Tensor] = []
+        probs: list[Tensor | None] = []
         for k in range(draft_len):
             if k:
                 at = (context.batch.length[:, None] + k - 1).clamp(max=state.cache.slots - 1)
                 logits = self._pass(state, tokens[-1], at)
             drawn = torch.cat([batch.ids[:, :0], *tokens], dim=1)
-            q = distribution(self._spread(logits), batch, drawn)
-            tokens.append(draw(q, uniform[:, k : k + 1]))
+            logits = self._fitted(logits)
+            token, q = draw_tokens(logits, batch, drawn, uniform[:, k : k + 1], columns)
+            tokens.append(token)
             probs.append(q)
-        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))
+        return drafted(torch.cat(tokens, dim=1), probs, params, columns)
 
     def _catch_up(self, batch: Batch, state: AutoregressiveState) -> Float[Tensor, "B 1 C"]:
         """Feed the committed tokens whose keys are missing, at least the anchor.
@@ -148,11 +150,9 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         ids = known_ids(ids, self.model.vocab_size, self.vocab_size)
         return self.ragged.forward(state.cache, ids, at, last=1)[0]
 
-    def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
-        """Over the target's vocabulary: what the draft vocabulary lacks is never drawn."""
-        if self.model.draft_vocab_size is None:
-            return fitted(logits, self.vocab_size)
-        return scatter(logits, self.model.draft_vocab, self.vocab_size)
+    def _fitted(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 C"]:
+        """Over the draft vocabulary, or over the target's."""
+        return logits if self.model.borrows else fitted(logits, self.vocab_size)
 
 
 def autoregressive(

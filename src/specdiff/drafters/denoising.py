@@ -4,10 +4,11 @@ Written once for every denoiser. Only orders that fix positions left to right be
 are here: with any other order the probabilities stored at draw time are not the distribution
 P(x_k | x_<k, R_k) that the ratio test needs. (`any_order` drafts point masses instead.)
 
-Shapes: B rows, K drafted positions, V target vocabulary.
+Shapes: B rows, K drafted positions, C columns (V, the target's vocabulary, or a draft vocabulary).
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
+from specdiff.logits_processors import reachable
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import distribution, draw
+from specdiff.sampling import draw_tokens
 from specdiff.types import Context, Draft, Params
 
 DenoiserState = TypeVar("DenoiserState")
@@ -36,6 +38,8 @@ class Denoiser(Protocol[DenoiserState]):
     mask_id: int | None
     draft_len: int = 8
     taps: tuple[int, ...] = ()
+    # the ascending target ids that its logits are of; None: all of them
+    columns: Int[Tensor, "C"] | None = None
 
     def open(self, rows: int, slots: int) -> DenoiserState:
         """State for `rows` rows of at most `slots` positions. By default None."""
@@ -56,8 +60,11 @@ class Denoiser(Protocol[DenoiserState]):
         state: DenoiserState,
         canvas: Int[Tensor, "B K"],
         revealed: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, "B K V"]:
-        """Logits of every canvas position, which hold `mask_id` unless `revealed`."""
+    ) -> Float[Tensor, "B K C"]:
+        """Logits of every canvas position, which hold `mask_id` unless `revealed`.
+
+        C is V, or the number of `columns`.
+        """
 
 
 class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
@@ -112,6 +119,8 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     ) -> Draft:
         """One pass a group; every token is drawn from exactly its row of `probs`.
 
+        Where all rows are greedy, the tokens are point masses.
+
         A group's penalties count the tokens of earlier groups, not of its own: those are drawn at
         once, and q is what they were drawn from.
         """
@@ -120,15 +129,19 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         uniform = noise.uniform(Purpose.DRAFT, draft_len)
         canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
         position = torch.arange(draft_len, device=canvas.device)
-        probs: list[Tensor] = []
+        probs: list[Tensor | None] = []
+        columns = self.denoiser.columns
+        first = 0
         for group in position.tensor_split(min(self.steps, draft_len)):
-            first = sum(earlier.shape[1] for earlier in probs)
             revealed = (position < first).expand_as(canvas)
             logits = self.denoiser.denoise(context, state, canvas, revealed)
-            q = distribution(logits[:, group], batch, canvas[:, :first])
-            canvas = canvas.index_copy(1, group, draw(q, uniform[:, group]))
+            logits = logits[:, group]
+            earlier = canvas[:, :first]
+            tokens, q = draw_tokens(logits, batch, earlier, uniform[:, group], columns)
+            canvas = canvas.index_copy(1, group, tokens)
             probs.append(q)
-        return Draft(canvas, torch.cat(probs, dim=1))
+            first += len(group)
+        return drafted(canvas, probs, params, columns)
 
 
 def checked_temperature(draft_temperature: float) -> float:
@@ -136,6 +149,25 @@ def checked_temperature(draft_temperature: float) -> float:
     if not 0 <= draft_temperature < float("inf"):
         raise UsageError(f"draft_temperature must be a finite number >= 0, not {draft_temperature}")
     return draft_temperature
+
+
+def drafted(
+    tokens: Int[Tensor, "B K"],
+    probs: Sequence[Float[Tensor, "B N C"] | None],
+    params: Params,
+    columns: Int[Tensor, "C"] | None,
+) -> Draft:
+    """The draft of tokens that `draw_tokens` drew, from its probabilities in turn.
+
+    Its size is 0 in rows whose allowed ids leave no column.
+    """
+    size = None
+    if columns is not None and "allowed_token_ids" in params.active:
+        size = reachable(params, columns).long() * tokens.shape[1]
+    soft = [q for q in probs if q is not None]
+    if not soft:
+        return Draft(tokens, None, size)
+    return Draft(tokens, torch.cat(soft, dim=1), size, columns=columns)
 
 
 def tempered(params: Params, factor: float) -> Params:
@@ -146,4 +178,5 @@ def tempered(params: Params, factor: float) -> Params:
         params,
         temperature=params.temperature * factor,
         active=params.active | {"temperature", "greedy"},
+        all_greedy=params.all_greedy or factor == 0,
     )

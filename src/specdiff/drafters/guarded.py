@@ -7,7 +7,7 @@ raises, or whose draft cannot be read (its shape, type, layout or device; a tree
 plain one. Either way drafting is disabled for the row until its next request; falling back to
 `match` after inspecting the tokens would be biased.
 
-Shapes: B rows, K drafted tokens, V target vocabulary.
+Shapes: B rows, K drafted tokens.
 """
 
 import warnings
@@ -21,7 +21,7 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.errors import DrafterError, UsageError
 from specdiff.noise import Noise
-from specdiff.types import Batch, Context, Draft
+from specdiff.types import Batch, Context, Draft, column_index
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 has no arithmetic
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -31,6 +31,8 @@ FAULTS = (
     "drafted a token outside the target's vocabulary",
     "gave probabilities that are no distribution (NaN, infinite, negative, or not summing to 1)",
     "gave a draft size below 0 or above its own length",
+    "drafted a token outside its own columns",
+    "gave columns that are not ascending ids of the target's vocabulary",
 )
 
 
@@ -118,7 +120,9 @@ class GuardedDrafter(Drafter[GuardedState]):
         worst = torch.where(batch.done | off, 0, fault.amax(1))
         size = torch.where(off, 0, sound.clamp(max=size).clamp(min=0))
         # tokens after the cut do not count, but the target still looks up their embeddings
-        draft = replace(draft, tokens=draft.tokens.clamp(0, self.vocab_size - 1), size=size)
+        last = self.vocab_size - 1
+        columns = None if draft.columns is None else draft.columns.clamp(0, last)
+        draft = replace(draft, tokens=draft.tokens.clamp(0, last), size=size, columns=columns)
         state.off = off | (worst > 0)
         state.news = torch.stack([worst.amax(), (state.off | batch.done).all().long()])
         return draft
@@ -153,7 +157,12 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
         raise DrafterError("drafted a tree (Draft.parents), which no target scores; draft a chain")
     rows = len(batch.length)
     home = batch.ids.device
-    tensors = {"tokens": draft.tokens, "probabilities": draft.probs, "a size": draft.size}
+    tensors = {
+        "tokens": draft.tokens,
+        "probabilities": draft.probs,
+        "a size": draft.size,
+        "columns": draft.columns,
+    }
     for name, part in tensors.items():
         if part is not None and part.layout is not torch.strided:
             raise DrafterError(f"gave {name} of layout {part.layout}, not dense")
@@ -166,7 +175,7 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
         )
     if draft.tokens.dtype != torch.long:
         raise DrafterError(f"gave tokens of type {draft.tokens.dtype}, not torch.int64")
-    shape = (*draft.tokens.shape, vocab_size)
+    shape = (*draft.tokens.shape, _width(draft, vocab_size))
     if draft.probs is not None and (draft.probs.shape != shape or draft.probs.dtype not in FLOATS):
         raise DrafterError(
             f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; "
@@ -179,6 +188,24 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
         )
 
 
+def _width(draft: Draft, vocab_size: int) -> int:
+    """How many columns its probabilities must have. Raises DrafterError for columns that are none.
+
+    Whether they ascend is a fault: seeing that would wait for the device.
+    """
+    columns = draft.columns
+    if columns is None:
+        return vocab_size
+    if draft.probs is None:
+        raise DrafterError("gave columns without probabilities; a point mass has none")
+    if columns.dim() != 1 or not 1 <= len(columns) <= vocab_size or columns.dtype != torch.long:
+        raise DrafterError(
+            f"gave columns of shape {list(columns.shape)} and type {columns.dtype}; "
+            f"expected torch.int64 [1 to {vocab_size}]"
+        )
+    return len(columns)
+
+
 def faults(draft: Draft, vocab_size: int, tolerance: float = TOLERANCE) -> Int[Tensor, "B K"]:
     """The fault of each counted position, as an index into FAULTS; 0 is none. No host sync."""
     K = draft.tokens.shape[1]
@@ -188,6 +215,12 @@ def faults(draft: Draft, vocab_size: int, tolerance: float = TOLERANCE) -> Int[T
         valid = (draft.probs.sum(-1) - 1).abs() <= tolerance
         valid &= draft.probs.amin(-1) >= 0
         fault = torch.where(valid, fault, 2)
+    if draft.columns is not None:
+        outside = column_index(draft.tokens, draft.columns) == len(draft.columns)
+        fault = torch.where((fault == 0) & outside, 4, fault)
+        wrong = (draft.columns.diff() <= 0).any()
+        wrong = wrong | (draft.columns[0] < 0) | (draft.columns[-1] >= vocab_size)
+        fault = torch.where(wrong, 5, fault)
     if draft.size is not None:
         fault = torch.where(torch.arange(K, device=fault.device) < draft.size[:, None], fault, 0)
         fault = torch.where(((draft.size < 0) | (draft.size > K))[:, None], 3, fault)

@@ -24,7 +24,6 @@ from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, k
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.masks import causal
-from specdiff.nn.borrowed import scatter
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.linear import stream_weights
 from specdiff.nn.sedd_config import SEDDConfig
@@ -93,6 +92,7 @@ class SEDDDenoiser(Denoiser[SEDDState]):
         self.mask_id = config.mask_id
         self.draft_len = draft_len
         self.vocab_size = target.vocab_size
+        self.columns = self.model.draft_ids
         self.process = _process(config)
         self.schedule = _schedule(config)
 
@@ -109,7 +109,7 @@ class SEDDDenoiser(Denoiser[SEDDState]):
         state: SEDDState,
         canvas: Int[Tensor, "B K"],
         revealed: Bool[Tensor, "B K"],
-    ) -> Float[Tensor, "B K V"]:
+    ) -> Float[Tensor, "B K C"]:
         """Logits of the clean tokens.
 
         The softmax of the network output without MASK is p(x0 | x_t) (the sigma offset cancels).
@@ -119,8 +119,8 @@ class SEDDDenoiser(Denoiser[SEDDState]):
             time = self._time(context, canvas.shape[1], (~revealed).sum(1))
             sigma = self.schedule.total(time)
         logits = self._logits(context, state, canvas, sigma)
-        if self.model.config.draft_vocab_size is not None:
-            return scatter(logits, self.model.draft_vocab, self.vocab_size)
+        if self.columns is not None:
+            return logits
         return fitted(logits[..., : self.model.config.tokens], self.vocab_size)
 
     def start(self, context: Context, draft_len: int) -> Float[Tensor, "B"]:
@@ -265,9 +265,9 @@ def sedd(
     if order not in (None, *ORDERS, "any"):
         raise UsageError(f"unknown order {order!r}; known are {', '.join(ORDERS)}, any")
     path = locate(folder)
-    # float16 has too few exponents for a network that was trained without it
+    # q is what the network computes in any precision, and bfloat16 reads half as much memory
     half = target.dtype == torch.bfloat16
-    model = SEDD.from_pretrained(path, torch.bfloat16 if half else torch.float32)
+    model = SEDD.from_pretrained(path, dtype=torch.bfloat16 if half else torch.float32)
     draft_len = read_config(path).get("draft_len", 8)
     if not isinstance(draft_len, int) or draft_len < 1:
         raise ConfigError(f"{folder}: draft_len must be an integer >= 1, not {draft_len!r}")

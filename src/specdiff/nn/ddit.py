@@ -204,10 +204,12 @@ class SEDD(nn.Module):
         prefix = mdlm.PREFIX if foreign else ""
         weights.load_into(model, path, ignore=("rotary_emb.inv_freq",), prefix=prefix)
         ids = model.draft_ids
-        if ids is not None and not bool(((ids >= 0) & (ids < config.tokens)).all()):
+        if ids is not None and not (
+            bool(((ids >= 0) & (ids < config.tokens)).all()) and bool((ids.diff() > 0).all())
+        ):
             raise WeightsError(
-                f"{path / weights.TENSORS}: draft_vocab holds ids outside the vocabulary of "
-                f"{config.tokens}"
+                f"{path / weights.TENSORS}: draft_vocab must hold ascending ids of the "
+                f"{config.tokens} words"
             )
         return model.to(dtype).eval()
 

@@ -22,9 +22,12 @@ def linear(
 ) -> Float[Tensor, "*rows O"]:
     """`F.linear`, by the faster order of operands."""
     rows = x.numel() // x.shape[-1]
-    if rows not in FEW or x.device.type != "cpu" or x.dtype != torch.float32 or x.requires_grad:
+    if x.requires_grad:
         return F.linear(x, weight, bias)
     flat = x.reshape(rows, -1)
+    if rows not in FEW or x.device.type != "cpu" or x.dtype != torch.float32:
+        # two dimensions: a view of three, like a pass's last rows, would copy the weight
+        return F.linear(flat, weight, bias).view(*x.shape[:-1], -1)
     if bias is None:
         out = torch.mm(weight, flat.t())
     else:
