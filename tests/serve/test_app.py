@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (imports follow the check that the extra is installed)
 """The HTTP API, over a socket, with a real target: the official client drives it unmodified."""
 
 import asyncio
