@@ -65,7 +65,7 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check(body)
-        ids = self.lm.render(body.messages, **body.template())  # type: ignore[arg-type]
+        ids = self.lm.render(body.messages, **body.template())
         return await self._respond(body, [self.lm.encode(ids)], request)
 
     async def models(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Server:
         options = Options.of(body.options(), self.lm.defaults)
         root = secrets.randbits(63) if options.seed is None else options.seed
         loop = asyncio.get_running_loop()
-        choices = []
+        choices: list[Choice] = []
         for prompt in prompts:
             for _ in range(body.n):
                 outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -148,14 +148,15 @@ class Server:
             events = self._events(body, choices, head, sum(map(len, prompts)))
             return StreamingResponse(events, media_type="text/event-stream")
         gathered = asyncio.gather(*[self._finish(choice) for choice in choices])
-        gone = asyncio.create_task(_disconnected(request))
+        hangup = asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({gathered, gone}, return_when=asyncio.FIRST_COMPLETED)
+            waiting: set[asyncio.Future[Any]] = {gathered, hangup}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not gathered.done():
                 return Response(status_code=499)  # nobody reads it
             gathered.result()
         finally:
-            gone.cancel()
+            hangup.cancel()
             gathered.cancel()
             self._cancel(choices)
         generations = [choice.answer.generation for choice in choices]
@@ -320,8 +321,8 @@ def build(
     app.add_api_route("/metrics", server.metrics_text, response_model=None)
     for kind in (RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)
-    for known in (UsageError, QueueFullError, EngineStoppedError, TargetError):
-        app.add_exception_handler(known, _failed)
+    for failure in (UsageError, QueueFullError, EngineStoppedError, TargetError):
+        app.add_exception_handler(failure, _failed)
 
     async def guard(request: Request, call_next: Any) -> Any:
         size = request.headers.get("content-length", "")

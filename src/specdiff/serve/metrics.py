@@ -44,7 +44,7 @@ class Metrics:
         """The exposition text."""
         self.running.labels(self.model).set(engine.running)
         self.waiting.labels(self.model).set(engine.waiting)
-        return generate_latest(self.registry)
+        return bytes(generate_latest(self.registry))
 
     def _gauge(self, name: str, help: str) -> Gauge:
         return Gauge(f"{self._prefix}:{name}", help, ["model_name"], registry=self.registry)

@@ -114,7 +114,7 @@ class CompletionRequest(GenerationRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # one list of token ids
+            return [self.prompt]
         return self.prompt  # type: ignore[return-value]
 
     def check_supported(self) -> None:
