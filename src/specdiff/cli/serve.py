@@ -52,7 +52,7 @@ def serve(
     ] = "specdiff",
     config: params.Config = None,
 ) -> None:
-    """Serve MODEL behind the API of OpenAI.
+    """Serve MODEL with the API of OpenAI.
 
     Example:  specdiff serve --port 8000 --drafter ngram
     """

@@ -153,7 +153,7 @@ class Server:
             waiting: set[asyncio.Future[Any]] = {gathered, hangup}
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             if not gathered.done():
-                return Response(status_code=499)  # nobody reads it
+                return Response(status_code=499)  # the client has hung up
             gathered.result()
         finally:
             hangup.cancel()
