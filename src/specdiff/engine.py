@@ -55,11 +55,15 @@ class EngineStep:
     round: Round
     slots: Sequence[Slot | None]
     ended: list[int]
+    dropped: list[int] = field(default_factory=list)
 
     def cancel(self, request: int) -> None:
-        """End a running request, so that its row is free in the next round."""
-        row = next(i for i, slot in enumerate(self.slots) if slot and slot.index == request)
-        if row not in self.ended:
+        """End a request that runs or is being read, so that its row is free in the next round."""
+        rows = (i for i, slot in enumerate(self.slots) if slot and slot.index == request)
+        row = next(rows, None)
+        if row is None:
+            self.dropped.append(request)
+        elif row not in self.ended:
             self.ended.append(row)
 
     def outputs(self) -> list[RequestOutput]:
@@ -160,6 +164,7 @@ def serve(
     draft_len: DraftLength,
     rows: int = 8,
     slots: int | None = None,
+    chunk: int | None = None,
 ) -> Iterator[EngineStep]:
     """Run a stream of requests, at most `rows` at a time, until it ends; one EngineStep per round.
 
@@ -174,6 +179,8 @@ def serve(
             unless no row is running.
         slots: positions per row, for prompt and max_tokens; required unless `requests` is a
             sequence.
+        chunk: the most prompt tokens read between two rounds, so that a long prompt does not hold
+            up the requests that run (None: all; a drafter with taps needs all).
 
     Raises UsageError as `check` does, and for a request that does not fit into its row: at once for
     a sequence, on joining for a stream.
@@ -188,7 +195,7 @@ def serve(
         slots = max(sizes, default=0)
     queue = _Queue(requests, slots, target)
     width = slots + (drafter.draft_len if callable(draft_len) else draft_len) + 1
-    return _serve(target, drafter, queue, verifier, draft_len, rows, width)
+    return _serve(target, drafter, queue, verifier, draft_len, rows, width, chunk)
 
 
 def _serve(
@@ -199,20 +206,26 @@ def _serve(
     draft_len: DraftLength,
     rows: int,
     width: int,
+    chunk: int | None,
 ) -> Iterator[EngineStep]:
     joining = queue.take(rows)
     if not joining:
         return
-    table = Rows(target, drafter, verifier, joining, rows, width)
+    table = Rows(target, drafter, verifier, joining, rows, width, chunk)
     last: Round | None = None
     try:
         table.start()
-        while table.running:
-            last = decode.step(table.state, draft_len(last) if callable(draft_len) else draft_len)
-            step = EngineStep(last, tuple(table.slots), table.ended(last))
-            yield step
-            table.release(step.ended)
-            table.join(queue.take(rows - len(table.running)))
+        while table.running or table.reading:
+            if table.running:
+                last = decode.step(
+                    table.state, draft_len(last) if callable(draft_len) else draft_len
+                )
+                step = EngineStep(last, tuple(table.slots), table.ended(last))
+                yield step
+                table.release(step.ended)
+                table.drop(step.dropped)
+            table.join(queue.take(table.free))
+            table.read()
     finally:  # also if the caller stops early, or the target or the drafter raises
         table.release(table.running)
 

@@ -48,21 +48,37 @@ class Rows:
         joining: Sequence[Slot],
         limit: int,
         width: int,
+        chunk: int | None = None,
     ) -> None:
         self.limit = limit
+        self.chunk = chunk
+        self.reading: dict[int, tuple[Slot, int]] = {}  # row: its request, and the tokens read
         self.width = width
         self.device = target.info.device
         self.slots: list[Slot | None] = [*joining]
         batch = _batch(joining, width, self.device)
         self.state = decode.start(target, drafter, batch, verifier=verifier, slots=width)
+        if self.state.drafter.taps:
+            self.chunk = None  # it needs every feature at once
 
     @property
     def running(self) -> list[int]:
         return [row for row, slot in enumerate(self.slots) if slot is not None]
 
+    @property
+    def free(self) -> int:
+        """How many more requests may join."""
+        return self.limit - len(self.running) - len(self.reading)
+
     def start(self) -> None:
         """Admit the first requests."""
-        self._admit([(row, 0) for row in range(len(self.slots))])
+        if self.chunk is None:
+            self._prefill([(row, 0) for row in range(len(self.slots))])
+            return
+        self.reading = {row: (slot, 0) for row, slot in enumerate(self.slots) if slot is not None}
+        self.slots = [None] * len(self.slots)
+        self._suspend()
+        self.read()
 
     def ended(self, last: Round) -> list[int]:
         done = last.batch.done.tolist()
@@ -74,23 +90,95 @@ class Rows:
         for row in rows:
             self.slots[row] = None
 
+    def drop(self, requests: Sequence[int]) -> None:
+        """Forget requests whose prompts are still being read."""
+        for row, (slot, _) in list(self.reading.items()):
+            if slot.index in requests:
+                del self.reading[row]
+
     def join(self, joining: Sequence[Slot]) -> None:
-        """Admit requests to idle rows, opening more if there are too few."""
+        """Admit requests to idle rows, opening more if there are too few.
+
+        With a `chunk`, each row's prompt is read by `read`, over as many calls as it needs.
+        """
         if not joining:
             return
         size = len(self.slots)
-        missing = len(self.running) + len(joining) - size
+        missing = len(self.running) + len(self.reading) + len(joining) - size
         if missing > 0:
             self._grow(size + max(missing, min(size, self.limit - size)))
         places = self._places([slot.request.prompt for slot in joining])
-        rows = torch.tensor([row for row, _ in places], device=self.device)
-        batch = _batch(joining, self.width, self.device)
-        self.state.batch = self.state.batch.with_rows(rows, batch)
-        self._admit(places)
-        for slot, (row, reused) in zip(joining, places, strict=True):
-            self.slots[row] = replace(slot, reused=reused)
+        joined = [
+            (row, replace(slot, reused=reused))
+            for slot, (row, reused) in zip(joining, places, strict=True)
+        ]
+        if self.chunk is None:
+            self._admit([(row, slot, slot.reused) for row, slot in joined])
+            return
+        self.reading |= {row: (slot, slot.reused) for row, slot in joined}
+        self._suspend()
 
-    def _admit(self, places: Sequence[tuple[int, int]]) -> None:
+    def read(self) -> None:
+        """Read at most `chunk` more prompt tokens, by arrival; requests read to the end run."""
+        if self.chunk is None or not self.reading:
+            return
+        budget = self.chunk
+        complete = []
+        for row, (slot, start) in sorted(self.reading.items(), key=lambda entry: entry[1][0].index):
+            remaining = len(slot.request.prompt) - start
+            if remaining > budget:
+                if budget:
+                    self._read_piece(row, slot, start, budget)
+                break
+            budget -= remaining
+            complete.append((row, slot, start))
+        for row, _, _ in complete:
+            del self.reading[row]
+        if complete:
+            self._admit(complete)
+        self._suspend()
+
+    @torch.inference_mode()
+    def _read_piece(self, row: int, slot: Slot, start: int, count: int) -> None:
+        """Read prompt tokens start : start + count into the target's cache."""
+        state = self.state
+        prompt = slot.request.prompt[: start + count + 1]  # the target leaves out the last token
+        piece = torch.tensor(prompt, device=self.device)
+        rows, lengths = torch.tensor([[row], [start]], device=self.device)
+        state.target.admit(state.cache, rows, [piece], lengths)
+        self.reading[row] = slot, start + count
+
+    def _admit(self, joined: Sequence[tuple[int, Slot, int]]) -> None:
+        """Let requests run. Each: its row, the request, and the prompt tokens its cache holds."""
+        places = [(row, length) for row, _, length in joined]
+        rows = torch.tensor([row for row, _ in places], device=self.device)
+        batch = _batch([slot for _, slot, _ in joined], self.width, self.device)
+        self.state.batch = self.state.batch.with_rows(rows, batch)
+        self._prefill(places)
+        for row, slot, _ in joined:
+            self.slots[row] = slot
+
+    def _suspend(self) -> None:
+        """Keep the rounds away from the rows that are being read.
+
+        A row that is done is still scored, and the scores are written from its last token on: after
+        the tokens read so far, where the next piece replaces them.
+        """
+        if not self.reading:
+            return
+        state = self.state
+        lengths = [start + 1 for _, start in self.reading.values()]
+        places = torch.tensor([[*self.reading], lengths], device=self.device)
+        prompts = [replace(slot, reused=0) for slot, _ in self.reading.values()]
+        batch = state.batch.with_rows(places[0], _batch(prompts, self.width, self.device))
+        state.batch = replace(
+            batch,
+            length=batch.length.index_copy(0, *places),
+            done=batch.done.index_fill(0, places[0], True),
+        )
+        state.context = replace(state.context, batch=state.batch)
+
+    def _prefill(self, places: Sequence[tuple[int, int]]) -> None:
         """Read the texts of rows, given with how many of their first tokens the cache holds."""
         lengths = self.state.batch.length.tolist()
         new = [lengths[row] - reused for row, reused in places]
@@ -100,7 +188,9 @@ class Rows:
 
     def _places(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """For each prompt an idle row, and how many of its first tokens the row's cache holds."""
-        idle = [row for row, slot in enumerate(self.slots) if slot is None]
+        idle = [
+            row for row, slot in enumerate(self.slots) if slot is None and row not in self.reading
+        ]
         if self.state.drafter.taps:
             return [(row, 0) for row in idle[: len(prompts)]]
         rows = torch.tensor(idle, device=self.device)
@@ -130,9 +220,12 @@ class Rows:
         state.batch = batch
         state.context = Context(batch, None, torch.zeros_like(batch.length), previous)
         if len(running):
-            self._admit([(row, 0) for row in self.running])
+            self._prefill([(row, 0) for row in self.running])
             state.drafter.resume(drafting, earlier, running)
         self.slots += [None] * (rows - len(self.slots))
+        self.reading = {
+            row: (replace(slot, reused=0), 0) for row, (slot, _) in self.reading.items()
+        }
 
 
 def alike(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

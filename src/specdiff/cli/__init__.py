@@ -23,6 +23,7 @@ from specdiff.cli.env import env
 from specdiff.cli.generate import generate
 from specdiff.cli.reporting import complain, warn
 from specdiff.cli.sample import sample
+from specdiff.cli.serve import serve
 from specdiff.cli.train import train
 from specdiff.errors import UsageError
 from specdiff.unicode import valid
@@ -46,7 +47,7 @@ app = typer.Typer(
     "(generate is the default verb)",
     context_settings=HELP,
 )
-for verb in (generate, chat, sample, check, data, train, env):
+for verb in (generate, chat, serve, sample, check, data, train, env):
     app.command(epilog=params.environment(verb))(verb)
 benchmark = typer.Typer(
     rich_markup_mode="rich", context_settings=HELP, epilog=params.environment(bench)

@@ -15,9 +15,8 @@ def env(
     from specdiff import devices, environment
     from specdiff.models.gguf import cache_home
 
-    native = (
-        devices.native_half(torch.device("cpu")) == torch.bfloat16 and not torch.cuda.is_available()
-    )
+    cpu = torch.device("cpu")
+    native = devices.native_half(cpu) == torch.bfloat16 and not torch.cuda.is_available()
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = (
         environment.versions()

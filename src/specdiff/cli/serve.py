@@ -1,0 +1,113 @@
+"""`specdiff serve`: an HTTP server with the API of OpenAI."""
+
+import sys
+from typing import Annotated, Any
+
+from specdiff.cli import params, terminal
+from specdiff.errors import MissingExtraError, UsageError
+
+SERVER = "Server"
+
+
+def serve(
+    model: params.Model = "smollm2-135m",
+    device: params.Device = "auto",
+    dtype: params.Dtype = "auto",
+    max_model_len: params.MaxModelLen = 2048,
+    model_options: params.ModelOptions = "{}",
+    generation_config: params.GenerationConfig = "auto",
+    drafter: params.DrafterSpec = "auto",
+    draft_len: params.DraftLen = "",
+    steps: params.Steps = None,
+    order: params.Order = None,
+    sampler: params.Sampler = None,
+    draft_temperature: params.DraftTemperature = None,
+    verifier: params.VerifierName = "token",
+    drafter_device: params.DrafterDevice = None,
+    host: Annotated[str, params.option("Address.", panel=SERVER, variable="HOST")] = "127.0.0.1",
+    port: Annotated[int, params.option("Port.", panel=SERVER, variable="PORT")] = 8000,
+    api_key: Annotated[
+        str | None,
+        params.option("Key that clients must send.", panel=SERVER, variable="API_KEY"),
+    ] = None,
+    served_model_name: Annotated[
+        str | None,
+        params.option("Name in answers.", panel=SERVER, variable="SERVED_MODEL_NAME"),
+    ] = None,
+    max_num_seqs: Annotated[
+        int, params.option("Requests that run at a time.", panel=SERVER, variable="MAX_NUM_SEQS")
+    ] = 8,
+    max_queue: Annotated[
+        int, params.option("Requests that wait at most.", panel=SERVER, variable="MAX_QUEUE")
+    ] = 64,
+    shutdown_timeout: Annotated[
+        float,
+        params.option(
+            "Seconds to finish in on SIGTERM.", panel=SERVER, variable="SHUTDOWN_TIMEOUT"
+        ),
+    ] = 30.0,
+    metrics_compat: Annotated[
+        str,
+        params.option("Metric names: specdiff or vllm.", panel=SERVER, variable="METRICS_COMPAT"),
+    ] = "specdiff",
+    config: params.Config = None,
+) -> None:
+    """Serve MODEL with the API of OpenAI.
+
+    Example:  specdiff serve --port 8000 --drafter ngram
+    """
+    if metrics_compat not in ("specdiff", "vllm"):
+        raise UsageError(f"--metrics-compat must be specdiff or vllm, not {metrics_compat!r}")
+    if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
+        raise UsageError(f"--host {host} is reachable from outside: give an --api-key")
+    for name, value in (("--max-num-seqs", max_num_seqs), ("--max-queue", max_queue)):
+        if value < 1:
+            raise UsageError(f"{name} must be at least 1, not {value}")
+    try:
+        import uvicorn
+
+        from specdiff.serve.app import build
+    except ImportError as error:
+        raise MissingExtraError(
+            f"serve needs {error.name}: pip install 'specdiff[serve]'"
+        ) from error
+    import specdiff
+    from specdiff.serve.live import ControllerBySize, LiveEngine
+    from specdiff.text.options import Options
+
+    terminal.quiet_libraries()
+    loading: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "max_len": max_model_len,
+        "drafter_device": drafter_device,
+        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature),
+        "model_options": params.json_object("--model-options", model_options),
+        **params.sampling_defaults(generation_config),
+    }
+    lm = specdiff.load(model, drafter, **loading)
+    options = Options(verifier=verifier, draft_len=params.draft_length(draft_len))
+    built, length = lm.drafting(options)
+    engine = LiveEngine(
+        lm.target,
+        built,
+        options.build_verifier(),
+        length if isinstance(length, int) else ControllerBySize(built.draft_len),
+        max_rows=max_num_seqs,
+        max_len=lm.max_len,
+        max_queue=max_queue,
+    )
+    app = build(
+        lm,
+        engine,
+        name=served_model_name or model,
+        api_key=api_key,
+        prefix=metrics_compat,
+        shutdown_timeout=shutdown_timeout,
+    )
+    print(f"{model} on {lm.target.info.device}: http://{host}:{port}/v1", file=sys.stderr)
+    uvicorn.run(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=shutdown_timeout
+    )
+    if engine.error is not None:
+        raise engine.error

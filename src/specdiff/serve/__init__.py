@@ -1,0 +1,1 @@
+"""A server with the API of OpenAI: continuous batching over one target and one drafter."""

@@ -1,0 +1,82 @@
+"""The JSON of answers: choices, log probabilities, usage and the figures of speculation."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+from specdiff.stats import Stats
+from specdiff.text.generation import Generation
+
+Spell = Callable[[int], str]
+
+
+def error(message: str, kind: str, *, param: str | None = None, code: int = 400) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, Any]:
+    """The tokens of a request: its prompts, and all of its answers."""
+    completion = sum(len(generation.token_ids) for generation in generations)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": prompt_tokens + completion,
+    }
+
+
+def speculation(generations: Sequence[Generation]) -> dict[str, Any]:
+    """The figures of speculation over the drafting rounds of a request, in vLLM's shape.
+
+    `mean_acceptance_length` counts the bonus token; `acceptance_histogram[k]` is the number of
+    rounds in which k draft tokens were accepted.
+    """
+    stats = Stats()
+    for generation in generations:
+        stats.merge(generation.stats)
+    rounds = stats.rounds - stats.plain_rounds
+    at_least = [rounds, *stats.passed, 0]
+    histogram = [more - fewer for more, fewer in pairwise(at_least)]
+    return {
+        "speculative_decoding": {
+            "mean_acceptance_length": 1 + stats.accepted / rounds if rounds else 1.0,
+            "draft_acceptance_rate": stats.alpha,
+            "acceptance_histogram": histogram,
+            "num_spec_steps": rounds,
+            "num_draft_tokens": stats.drafted,
+            "num_accepted_draft_tokens": stats.accepted,
+        }
+    }
+
+
+def chat_logprobs(generation: Generation, first: int, spell: Spell) -> dict[str, Any]:
+    """The log probabilities of the tokens from `first` on, as chat completions give them."""
+    entries = []
+    for i in range(first, len(generation.token_ids)):
+        entry: dict[str, Any] = _entry(generation.token_ids[i], generation.logprobs[i], spell)
+        entry["top_logprobs"] = [_entry(*pair, spell) for pair in generation.top_logprobs[i]]
+        entries.append(entry)
+    return {"content": entries}
+
+
+def _entry(token: int, logprob: float, spell: Spell) -> dict[str, Any]:
+    text = spell(token)
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+
+
+def completion_logprobs(generation: Generation, first: int, spell: Spell) -> dict[str, Any]:
+    """The log probabilities of the tokens from `first` on, as completions give them."""
+    texts = [spell(token) for token in generation.token_ids]
+    lengths = [len(text) for text in texts]
+    tops = generation.top_logprobs[first:]
+    return {
+        "tokens": texts[first:],
+        "token_logprobs": [_finite(value) for value in generation.logprobs[first:]],
+        "top_logprobs": [{spell(t): _finite(value) for t, value in top} for top in tops],
+        "text_offset": [sum(lengths[:i]) for i in range(first, len(texts))],
+    }
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; vLLM and OpenAI write -9999 for it."""
+    return max(logprob, -9999.0)

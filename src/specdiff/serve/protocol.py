@@ -1,0 +1,174 @@
+"""The fields of requests, as pydantic models, and their translation into the library's options.
+
+Unknown fields are ignored, as vLLM does; known ones that have no meaning here are refused by name.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from specdiff.errors import UsageError
+
+MOST_STOPS = 4
+MOST_CHOICES = 16
+# known to other servers and not kept here: refused unless the value is one that asks for nothing
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "bad_words": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "grammar": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "length_penalty": (1, 1.0),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "regex": (),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "use_beam_search": (False,),
+}
+
+
+class StreamOptions(BaseModel):
+    """What a stream ends with."""
+
+    include_usage: bool = False
+
+
+class GenerationRequest(BaseModel):
+    """The fields that both endpoints share; None leaves the server's default."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = None
+    max_tokens: int | None = None
+    n: int = Field(1, ge=1, le=MOST_CHOICES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+
+    def check_supported(self) -> None:
+        """Raise UsageError naming the first field that this server cannot keep."""
+        for name, value in (self.model_extra or {}).items():
+            if name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
+                raise UsageError(f"{name} is not supported by this server", param=name)
+        if isinstance(self.stop, list) and len(self.stop) > MOST_STOPS:
+            raise UsageError(
+                f"stop may hold at most {MOST_STOPS} strings, not {len(self.stop)}", param="stop"
+            )
+        if self.stream_options is not None and not self.stream:
+            raise UsageError("stream_options need stream=true", param="stream_options")
+
+    def options(self) -> dict[str, Any]:
+        """The library's options; None leaves the default."""
+        top_k = self.top_k
+        return {
+            "max_tokens": self.max_tokens,
+            "stop": self.stop or None,
+            "stop_token_ids": self.stop_token_ids,
+            "include_stop": self.include_stop_str_in_output or None,
+            "ignore_eos": self.ignore_eos or None,
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": 0 if top_k == -1 else top_k,  # vLLM's way to say off
+            "min_p": self.min_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": self.logit_bias,
+            "allowed_token_ids": self.allowed_token_ids,
+        }
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions. A prompt is text or token ids; a list holds several."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool = False
+    logprobs: int | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return self.prompt  # type: ignore[return-value]
+
+    def check_supported(self) -> None:
+        """Raise UsageError naming the first field that this server cannot keep."""
+        super().check_supported()
+        if self.echo and self.logprobs is not None:
+            raise UsageError("logprobs of an echoed prompt are not supported", param="echo")
+
+    def options(self) -> dict[str, Any]:
+        """The library's options; None leaves the default."""
+        limit = 16 if self.max_tokens is None else self.max_tokens  # the API's default
+        return {**super().options(), "max_tokens": limit, "logprobs": self.logprobs}
+
+
+class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions. Tools, documents and variables reach the template."""
+
+    messages: list[dict[str, Any]] = Field(min_length=1)
+    max_completion_tokens: int | None = None
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check_supported(self) -> None:
+        """Raise UsageError naming the first field that this server cannot keep."""
+        super().check_supported()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise UsageError("top_logprobs needs logprobs=true", param="top_logprobs")
+
+    def options(self) -> dict[str, Any]:
+        """The library's options; None leaves the default."""
+        limit = self.max_completion_tokens or self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return {**super().options(), "max_tokens": limit, "logprobs": logprobs}
+
+    def template(self) -> dict[str, Any]:
+        """The options of the chat template."""
+        return {
+            "tools": self.tools,
+            "documents": self.documents,
+            "chat_template_kwargs": self.chat_template_kwargs,
+        }
+
+
+class TokenizeRequest(BaseModel):
+    """The body of /tokenize: text, or messages for the chat template."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """The body of /detokenize."""
+
+    tokens: list[int]
