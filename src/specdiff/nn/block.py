@@ -1,0 +1,244 @@
+"""Block denoiser: one parallel pass over K slots, conditioned on hidden states of target layers.
+
+The backbone is that of DFlash and DSpark: Qwen3-style layers whose keys and values come from target
+features and from the slots, and whose queries come from the slots alone. Slot j predicts the token
+at `anchor + j + 1`; slot 0 holds the anchor's embedding, the others that of the mask token. Two
+additions are our own and optional: `direct`, a path from the last context feature into every slot,
+and a Markov head whose first factor reads the target's embedding.
+
+Shapes: B rows, L context positions, Q slots of this call (all blocks of a row), S attended
+positions, H width, T tapped layers, C columns of the logits (draft vocabulary), R Markov rank.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from specdiff.nn.ddit import KeyValueStore, rotate
+from specdiff.nn.linear import linear
+
+
+@dataclass(frozen=True, slots=True)
+class BlockConfig:
+    """Sizes and conventions.
+
+    `taps` are target layer numbers (0 is the first layer's output). `window` bounds the context.
+    """
+
+    tokens: int
+    hidden_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    block_size: int
+    mask_token_id: int
+    taps: tuple[int, ...]
+    window: int | None = 256
+    draft_vocab_size: int | None = None
+    markov_rank: int = 0
+    direct: bool = True
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"taps": list(self.taps), "model_type": "block"}
+
+
+class Attention(nn.Module):
+    """Grouped attention of slots over [context, slots].
+
+    Keys and queries are normed per head before RoPE.
+    """
+
+    def __init__(self, layer: int, config: BlockConfig) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, keys = config.heads * config.head_dim, config.key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps)
+
+    def forward(
+        self,
+        slots: Float[Tensor, "B Q H"],
+        context: Float[Tensor, "B L H"],
+        angle: Float[Tensor, "B L+Q P"],
+        mask: Bool[Tensor, "B 1 Q S"],
+        cache: KeyValueStore | None,
+    ) -> Float[Tensor, "B Q H"]:
+        both = torch.cat([context, slots], dim=1)
+        query = self._split(self.q_proj(slots))
+        key = self._split(self.k_proj(both))
+        value = self._split(self.v_proj(both))
+        query = rotate(self.q_norm(query), angle[:, -slots.shape[1] :])
+        key = rotate(self.k_norm(key), angle)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        attended: Tensor = self.o_proj(out.transpose(1, 2).flatten(2))
+        return attended
+
+    def _split(self, x: Float[Tensor, "B L W"]) -> Float[Tensor, "B A L D"]:
+        return torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*B H"]) -> Float[Tensor, "*B H"]:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP; context features enter attention unnormed by the layer."""
+
+    def __init__(self, layer: int, config: BlockConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = Attention(layer, config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B Q H"],
+        context: Float[Tensor, "B L H"],
+        angle: Float[Tensor, "B L+Q P"],
+        mask: Bool[Tensor, "B 1 Q S"],
+        cache: KeyValueStore | None,
+    ) -> Float[Tensor, "B Q H"]:
+        x = x + self.self_attn(self.input_layernorm(x), context, angle, mask, cache)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class MarkovHead(nn.Module):
+    """logits_k += W2 W1 E[x_{k-1}].
+
+    DSpark's head, its first factor read through the target's embedding E.
+    """
+
+    def __init__(self, hidden_size: int, rank: int, columns: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(hidden_size, rank, bias=False)
+        self.w2 = nn.Linear(rank, columns, bias=False)
+        nn.init.zeros_(self.w2.weight)
+
+    def forward(self, previous: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
+        bias: Tensor = self.w2(self.w1(previous))
+        return bias
+
+
+class BlockNetwork(nn.Module):
+    """Slots in, states out.
+
+    `logits` reads them out through the target's head. Call `borrow` before anything else.
+    """
+
+    draft_vocab: Tensor
+    embedding: Tensor
+    head: Tensor
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.config = config
+        H = config.hidden_size
+        columns = config.draft_vocab_size or config.tokens
+        self.fc = nn.Linear(len(config.taps) * H, H, bias=False)
+        self.hidden_norm = nn.RMSNorm(H, config.norm_eps)
+        self.layers = nn.ModuleList([Layer(i, config) for i in range(config.layers)])
+        self.norm = nn.RMSNorm(H, config.norm_eps)
+        self.markov_head = (
+            MarkovHead(H, config.markov_rank, columns) if config.markov_rank else None
+        )
+        self.direct: nn.Linear | None = None
+        if config.direct:
+            self.direct = nn.Linear(H, H, bias=False)
+            self.slot_embedding = nn.Parameter(torch.zeros(config.block_size, H))
+            nn.init.zeros_(self.direct.weight)
+        if config.draft_vocab_size is not None:
+            self.register_buffer("draft_vocab", torch.full((config.draft_vocab_size,), -1))
+
+    def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
+        """Read and write through the target's embedding and head.
+
+        Only the draft vocabulary's rows of the head are kept.
+        """
+        rows = head.detach()
+        if self.config.draft_vocab_size is not None:
+            rows = rows[self.draft_vocab.to(head.device)]
+        self.register_buffer("embedding", embedding.detach(), persistent=False)
+        self.register_buffer("head", rows, persistent=False)
+        return self
+
+    def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
+        """Target features -> what attention and the direct path read."""
+        states: Tensor = self.hidden_norm(self.fc(features))
+        return states
+
+    def slots(
+        self, anchors: Int[Tensor, "B N"], last: Float[Tensor, "B N H"], count: int
+    ) -> Float[Tensor, "B N G H"]:
+        """Inputs of `count` slots after each anchor token.
+
+        `last` is the context state just before the anchor.
+        """
+        ids = anchors.new_full((*anchors.shape, count), self.config.mask_token_id)
+        ids[..., 0] = anchors
+        x = F.embedding(ids, self.embedding).to(last.dtype)
+        if self.direct is not None:
+            x = x + self.slot_embedding[:count] + self.direct(last)[..., None, :]
+        return x
+
+    def forward(
+        self,
+        slots: Float[Tensor, "B Q H"],
+        context: Float[Tensor, "B L H"],
+        positions: Int[Tensor, "B L+Q"],
+        mask: Bool[Tensor, "B 1 Q S"],
+        cache: KeyValueStore | None = None,
+    ) -> Float[Tensor, "B Q H"]:
+        """Normed final states of the slots. `positions` are those of context and slots together."""
+        half = torch.arange(0, self.config.head_dim, 2, device=slots.device, dtype=torch.float32)
+        frequency = self.config.rope_theta ** (-half / self.config.head_dim)
+        angle = positions[..., None].float() * frequency
+        x = slots
+        for layer in self.layers:
+            x = layer(x, context, angle, mask, cache)
+        states: Tensor = self.norm(x)
+        return states
+
+    def logits(self, states: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
+        """Read-out without the Markov head."""
+        return linear(states.to(self.head.dtype), self.head).float()
+
+    def markov(self, previous: Int[Tensor, "*B"]) -> Float[Tensor, "*B C"] | None:
+        """The Markov head's addition to the logits after the tokens `previous`.
+
+        None without one.
+        """
+        if self.markov_head is None:
+            return None
+        bias: Tensor = self.markov_head(
+            F.embedding(previous, self.embedding).to(self.markov_head.w1.weight.dtype)
+        )
+        return bias
