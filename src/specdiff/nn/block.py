@@ -10,8 +10,7 @@ Shapes: B rows, L context positions, Q slots of this call (all blocks of a row),
 positions, H width, T tapped layers, C columns of the logits (draft vocabulary), R Markov rank.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -19,36 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from specdiff import weights
+from specdiff.errors import WeightsError
+from specdiff.nn.block_config import BlockConfig as BlockConfig
+from specdiff.nn.borrowed import check_tables, head_rows
 from specdiff.nn.ddit import KeyValueStore, rotate
 from specdiff.nn.linear import linear
-
-
-@dataclass(frozen=True, slots=True)
-class BlockConfig:
-    """Sizes and conventions.
-
-    `taps` are target layer numbers (0 is the first layer's output). `window` bounds the context.
-    """
-
-    tokens: int
-    hidden_size: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    block_size: int
-    mask_token_id: int
-    taps: tuple[int, ...]
-    window: int | None = 256
-    draft_vocab_size: int | None = None
-    markov_rank: int = 0
-    direct: bool = True
-    rope_theta: float = 10000.0
-    norm_eps: float = 1e-5
-
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"taps": list(self.taps), "model_type": "block"}
 
 
 class Attention(nn.Module):
@@ -178,16 +153,48 @@ class BlockNetwork(nn.Module):
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_vocab", torch.full((config.draft_vocab_size,), -1))
 
-    def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
-        """Read and write through the target's embedding and head.
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
+        """Load a checkpoint folder or hub id in specdiff's own layout; then call `borrow`.
 
-        Only the draft vocabulary's rows of the head are kept.
+        Raises ConfigError or WeightsError, naming the file and the field or tensor.
         """
-        rows = head.detach()
-        if self.config.draft_vocab_size is not None:
-            rows = rows[self.draft_vocab.to(head.device)]
+        path = weights.locate(folder)
+        config = BlockConfig.from_json(weights.read_config(path), str(path / weights.CONFIG))
+        network = cls(config)
+        weights.load_into(network, path)
+        ids = network.draft_ids
+        if ids is not None and not (
+            bool(((ids >= 0) & (ids < config.tokens)).all()) and bool((ids.diff() > 0).all())
+        ):
+            raise WeightsError(
+                f"{path / weights.TENSORS}: draft_vocab must hold ascending ids of the "
+                f"{config.tokens} words"
+            )
+        return network.to(dtype).eval()
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, **about: Any
+    ) -> None:
+        """Write `config.json` (with the keys `about`) and `model.safetensors` atomically.
+
+        Borrowed tables are not written. Raises StorageError.
+        """
+        weights.save(self, Path(folder), {**self.config.to_json(), **about}, dtype)
+
+    @property
+    def draft_ids(self) -> Int[Tensor, "C"] | None:
+        """The draft vocabulary, ids of the borrowed head's rows; None for the whole vocabulary."""
+        return None if self.config.draft_vocab_size is None else self.draft_vocab
+
+    def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
+        """Read and write through the target's embedding and the `draft_vocab` rows of its head.
+
+        Raises ConfigError if the target's sizes are not those this network was trained for.
+        """
+        check_tables(embedding, head, self.config.tokens, self.config.hidden_size)
         self.register_buffer("embedding", embedding.detach(), persistent=False)
-        self.register_buffer("head", rows, persistent=False)
+        self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
         return self
 
     def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
