@@ -1,15 +1,16 @@
 """Block denoiser: one parallel pass over K slots, conditioned on hidden states of target layers.
 
 The backbone is that of DFlash and DSpark: Qwen3-style layers whose keys and values come from target
-features and from the slots, and whose queries come from the slots alone. Slot j predicts the token
-at `anchor + j + 1`; slot 0 holds the anchor's embedding, the others that of the mask token. Two
-additions are our own and optional: `direct`, a path from the last context feature into every slot,
-and a Markov head whose first factor reads the target's embedding.
+features and from the slots, and whose queries come from the slots alone. Slot 0 holds the anchor's
+embedding, the others that of the mask token. Two additions are our own and optional: `direct`, a
+path from the last context feature into every slot, and a Markov head whose first factor reads the
+target's embedding. Their formats are read too: see `block_formats`.
 
 Shapes: B rows, L context positions, Q slots of this call (all blocks of a row), S attended
 positions, H width, T tapped layers, C columns of the logits (draft vocabulary), R Markov rank.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from specdiff import weights
 from specdiff.errors import WeightsError
+from specdiff.nn import block_formats
 from specdiff.nn.block_config import BlockConfig as BlockConfig
 from specdiff.nn.borrowed import check_tables, head_rows
 from specdiff.nn.ddit import KeyValueStore, rotate
@@ -107,20 +109,41 @@ class Layer(nn.Module):
 
 
 class MarkovHead(nn.Module):
-    """logits_k += W2 W1 E[x_{k-1}].
+    """logits_k += W2 W1[x_{k-1}], DSpark's head.
 
-    DSpark's head, its first factor read through the target's embedding E.
+    W1 is a table, or is read through the target's embedding E as W1 E[x_{k-1}].
     """
 
-    def __init__(self, hidden_size: int, rank: int, columns: int) -> None:
+    def __init__(self, config: BlockConfig, columns: int) -> None:
         super().__init__()
-        self.w1 = nn.Linear(hidden_size, rank, bias=False)
+        rank = config.markov_rank
+        self.w1: nn.Embedding | nn.Linear
+        if config.markov_table:
+            self.w1 = nn.Embedding(config.tokens, rank)
+        else:
+            self.w1 = nn.Linear(config.hidden_size, rank, bias=False)
         self.w2 = nn.Linear(rank, columns, bias=False)
         nn.init.zeros_(self.w2.weight)
 
-    def forward(self, previous: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
-        bias: Tensor = self.w2(self.w1(previous))
-        return bias
+    def vector(
+        self, previous: Int[Tensor, "*B"], embedding: Float[Tensor, "V H"]
+    ) -> Float[Tensor, "*B R"]:
+        """What the head knows of the tokens `previous`."""
+        if isinstance(self.w1, nn.Embedding):
+            vector: Tensor = self.w1(previous)
+        else:
+            vector = self.w1(F.embedding(previous, embedding).to(self.w1.weight.dtype))
+        return vector
+
+
+class ConfidenceHead(nn.Module):
+    """DSpark's estimate of each slot's acceptance, from its state (and Markov vector)."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.with_markov = config.confidence_head == "states+markov"
+        rank = config.markov_rank if self.with_markov else 0
+        self.proj = nn.Linear(config.hidden_size + rank, 1)
 
 
 class BlockNetwork(nn.Module):
@@ -142,9 +165,8 @@ class BlockNetwork(nn.Module):
         self.hidden_norm = nn.RMSNorm(H, config.norm_eps)
         self.layers = nn.ModuleList([Layer(i, config) for i in range(config.layers)])
         self.norm = nn.RMSNorm(H, config.norm_eps)
-        self.markov_head = (
-            MarkovHead(H, config.markov_rank, columns) if config.markov_rank else None
-        )
+        self.markov_head = MarkovHead(config, columns) if config.markov_rank else None
+        self.confidence_head = ConfidenceHead(config) if config.confidence_head else None
         self.direct: nn.Linear | None = None
         if config.direct:
             self.direct = nn.Linear(H, H, bias=False)
@@ -152,17 +174,23 @@ class BlockNetwork(nn.Module):
             nn.init.zeros_(self.direct.weight)
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_vocab", torch.full((config.draft_vocab_size,), -1))
+        if config.own_embedding:
+            self.register_buffer("embedding", torch.zeros(config.tokens, H))
+        if config.own_head:
+            self.register_buffer("head", torch.zeros(columns, H))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a checkpoint folder or hub id in specdiff's own layout; then call `borrow`.
+        """Load a checkpoint folder or hub id; then call `borrow`.
 
-        Raises ConfigError or WeightsError, naming the file and the field or tensor.
+        It may be in specdiff's own layout or one of `block_formats`. Raises ConfigError or
+        WeightsError, naming the file and the field or tensor.
         """
         path = weights.locate(folder)
-        config = BlockConfig.from_json(weights.read_config(path), str(path / weights.CONFIG))
+        checkpoint = block_formats.read(path)
+        config = checkpoint.config
         network = cls(config)
-        weights.load_into(network, path)
+        weights.fill(network, checkpoint.tensors, path)
         ids = network.draft_ids
         if ids is not None and not (
             bool(((ids >= 0) & (ids < config.tokens)).all()) and bool((ids.diff() > 0).all())
@@ -190,11 +218,14 @@ class BlockNetwork(nn.Module):
     def borrow(self, embedding: Float[Tensor, "V H"], head: Float[Tensor, "V H"]) -> Self:
         """Read and write through the target's embedding and the `draft_vocab` rows of its head.
 
-        Raises ConfigError if the target's sizes are not those this network was trained for.
+        A table that the checkpoint holds itself is not replaced. Raises ConfigError if the target's
+        sizes are not those this network was trained for.
         """
         check_tables(embedding, head, self.config.tokens, self.config.hidden_size)
-        self.register_buffer("embedding", embedding.detach(), persistent=False)
-        self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
+        if not self.config.own_embedding:
+            self.register_buffer("embedding", embedding.detach(), persistent=False)
+        if not self.config.own_head:
+            self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
         return self
 
     def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
@@ -221,16 +252,20 @@ class BlockNetwork(nn.Module):
         slots: Float[Tensor, "B Q H"],
         context: Float[Tensor, "B L H"],
         positions: Int[Tensor, "B L+Q"],
-        mask: Bool[Tensor, "B 1 Q S"],
+        mask: Bool[Tensor, "B 1 Q S"] | Sequence[Bool[Tensor, "B 1 Q S"]],
         cache: KeyValueStore | None = None,
     ) -> Float[Tensor, "B Q H"]:
-        """Normed final states of the slots. `positions` are those of context and slots together."""
+        """Normed final states of the slots. `positions` are those of context and slots together.
+
+        `mask` is one for all layers, or one for each (`block_masks.layer_masks`).
+        """
         half = torch.arange(0, self.config.head_dim, 2, device=slots.device, dtype=torch.float32)
         frequency = self.config.rope_theta ** (-half / self.config.head_dim)
         angle = positions[..., None].float() * frequency
+        masks = [mask] * self.config.layers if isinstance(mask, Tensor) else mask
         x = slots
-        for layer in self.layers:
-            x = layer(x, context, angle, mask, cache)
+        for layer, visible in zip(self.layers, masks, strict=True):
+            x = layer(x, context, angle, visible, cache)
         states: Tensor = self.norm(x)
         return states
 
@@ -245,7 +280,22 @@ class BlockNetwork(nn.Module):
         """
         if self.markov_head is None:
             return None
-        bias: Tensor = self.markov_head(
-            F.embedding(previous, self.embedding).to(self.markov_head.w1.weight.dtype)
-        )
+        bias: Tensor = self.markov_head.w2(self.markov_head.vector(previous, self.embedding))
         return bias
+
+    def confidence(
+        self, states: Float[Tensor, "*B H"], previous: Int[Tensor, "*B"]
+    ) -> Float[Tensor, "*B"] | None:
+        """The confidence head's estimate that a slot's token is accepted, given the one before.
+
+        It does not depend on the slot's own token, so a draft may end at the first low value
+        (DSpark). None without such a head.
+        """
+        if self.confidence_head is None:
+            return None
+        inputs = states
+        if self.confidence_head.with_markov and self.markov_head is not None:
+            vector = self.markov_head.vector(previous, self.embedding)
+            inputs = torch.cat([states, vector.to(states.dtype)], dim=-1)
+        logit: Tensor = self.confidence_head.proj(inputs.to(self.confidence_head.proj.weight.dtype))
+        return logit[..., 0].float().sigmoid()
