@@ -5,6 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import tiny
 from specdiff.nn.block import BlockConfig, BlockNetwork
@@ -13,7 +20,7 @@ from specdiff.nn.block_masks import layer_masks
 
 CONFIG = BlockConfig(
     tokens=tiny.VOCAB, hidden_size=tiny.WIDTH, layers=2, heads=4, key_value_heads=2, head_dim=8,
-    intermediate_size=64, block_size=5, mask_token_id=47, taps=(0, 1), window=None, direct=False,
+    intermediate_size=64, block_size=5, mask_token_id=47, taps=(0, 2), window=None, direct=False,
     norm_eps=1e-6, rope_theta=5000.0,
 )  # fmt: skip
 
@@ -31,6 +38,25 @@ def network(seed: int = 0, **changes: Any) -> BlockNetwork:
         if config.draft_vocab_size is not None:
             words = torch.randperm(config.tokens, generator=generator)
             model.draft_vocab.copy_(words[: config.draft_vocab_size].sort().values)
+    return model.eval()
+
+
+def target(family: str, seed: int = 0) -> PreTrainedModel:
+    """A causal LM of four layers, "llama" or "qwen3", whose greedy text is no repetition."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "vocab_size": tiny.VOCAB, "hidden_size": tiny.WIDTH, "intermediate_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    }  # fmt: skip
+    if family == "llama":
+        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6)
     return model.eval()
 
 

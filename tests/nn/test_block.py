@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specdiff.errors import ConfigError, WeightsError
 from specdiff.nn.block import BlockConfig, BlockNetwork
+from specdiff.nn.block_masks import layer_masks
 
 VOCAB = 48
 CONFIG = BlockConfig(
@@ -57,7 +58,16 @@ def logits(model: BlockNetwork, length: int = 9) -> Tensor:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"draft_vocab_size": None}, {"markov_rank": 0}, {"direct": False}, {"window": None}],
+    [
+        {},
+        {"draft_vocab_size": None},
+        {"markov_rank": 0},
+        {"direct": False},
+        {"window": None},
+        {"markov_table": True, "confidence_head": "states+markov"},
+        {"own_embedding": True, "own_head": True, "sample_from_anchor": False},
+        {"full_layers": (0,), "causal_layers": (1,), "window_from": "slot"},
+    ],
 )
 def test_a_saved_network_computes_the_same_logits(tmp_path: Path, changes: dict[str, Any]) -> None:
     model = network(replace(CONFIG, **changes)).borrow(*tables())
@@ -147,3 +157,66 @@ def test_tables_of_another_target_are_refused() -> None:
     embedding, head = tables()
     with pytest.raises(ConfigError, match="borrows an embedding of 48 words x 32"):
         network().borrow(embedding[:40], head[:40])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("window_from", ["anchor", "slot"])
+@pytest.mark.parametrize("full, causal", [((), ()), ((0,), (1,)), ((1,), (0, 1))])
+def test_layer_masks_allow_exactly_the_span_of_each_layer(
+    window: int | None, window_from: str, full: tuple[int, ...], causal: tuple[int, ...]
+) -> None:
+    """Two blocks of one row, anchors 6 and 4, after a context of 6; compared pair by pair."""
+    config = replace(
+        CONFIG, window=window, window_from=window_from, full_layers=full, causal_layers=causal
+    )
+    anchors = [6] * 5 + [4] * 5
+    queries = [anchor + i % 5 for i, anchor in enumerate(anchors)]
+    keys = [*range(6), *queries]
+    base = torch.tensor(
+        [
+            [
+                key < anchors[q] if k < 6 else anchors[k - 6] == anchors[q]
+                for k, key in enumerate(keys)
+            ]
+            for q in range(10)
+        ]
+    )[None, None]
+    masks = layer_masks(
+        config,
+        base,
+        torch.tensor([queries]),
+        torch.tensor([anchors]),
+        torch.tensor([keys]),
+        torch.arange(16)[None] >= 6,
+    )
+    for layer, mask in enumerate(masks):
+        for q, query in enumerate(queries):
+            for k, key in enumerate(keys):
+                visible = bool(base[0, 0, q, k])
+                if window is not None and layer not in full:
+                    if window_from == "slot":
+                        visible &= abs(query - key) <= window
+                    elif k < 6:
+                        visible &= anchors[q] - key <= window
+                if layer in causal and k >= 6:
+                    visible &= key <= query
+                assert bool(mask[0, 0, q, k]) == visible, (layer, query, key)
+    if config.uniform and window is None:
+        assert all(torch.equal(mask, base) for mask in masks)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"full_layers": (2,)}, "full_layers holds 2, but layers is 2"),
+        ({"causal_layers": (-1,)}, "causal_layers holds -1"),
+        ({"block_size": 1, "sample_from_anchor": False}, "leaves no slot to draft"),
+        ({"markov_rank": 0, "markov_table": True}, "no Markov vector"),
+        ({"markov_rank": 0, "confidence_head": "states+markov"}, "no Markov vector"),
+    ],
+)
+def test_conventions_that_contradict_each_other_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **changes)

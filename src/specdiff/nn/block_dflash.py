@@ -171,7 +171,8 @@ def _problems(checkpoint: Checkpoint, target: TargetTables) -> list[str]:
     if config.draft_vocab_size is not None:
         problems.append(f"a draft vocabulary of {config.draft_vocab_size} tokens")
     problems += [
-        f"an {name} other than the target's" for name in common.own_tables(checkpoint, target)
+        f"the drafter's own {name}, which is not the target's"
+        for name in common.own_tables(checkpoint, target)
     ]
     return problems
 

@@ -5,9 +5,11 @@
 `transformers` the assistant of its DFlash generator (written only).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from specdiff import files, weights
 from specdiff.errors import ConfigError, UsageError
@@ -58,27 +60,36 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(config, weights.read_tensors(folder), targets[0])
 
 
-def write(folder: Path, kind: str, checkpoint: Checkpoint, target: TargetTables) -> None:
-    """Write a drafter in a format of WRITTEN, each file whole or not at all.
+def write_own(folder: Path, checkpoint: Checkpoint, targets: Sequence[str]) -> None:
+    """Write a drafter in specdiff's own layout; `targets` are the names it is found by.
 
-    Raises ConfigError, naming everything the format has no place for, or StorageError.
+    Raises StorageError.
     """
     config = checkpoint.config
-    if kind == "specdiff":
-        about = {"targets": [target.name], "draft_len": config.draft_len}
-        data, tensors = {**config.to_json(), **about}, checkpoint.tensors
-    elif kind == "speculators":
-        data, tensors = block_speculators.encode(checkpoint, target)
-    elif kind == "dflash":
-        data, tensors = block_dflash.encode(checkpoint, target)
-    elif kind == "transformers":
-        data, tensors = block_dflash.encode_assistant(checkpoint, target)
-    else:
+    about = {"targets": list(targets), "draft_len": config.draft_len}
+    _store(folder, {**config.to_json(), **about}, checkpoint.tensors)
+
+
+def write(folder: Path, kind: str, checkpoint: Checkpoint, target: TargetTables) -> None:
+    """Write a drafter in another tool's format, each file whole or not at all.
+
+    Raises UsageError for an unknown format, ConfigError, naming everything the format has no place
+    for, or StorageError.
+    """
+    encoders = {
+        "speculators": block_speculators.encode,
+        "dflash": block_dflash.encode,
+        "transformers": block_dflash.encode_assistant,
+    }
+    if kind not in encoders:
         raise UsageError(
-            f"unknown drafter format {kind!r}; known are {', '.join(WRITTEN)}", param="to"
+            f"unknown drafter format {kind!r}; known are {', '.join(encoders)}", param="to"
         )
-    if kind != "specdiff":
-        dtype = tensors["fc.weight"].dtype
-        data = {**data, "dtype": str(dtype).removeprefix("torch.")}
+    data, tensors = encoders[kind](checkpoint, target)
+    dtype = str(checkpoint.tensors["fc.weight"].dtype).removeprefix("torch.")
+    _store(folder, {**data, "dtype": dtype}, tensors)
+
+
+def _store(folder: Path, data: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     files.write_tensors(folder / weights.TENSORS, tensors, metadata={"format": "pt"})
     files.write_json(folder / weights.CONFIG, data, indent=2)

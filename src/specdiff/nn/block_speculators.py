@@ -150,7 +150,7 @@ def _problems(checkpoint: Checkpoint, target: TargetTables, bounded: tuple[int, 
     replaced = common.own_tables(checkpoint, target)
     if config.draft_vocab_size is not None:
         replaced = [name for name in replaced if name != "head"]
-    problems += [f"an {name} other than the target's" for name in replaced]
+    problems += [f"the drafter's own {name}, which is not the target's" for name in replaced]
     return problems
 
 
