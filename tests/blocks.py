@@ -94,3 +94,27 @@ def block_states(model: BlockNetwork, features: Tensor, ids: Tensor, anchor: int
             keys >= anchor,
         )
         return model(slots, context, keys, masks)[0]
+
+
+def fit(model: BlockNetwork, features: Tensor, text: Tensor, steps: int = 120) -> None:
+    """Teach a drafter one text, so that drafts are accepted: every anchor, cross-entropy."""
+    config = model.config
+    size, first = config.block_size, config.first_slot
+    anchors = torch.arange(4, len(text) - size)
+    offsets = torch.arange(size)
+    queries = (anchors[:, None] + offsets).flatten()
+    labels = (anchors[:, None] + offsets[first:] + 1 - first).flatten()
+    block = torch.arange(len(anchors)).repeat_interleave(size)
+    context = torch.arange(len(text))[None] < anchors.repeat_interleave(size)[:, None]
+    mask = torch.cat([context, block[:, None] == block], dim=1)[None, None]
+    positions = torch.cat([torch.arange(len(text)), queries])[None]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        states = model.context(features[None])
+        slots = model.slots(text[anchors][None], states[:, anchors - 1], size)
+        out = model(slots.flatten(1, 2), states, positions, mask)
+        logits = model.logits(out.unflatten(1, (-1, size))[0, :, first:])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text[labels])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
