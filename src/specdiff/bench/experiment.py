@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import specdiff
@@ -18,6 +19,7 @@ from specdiff.bench.baselines import Decoder, Divergence, OurDecoder, Transforme
 from specdiff.bench.journal import Tuning, TuningPoint, Turn
 from specdiff.bench.settings import (
     ASSISTED,
+    DFLASH,
     HF,
     LOOKUP,
     VANILLA,
@@ -31,9 +33,10 @@ from specdiff.bench.timing import Measurement, RunRecord, Workload
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.errors import UsageError
+from specdiff.errors import UnsupportedModelError, UsageError
 from specdiff.noise import row_seed
 from specdiff.text.lm import SpeculativeLM
+from specdiff.types import TargetInfo
 
 # transformers raises all kinds of the last three
 LOADING = (specdiff.SpecdiffError, OSError, RuntimeError, ValueError, MemoryError)
@@ -76,7 +79,7 @@ class Experiment:
     def grid(self, baseline: Baseline) -> list[DrafterSetting]:
         """The settings to tune over: draft lengths, and steps if the sweeps are on."""
         settings = self.settings
-        if baseline.kind in (HF, ASSISTED) or baseline.spec == "none":
+        if baseline.kind in (HF, ASSISTED, DFLASH) or baseline.spec == "none":
             return [(None, None)]
         lengths = settings.gammas if baseline.draft_len is None else (baseline.draft_len,)
         if not self.takes_steps(baseline):
@@ -210,11 +213,24 @@ def _decoder(
         return decoder
     if HF not in shared:
         shared[HF] = baselines.stock_model(part.model, info)
-    assistant = None
+    assistant: nn.Module | None = None
     if baseline.kind == ASSISTED:
         assistant = baselines.assistant_model(baseline.spec or "", info)
-    assert baseline.kind in (HF, ASSISTED, LOOKUP)
+    if baseline.kind == DFLASH:
+        assistant = _dflash_assistant(baseline.spec or "", info)
+    assert baseline.kind in (HF, ASSISTED, DFLASH, LOOKUP)
     return TransformersDecoder(shared[HF], baseline.kind, assistant)
+
+
+def _dflash_assistant(spec: str, info: TargetInfo) -> nn.Module:
+    """Raises UnsupportedModelError where transformers is older than its DFlash generator."""
+    try:
+        from specdiff.bench import dflash
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"this version of transformers has no DFlash generator ({error}); update it"
+        ) from error
+    return dflash.assistant(spec, info)
 
 
 def tune(

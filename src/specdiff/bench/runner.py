@@ -26,6 +26,7 @@ from specdiff.bench.journal import (
 )
 from specdiff.bench.settings import (
     ASSISTED,
+    DFLASH,
     HF,
     LOOKUP,
     VANILLA,
@@ -311,7 +312,7 @@ def _costs(loaded: Experiment) -> Iterator[Unit]:
 def _batches(loaded: Experiment) -> Iterator[Unit]:
     """At the last temperature, stop ids ignored; transformers speculates at batch 1 only."""
     temperature = loaded.settings.temperatures[-1]
-    able = [b for b in loaded.baselines() if b.kind not in (ASSISTED, LOOKUP)]
+    able = [b for b in loaded.baselines() if b.kind not in (ASSISTED, DFLASH, LOOKUP)]
     tokens = min(BATCH_TOKENS, loaded.part.max_tokens)
     for size in loaded.settings.batch:
         for at in range(ALTERNATIONS):

@@ -4,6 +4,7 @@ All of it is plain data: nothing here loads a model.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from specdiff.bench.suites import PromptText
@@ -13,6 +14,7 @@ from specdiff.verify import VERIFIERS
 
 HF = "hf"
 ASSISTED = "hf-assisted"
+DFLASH = "hf-dflash"
 LOOKUP = "hf-prompt-lookup"
 VANILLA = "ours-vanilla"
 OURS = {  # name -> drafter spec, measured unless replaced
@@ -88,7 +90,7 @@ def _require(name: str, value: object, valid: bool, allowed: str) -> None:
 class Baseline:
     """One way to decode.
 
-    kind: "hf", "hf-assisted", "hf-prompt-lookup" or "ours".
+    kind: "hf", "hf-assisted", "hf-dflash", "hf-prompt-lookup" or "ours".
     spec: the drafter's ("none": plain decoding).
     draft_len, steps: fixed values; None is tuned.
     required: the run fails if this baseline cannot be loaded.
@@ -154,14 +156,17 @@ def drafter_specs(drafters: tuple[str, ...]) -> dict[str, str]:
     for text in drafters:
         match = NAME.fullmatch(text)
         name, spec = match.groups() if match else (text, text)
-        if name in specs or name in (HF, ASSISTED, LOOKUP, VANILLA):
+        if name in specs or name in (HF, ASSISTED, DFLASH, LOOKUP, VANILLA):
             raise UsageError(f"the drafter name {name!r} is taken; give another as NAME={spec}")
         specs[name] = spec
     return specs
 
 
 def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
-    """Transformers' three, plain decoding, the built-in drafters, and the user's own."""
+    """Transformers' own, plain decoding, the built-in drafters, and the user's.
+
+    transformers' DFlash runs with the drafter named "block", if there is one.
+    """
     extra = drafter_specs(settings.drafters)
     specs = OURS | extra
     ours = [
@@ -171,11 +176,16 @@ def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
     everything = (
         Baseline(HF, HF),
         Baseline(ASSISTED, ASSISTED, specs["autoregressive"], required=False),
+        *(Baseline(DFLASH, DFLASH, spec, required=False) for spec in _block(specs)),
         Baseline(LOOKUP, LOOKUP),
         Baseline(VANILLA, "ours", "none"),
         *ours,
     )
     return select(everything, settings.only)
+
+
+def _block(specs: Mapping[str, str]) -> list[str]:
+    return [spec for name, spec in specs.items() if name == "block"]
 
 
 def select(everything: tuple[Baseline, ...], only: tuple[str, ...]) -> tuple[Baseline, ...]:

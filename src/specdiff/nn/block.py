@@ -242,10 +242,17 @@ class BlockNetwork(nn.Module):
         """
         ids = anchors.new_full((*anchors.shape, count), self.config.mask_token_id)
         ids[..., 0] = anchors
-        x = F.embedding(ids, self.embedding).to(last.dtype)
-        if self.direct is not None:
-            x = x + self.slot_embedding[:count] + self.direct(last)[..., None, :]
-        return x
+        return self.entered(F.embedding(ids, self.embedding).to(last.dtype), last)
+
+    def entered(
+        self, embedded: Float[Tensor, "B N G H"], last: Float[Tensor, "B N H"]
+    ) -> Float[Tensor, "B N G H"]:
+        """The inputs of slots from their embeddings: the direct path's part, if any, is added."""
+        if self.direct is None:
+            return embedded
+        own = self.slot_embedding[: embedded.shape[-2]]
+        entered: Tensor = embedded + own + self.direct(last)[..., None, :]
+        return entered
 
     def forward(
         self,
