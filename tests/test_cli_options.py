@@ -19,7 +19,7 @@ class Odd(Exception):  # noqa: N818
 
 
 @pytest.mark.parametrize(
-    "verb", ["generate", "chat", "sample", "check", "data", "train", "bench", "env"]
+    "verb", ["generate", "chat", "sample", "check", "data", "train", "convert", "bench", "env"]
 )
 def test_every_option_is_one_line_of_help(
     here: Here, monkeypatch: pytest.MonkeyPatch, verb: str
@@ -27,7 +27,7 @@ def test_every_option_is_one_line_of_help(
     monkeypatch.setenv("COLUMNS", "100")
     rows = [row for row in here(verb, "--help")[1].splitlines() if row.startswith("│")]
     assert rows and all(len(row) == 100 for row in rows)
-    first = ("-", "PROMPT", "DRAFTER", "report ", "compare ")
+    first = ("-", "PROMPT", "DRAFTER", "OUT", "report ", "compare ")
     assert [row for row in rows if not row.strip("│* ").startswith(first)] == []
 
 

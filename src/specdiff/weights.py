@@ -158,10 +158,18 @@ def load_into(model: nn.Module, folder: Path, ignore: Sequence[str] = (), prefix
 
     Raises WeightsError for a missing, surplus or misshapen tensor.
     """
-    path = folder / TENSORS
     tensors = read_tensors(folder)
     for name in ignore:
         tensors.pop(prefix + name, None)
+    fill(model, tensors, folder, prefix)
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, prefix: str = "") -> None:
+    """Copy `tensors`, those of the folder, into every parameter and persistent buffer of `model`.
+
+    Raises WeightsError for a missing, surplus or misshapen tensor.
+    """
+    path = folder / TENSORS
     state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
     missing = sorted(state.keys() - tensors.keys())
     surplus = sorted(tensors.keys() - state.keys())

@@ -1,4 +1,4 @@
-"""Baseline decoders: our engine with any drafter, and transformers' own three ways.
+"""Baseline decoders: our engine with any drafter, and transformers' own ways.
 
 At temperature 0 all of them must emit the same tokens; `divergences` compares them.
 """
@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from specdiff import catalog, decode
-from specdiff.bench.settings import ASSISTED, HF, LOOKUP, PEERS, VANILLA, Cell
+from specdiff.bench.settings import ASSISTED, DFLASH, HF, LOOKUP, PEERS, VANILLA, Cell
 from specdiff.bench.timing import Measurement, RoundTimer, Workload, energy_counter, watch_memory
 from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
@@ -108,7 +108,7 @@ class TransformersDecoder(Decoder):
     """transformers' generate on its own copy of the model. kind: see settings.Baseline."""
 
     def __init__(
-        self, model: PreTrainedModel, kind: str, assistant: PreTrainedModel | None = None
+        self, model: PreTrainedModel, kind: str, assistant: nn.Module | None = None
     ) -> None:
         self.model = model
         self.kind = kind
@@ -118,10 +118,14 @@ class TransformersDecoder(Decoder):
 
     def run(self, cell: Cell, work: Workload) -> Measurement:
         """Raises UsageError for a batch if transformers speculates: it takes one row only."""
-        if self.kind in (ASSISTED, LOOKUP) and len(work.prompts) > 1:
+        if self.kind in (ASSISTED, DFLASH, LOOKUP) and len(work.prompts) > 1:
             raise UsageError("transformers speculates at batch 1 only")
         ids, mask = _left_padded(work, self.model.device)
-        extra: dict[str, Any] = {"assistant_model": self.assistant} if self.kind == ASSISTED else {}
+        extra: dict[str, Any] = {}
+        if self.kind in (ASSISTED, DFLASH):
+            extra = {"assistant_model": self.assistant}
+        if self.kind == DFLASH:
+            extra["speculation_type"] = "dflash"
         if self.kind == LOOKUP:
             extra = {"prompt_lookup_num_tokens": cell.draft_len}
         torch.manual_seed(work.seeds[0] % (1 << 63))

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 import specdiff
@@ -19,6 +20,7 @@ from specdiff.bench.journal import Tuning, TuningPoint, Turn
 from specdiff.bench.llama_cpp import LlamaCppDecoder
 from specdiff.bench.settings import (
     ASSISTED,
+    DFLASH,
     HF,
     LLAMA_CPP,
     LOOKUP,
@@ -34,9 +36,10 @@ from specdiff.bench.timing import Measurement, RunRecord, Workload
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.errors import UsageError
+from specdiff.errors import UnsupportedModelError, UsageError
 from specdiff.noise import row_seed
 from specdiff.text.lm import SpeculativeLM
+from specdiff.types import TargetInfo
 
 # transformers raises all kinds of the last three
 LOADING = (specdiff.SpecdiffError, OSError, RuntimeError, ValueError, MemoryError)
@@ -79,7 +82,7 @@ class Experiment:
     def grid(self, baseline: Baseline) -> list[DrafterSetting]:
         """The settings to tune over: draft lengths, and steps if the sweeps are on."""
         settings = self.settings
-        if baseline.kind in (HF, ASSISTED, *PEERS) or baseline.spec == "none":
+        if baseline.kind in (HF, ASSISTED, DFLASH, *PEERS) or baseline.spec == "none":
             return [(None, None)]
         lengths = settings.gammas if baseline.draft_len is None else (baseline.draft_len,)
         if not self.takes_steps(baseline):
@@ -225,11 +228,24 @@ def _decoder(
         return LlamaCppDecoder(part.model, lm.max_len)
     if HF not in shared:
         shared[HF] = baselines.stock_model(part.model, lm.target, settings.quantize)
-    assistant = None
+    assistant: nn.Module | None = None
     if baseline.kind == ASSISTED:
         assistant = baselines.assistant_model(baseline.spec or "", info)
-    assert baseline.kind in (HF, ASSISTED, LOOKUP)
+    if baseline.kind == DFLASH:
+        assistant = _dflash_assistant(baseline.spec or "", info)
+    assert baseline.kind in (HF, ASSISTED, DFLASH, LOOKUP)
     return TransformersDecoder(shared[HF], baseline.kind, assistant)
+
+
+def _dflash_assistant(spec: str, info: TargetInfo) -> nn.Module:
+    """Raises UnsupportedModelError where transformers is older than its DFlash generator."""
+    try:
+        from specdiff.bench import dflash
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"this version of transformers has no DFlash generator ({error}); update it"
+        ) from error
+    return dflash.assistant(spec, info)
 
 
 def tune(

@@ -8,12 +8,12 @@ from specdiff import files
 from specdiff.bench import results, table
 from specdiff.bench.metrics import CellResult, Speedup
 from specdiff.bench.results import BenchResults, Output, PartResult
-from specdiff.bench.settings import ASSISTED, HF, LOOKUP, VANILLA
+from specdiff.bench.settings import ASSISTED, DFLASH, HF, LOOKUP, VANILLA
 from specdiff.errors import MissingExtraError
 from specdiff.unicode import valid
 
 NAME = "report.html"
-ASSISTANTS = (ASSISTED, LOOKUP)
+ASSISTANTS = (ASSISTED, DFLASH, LOOKUP)
 AGREE = 0.8  # of the turns
 UNCLEAR = "no clear difference"
 UNITS = {  # of the table's columns

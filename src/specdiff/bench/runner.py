@@ -26,6 +26,7 @@ from specdiff.bench.journal import (
 )
 from specdiff.bench.settings import (
     ASSISTED,
+    DFLASH,
     HF,
     LOOKUP,
     PEERS,
@@ -315,7 +316,8 @@ def _batches(loaded: Experiment) -> Iterator[Unit]:
     Transformers speculates at batch 1 only, and other engines are measured there.
     """
     temperature = loaded.settings.temperatures[-1]
-    able = [b for b in loaded.baselines() if b.kind not in (ASSISTED, LOOKUP, *PEERS)]
+    kinds = (ASSISTED, DFLASH, LOOKUP, *PEERS)
+    able = [b for b in loaded.baselines() if b.kind not in kinds]
     tokens = min(BATCH_TOKENS, loaded.part.max_tokens)
     for size in loaded.settings.batch:
         for at in range(ALTERNATIONS):

@@ -4,6 +4,7 @@ All of it is plain data: nothing here loads a model.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from specdiff.bench.suites import PromptText
@@ -14,6 +15,7 @@ from specdiff.verify import VERIFIERS
 
 HF = "hf"
 ASSISTED = "hf-assisted"
+DFLASH = "hf-dflash"
 LOOKUP = "hf-prompt-lookup"
 VANILLA = "ours-vanilla"
 LLAMA_CPP = "llama.cpp"
@@ -100,7 +102,7 @@ def _require(name: str, value: object, valid: bool, allowed: str) -> None:
 class Baseline:
     """One way to decode.
 
-    kind: "hf", "hf-assisted", "hf-prompt-lookup", "llama.cpp" or "ours".
+    kind: "hf", "hf-assisted", "hf-dflash", "hf-prompt-lookup", "llama.cpp" or "ours".
     spec: the drafter's ("none": plain decoding).
     draft_len, steps: fixed values; None is tuned.
     required: the run fails if this baseline cannot be loaded.
@@ -166,14 +168,17 @@ def drafter_specs(drafters: tuple[str, ...]) -> dict[str, str]:
     for text in drafters:
         match = NAME.fullmatch(text)
         name, spec = match.groups() if match else (text, text)
-        if name in specs or name in (HF, ASSISTED, LOOKUP, VANILLA, *PEERS):
+        if name in specs or name in (HF, ASSISTED, DFLASH, LOOKUP, VANILLA, *PEERS):
             raise UsageError(f"the drafter name {name!r} is taken; give another as NAME={spec}")
         specs[name] = spec
     return specs
 
 
 def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
-    """Transformers' three, plain decoding, the drafters, and the other engines of `peers`."""
+    """Transformers' own, plain decoding, the drafters, and the other engines of `peers`.
+
+    transformers' DFlash runs with the drafter named "block", if there is one.
+    """
     extra = drafter_specs(settings.drafters)
     specs = OURS | extra
     ours = [
@@ -183,6 +188,7 @@ def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
     everything = (
         Baseline(HF, HF),
         Baseline(ASSISTED, ASSISTED, specs["autoregressive"], required=False),
+        *(Baseline(DFLASH, DFLASH, spec, required=False) for spec in _block(specs)),
         Baseline(LOOKUP, LOOKUP),
         Baseline(VANILLA, "ours", "none"),
         *ours,
@@ -190,6 +196,10 @@ def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
     )
     only = (*settings.only, *settings.peers) if settings.only else ()
     return select(everything, only)
+
+
+def _block(specs: Mapping[str, str]) -> list[str]:
+    return [spec for name, spec in specs.items() if name == "block"]
 
 
 def select(everything: tuple[Baseline, ...], only: tuple[str, ...]) -> tuple[Baseline, ...]:

@@ -18,6 +18,7 @@ from specdiff.cli.bench import bench
 from specdiff.cli.bench_report import compare, report
 from specdiff.cli.chat import chat
 from specdiff.cli.check import check
+from specdiff.cli.convert import convert
 from specdiff.cli.data import data
 from specdiff.cli.env import env
 from specdiff.cli.generate import generate
@@ -47,7 +48,7 @@ app = typer.Typer(
     "(generate is the default verb)",
     context_settings=HELP,
 )
-for verb in (generate, chat, serve, sample, check, data, train, env):
+for verb in (generate, chat, serve, sample, check, data, train, convert, env):
     app.command(epilog=params.environment(verb))(verb)
 benchmark = typer.Typer(
     rich_markup_mode="rich", context_settings=HELP, epilog=params.environment(bench)

@@ -1,5 +1,6 @@
 """`specdiff serve`: an HTTP server with the API of OpenAI."""
 
+import math
 import sys
 from typing import Annotated, Any
 
@@ -107,7 +108,11 @@ def serve(
     )
     print(f"{model} on {lm.target.info.device}: http://{host}:{port}/v1", file=sys.stderr)
     uvicorn.run(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=shutdown_timeout
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=math.ceil(shutdown_timeout),
     )
     if engine.error is not None:
         raise engine.error
