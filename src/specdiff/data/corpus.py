@@ -163,7 +163,8 @@ def _check_metadata(path: Path, stored: Mapping[str, str], expected: Mapping[str
     for name, value in expected.items():
         if stored.get(name) != value:
             raise CorpusError(
-                f"{path} holds states of the target with {name} = {stored.get(name, 'unknown')}, not {value}: "
+                f"{path} holds states of the target with {name} = "
+                f"{stored.get(name, 'unknown')}, not {value}: "
                 f"they are of another target or of other tokens; "
                 f"delete the features-* files and compute them again:  specdiff data --features"
             )

@@ -105,7 +105,8 @@ class BlockTask(DrafterTask[BlockBatch]):
         bias = self.network.markov(previous)
         if bias is None:
             return linear(states.to(head.dtype), head)
-        return torch.addmm(bias.to(head.dtype), states.to(head.dtype), head.T)
+        logits: Tensor = torch.addmm(bias.to(head.dtype), states.to(head.dtype), head.T)
+        return logits
 
 
 def widen_norms(network: nn.Module) -> None:

@@ -12,7 +12,6 @@ from specdiff.targets.causal import CausalTarget
 from specdiff.training.teacher import precompute
 from specdiff.weights import fingerprint
 
-
 SHARES = (0.3, 2 / 3, 0.93)  # of the target's depth: the layers that a block drafter reads
 
 
