@@ -81,9 +81,7 @@ def data(
     ] = False,
     layers: Annotated[
         str,
-        params.option(
-            "With --features: of these layers too, auto or 8,19,27 (0 is the first).", panel=DATA
-        ),
+        params.option("Layers stored by --features too, or auto.", panel=DATA),
     ] = "",
     strict: Annotated[
         bool, params.flag("Stop at the first unusable record.", "--strict", panel=DATA)

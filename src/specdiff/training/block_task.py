@@ -94,7 +94,7 @@ class BlockTask(DrafterTask[BlockBatch]):
         own = (block[:, None] == block).expand(B, -1, -1)
         mask = torch.cat([past, own], -1)[:, None]
         positions = torch.cat([key.expand(B, -1), at], 1)
-        states = network(slots, context, positions, mask)
+        states: Tensor = network(slots, context, positions, mask)
         return states.view(*anchors.shape, G, -1)
 
     def logits(

@@ -128,9 +128,7 @@ def log_hybrid(
     Logits may be bfloat16: it is computed in float32, slice by slice, in one pass over memory.
     """
     flat = logits.reshape(-1, logits.shape[-1])
-    loss, a = _LogHybrid.apply(
-        flat, teacher_logits.reshape(flat.shape), log_z.reshape(-1).float(), eta
-    )
+    loss, a = _LogHybrid.apply(flat, teacher_logits.reshape(flat.shape), log_z.reshape(-1), eta)
     return loss.view(log_z.shape), a.view(log_z.shape)
 
 
@@ -145,14 +143,15 @@ class _LogHybrid(torch.autograd.Function):
         log_z: Float[Tensor, "N"],
         eta: float,
     ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
-        loss = torch.empty_like(log_z)
-        overlaps = torch.empty_like(log_z)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        loss = torch.empty_like(log_z, dtype=dtype)
+        overlaps = torch.empty_like(loss)
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         step = max(1, SLICE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
         for start in range(0, len(logits), max(1, step)):
             part = slice(start, start + step)
-            log_q = logits[part].float().log_softmax(-1)
-            log_p = teacher_logits[part].float() - log_z[part, None]
+            log_q = logits[part].to(dtype).log_softmax(-1)
+            log_p = teacher_logits[part].to(dtype) - log_z[part, None]
             q = log_q.exp()
             p = log_p.exp()
             a = torch.minimum(p, q).sum(-1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from specdiff import catalog
 from specdiff.data import generate
@@ -137,6 +138,8 @@ def accelerator_for(recipe: Recipe, device: str) -> Accelerator:
         bf16 = cuda and torch.cuda.is_bf16_supported()
         if recipe.kind == "block" and not cuda and device in ("auto", "cpu"):
             bf16 = torch.cpu._is_avx512_bf16_supported()
+    # a process may prepare runs of different precision, one after another
+    AcceleratorState._reset_state()
     cpu = not cuda and device in ("auto", "cpu")
     return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
 
