@@ -48,7 +48,8 @@ def slow_divergence(name: str, logits: list[float], logprobs: list[float]) -> fl
         return -math.log(common)
     if name == "l1":
         return math.fsum(abs(a - b) for a, b in zip(q, p, strict=True))
-    return math.exp(-3 * common) * forward + (1 - math.exp(-3 * common)) * (1 - common)
+    distance = -3 * math.log(common) if name == "log_hybrid" else 1 - common
+    return math.exp(-3 * common) * forward + (1 - math.exp(-3 * common)) * distance
 
 
 @pytest.mark.parametrize("schedule", [Loglinear(), Geometric(1e-3, 5.0)])
