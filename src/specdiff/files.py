@@ -7,13 +7,15 @@ to the disk, and is then renamed into place: a crash or a full disk leaves the o
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from specdiff.errors import StorageError
 
+SAFETENSORS = {torch.bfloat16: "BF16", torch.float32: "F32"}  # names of dtypes
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -42,6 +45,63 @@ def write_tensors(
         name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
     }
     return _write(path, lambda partial: save_file(separate, partial, metadata=metadata))
+
+
+@contextmanager
+def tensor_file(
+    path: Path, tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: dict[str, str]
+) -> Iterator["TensorFile"]:
+    """A safetensors file of these dtypes and shapes, filled row by row: larger than memory.
+
+    It replaces `path` when the block ends without an exception. Raises StorageError.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    with storing(path):
+        try:
+            with partial.open("wb") as file:
+                yield TensorFile(file, tensors, metadata)
+            _flush(partial)
+            partial.replace(path)
+            _flush(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+class TensorFile:
+    """The tensors of `tensor_file`, written anywhere in any order."""
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        tensors: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+        metadata: Mapping[str, str],
+    ) -> None:
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
+        end = 0
+        self.places: dict[str, tuple[int, int]] = {}  # offset, bytes of a row
+        for name, (dtype, shape) in tensors.items():
+            start = end
+            row = dtype.itemsize * math.prod(shape[1:])
+            end += row * shape[0]
+            self.places[name] = start, row
+            header[name] = {
+                "dtype": SAFETENSORS[dtype],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self.file = file
+        self.start = 8 + len(text)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(self.start + end)
+
+    def write(self, name: str, row: int, values: Tensor) -> None:
+        """Write `values` [n, ...] as rows `row`, row + 1, ... of a tensor."""
+        offset, size = self.places[name]
+        self.file.seek(self.start + offset + row * size)
+        self.file.write(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
 
 
 def append_line(path: Path, line: str) -> None:

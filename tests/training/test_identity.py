@@ -145,7 +145,7 @@ def test_features_are_of_this_target_and_these_tokens(
     changed = variant(tmp_path / "changed", target_folder)
     another = fingerprint(changed)
     message = (
-        rf"features-00000.safetensors holds final states with target_weights = {digest}, "
+        rf"features-00000.safetensors holds states of the target with target_weights = {digest}, "
         rf"not {another}.*specdiff data --features"
     )
     with pytest.raises(CorpusError, match=message):
@@ -158,7 +158,8 @@ def test_features_are_of_this_target_and_these_tokens(
     metadata = Corpus(data).feature_metadata(0, digest)
     save_file(stored, features, metadata=metadata)
     with pytest.raises(
-        CorpusError, match=r"features-00001.safetensors holds final states with shard_sha256 = "
+        CorpusError,
+        match=r"features-00001.safetensors holds states of the target with shard_sha256 = ",
     ):
         prepared(target_folder, data, tmp_path / "d")
     save_file(stored, features)

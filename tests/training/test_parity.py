@@ -162,8 +162,10 @@ def test_teachers_agree(corpus: Corpus, model: PreTrainedModel, tmp_path: Path) 
     rows = [0, 5, 11]
     ids = pad([corpus[i].tokens for i in rows])
     head = model.get_output_embeddings().weight.detach()
-    stored, log_z = PrecomputedTeacher(Corpus(tmp_path / "corpus"))(rows, ids)
-    live, live_log_z = OnlineTeacher(model)(rows, ids)
+    read = PrecomputedTeacher(Corpus(tmp_path / "corpus"))(rows, ids)
+    run = OnlineTeacher(model)(rows, ids)
+    stored, log_z = read.final, read.log_z
+    live, live_log_z = run.final, run.log_z
     for i, row in enumerate(rows):
         n = len(corpus[row].tokens)
         probabilities = (stored[i, :n] @ head.T - log_z[i, :n, None]).exp()

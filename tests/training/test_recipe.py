@@ -9,7 +9,14 @@ from specdiff.training import recipe
 
 
 def test_every_packaged_recipe_reads_back(tmp_path: Path) -> None:
-    assert recipe.names() == ["autoregressive", "sedd", "sedd-finetune", "sedd-pretrain", "target"]
+    assert recipe.names() == [
+        "autoregressive",
+        "block",
+        "sedd",
+        "sedd-finetune",
+        "sedd-pretrain",
+        "target",
+    ]
     for name in recipe.names():
         loaded = recipe.load(name)
         (tmp_path / "copy.yaml").write_text(recipe.as_yaml(loaded))
@@ -49,7 +56,9 @@ def test_bad_changes(changes: list[str], message: str) -> None:
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no recipe 'magic'; known are autoregressive, sedd"):
+    with pytest.raises(
+        UsageError, match=r"no recipe 'magic'; known are autoregressive, block, sedd"
+    ):
         recipe.load("magic")
     for text, message in (
         ("- a\n", "key: value lines"),

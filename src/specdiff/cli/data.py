@@ -81,6 +81,10 @@ def data(
     features: Annotated[
         bool, params.flag("Store the target's final states too.", "--features", panel=DATA)
     ] = False,
+    layers: Annotated[
+        str,
+        params.option("Layers stored by --features too, or auto.", panel=DATA),
+    ] = "",
     strict: Annotated[
         bool, params.flag("Stop at the first unusable record.", "--strict", panel=DATA)
     ] = False,
@@ -112,6 +116,8 @@ def data(
         )
     if shard_tokens < 1:
         raise UsageError(f"--shard-tokens must be at least 1, not {shard_tokens}")
+    if layers and not features:
+        raise UsageError("--layers belongs to --features; give both")
     batch = _batch(rows)
     count = params.thread_count(threads)
     quiet_libraries()
@@ -156,11 +162,11 @@ def data(
             if verbatim:
                 summary = job.pack(origin)
             elif dry_run:
-                summary = job.forecast(origin, settings, features)
+                summary = job.forecast(origin, settings, features, job.layers(layers))
             else:
                 summary = job.generate(origin, settings)
         if features and not dry_run:
-            stored = job.features()
+            stored = job.features(job.layers(layers))
     except KeyboardInterrupt:
         notes.print(
             f"stopped; finished rows are in {out}. To resume, repeat the command.", soft_wrap=True
@@ -221,13 +227,23 @@ class _Corpus:
     notes: "Console"
 
     def forecast(
-        self, source: "Source", settings: "CorpusSettings", features: bool
+        self,
+        source: "Source",
+        settings: "CorpusSettings",
+        features: bool,
+        layers: tuple[int, ...],
     ) -> "CorpusForecast":
         from specdiff.data.forecast import forecast
 
         with terminal.status(self.notes, "measuring", log=True):
             return forecast(
-                self.lm, source, settings, tokens=self.tokens, rows=self.rows, features=features
+                self.lm,
+                source,
+                settings,
+                tokens=self.tokens,
+                rows=self.rows,
+                features=features,
+                layers=len(layers),
             )
 
     def generate(self, source: "Source", settings: "CorpusSettings") -> "CorpusSummary":
@@ -278,10 +294,15 @@ class _Corpus:
                 report=report,
             )
 
-    def features(self) -> int:
+    def layers(self, text: str) -> tuple[int, ...]:
+        from specdiff.training.features import parse_layers
+
+        return parse_layers(text, self.lm.target.info.layers) if text else ()
+
+    def features(self, layers: tuple[int, ...]) -> int:
         from specdiff.targets.causal import CausalTarget
         from specdiff.training import features
 
         assert isinstance(self.lm.target, CausalTarget)
         with progress_bar(self.notes, "final states") as report:
-            return features.store(self.lm.target, self.out, report)
+            return features.store(self.lm.target, self.out, report, layers)

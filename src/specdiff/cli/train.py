@@ -72,7 +72,7 @@ def train(
 ) -> None:
     """Train a drafter for a target. Stop any time; the same command resumes it.
 
-    Recipes: sedd, autoregressive, target, sedd-pretrain, sedd-finetune.
+    Recipes: sedd, block, autoregressive, target, sedd-pretrain, sedd-finetune.
 
     Several GPUs:  accelerate launch -m specdiff train ...
 

@@ -1,6 +1,6 @@
 """Corpora on disk: reading them row by row, and appending rows to them.
 
-Shapes: L tokens of one row, H width of the target.
+Shapes: L tokens of one row, T layers, H width of the target.
 """
 
 import bisect
@@ -67,6 +67,17 @@ class Corpus:
         """Whether every shard's features were computed."""
         return bool(self.shards) and all(s.features_path.exists() for s in self.shards)
 
+    def layer_states(self, row: int, layers: Sequence[int]) -> Float[Tensor, "L T*H"]:
+        """The target's states after `layers` (0: the first) at the row's tokens, concatenated."""
+        shard, local = self._find(row)
+        return shard.layer_states(local, layers)
+
+    def has_layers(self, layers: Sequence[int]) -> bool:
+        """Whether the states after `layers` were computed for every shard."""
+        return bool(self.shards) and all(
+            shard.layer_path(layer).exists() for shard in self.shards for layer in layers
+        )
+
     def feature_metadata(self, shard: int, target_weights: str) -> dict[str, str]:
         """Metadata of a shard's features: the target and the tokens they belong to."""
         return {
@@ -77,18 +88,9 @@ class Corpus:
     def check_features(self, target_weights: str) -> None:
         """Raises CorpusError if any stored features belong to another target or other tokens."""
         for index, shard in enumerate(self.shards):
-            if not shard.features_path.exists():
-                continue
-            metadata = shard.feature_file.metadata() or {}
-            for name, value in self.feature_metadata(index, target_weights).items():
-                if metadata.get(name) != value:
-                    stored = metadata.get(name, "unknown")
-                    raise CorpusError(
-                        f"{shard.features_path} holds final states with {name} = {stored}, "
-                        f"not {value}: they are of another target or of other tokens; "
-                        f"delete the features-* files and compute them again:  "
-                        f"specdiff data --features"
-                    )
+            expected = self.feature_metadata(index, target_weights)
+            for path, file in shard.stored_features().items():
+                _check_metadata(path, file.metadata() or {}, expected)
 
     @property
     def digest(self) -> str:
@@ -155,6 +157,17 @@ class Corpus:
             raise IndexError(f"row {row} of a corpus of {len(self)} rows")
         shard = bisect.bisect_right(self._ends, row)
         return self.shards[shard], row - (self._ends[shard - 1] if shard else 0)
+
+
+def _check_metadata(path: Path, stored: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    for name, value in expected.items():
+        if stored.get(name) != value:
+            raise CorpusError(
+                f"{path} holds states of the target with {name} = "
+                f"{stored.get(name, 'unknown')}, not {value}: "
+                f"they are of another target or of other tokens; "
+                f"delete the features-* files and compute them again:  specdiff data --features"
+            )
 
 
 class CorpusWriter:

@@ -48,13 +48,17 @@ def forecast(
     tokens: int,
     rows: int | None = None,
     features: bool = False,
+    layers: int = 0,
 ) -> CorpusForecast:
-    """Time and disk space of a corpus. `rows` and errors: as for `trial`."""
+    """Time and disk space of a corpus, with `features` and the states of that many `layers`.
+
+    `rows` and errors: as for `trial`.
+    """
     result = trial(lm, source, settings, rows)
     rate = round(result.tokens_per_second, 1)
     info = lm.target.info
     token_bytes = 2 if info.vocab_size <= 1 << 16 else 4
-    feature_bytes = 2 * info.hidden_size + 4 if features else 0
+    feature_bytes = 2 * info.hidden_size * (1 + layers) + 4 if features else 0
     return CorpusForecast(
         tokens=tokens,
         disk_bytes=tokens * (token_bytes + feature_bytes),

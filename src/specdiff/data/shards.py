@@ -6,18 +6,20 @@ A shard appears whole or not at all, so a killed writer loses at most one.
     shard-00000.safetensors      tokens [n], offsets [rows + 1], and prompt_lengths, temperatures,
                                  keys [rows]
     features-00000.safetensors   optional: the target's final states at each of those tokens
+    features-00000-layer-08.safetensors   optional: the states after its layer 8 (0 is the first)
 
-Shapes: L tokens of one row, H width of the target.
+Shapes: L tokens of one row, T layers, H width of the target.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -47,6 +49,7 @@ class Shard:
         self.path = folder / entry["file"]
         self.rows = int(entry["rows"])
         self.features_path = folder / f"features-{index:05d}.safetensors"
+        self._layers: dict[int, Any] = {}
 
     @cached_property
     def file(self) -> Any:
@@ -83,6 +86,27 @@ class Shard:
         hidden = self.feature_file.get_slice("hidden")[low:high]
         log_z = self.feature_file.get_slice("log_z")[low:high]
         return hidden, log_z
+
+    def layer_path(self, layer: int) -> Path:
+        """Where the states after a layer of the target are stored."""
+        return self.features_path.with_name(
+            f"{self.features_path.stem}-layer-{layer:02d}.safetensors"
+        )
+
+    def layer_states(self, i: int, layers: Sequence[int]) -> Float[Tensor, "L T*H"]:
+        """The target's states after `layers` at a row's tokens, next to each other."""
+        low, high = self.columns["offsets"][[i, i + 1]].tolist()
+        for layer in layers:
+            if layer not in self._layers:
+                self._layers[layer] = _open(self.layer_path(layer))
+        slices = [self._layers[layer].get_slice("states")[low:high] for layer in layers]
+        return torch.cat(slices, dim=-1)
+
+    def stored_features(self) -> dict[Path, Any]:
+        """Every file of features that exists, by path."""
+        pattern = f"{self.features_path.stem}-layer-*.safetensors"
+        paths = [self.features_path, *sorted(self.features_path.parent.glob(pattern))]
+        return {path: _open(path) for path in paths if path.exists()}
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Training batches: one frozen dataclass per kind, moved to a device as a whole.
 
-Shapes: B rows, L tokens, N canvases a row, H width of the target.
+Shapes: B rows, L tokens, N canvases or blocks a row, H width of the target, T layers.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -43,6 +43,7 @@ class RowBatch(TensorData):
     ids: Int[Tensor, "B L"]
     lengths: Int[Tensor, "B"]
     prompts: Int[Tensor, "B"]  # lengths of the prompts
+    greedy: Bool[Tensor, "B"]  # written at temperature 0
     states: Float[Tensor, "B L H"] | None = None
     log_z: Float[Tensor, "B L"] | None = None
 
@@ -54,6 +55,20 @@ class CanvasBatch(TensorData):
     rows: RowBatch
     anchors: Int[Tensor, "B N"]  # the last clean token each canvas sees
     revealed: Int[Tensor, "B N"]  # how many of its leading tokens are revealed
+    draft_len: int
+
+    @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        return self.rows.lengths
+
+
+@dataclass(frozen=True, slots=True)
+class BlockBatch(TensorData):
+    """Rows with states of the target's layers, and the anchors of their blocks of `draft_len`."""
+
+    rows: RowBatch
+    features: Float[Tensor, "B L T*H"]
+    anchors: Int[Tensor, "B N"]  # the last token each block knows; its context ends before it
     draft_len: int
 
     @property

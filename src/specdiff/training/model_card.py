@@ -18,6 +18,7 @@ FOLDERS = re.compile(r"(?<![\w./:~])~?(/[\w.+-]+)+/(?=[\w.+-])")
 TITLES = {
     "sedd": "SEDD drafter",
     "autoregressive": "autoregressive drafter",
+    "block": "block drafter",
     "target": "finetuned target",
 }
 COLUMNS = (
@@ -44,7 +45,7 @@ def write(
     license: str,
 ) -> None:
     """README.md of the folder `out`, whole or not at all."""
-    method = "discrete-diffusion" if recipe.kind == "sedd" else recipe.kind
+    method = "discrete-diffusion" if recipe.kind in ("sedd", "block") else recipe.kind
     metadata = ModelCardData(
         license=license,
         library_name="specdiff",

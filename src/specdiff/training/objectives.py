@@ -7,6 +7,7 @@ positions. Logits are finite and in float32 or wider: a vocabulary's sum does no
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,11 @@ from specdiff.diffusion.process import Process
 from specdiff.diffusion.schedule import Schedule
 from specdiff.errors import UsageError
 
-DIVERGENCES = ("forward", "reverse", "tv", "hybrid", "l1")
+DIVERGENCES = ("forward", "reverse", "tv", "hybrid", "log_hybrid", "l1")
 # replaces a teacher's -inf where it would be summed: 50k columns at e^-30 weigh 5e-9
 LOG_FLOOR = -30.0
+GAIN = 3.0  # of -log a in log_hybrid
+SLICE = 1 << 18  # elements that log_hybrid computes on at a time: 1 MB, to stay in a cache
 
 
 def score_entropy(
@@ -58,7 +61,10 @@ def cross_entropy(
 
 
 def distill(
-    logits: Float[Tensor, "*N C"], teacher_logprobs: Float[Tensor, "*N C"], divergence: str
+    logits: Float[Tensor, "*N C"],
+    teacher_logprobs: Float[Tensor, "*N C"],
+    divergence: str,
+    eta: float = 3.0,
 ) -> Float[Tensor, "*N"]:
     """Divergence of the draft distribution q = softmax(logits) from the teacher's p, by position.
 
@@ -71,8 +77,9 @@ def distill(
       be negative, down to P log P.
     - reverse: sum_x q log(q/p), the full KL(q || p), least at -log P.
     - tv: -log a, a full-vocabulary quantity, least at -log P (LK losses, Samarin et al. 2026).
-    - hybrid: e^{-3a} forward + (1 - e^{-3a})(1 - a), a detached in the weights only (LK losses):
-      forward while a is small, then the full total variation distance 1 - a.
+    - hybrid: e^{-eta a} forward + (1 - e^{-eta a})(1 - a), a detached in the weights only (LK
+      losses): forward while a is small, then the full total variation distance 1 - a.
+    - log_hybrid: e^{-eta a} forward + (1 - e^{-eta a})(-3 log a), likewise; see `log_hybrid`.
     - l1: sum_x |p - q|. The full distance, 2 (1 - a), is larger by the constant 1 - P (DSpark).
 
     A teacher may give columns -inf (top-k), even all of them: such a position has no gradient.
@@ -85,6 +92,9 @@ def distill(
         raise UsageError(
             f"unknown divergence {divergence!r}: choose one of {', '.join(DIVERGENCES)}"
         )
+    if divergence == "log_hybrid":
+        loss, _ = log_hybrid(logits, teacher_logprobs, logits.new_zeros(logits.shape[:-1]), eta)
+        return loss
     log_q = logits.log_softmax(-1)
     log_p = teacher_logprobs.clamp(min=LOG_FLOOR)
     p = teacher_logprobs.exp()
@@ -98,8 +108,79 @@ def distill(
     if divergence == "l1":
         return (p - log_q.exp()).abs().sum(-1)
     a = torch.minimum(p, log_q.exp()).sum(-1)
-    trust = torch.exp(-3 * a.detach())
+    trust = torch.exp(-eta * a.detach())
     return trust * (p * (log_p - log_q)).sum(-1) + (1 - trust) * (1 - a)
+
+
+def log_hybrid(
+    logits: Float[Tensor, "*N C"],
+    teacher_logits: Float[Tensor, "*N C"],
+    log_z: Float[Tensor, "*N"],
+    eta: float = 3.0,
+) -> tuple[Float[Tensor, "*N"], Float[Tensor, "*N"]]:
+    """e^{-eta a} KL + (1 - e^{-eta a})(-3 log a) by position, and the overlap a (detached).
+
+    p = exp(teacher_logits - log_z), KL = sum_x p log(p/q), a = sum_x min(p, q). Both weights are
+    constants of the gradient (LK losses, Samarin et al. 2026, whose hybrid has 1 - a in place of
+    -3 log a). The gradient in the logits is closed: P q - p for KL with P = sum_x p, and
+    q (s - [q < p]) / a for -log a with s = sum_x q [q < p].
+
+    Logits may be bfloat16: it is computed in float32, slice by slice, in one pass over memory.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    loss, a = _LogHybrid.apply(flat, teacher_logits.reshape(flat.shape), log_z.reshape(-1), eta)
+    return loss.view(log_z.shape), a.view(log_z.shape)
+
+
+class _LogHybrid(torch.autograd.Function):
+    """Computes the gradient with the loss, while a slice of the logits is in the cache."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "N C"],
+        teacher_logits: Float[Tensor, "N C"],
+        log_z: Float[Tensor, "N"],
+        eta: float,
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N"]]:
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        loss = torch.empty_like(log_z, dtype=dtype)
+        overlaps = torch.empty_like(loss)
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        step = max(1, SLICE // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+        for start in range(0, len(logits), max(1, step)):
+            part = slice(start, start + step)
+            log_q = logits[part].to(dtype).log_softmax(-1)
+            log_p = teacher_logits[part].to(dtype) - log_z[part, None]
+            q = log_q.exp()
+            p = log_p.exp()
+            a = torch.minimum(p, q).sum(-1)
+            trust = torch.exp(-eta * a)
+            kl = log_p.clamp_(min=LOG_FLOOR).sub_(log_q).mul_(p).sum(-1)
+            safe = a.clamp(min=1e-30)
+            loss[part] = trust * kl - GAIN * (1 - trust) * safe.log()
+            overlaps[part] = a
+            if gradient is None:
+                continue
+            pull = -GAIN * torch.expm1(-eta * a) / safe  # of -log a
+            below = q.masked_fill(q >= p, 0)
+            mass = p.sum(-1)
+            scale = trust * mass + pull * below.sum(-1)
+            part_gradient = q.mul_(scale[:, None])
+            part_gradient -= below.mul_(pull[:, None])
+            part_gradient -= p.mul_(trust[:, None])
+            gradient[part] = part_gradient
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(overlaps)
+        return loss, overlaps
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_loss: Float[Tensor, "N"], _: Any
+    ) -> tuple[Float[Tensor, "N C"], None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_loss[:, None].to(gradient.dtype), None, None, None
 
 
 def overlap(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from specdiff import catalog
 from specdiff.data import generate
@@ -20,7 +21,8 @@ from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.targets.causal import CausalTarget
 from specdiff.text.lm import SpeculativeLM
 from specdiff.text.load import tokenizer_of
-from specdiff.training import evaluation, initialize, model_card
+from specdiff.training import evaluation, initialize, initialize_block, model_card
+from specdiff.training.block_task import BlockTask, widen_norms
 from specdiff.training.canvas_task import CanvasTask
 from specdiff.training.causal_task import AutoregressiveTask, TargetTask
 from specdiff.training.checkpoint import check_folder
@@ -134,6 +136,10 @@ def accelerator_for(recipe: Recipe, device: str) -> Accelerator:
     bf16 = recipe.precision == "bf16"
     if recipe.precision == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported()
+        if recipe.kind == "block" and not cuda and device in ("auto", "cpu"):
+            bf16 = torch.cpu._is_avx512_bf16_supported()
+    # a process may prepare runs of different precision, one after another
+    AcceleratorState._reset_state()
     cpu = not cuda and device in ("auto", "cpu")
     return Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
 
@@ -145,8 +151,11 @@ def _evaluation(
     target: CausalTarget,
     tokenizer: Any,
 ) -> Callable[[Path], dict[str, Any]] | None:
-    """Acceptance of an exported drafter; None when the target itself is trained."""
-    if recipe.kind == "target":
+    """Acceptance of an exported drafter; None when the target itself is trained.
+
+    None for block drafters too, which no decode loop runs yet: their curve holds held_out_* only.
+    """
+    if recipe.kind in ("target", "block"):
         return None
     return partial(
         evaluation.of_folder,
@@ -171,9 +180,15 @@ def _task(
         model.requires_grad_(True)
         return TargetTask(recipe, corpus, model, tokenizer)
     model.requires_grad_(False)
-    teacher = _teacher(recipe, corpus, target, target_weights)
     head = target.info.head
     about = {"targets": targets}
+    if recipe.kind == "block":
+        block = initialize_block.block(recipe, corpus, rows, model)
+        widen_norms(block)
+        layers = block.config.taps
+        states = _teacher(recipe, corpus, target, target_weights, layers)
+        return BlockTask(recipe, corpus, block, head, states, about)
+    teacher = _teacher(recipe, corpus, target, target_weights)
     if recipe.kind == "autoregressive":
         small = initialize.autoregressive(recipe, corpus, rows, model)
         return AutoregressiveTask(recipe, corpus, small, head, teacher, about)
@@ -184,13 +199,21 @@ def _task(
 
 
 def _teacher(
-    recipe: Recipe, corpus: Corpus, target: CausalTarget, target_weights: str
+    recipe: Recipe,
+    corpus: Corpus,
+    target: CausalTarget,
+    target_weights: str,
+    layers: Sequence[int] = (),
 ) -> Teacher | None:
-    if recipe.objective != "distill":
+    if recipe.objective != "distill" and not layers:
         return None
     if corpus.has_features:
         corpus.check_features(target_weights)
-    teacher = PrecomputedTeacher(corpus) if corpus.has_features else OnlineTeacher(target.model)
+    teacher: Teacher
+    if corpus.has_features and corpus.has_layers(layers):
+        teacher = PrecomputedTeacher(corpus, layers)
+    else:
+        teacher = OnlineTeacher(target.model, layers)
     if target.info.head is None:
         raise UsageError(
             f"{target.model.config.model_type} has no plain output matrix to learn from; "

@@ -24,7 +24,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["sedd", "autoregressive", "target"]
+    kind: Literal["sedd", "autoregressive", "block", "target"]
 
     # the network
     # "target" (its first and last layers), a drafter's folder or hub id, or null: from scratch
@@ -39,16 +39,22 @@ class Recipe(BaseModel):
     time_conditioning: bool = False
     process: Literal["absorb", "uniform"] = "absorb"
     schedule: Literal["loglinear", "geometric"] = "loglinear"
+    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # target layers a block reads
+    markov_rank: Annotated[int, Field(ge=0)] = 64  # block: of the previous token's part; 0: none
+    direct: bool = True  # block: a path from the last context state into every slot
+    intermediate_size: Count | None = None  # block
+    mask_token_id: Annotated[int, Field(ge=0)] | None = None  # block; null: one the corpus lacks
     length: Count = 1024  # maximum positions of a bidirectional network
     dropout: Share = 0.0
 
     # what it learns
     objective: Literal["score_entropy", "denoise", "distill"] = "distill"
     divergence: str = "hybrid"  # distill only
+    eta: Annotated[float, Field(ge=0)] = 3.0  # hybrids: how soon acceptance outweighs KL
     truth_share: Share = 0.0  # distill only: share of cross-entropy on the corpus's own tokens
     drafting_share: Share = 1.0  # share of batches corrupted as in drafting; the others: uniform t
     draft_lens: tuple[Count, ...] = (2, 4, 4, 8)  # one of them is drawn per batch
-    canvas_tokens: Count = 512  # drafted positions per row and batch (causal context)
+    canvas_tokens: Count = 512  # drafted positions per row and batch
     revealed: Share = 0.15  # share of canvases with a revealed start, as between passes
     weights: str = "exponential"  # over the positions of a draft
     weight_scale: Annotated[float, Field(gt=0)] = 6.0
@@ -116,6 +122,14 @@ class Recipe(BaseModel):
                 f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise "
                 f"(cross-entropy) or distill"
             )
+        longest = max(self.draft_lens)
+        if self.kind == "block" and self.draft_len > longest:
+            raise ValueError(
+                f"a block drafter cannot draft more tokens (draft_len {self.draft_len}) than it "
+                f"is trained on (draft_lens up to {longest})"
+            )
+        if self.kind == "block" and not self.borrow_embeddings:
+            raise ValueError("a block drafter borrows the target's tables: borrow_embeddings: true")
         if self.kind == "target" and self.objective != "denoise":
             raise ValueError("kind: target learns its data set: objective: denoise (cross-entropy)")
         return self

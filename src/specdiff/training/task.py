@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specdiff.data.corpus import Corpus, pad
+from specdiff.nn.block import BlockNetwork
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.small_lm import SmallLM
 from specdiff.training import objectives
@@ -23,6 +24,7 @@ from specdiff.training.teacher import Teacher
 
 BatchT = TypeVar("BatchT", bound=TrainingBatch)
 Metrics = dict[str, Tensor]
+DrafterNetwork = SEDD | SmallLM | BlockNetwork
 
 
 class Task(nn.Module, ABC, Generic[BatchT]):
@@ -66,6 +68,7 @@ class Task(nn.Module, ABC, Generic[BatchT]):
             ids=pad([record.tokens for record in records]),
             lengths=torch.tensor([len(record.tokens) for record in records]),
             prompts=torch.tensor([record.prompt_length for record in records]),
+            greedy=torch.tensor([record.temperature == 0 for record in records]),
         )
 
 
@@ -84,7 +87,7 @@ class DrafterTask(Task[BatchT]):
     used. `about` goes into the exported config.
     """
 
-    network: SEDD | SmallLM
+    network: DrafterNetwork
     columns: Tensor
     head: Tensor
 
@@ -92,7 +95,7 @@ class DrafterTask(Task[BatchT]):
         self,
         recipe: Recipe,
         corpus: Corpus,
-        network: SEDD | SmallLM,
+        network: DrafterNetwork,
         head: Float[Tensor, "V H"] | None,
         teacher: Teacher | None,
         about: Mapping[str, Any],
@@ -113,8 +116,8 @@ class DrafterTask(Task[BatchT]):
         batch = self.row_batch(rows)
         if self.teacher is None:
             return batch
-        states, log_z = self.teacher(rows, batch.ids)
-        return replace(batch, states=states, log_z=log_z)
+        states = self.teacher(rows, batch.ids)
+        return replace(batch, states=states.final, log_z=states.log_z)
 
     def token_losses(
         self,
@@ -126,17 +129,24 @@ class DrafterTask(Task[BatchT]):
         """Losses at positions `at` of rows `row`, from the target's states one position earlier."""
         truth = self.columns[batch.ids[row, at]]
         if batch.states is None or batch.log_z is None:
-            loss = objectives.cross_entropy(logits, truth)
+            loss = objectives.cross_entropy(logits.float(), truth)
             return TokenLosses(loss, torch.exp(-loss.detach()) * (truth >= 0))
         states = batch.states[row, at - 1]
         log_z = batch.log_z[row, at - 1]
-        teacher = (states.to(self.head.dtype) @ self.head.T).float() - log_z[:, None].float()
-        loss = objectives.distill(logits, teacher, self.recipe.divergence)
-        if self.recipe.truth_share:
+        teacher = states.to(self.head.dtype) @ self.head.T
+        recipe = self.recipe
+        if recipe.divergence == "log_hybrid":
+            loss, q = objectives.log_hybrid(logits, teacher, log_z, recipe.eta)
+        else:
+            logits = logits.float()
+            teacher = teacher.float() - log_z[:, None].float()
+            loss = objectives.distill(logits, teacher, recipe.divergence, recipe.eta)
+            q = objectives.overlap(logits.detach(), teacher)
+        if recipe.truth_share:
             loss = torch.lerp(
-                loss, objectives.cross_entropy(logits, truth), self.recipe.truth_share
+                loss, objectives.cross_entropy(logits.float(), truth), recipe.truth_share
             )
-        return TokenLosses(loss, objectives.overlap(logits.detach(), teacher))
+        return TokenLosses(loss, q)
 
     def export(self, folder: Path, state: Mapping[str, Tensor]) -> None:
         network = untrained(self.network)
@@ -149,19 +159,23 @@ class DrafterTask(Task[BatchT]):
         )
 
 
-def vocabulary(network: SEDD | SmallLM) -> tuple[Int[Tensor, "C"] | None, int]:
+def vocabulary(network: DrafterNetwork) -> tuple[Int[Tensor, "C"] | None, int]:
     """A network's draft vocabulary (None: the whole vocabulary), and the size of the target's."""
     if isinstance(network, SEDD):
         size = network.config.draft_vocab_size
         return None if size is None else network.draft_vocab, network.config.tokens
+    if isinstance(network, BlockNetwork):
+        return network.draft_ids, network.config.tokens
     size = network.draft_vocab_size
     return None if size is None else network.draft_vocab, network.vocab_size
 
 
-def untrained(network: SEDD | SmallLM) -> SEDD | SmallLM:
+def untrained(network: DrafterNetwork) -> DrafterNetwork:
     """A new network with the same config, without dropout."""
     if isinstance(network, SEDD):
         return SEDD(replace(network.config, dropout=0.0))
+    if isinstance(network, BlockNetwork):
+        return BlockNetwork(network.config)
     return SmallLM(network.config)
 
 

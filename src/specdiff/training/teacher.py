@@ -3,10 +3,14 @@
 The teacher's probabilities of any set of columns are exp(hidden @ head[columns] - log_z). log_z
 covers the whole vocabulary, so a draft vocabulary's columns sum to less than 1.
 
-Shapes: B rows, L tokens, H width, V vocabulary, N positions.
+A block drafter also reads the states after some of the target's layers (0 is the first).
+
+Shapes: B rows, L tokens, H width, T layers, V vocabulary, N positions.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -25,48 +29,76 @@ STORED = torch.bfloat16
 POSITIONS = 2048  # positions whose whole-vocabulary logits are in memory at a time
 
 
-class Teacher(Protocol):
-    """Final states [B, L, H] and log normalizers [B, L] of padded corpus rows."""
+@dataclass(frozen=True, slots=True)
+class TargetStates:
+    """Final states, log normalizers, and the states after the teacher's layers, concatenated."""
 
-    def __call__(
-        self, rows: Sequence[int], ids: Int[Tensor, "B L"]
-    ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]: ...
+    final: Float[Tensor, "B L H"]
+    log_z: Float[Tensor, "B L"]
+    layers: Float[Tensor, "B L T*H"] | None = None
+
+
+class Teacher(Protocol):
+    """The target's states at the tokens of padded corpus rows."""
+
+    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> TargetStates: ...
 
 
 class PrecomputedTeacher:
     """Reads what `precompute` stored with the corpus."""
 
-    def __init__(self, corpus: Corpus) -> None:
+    def __init__(self, corpus: Corpus, layers: Sequence[int] = ()) -> None:
         if not corpus.has_features:
             raise CorpusError(
                 f"{corpus.folder} lacks the target states of some shards; "
                 f"compute them:  specdiff data --features"
             )
+        if not corpus.has_layers(layers):
+            raise CorpusError(
+                f"{corpus.folder} lacks the states after layers {','.join(map(str, layers))} of "
+                f"some shards; compute them:  specdiff data --features --layers "
+                f"{','.join(map(str, layers))}"
+            )
         self.corpus = corpus
+        self.layers = tuple(layers)
 
-    def __call__(
-        self, rows: Sequence[int], ids: Int[Tensor, "B L"]
-    ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
+    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> TargetStates:
         features = [self.corpus.features(row) for row in rows]
         hidden, log_z = zip(*(pair for pair in features if pair is not None), strict=True)
-        return pad(hidden).to(ids.device).float(), pad(log_z).to(ids.device)
+        layers = None
+        if self.layers:
+            layers = pad([self.corpus.layer_states(row, self.layers) for row in rows])
+            layers = layers.to(ids.device)
+        return TargetStates(pad(hidden).to(ids.device).float(), pad(log_z).to(ids.device), layers)
 
 
 class OnlineTeacher:
     """Runs the target on each batch: needs no disk, where its forward pass is cheap."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, layers: Sequence[int] = ()) -> None:
         self.model = model.eval()
         self.head = _head(model)
+        self.layers = tuple(layers)
 
     @torch.no_grad()
-    def __call__(
-        self, rows: Sequence[int], ids: Int[Tensor, "B L"]
-    ) -> tuple[Float[Tensor, "B L H"], Float[Tensor, "B L"]]:
+    def __call__(self, rows: Sequence[int], ids: Int[Tensor, "B L"]) -> TargetStates:
         ids = ids.to(home(self.model))  # batches are built on the host
         # causal, so padding after a row changes nothing
-        hidden = self.model.base_model(ids, use_cache=False).last_hidden_state
-        return hidden.float(), log_normalizer(hidden, self.head)
+        final, layers = _states(self.model, ids, self.layers)
+        return TargetStates(
+            final.float(),
+            log_normalizer(final, self.head),
+            torch.cat(layers, dim=-1) if layers else None,
+        )
+
+
+def _states(
+    model: PreTrainedModel, ids: Int[Tensor, "B L"], layers: Sequence[int]
+) -> tuple[Float[Tensor, "B L H"], list[Float[Tensor, "B L H"]]]:
+    """Final states, and the states after some layers, on the device of the final ones."""
+    out = model.base_model(ids, use_cache=False, output_hidden_states=bool(layers))
+    final = out.last_hidden_state
+    return final, [out.hidden_states[layer + 1].to(final.device) for layer in layers]
 
 
 def log_normalizer(
@@ -84,14 +116,17 @@ def precompute(
     corpus: Corpus,
     target_weights: str,
     *,
+    layers: Sequence[int] = (),
     rows: int = 8,
 ) -> Iterator[tuple[int, int]]:
-    """Write the features of every shard that lacks them; yields (tokens done, tokens in total).
+    """Write the features that shards lack; yields (tokens done, tokens in total).
 
-    A killed run loses one shard. `target_weights` is the model's digest, stored with the features.
+    Of `layers` (0: the first) the states after them are written too, a file each. A killed run
+    loses one shard. `target_weights` is the model's digest, stored with the features.
 
     Raises:
         CorpusError: the corpus holds features of another target.
+        StorageError: the disk is full or not writable; finished shards are intact.
         UnsupportedModelError: the model's logits are not its head times its final states.
     """
     corpus.check_features(target_weights)
@@ -102,28 +137,44 @@ def precompute(
     for index, shard in enumerate(corpus.shards):
         indices = range(first, first + shard.rows)
         first += shard.rows
-        if shard.features_path.exists():
+        missing = [layer for layer in layers if not shard.layer_path(layer).exists()]
+        final = not shard.features_path.exists()
+        if not missing and not final:
             done += int(corpus.manifest["shards"][index]["tokens"])
             continue
         tokens = [corpus[i].tokens for i in indices]
-        hidden: dict[int, Tensor] = {}
-        log_z: dict[int, Tensor] = {}
-        by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-        for start in range(0, len(tokens), rows):
-            group = by_length[start : start + rows]
-            ids = pad([tokens[i] for i in group]).to(model.device)
-            states = model.base_model(ids, use_cache=False).last_hidden_state.to(STORED)
-            for i, h, z in zip(group, states, log_normalizer(states, head), strict=True):
-                hidden[i] = h[: len(tokens[i])].cpu()
-                log_z[i] = z[: len(tokens[i])].cpu()
-            done += sum(len(tokens[i]) for i in group)
-            yield done, corpus.tokens
-        features = {
-            "hidden": torch.cat([hidden[i] for i in range(len(tokens))]),
-            "log_z": torch.cat([log_z[i] for i in range(len(tokens))]),
-        }
+        offsets = shard.columns["offsets"].tolist()
         metadata = corpus.feature_metadata(index, target_weights)
-        files.write_tensors(shard.features_path, features, metadata)
+        by_length = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        with ExitStack() as open_files:
+            wide = (STORED, (offsets[-1], head.shape[1]))
+            by_layer = {
+                layer: open_files.enter_context(
+                    files.tensor_file(shard.layer_path(layer), {"states": wide}, metadata)
+                )
+                for layer in missing
+            }
+            features = None
+            if final:
+                tensors = {"hidden": wide, "log_z": (torch.float32, (offsets[-1],))}
+                features = open_files.enter_context(
+                    files.tensor_file(shard.features_path, tensors, metadata)
+                )
+            for start in range(0, len(tokens), rows):
+                group = by_length[start : start + rows]
+                ids = pad([tokens[i] for i in group]).to(home(model))
+                states, after = _states(model, ids, missing)
+                for file, layer_states in zip(by_layer.values(), after, strict=True):
+                    for i, h in zip(group, layer_states.to(STORED), strict=True):
+                        file.write("states", offsets[i], h[: len(tokens[i])])
+                if features is not None:
+                    states = states.to(STORED)
+                    log_z = log_normalizer(states, head)
+                    for i, h, z in zip(group, states, log_z, strict=True):
+                        features.write("hidden", offsets[i], h[: len(tokens[i])])
+                        features.write("log_z", offsets[i], z[: len(tokens[i])])
+                done += sum(len(tokens[i]) for i in group)
+                yield done, corpus.tokens
 
 
 def _head(model: PreTrainedModel) -> Tensor:

@@ -281,6 +281,7 @@ class Trainer:
         """Losses of fixed batches of held-out rows, at the current weights."""
         self.model.eval()
         sums: dict[str, float] = {}
+        counts: dict[str, int] = {}
         starts = range(0, min(len(self.held_out_rows), HELD_OUT_ROWS), self.recipe.rows)
         for start in starts:
             rows = list(self.held_out_rows[start : start + self.recipe.rows])
@@ -288,7 +289,8 @@ class Trainer:
             loss, metrics = self._loss(batch, 1.0)
             for name, value in ({"loss": loss} | metrics).items():
                 sums[name] = sums.get(name, 0.0) + float(value)
-        return {f"held_out_{name}": round(value / len(starts), 4) for name, value in sums.items()}
+                counts[name] = counts.get(name, 0) + 1  # not every batch has every metric
+        return {f"held_out_{name}": round(value / counts[name], 4) for name, value in sums.items()}
 
     # the folder
 
