@@ -107,7 +107,8 @@ class BlockDrafter(Drafter[BlockState]):
         state.cache.place(at, length=context.batch.ids.shape[1] + K)
         slots = self.network.slots(context.batch.anchor[:, None], state.last[:, None], K)[:, 0]
         mask = self._mask(anchor, block, state.cache.bound)
-        return self.network(slots, fresh, at, mask, state.cache)
+        states: Tensor = self.network(slots, fresh, at, mask, state.cache)
+        return states
 
     def _mask(
         self, anchor: Int[Tensor, "B 1"], block: Int[Tensor, "B K"], bound: int
