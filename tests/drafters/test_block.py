@@ -1,0 +1,97 @@
+"""The block drafter: its cached decoding equals one masked pass in the shape of training."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from specdiff import decode
+from specdiff.drafters.block import BlockDrafter
+from specdiff.nn.block import BlockConfig, BlockNetwork
+from specdiff.noise import Noise
+from specdiff.types import Context, Draft
+from specdiff.verify import VERIFIERS
+
+K = 4
+
+
+def network(seed: int = 0) -> BlockNetwork:
+    """Every parameter random."""
+    config = BlockConfig(
+        tiny.VOCAB, tiny.WIDTH, 2, 4, 2, 8, 48, K, 3, (0,), 9, draft_vocab_size=30, markov_rank=8
+    )
+    generator = torch.Generator().manual_seed(seed)
+    net = BlockNetwork(config)
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * 1.2 / parameter.shape[-1] ** 0.5 + ("norm" in name))
+    ids = torch.randperm(tiny.VOCAB, generator=generator)[:30]
+    net.draft_vocab.copy_(ids.sort().values)
+    return net
+
+
+class Recording(BlockDrafter):
+    """Keeps the features of each position, and every draft with the text it followed."""
+
+    def open(self, rows: int, slots: int) -> Any:
+        self.features: list[list[Tensor]] = [[] for _ in range(rows)]
+        self.drafts: list[tuple[int, list[int], int, Draft]] = []
+        return super().open(rows, slots)
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
+        draft = super().propose(context, state, noise, draft_len)
+        assert context.features is not None
+        for b, n in enumerate(context.feature_size.tolist()):
+            self.features[b] += list(context.features[b, :n])
+            ids = context.batch.ids[b, : int(context.batch.length[b])].tolist()
+            if not bool(context.batch.done[b]):
+                assert len(self.features[b]) == len(ids) - 1  # never the anchor's own
+                self.drafts.append((b, ids, b, draft))
+        return draft
+
+
+def recomputed(drafter: Recording, row: int, ids: list[int], tokens: Tensor) -> Tensor:
+    """q from one pass over the whole context without a cache."""
+    net = drafter.network
+    a = len(ids) - 1
+    context = net.context(torch.stack(drafter.features[row][:a])[None])
+    slots = net.slots(torch.tensor([[ids[-1]]]), context[:, -1:], K)[:, 0]
+    positions = torch.arange(a + K)
+    key, query = positions[None], positions[a:, None]
+    mask = (key >= a) | (key >= query - 9)
+    states = net(slots, context, positions[None], mask[None, None])
+    previous = torch.cat([torch.tensor([ids[-1]]), tokens[:-1]])
+    bias = net.markov(previous)
+    assert bias is not None
+    logits = net.logits(states)[0] + bias
+    return torch.zeros(K, tiny.VOCAB).index_copy(1, net.draft_vocab, logits.softmax(-1))
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_cached_decoding_equals_a_pass_in_the_shape_of_training(verifier: str) -> None:
+    target = tiny.target("llama")
+    drafter = Recording(network(), target.info)
+    batch = tiny.batch_of([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8], [7, 2], [2, 7, 1, 8, 2]])
+    with torch.inference_mode():
+        rounds = list(decode.decode(target, drafter, batch, verifier=VERIFIERS[verifier]))
+        accepted = torch.stack([r.verification.accepted for r in rounds])
+        assert int(accepted.max()) > 0 and int(accepted.min()) < K
+        for row, ids, b, draft in drafter.drafts:
+            assert draft.probs is not None
+            expected = recomputed(drafter, row, ids, draft.tokens[b])
+            assert torch.allclose(draft.probs[b], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("draft_len", [1, 4, 9])
+def test_greedy_text_is_the_targets(draft_len: int) -> None:
+    target = tiny.target("llama")
+    drafter = BlockDrafter(network(), target.info)
+    prompts = tiny.prompts(4)
+    texts = tiny.decoded(
+        target, drafter, tiny.batch_of(prompts, temperature=0.0), draft_len=draft_len
+    )
+    plain = tiny.model("llama")
+    assert texts == [tiny.plain(plain, prompt, 24) for prompt in prompts]
