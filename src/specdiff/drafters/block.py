@@ -4,24 +4,27 @@ Token k is drawn from head(slot k) plus the Markov head's correction for token k
 follow the chain rule. Keys and values of the context are computed once; the anchor's own feature
 does not exist yet when its block is drafted, and is never used.
 
-Shapes: B rows, N new context positions, K slots, S cache slots, H width, V target vocabulary.
+Shapes: B rows, N new context positions, G slots of a block, K drafted positions, S cache slots,
+H width.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, tempered
+from specdiff.drafters.denoising import checked_temperature, drafted, tempered
 from specdiff.errors import DrafterError
 from specdiff.models.cache import RaggedCache
 from specdiff.nn.block import BlockNetwork
-from specdiff.nn.borrowed import scatter
+from specdiff.nn.block_masks import layer_masks
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import distribution, draw
+from specdiff.sampling import draw_tokens
 from specdiff.types import Context, Draft, TargetInfo
+from specdiff.weights import locate
 
 
 @dataclass(slots=True)
@@ -33,66 +36,75 @@ class BlockState:
 
 
 class BlockDrafter(Drafter[BlockState]):
-    """At most `config.block_size` tokens a round; a longer `draft_len` is cut to it.
+    """At most `config.draft_len` tokens a round; a longer `draft_len` is cut to it.
 
-    `draft_temperature` as in DenoisingDrafter. Raises DrafterError or UsageError.
+    All slots of a block are computed whatever the draft length: they attend to each other, as in
+    training. A confidence head is not used. `draft_temperature` as in DenoisingDrafter.
+
+    Raises DrafterError, ConfigError or UsageError.
     """
 
     def __init__(
         self, network: BlockNetwork, target: TargetInfo, *, draft_temperature: float = 1.0
     ) -> None:
         config = network.config
-        if target.embedding is None or target.head is None:
-            raise DrafterError(
-                f"this drafter borrows its target's embedding and head, "
-                f"which {target.name!r} does not offer"
-            )
-        expected = (config.tokens, config.hidden_size)
-        if expected != (target.vocab_size, target.hidden_size) or max(config.taps) >= target.layers:
+        self.draft_temperature = checked_temperature(draft_temperature)
+        sizes = (target.vocab_size, target.hidden_size)
+        if (config.tokens, config.hidden_size) != sizes or max(config.taps) >= target.layers:
             raise DrafterError(
                 f"this drafter needs a target of {config.tokens} words, width "
                 f"{config.hidden_size} and over {max(config.taps)} layers, unlike {target.name!r}"
             )
-        self.draft_temperature = checked_temperature(draft_temperature)
         self.network = network.to(target.device, target.dtype).eval()
-        self.network.borrow(target.embedding, target.head)
+        if not (config.own_embedding and config.own_head):
+            if target.embedding is None or target.head is None:
+                raise DrafterError(
+                    f"this drafter borrows its target's embedding and head, "
+                    f"which {target.name!r} does not offer"
+                )
+            self.network.borrow(target.embedding, target.head)
+        self.config = config
         self.taps = config.taps
-        self.draft_len = config.block_size
-        self.vocab_size = target.vocab_size
+        self.draft_len = config.draft_len
 
     def open(self, rows: int, slots: int) -> BlockState:
         weight = self.network.fc.weight
         # room for slots past the end, and one place more for the padding of shorter rows
-        cache = RaggedCache(rows, slots + self.network.config.block_size + 1)
+        cache = RaggedCache(rows, slots + self.config.block_size + 1)
         return BlockState(cache, weight.new_zeros(rows, weight.shape[0]))
 
     def admit(self, state: BlockState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.last[rows] = 0
 
     def propose(self, context: Context, state: BlockState, noise: Noise, draft_len: int) -> Draft:
-        """One pass for all slots; then each token is drawn from exactly its row of `probs`."""
-        K = min(draft_len, self.network.config.block_size)
+        """One pass for all slots; then each token is drawn from exactly its row of `probs`.
+
+        Where all rows are greedy, the tokens are point masses.
+        """
+        K = min(draft_len, self.draft_len)
         params = tempered(context.batch.params, self.draft_temperature)
         batch = replace(context.batch, params=params)
-        logits = self.network.logits(self._states(context, state, K))
+        first = self.config.first_slot
+        logits = self.network.logits(self._states(context, state)[:, first : first + K])
         uniform = noise.uniform(Purpose.DRAFT, K)
+        columns = self.network.draft_ids
         tokens: list[Tensor] = []
-        probs: list[Tensor] = []
+        probs: list[Tensor | None] = []
         previous = batch.anchor[:, None]
         for k in range(K):
             row = logits[:, k : k + 1]
             bias = self.network.markov(previous)
             row = row if bias is None else row + bias
             drawn = torch.cat([batch.ids[:, :0], *tokens], dim=1)
-            q = distribution(self._spread(row), batch, drawn)
-            previous = draw(q, uniform[:, k : k + 1])
+            previous, q = draw_tokens(row, batch, drawn, uniform[:, k : k + 1], columns)
             tokens.append(previous)
             probs.append(q)
-        return Draft(torch.cat(tokens, dim=1), torch.cat(probs, dim=1))
+        return drafted(torch.cat(tokens, dim=1), probs, params, columns)
 
-    def _states(self, context: Context, state: BlockState, K: int) -> Float[Tensor, "B K H"]:
+    def _states(self, context: Context, state: BlockState) -> Float[Tensor, "B G H"]:
         """Add the new features to the cached context, and run the slots over it."""
         assert context.features is not None  # the drafter has taps
+        G = self.config.block_size
         size = context.feature_size[:, None]
         anchor = context.batch.length[:, None] - 1
         fresh = self.network.context(context.features.to(state.last.dtype))
@@ -101,27 +113,31 @@ class BlockDrafter(Drafter[BlockState]):
             state.last = torch.where(size > 0, fresh.gather(1, newest)[:, 0], state.last)
         index = torch.arange(fresh.shape[1], device=size.device)
         at = (anchor - size + index).masked_fill(index >= size, state.cache.slots - 1)
-        block = anchor + torch.arange(K, device=size.device)
+        block = anchor + torch.arange(G, device=size.device)
         at = torch.cat([at, block], dim=1)
         # a batch is as wide as its longest row can grow: no need to read lengths from the device
-        state.cache.place(at, length=context.batch.ids.shape[1] + K)
-        slots = self.network.slots(context.batch.anchor[:, None], state.last[:, None], K)[:, 0]
-        mask = self._mask(anchor, block, state.cache.bound)
-        states: Tensor = self.network(slots, fresh, at, mask, state.cache)
+        state.cache.place(at, length=context.batch.ids.shape[1] + G)
+        slots = self.network.slots(context.batch.anchor[:, None], state.last[:, None], G)[:, 0]
+        masks = self._masks(anchor, block, state.cache.bound)
+        states: Tensor = self.network(slots, fresh, at, masks, state.cache)
         return states
 
-    def _mask(
-        self, anchor: Int[Tensor, "B 1"], block: Int[Tensor, "B K"], bound: int
-    ) -> Bool[Tensor, "B 1 K S"]:
-        """Each slot sees its whole block, and the context within its window."""
-        key = torch.arange(bound, device=anchor.device)
-        visible = (key < anchor[..., None]).expand(-1, block.shape[1], -1)
-        if self.network.config.window is not None:
-            visible = visible & (key >= block[..., None] - self.network.config.window)
-        own = (key >= anchor[..., None]) & (key < anchor[..., None] + block.shape[1])
-        return (visible | own)[:, None]
+    def _masks(
+        self, anchor: Int[Tensor, "B 1"], block: Int[Tensor, "B G"], bound: int
+    ) -> list[Bool[Tensor, "B 1 G S"]]:
+        """Per layer: each slot sees the context before its anchor and its own block."""
+        key = torch.arange(bound, device=anchor.device).expand(len(anchor), -1)
+        own = (key >= anchor) & (key < anchor + block.shape[1])
+        visible = ((key < anchor) | own)[:, None, None].expand(-1, 1, block.shape[1], -1)
+        return layer_masks(self.config, visible, block, anchor.expand_as(block), key, own)
 
-    def _spread(self, logits: Float[Tensor, "B 1 C"]) -> Float[Tensor, "B 1 V"]:
-        if self.network.config.draft_vocab_size is None:
-            return logits
-        return scatter(logits, self.network.draft_vocab, self.vocab_size)
+
+def block(
+    target: TargetInfo, folder: str | Path, *, draft_temperature: float = 1.0
+) -> BlockDrafter:
+    """A block drafter from a folder or hub id, in any format of `nn.block_formats`.
+
+    Raises ConfigError, WeightsError or DrafterError naming what does not fit.
+    """
+    network = BlockNetwork.from_pretrained(locate(folder))
+    return BlockDrafter(network, target, draft_temperature=draft_temperature)

@@ -277,8 +277,9 @@ class BlockNetwork(nn.Module):
         return states
 
     def logits(self, states: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
-        """Read-out without the Markov head."""
-        return linear(states.to(self.head.dtype), self.head).float()
+        """Read-out without the Markov head, at least float32."""
+        logits = linear(states.to(self.head.dtype), self.head)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def markov(self, previous: Int[Tensor, "*B"]) -> Float[Tensor, "*B C"] | None:
         """The Markov head's addition to the logits after the tokens `previous`.

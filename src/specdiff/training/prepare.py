@@ -151,11 +151,8 @@ def _evaluation(
     target: CausalTarget,
     tokenizer: Any,
 ) -> Callable[[Path], dict[str, Any]] | None:
-    """Acceptance of an exported drafter; None when the target itself is trained.
-
-    None for block drafters too, which no decode loop runs yet: their curve holds held_out_* only.
-    """
-    if recipe.kind in ("target", "block"):
+    """Acceptance of an exported drafter; None when the target itself is trained."""
+    if recipe.kind == "target":
         return None
     return partial(
         evaluation.of_folder,
