@@ -203,7 +203,8 @@ class DropsUnlikely(Drafter[None]):
 
     def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
         draft = self.inner.propose(context, None, noise, draft_len)
-        assert draft.probs is not None
+        if draft.probs is None:  # greedy
+            return draft
         sure = draft.probs.gather(-1, draft.tokens[..., None])[..., 0] >= self.floor
         return replace(draft, size=sure.long().cumprod(1).sum(1))
 

@@ -206,7 +206,9 @@ class Bug(Drafter[None]):
         self.inner, self.spoil = DenoisingDrafter(toy(info), steps=3), spoil
 
     def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
-        return self.spoil(self, context, noise, self.inner.propose(context, None, noise, draft_len))
+        draft = self.inner.propose(context, None, noise, draft_len)
+        # greedy batches draft point masses, which have no probabilities to spoil
+        return draft if draft.probs is None else self.spoil(self, context, noise, draft)
 
 
 def law(draft: Draft) -> torch.Tensor:

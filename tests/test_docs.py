@@ -25,6 +25,7 @@ RUN = [
     "exactness",
     "write-a-drafter",
     "benchmark",
+    "serve",
 ]  # train-a-drafter: test_tutorial.py
 PAGES = sorted(GUIDE.glob("*.md"))
 
