@@ -4,7 +4,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +32,21 @@ UNUSED = re.compile(
 
 T = TypeVar("T")
 
-# transformers swaps methods of its base class (tie_weights) while it builds or loads a model, and
-# restores the previous ones: two threads at once leave every later model without tied weights
-BUILDING = threading.RLock()
+_BUILDING = threading.RLock()
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """Hold this while transformers builds or loads a model: one model at a time.
+
+    It swaps methods of its base class (tie_weights) meanwhile and restores the previous ones: two
+    threads at once would leave every later model without tied weights. It also loads in threads,
+    and a forked process replaces torch's thread pool on first use, which two threads at once cannot
+    do: this thread does it first.
+    """
+    with _BUILDING:
+        torch.set_num_threads(torch.get_num_threads())
+        yield
 
 
 def locate(source: str | Path) -> Path:

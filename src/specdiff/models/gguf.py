@@ -29,7 +29,7 @@ from specdiff.errors import (
     UnknownNameError,
     WeightsError,
 )
-from specdiff.weights import BUILDING, complete
+from specdiff.weights import building, complete
 
 if TYPE_CHECKING:
     from specdiff.models.gguf_header import Header
@@ -241,7 +241,7 @@ def _empty(path: Path, source: Path) -> "tuple[Header, Any, Any]":
 
     header = Header.read(path, source)
     config: Any = header.adapted(AutoConfig.from_pretrained(source.parent, gguf_file=source.name))
-    with BUILDING, torch.device("meta"):
+    with building(), torch.device("meta"):
         return header, config, AutoModelForCausalLM.from_config(config)
 
 
@@ -255,7 +255,7 @@ def _model(path: Path, source: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    with _readable(path), BUILDING:
+    with _readable(path), building():
         header, config, empty = _empty(path, source)
         header.tensors(_sizes(empty))
         model, report = auto.from_pretrained(

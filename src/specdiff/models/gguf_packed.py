@@ -27,7 +27,7 @@ from specdiff.models.packed import (
     SplitInt8Linear,
     packable,
 )
-from specdiff.weights import BUILDING, few
+from specdiff.weights import building, few
 
 
 class Tensors:
@@ -107,7 +107,7 @@ def load_packed(path: Path, options: Mapping[str, Any]) -> tuple[PreTrainedModel
     tensors = Tensors(path, folder)
     if not tensors.packable:
         return None
-    with BUILDING, init_empty_weights(include_buffers=False):
+    with building(), init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             tensors.config, dtype=torch.bfloat16, **options
         )

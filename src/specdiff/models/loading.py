@@ -16,7 +16,7 @@ from specdiff.errors import (
     WeightsError,
 )
 from specdiff.models.refusals import refuse
-from specdiff.weights import BUILDING, check_heads, complete
+from specdiff.weights import building, check_heads, complete
 
 # keyword arguments of transformers' from_pretrained that neither run code nor change what a target
 # computes
@@ -44,7 +44,7 @@ def load_model(
     _check_folder(Path(folder))
     config = _config(folder)
     try:
-        with BUILDING:
+        with building():
             result: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,

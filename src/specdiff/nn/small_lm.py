@@ -155,7 +155,7 @@ def _built(config: PretrainedConfig) -> Any:
     """A network with random weights. Raises ConfigError for sizes that do not fit together."""
     weights.check_heads(config, f"{weights.CONFIG} of a {config.model_type} drafter")
     auto: Any = AutoModelForCausalLM
-    with weights.BUILDING:
+    with weights.building():
         return auto.from_config(config, dtype=torch.float32)
 
 
@@ -185,7 +185,7 @@ def _plain(path: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrain
         weights.read_tensors(path)  # raises, naming what lies there instead
     auto: Any = AutoModelForCausalLM
     try:
-        with weights.BUILDING:
+        with weights.building():
             net, report = auto.from_pretrained(
                 path,
                 config=config,
