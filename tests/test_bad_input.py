@@ -494,7 +494,7 @@ def test_a_model_that_is_no_drafter(folder: Any, target: CausalTarget) -> None:
     with pytest.raises(
         ConfigError,
         match=r"no drafter format with model_type 'nonsense'.*"
-        r"sedd, mdlm and transformers' causal LMs",
+        r"sedd, mdlm, block .*and transformers' causal LMs",
     ):
         loaded(broken, target)
 

@@ -233,7 +233,7 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
     if not isinstance(kind, str) or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ConfigError(
             f"{folder / CONFIG}: no drafter format with model_type {kind!r} is known; "
-            "known are sedd, mdlm, block drafters (DFlash, DSpark too) and transformers' causal LMs"
+            "known are sedd, mdlm, block (DFlash, DSpark) and transformers' causal LMs"
         )
     from specdiff.drafters.autoregressive import autoregressive
 

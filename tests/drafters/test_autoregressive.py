@@ -619,7 +619,7 @@ def test_the_catalog_knows_folders_of_both_kinds(folder: Path) -> None:
         with pytest.raises(
             ConfigError,
             match=r"no drafter format with model_type .*; "
-            r"known are sedd, mdlm and transformers' causal LMs",
+            r"known are sedd, mdlm, block \(DFlash, DSpark\) and transformers' causal LMs",
         ):
             catalog.drafter(str(altered(folder, model_type=kind)), info())
 
