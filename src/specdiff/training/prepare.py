@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from specdiff import catalog
 from specdiff.data import generate
 from specdiff.data.corpus import Corpus
+from specdiff.devices import native_half
 from specdiff.errors import CorpusError, MissingExtraError, UsageError
 from specdiff.targets.causal import CausalTarget
 from specdiff.text.lm import SpeculativeLM
@@ -137,7 +138,7 @@ def accelerator_for(recipe: Recipe, device: str) -> Accelerator:
     if recipe.precision == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported()
         if recipe.kind == "block" and not cuda and device in ("auto", "cpu"):
-            bf16 = torch.cpu._is_avx512_bf16_supported()
+            bf16 = native_half(torch.device("cpu")) == torch.bfloat16
     # a process may prepare runs of different precision, one after another
     AcceleratorState._reset_state()
     cpu = not cuda and device in ("auto", "cpu")
