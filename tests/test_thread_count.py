@@ -1,6 +1,5 @@
 """The number of threads: measured, named by the user, or left alone."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,28 +22,39 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Busy:
-    """A model whose pass is slow with every number of threads but one."""
+    """A model, and the clock it is timed with: its passes take `seconds` by number of threads."""
 
-    def __init__(self, good: int, seconds: float = 0.004) -> None:
-        self.good = good
+    def __init__(self, seconds: dict[int, float]) -> None:
         self.seconds = seconds
+        self.now = 0.0
 
     def __call__(self, ids: torch.Tensor, use_cache: bool) -> None:
-        if torch.get_num_threads() != self.good:
-            time.sleep(self.seconds)
+        self.now += self.seconds[torch.get_num_threads()]
+
+    def clock(self) -> float:
+        return self.now
 
 
 @pytest.mark.parametrize("good", [4, 2, 1])
 def test_the_fastest_number_is_taken(good: int) -> None:
     before = torch.get_num_threads()
-    assert threads.fastest(Busy(good), threads.choices(4)) == good
+    model = Busy({count: 0.004 if count == good else 0.01 for count in (4, 2, 1)})
+    assert threads.fastest(model, threads.choices(4), model.clock) == good
     assert torch.get_num_threads() == before
+    assert model.now < 2 * threads.SECONDS
+
+
+def test_on_a_busy_machine_every_number_has_a_pass() -> None:
+    """The passes of all cores alone would use up the time."""
+    model = Busy({4: 0.9, 2: 0.8, 1: 0.03})
+    assert threads.fastest(model, [4, 2, 1], model.clock) == 1
+    assert model.now == pytest.approx(1.73)
 
 
 def test_a_slow_model_is_not_measured_for_long() -> None:
-    begin = time.perf_counter()
-    assert threads.fastest(Busy(1, seconds=0.35), [4, 2, 1]) == 4
-    assert time.perf_counter() - begin < 10 * threads.SECONDS
+    model = Busy({4: 2.0, 2: 4.0, 1: 8.0})
+    assert threads.fastest(model, [4, 2, 1], model.clock) == 4
+    assert model.now == 6
 
 
 def test_choices_halve() -> None:

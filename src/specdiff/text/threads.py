@@ -6,6 +6,7 @@ the slowest of them.
 
 import os
 import time
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -16,7 +17,8 @@ from specdiff.errors import UsageError
 from specdiff.targets.base import Target
 
 VARIABLE = "OMP_NUM_THREADS"  # the user's own choice
-SECONDS = 0.3  # of timing, warm-up included
+SECONDS = 0.3  # of timing, first passes included
+LONGEST = 3.0  # seconds for the first passes
 TURNS = 5  # passes per number of threads
 
 
@@ -55,31 +57,40 @@ def choices(cores: int) -> list[int]:
 
 
 @torch.inference_mode()
-def fastest(model: Any, counts: list[int]) -> int:
-    """The number of threads with the fastest pass over one token, by the median of alternating
-    passes. The first of `counts`, if there is no time to compare it with others."""
+def fastest(model: Any, counts: list[int], clock: Callable[[], float] = time.perf_counter) -> int:
+    """The number of threads with the fastest pass over one token.
+
+    Passes alternate for SECONDS, and medians decide. Each number has one pass at least, also where
+    that takes longer: waiting for busy cores is what makes passes slow. After LONGEST seconds the
+    first of `counts` is taken.
+    """
     ids = torch.zeros(1, 1, dtype=torch.long)
+    first: dict[int, float] = {}  # it also starts the threads
     passes: dict[int, list[float]] = {count: [] for count in counts}
     before = torch.get_num_threads()
-    begin = time.perf_counter()
+    begin = clock()
     try:
         for turn in range(TURNS + 1):
             for count in counts:
                 torch.set_num_threads(count)
-                start = time.perf_counter()
+                start = clock()
                 model(ids, use_cache=False)
-                end = time.perf_counter()
-                if turn:  # the first pass starts the threads
+                end = clock()
+                if turn:
                     passes[count].append(end - start)
-                if end - begin > SECONDS:
-                    return _best(passes, counts[0])
+                else:
+                    first[count] = end - start
+                if end - begin > LONGEST and len(first) < len(counts):
+                    return counts[0]
+                if end - begin > SECONDS and len(first) == len(counts):
+                    return _best(passes, first)
     finally:
         torch.set_num_threads(before)
-    return _best(passes, counts[0])
+    return _best(passes, first)
 
 
-def _best(passes: dict[int, list[float]], default: int) -> int:
-    """The count with the lowest median, if each was timed."""
+def _best(passes: Mapping[int, list[float]], first: Mapping[int, float]) -> int:
+    """The count with the lowest median; of the first passes, unless each has a later one."""
     if not all(passes.values()):
-        return default
+        return min(first, key=first.__getitem__)
     return min(passes, key=lambda count: median(passes[count]))
