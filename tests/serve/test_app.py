@@ -16,7 +16,7 @@ import httpx
 import uvicorn
 
 from specdiff import SpeculativeLM
-from specdiff.serve.app import build
+from specdiff.serve.app import MAX_BODY, build
 from specdiff.serve.live import LiveEngine
 from specdiff.verify import token
 from test_lm import lm, target, tokenizer  # noqa: F401
@@ -95,6 +95,39 @@ def test_bad_input_names_its_field(url: str, field: str, value: Any) -> None:
     answer = httpx.post(f"{url}/v1/completions", json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == field
+
+
+def test_a_body_that_is_not_json_is_one_clear_error(url: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{url}/v1/completions", content='{"prompt": the}', headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"] == "the body is not valid JSON (at character 11)"
+    assert error["param"] is None
+
+
+def test_a_key_is_required_and_large_bodies_are_refused(lm: SpeculativeLM) -> None:
+    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_rows=1, max_queue=1, max_len=128)
+    transport = httpx.ASGITransport(build(lm, engine, name="tiny", api_key="secret"))
+
+    async def codes() -> list[int]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as one:
+            right = {"authorization": "Bearer secret"}
+            wrong = {"authorization": "Bearer other"}
+            large = b" " * (MAX_BODY + 1)
+            answers = [
+                await one.get("/v1/models"),
+                await one.get("/v1/models", headers=wrong),
+                await one.get("/v1/models", headers=right),
+                await one.get("/health"),
+                await one.post("/v1/completions", headers=right, content=large),
+            ]
+            return [answer.status_code for answer in answers]
+
+    try:
+        assert asyncio.run(codes()) == [401, 401, 200, 200, 413]
+    finally:
+        assert engine.close(60)
 
 
 def test_the_other_endpoints(url: str, client: Any) -> None:

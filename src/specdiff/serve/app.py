@@ -351,6 +351,8 @@ async def _failed(request: Request, error: Exception) -> JSONResponse:
         return _answer(400, str(error), error.param)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return _answer(400, f"the body is not valid JSON (at character {first['loc'][-1]})")
         param = ".".join(str(part) for part in first["loc"][1:2]) or None
         return _answer(400, f"{param or 'body'}: {first['msg']}", param)
     if isinstance(error, QueueFullError):

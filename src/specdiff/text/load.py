@@ -64,7 +64,8 @@ def load(
             to the values in the model's generation_config.json (do_sample is ignored, as in vLLM).
             "none": they default to those of SamplingParams.
         threads: torch's number of CPU threads, for the whole process. "auto": the fastest for this
-            target now, measured in 0.3 seconds or more, unless OMP_NUM_THREADS is set. None: unchanged.
+            target now, measured in 0.3 seconds or a few passes, unless OMP_NUM_THREADS is set.
+            None: unchanged.
 
     Raises UnknownNameError, ConfigError, WeightsError, UnsupportedModelError or DrafterError, each
     naming the value and the fix.
