@@ -1,14 +1,18 @@
 """The baseline `llama.cpp`: its own server on the target's GGUF file, through `xllamacpp`.
 
-It runs in this process with as many threads as torch, and answers over its loopback address. Its
-weights stay quantized and its activations are rounded to 8 bits, so that its distribution is not
-that of the target as loaded here: only speeds are compared.
+It runs with as many threads as torch in a process of its own, as in torch's process it would halve
+the speed of everything measured beside it, and answers over its loopback address. Its weights stay
+quantized and its activations are rounded to 8 bits, so that its distribution is not that of the
+target as loaded here: only speeds are compared.
 """
 
 import http.client
 import json
+import multiprocessing
 import time
+from contextlib import suppress
 from importlib import util
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,23 +60,21 @@ class LlamaCppDecoder(Decoder):
 
     def __init__(self, model: str, slots: int) -> None:
         check(model)
-        import xllamacpp
-
-        params: Any = xllamacpp.CommonParams()
-        params.model.path = str(gguf_file(model))
-        params.n_ctx = slots
-        params.n_parallel = 1
-        params.n_gpu_layers = 0
-        params.cpuparams.n_threads = torch.get_num_threads()
-        params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.verbosity = -1
+        path = str(gguf_file(model))
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        arguments = (theirs, path, slots, torch.get_num_threads())
+        self.process = spawn.Process(target=_server, args=arguments, daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pipe = ours  # the server stays as long as this is open
         try:
-            self.server: Any = xllamacpp.Server(params)
-        except RuntimeError as error:
-            raise UnsupportedModelError(
-                f"llama.cpp cannot load {params.model.path}: {error}"
-            ) from error
-        self.address = urlsplit(self.server.listening_address)
+            error, address = ours.recv()
+        except EOFError:
+            error, address = "its process died", ""
+        if error:
+            raise UnsupportedModelError(f"llama.cpp cannot load {path}: {error}")
+        self.address = urlsplit(address)
 
     def run(self, cell: Cell, work: Workload) -> Measurement:
         """Raises UsageError for a batch, and HTTPException if llama.cpp refuses the request."""
@@ -99,6 +101,28 @@ class LlamaCppDecoder(Decoder):
         finally:
             connection.close()
         return Measurement([tokens], seconds, first or seconds, min(1, len(tokens)))
+
+
+def _server(pipe: Connection, path: str, slots: int, threads: int) -> None:
+    """Send (error, address), and serve until the other end of the pipe is closed."""
+    import xllamacpp
+
+    params: Any = xllamacpp.CommonParams()
+    params.model.path = path
+    params.n_ctx = slots
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    params.verbosity = -1
+    try:
+        server: Any = xllamacpp.Server(params)
+    except RuntimeError as error:
+        pipe.send((str(error), ""))
+        return
+    pipe.send(("", server.listening_address))
+    with suppress(EOFError, OSError):
+        pipe.recv()
 
 
 def _request(work: Workload) -> dict[str, Any]:
