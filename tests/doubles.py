@@ -16,7 +16,7 @@ from specdiff import verify
 from specdiff.diffusion.process import Absorbing, Process
 from specdiff.diffusion.schedule import Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
-from specdiff.drafters.base import Drafter
+from specdiff.drafters.base import Drafter, DrafterWrapper
 from specdiff.drafters.denoising import Denoiser, DenoisingDrafter
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw, probabilities
@@ -188,6 +188,19 @@ class StoresProbabilities(Drafter[None]):
             law = probabilities(log_score[..., : scorer.mask_id], context.batch.params)
             probs = torch.where((canvas == scorer.mask_id)[..., None], law, probs)
         return Draft(tokens, probs)
+
+
+class LengthFromThePast(DrafterWrapper[Any]):
+    """Drafts one token after a round that accepted none, and all after others: exact, as the length
+    is known before the round's draws."""
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
+        draft = super().propose(context, state, noise, draft_len)
+        sizes = draft.sizes
+        if context.previous is None:
+            return draft
+        missed = context.previous.verification.accepted == 0
+        return replace(draft, size=torch.where(missed & (context.batch.round > 0), 1, sizes))
 
 
 class DropsUnlikely(Drafter[None]):

@@ -28,6 +28,7 @@ from doubles import (
     AnyOrder,
     DropsUnlikely,
     Forgetful,
+    LengthFromThePast,
     Misreported,
     StaleTarget,
     StoresProbabilities,
@@ -70,7 +71,7 @@ SETTINGS = {
 PLAIN = SETTINGS["T=1"]
 STOPPING = SamplingParams(max_tokens=5, stop_token_ids=(2,))
 # G-tests in this file that a correct program has to pass
-TESTS = len(PAIRS) * (len(SETTINGS) + 4) + 28
+TESTS = len(PAIRS) * (len(SETTINGS) + 4) + 30
 PASSES = 1e-3 / TESTS
 CAUGHT = 1e-6
 FEW = 40_000  # texts that give most bugs away
@@ -86,6 +87,12 @@ def test_the_law_is_the_targets_own_and_the_filters_bite() -> None:
             assert sum(abs(law(params).get(text, 0) - p) for text, p in plain.items()) > 0.05, (
                 f"{name} changes nothing here"
             )
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_a_length_that_follows_the_last_rounds_acceptance_is_exact(verifier: str) -> None:
+    drafter = LengthFromThePast(DRAFTERS["left-to-right"])
+    assert fit(TARGET, drafter, VERIFIERS[verifier], PLAIN) > PASSES
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

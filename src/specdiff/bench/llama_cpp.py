@@ -1,7 +1,7 @@
 """The baseline `llama.cpp`: its own server on the target's GGUF file, through `xllamacpp`.
 
 It runs with as many threads as torch in a process of its own, as in torch's process it would halve
-the speed of everything measured beside it, and answers over its loopback address. Its weights stay
+the speed of everything else measured there, and answers over its loopback address. Its weights stay
 quantized and its activations are rounded to 8 bits, so that its distribution is not that of the
 target as loaded here: only speeds are compared.
 """
