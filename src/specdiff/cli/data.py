@@ -60,6 +60,10 @@ def data(
         Path | None,
         params.option("Import rows of a safetensors file; generate nothing.", panel=DATA),
     ] = None,
+    merge: Annotated[
+        list[Path] | None,
+        params.option("Corpora to put together; give it once for each.", "--merge", panel=DATA),
+    ] = None,
     verbatim: Annotated[
         bool,
         params.flag(
@@ -107,6 +111,10 @@ def data(
 
     Example:  specdiff data --out corpus --tokens 2000000 --features
     """
+    if merge:
+        if tokens or from_tokens or features or verbatim or dry_run:
+            raise UsageError("--merge takes --out alone: it neither generates nor computes")
+        return _merge(merge, out, terminal.notes(quiet=quiet), as_json)
     if tokens < 1 and not (from_tokens or features or verbatim):
         raise UsageError("say how many tokens to write: --tokens N")
     if dry_run and (tokens < 1 or from_tokens or verbatim):
@@ -187,6 +195,16 @@ def data(
     notes.print("\n".join(report), soft_wrap=True)
     if as_json:
         terminal.print_json(fields)
+
+
+def _merge(folders: list[Path], out: Path, notes: "Console", as_json: bool) -> None:
+    from specdiff.data.merge import merge
+
+    with terminal.status(notes, "merging", log=True):
+        summary = merge(folders, out)
+    notes.print("\n".join(lines(out, summary)), soft_wrap=True)
+    if as_json:
+        terminal.print_json({"out": str(out), **asdict(summary)})
 
 
 def _batch(rows: str) -> int | None:

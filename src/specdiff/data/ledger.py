@@ -4,7 +4,7 @@ A ledger counts the rows by temperature, with their repetitions, and the dropped
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -108,19 +108,24 @@ class Ledger:
 
     def summary(self) -> CorpusSummary:
         """The counts so far."""
-        by_temperature: dict[str, dict[str, float]] = {}
-        for name in sorted(self.by_temperature, key=float):
-            counts = self.by_temperature[name]
-            share = round(counts["repeated"] / max(1, counts["answer_tokens"]), 4)
-            by_temperature[name] = {**counts, "repeated_share": share}
         return CorpusSummary(
             rows=self.writer.rows,
             tokens=self.writer.tokens,
             shards=len(self.writer.manifest["shards"]),
             dropped={reason: len(keys) for reason, keys in sorted(self.dropped.items())},
             first_dropped=dict(sorted(self.first_dropped.items())),
-            by_temperature=by_temperature,
+            by_temperature=with_shares(self.by_temperature),
         )
+
+
+def with_shares(by_temperature: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, float]]:
+    """The counts in order of temperature, each with its share of repeated answer tokens."""
+    shares: dict[str, dict[str, float]] = {}
+    for name in sorted(by_temperature, key=float):
+        counts = by_temperature[name]
+        share = round(counts["repeated"] / max(1, counts["answer_tokens"]), 4)
+        shares[name] = {**counts, "repeated_share": share}
+    return shares
 
 
 def _digest(tokens: Int[Tensor, "L"]) -> bytes:
