@@ -42,15 +42,24 @@ class DecodeState:
 
 
 @torch.inference_mode()
-def step(run: DecodeState, draft_len: int, stop: Stop | None = None) -> Round:
+def step(
+    run: DecodeState,
+    draft_len: int,
+    stop: Stop | None = None,
+    *,
+    limits: Int[Tensor, "B"] | None = None,
+) -> Round:
     """One round of `draft_len` tokens (0: a plain one). Only this advances `run.batch`.
+
+    limits: the most draft tokens of each row (None: all of them). A row's limit must not depend on
+        what was drawn in this round.
 
     Logits that are NaN or infinite raise nothing here: `Round.failed` names the rows, and
     `raise_if_failed` raises.
     """
     clock = stopwatch(run.batch.length.device)
     noise = Noise.of(run.batch)
-    draft = _propose(run, noise, draft_len)
+    draft = _limited(_propose(run, noise, draft_len), limits)
     clock.lap("draft")
     output = run.target.score(run.cache, run.batch, draft)
     clock.lap("score")
@@ -258,6 +267,13 @@ def _cut(draft: Draft, finite: Int[Tensor, "B"]) -> Draft:
     if draft.tokens.shape[1] == 0:
         return draft
     return replace(draft, size=torch.minimum(draft.sizes, finite))
+
+
+def _limited(draft: Draft, limits: Int[Tensor, "B"] | None) -> Draft:
+    """The first `limits` tokens of each row's draft: known before drafting, so this is exact."""
+    if limits is None or draft.tokens.shape[1] == 0:
+        return draft
+    return replace(draft, size=torch.minimum(draft.sizes, limits))
 
 
 def _with_logprobs(verification: Verification, output: TargetOutput, batch: Batch) -> Verification:

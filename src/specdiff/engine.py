@@ -34,6 +34,7 @@ class RequestOutput:
     logprobs: of each token, if requested (else empty); top_logprobs: the (token id, logprob) pairs
         of the most likely tokens at its position.
     error: why the request ended early, naming it; its answer is incomplete.
+    draft: the drafted tokens, if requested.
     """
 
     request: int
@@ -46,6 +47,7 @@ class RequestOutput:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     error: str | None = None
+    draft: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class EngineStep:
         sizes = last.draft.sizes.tolist()
         disabled = last.disabled.tolist()
         logprobs = _LogprobLists(last.verification.logprobs)
+        reporting = any(slot is not None and slot.request.with_drafts for slot in self.slots)
+        drafts = last.draft.tokens.tolist() if reporting else None
         errors = self.errors()
         outputs = []
         for row, slot in enumerate(self.slots):
@@ -89,6 +93,7 @@ class EngineStep:
             elif row in ended:
                 stopped = bool(new) and new[-1] in slot.request.params.stop_token_ids
                 finished = "stop" if stopped else "length"
+            draft = drafts[row] if drafts is not None and slot.request.with_drafts else []
             output = RequestOutput(
                 slot.index,
                 new,
@@ -99,6 +104,7 @@ class EngineStep:
                 dict(last.seconds),
                 *logprobs.of(row, len(new), slot.request),
                 error=error,
+                draft=draft[: sizes[row]],
             )
             outputs.append(output)
         return outputs
@@ -193,8 +199,9 @@ def serve(
             )
         sizes = [len(r.prompt) + r.params.max_tokens for r in requests if r is not None]
         slots = max(sizes, default=0)
-    queue = _Queue(requests, slots, target)
-    width = slots + (drafter.draft_len if callable(draft_len) else draft_len) + 1
+    longest = drafter.draft_len if callable(draft_len) else draft_len
+    queue = _Queue(requests, slots, target, longest)
+    width = slots + longest + 1
     return _serve(target, drafter, queue, verifier, draft_len, rows, width, chunk)
 
 
@@ -217,9 +224,8 @@ def _serve(
         table.start()
         while table.running or table.reading:
             if table.running:
-                last = decode.step(
-                    table.state, draft_len(last) if callable(draft_len) else draft_len
-                )
+                length, limits = table.draft_length(draft_len, last)
+                last = decode.step(table.state, length, limits=limits)
                 step = EngineStep(last, tuple(table.slots), table.ended(last))
                 yield step
                 table.release(step.ended)
@@ -233,10 +239,17 @@ def _serve(
 class _Queue:
     """The stream of requests, numbered and checked: a sequence at once, others when pulled."""
 
-    def __init__(self, requests: Iterable[Request | None], slots: int, target: Target[Any]) -> None:
+    def __init__(
+        self,
+        requests: Iterable[Request | None],
+        slots: int,
+        target: Target[Any],
+        longest: int,
+    ) -> None:
         self.stream = iter(requests)
         self.slots = slots
         self.target = target
+        self.longest = longest  # draft
         self.index = 0
         self.checked = isinstance(requests, Sequence)
         if self.checked:
@@ -254,7 +267,7 @@ class _Queue:
         return joining
 
     def _check(self, index: int, request: Request) -> None:
-        check([request], self.target, index)
+        check([request], self.target, index, longest=self.longest)
         if len(request.prompt) + request.params.max_tokens > self.slots:
             raise UsageError(
                 f"request {index} may reach {len(request.prompt)} + {request.params.max_tokens} "
@@ -263,11 +276,14 @@ class _Queue:
             )
 
 
-def check(requests: Iterable[Request], target: Target[Any], first: int = 0) -> None:
+def check(
+    requests: Iterable[Request], target: Target[Any], first: int = 0, *, longest: int | None = None
+) -> None:
     """Raise UsageError for a request that the target cannot serve.
 
-    That is a prompt without tokens, one that may reach past the target's positions, or an option
-    that names a token outside the vocabulary. `first` is the number of the first request.
+    That is a prompt without tokens, one that may reach past the target's positions, an option that
+    names a token outside the vocabulary, or a draft length that is not in [0, `longest`]. `first`
+    is the number of the first request.
     """
     size = target.info.vocab_size
     positions = target.info.max_positions
@@ -280,6 +296,12 @@ def check(requests: Iterable[Request], target: Target[Any], first: int = 0) -> N
                 f"request {index} may reach {len(request.prompt)} + {params.max_tokens} tokens, "
                 f"but the target has {positions} positions; shorten the prompt or lower max_tokens",
                 param="max_tokens",
+            )
+        draft_len = request.draft_len
+        if draft_len is not None and longest is not None and not 0 <= draft_len <= longest:
+            raise UsageError(
+                f"draft_len must be in [0, {longest}], not {draft_len} (0: no drafts)",
+                param="draft_len",
             )
         options = {
             "logit_bias": [token for token, _ in params.logit_bias],

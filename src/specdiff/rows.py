@@ -21,11 +21,18 @@ PASS_TOKENS = 2048  # of prompts read together, padding included
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt as token ids, its sampling parameters, and its 64-bit seed."""
+    """A prompt as token ids, its sampling parameters, and its 64-bit seed.
+
+    draft_len: the most tokens of this request's drafts, 0 for plain decoding (None: no limit of
+        its own).
+    with_drafts: report the drafted tokens of each round.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
     seed: int
+    draft_len: int | None = None
+    with_drafts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,7 @@ class Rows:
         self.state = decode.start(target, drafter, batch, verifier=verifier, slots=width)
         if self.state.drafter.taps:
             self.chunk = None  # it needs every feature at once
+        self.by_rule = True  # the last draft length was the rule's
 
     @property
     def running(self) -> list[int]:
@@ -83,6 +91,28 @@ class Rows:
     def ended(self, last: Round) -> list[int]:
         done = last.batch.done.tolist()
         return [row for row in self.running if done[row]]
+
+    def draft_length(
+        self, rule: int | decode.DraftLength, last: Round | None
+    ) -> tuple[int, Int[Tensor, "B"] | None]:
+        """The next round's length, and each row's limit where some row has a lower one.
+
+        The length is the rule's, or the highest limit where every request has its own.
+        """
+        own = {row: slot.request.draft_len for row, slot in enumerate(self.slots) if slot}
+        limits = {row: limit for row, limit in own.items() if limit is not None}
+        previous = last if self.by_rule else None  # a rule learns from rounds of its own
+        self.by_rule = len(limits) < len(own)
+        if not self.by_rule:
+            length = max(limits.values())
+        elif callable(rule):
+            length = rule(previous)
+        else:
+            length = rule
+        if min(limits.values(), default=length) >= length:
+            return length, None
+        most = [limits.get(row, length) for row in range(len(self.slots))]
+        return length, torch.tensor(most, device=self.device)
 
     def release(self, rows: Sequence[int]) -> None:
         if rows:

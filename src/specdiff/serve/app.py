@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -44,6 +44,7 @@ class Choice:
     job: Job
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     sent: int = 0  # tokens whose log probabilities have been streamed
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # records not streamed yet
 
 
 class Server:
@@ -76,6 +77,9 @@ class Server:
             "created": self.created,
             "owned_by": "specdiff",
             "max_model_len": self.lm.max_len,
+            "max_draft_len": self.engine.max_draft_len,
+            "has_chat_template": bool(getattr(self.lm.tokenizer, "chat_template", None)),
+            "sampling_defaults": self.lm.defaults,
         }
         return {"object": "list", "data": [entry]}
 
@@ -128,7 +132,11 @@ class Server:
                 def receive(output: Any, outputs: asyncio.Queue[Any] = outputs) -> None:
                     loop.call_soon_threadsafe(outputs.put_nowait, output)
 
-                engine_request = self.lm.request(prompt, options, row_seed(root, len(choices)))
+                engine_request = replace(
+                    self.lm.request(prompt, options, row_seed(root, len(choices))),
+                    draft_len=body.draft_len,
+                    with_drafts=body.include_rounds,
+                )
                 job = Job(engine_request, receive)
                 choices.append(Choice(prompt, self.lm.answer(options), job, outputs))
         return choices
@@ -184,7 +192,12 @@ class Server:
                 raise output
             if not answer.generation.token_ids:
                 self.metrics.first.labels(self.name).observe(time.monotonic() - began)
-            yield "".join(chunk.text for chunk in answer.add(output))
+            before = len(answer.generation.token_ids)
+            chunks = list(answer.add(output))
+            if choice.job.request.with_drafts:
+                count = len(answer.generation.token_ids) - before
+                choice.rounds.append(payloads.round_record(output, count, chunks, self._spell))
+            yield "".join(chunk.text for chunk in chunks)
         self.engine.cancel(choice.job)  # it may run on, after a stop string
         generation = answer.generation
         self.metrics.total.labels(self.name).observe(time.monotonic() - began)
@@ -269,6 +282,9 @@ class Server:
                     continue
                 entry: dict[str, Any] = {"index": index, "finish_reason": reason}
                 entry["logprobs"] = self._logprobs(body, choice)
+                if body.include_rounds:
+                    entry["rounds"] = choice.rounds
+                    choice.rounds = []
                 content = {"delta": {**before, "content": text}} if chat else {"text": text}
                 merged.put_nowait({**entry, **content})
                 before = {}

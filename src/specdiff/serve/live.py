@@ -92,6 +92,7 @@ class LiveEngine:
         self.max_rows = max_rows
         self.max_len = max_len
         self.max_queue = max_queue
+        self.max_draft_len = drafter.draft_len if callable(draft_len) else draft_len
         self.chunk = chunk
         self.observe = observe
         self.error: Exception | None = None
@@ -134,7 +135,7 @@ class LiveEngine:
         Raises UsageError for a request that the target cannot serve, QueueFullError, and
         EngineStoppedError.
         """
-        engine.check([job.request for job in jobs], self.target)
+        engine.check([job.request for job in jobs], self.target, longest=self.max_draft_len)
         for job in jobs:
             size = len(job.request.prompt) + job.request.params.max_tokens
             if size > self.max_len:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from specdiff.engine import RequestOutput
 from specdiff.stats import Stats
-from specdiff.text.generation import Generation
+from specdiff.text.generation import Chunk, Generation
 
 Spell = Callable[[int], str]
 
@@ -46,6 +47,25 @@ def speculation(generations: Sequence[Generation]) -> dict[str, Any]:
             "num_draft_tokens": stats.drafted,
             "num_accepted_draft_tokens": stats.accepted,
         }
+    }
+
+
+def round_record(
+    output: RequestOutput, count: int, chunks: Sequence[Chunk], spell: Spell
+) -> dict[str, Any]:
+    """What was drafted in a round, and what became of it.
+
+    `draft` and `tokens` are the drafted and the first `count` emitted tokens, of which the first
+    `accepted` came from the draft. `text` is the round's part of the answer, in pieces; tokens that
+    end inside a character have their text in a later piece. `seconds` are by stage, and shared by
+    all requests of the batch.
+    """
+    return {
+        "draft": [{"id": token, "text": spell(token)} for token in output.draft],
+        "accepted": min(output.accepted, count),
+        "tokens": [{"id": token, "text": spell(token)} for token in output.tokens[:count]],
+        "text": [{"text": chunk.text, "accepted": chunk.accepted} for chunk in chunks],
+        "seconds": output.seconds,
     }
 
 

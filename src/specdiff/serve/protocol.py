@@ -38,9 +38,10 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 
 class StreamOptions(BaseModel):
-    """What a stream ends with."""
+    """What a stream holds besides text: usage at its end, and a record of each round."""
 
     include_usage: bool = False
+    include_rounds: bool = False
 
 
 class GenerationRequest(BaseModel):
@@ -67,6 +68,7 @@ class GenerationRequest(BaseModel):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    draft_len: int | None = None
 
     def check_supported(self) -> None:
         """Raise UsageError naming the first field that this server cannot keep."""
@@ -79,6 +81,11 @@ class GenerationRequest(BaseModel):
             )
         if self.stream_options is not None and not self.stream:
             raise UsageError("stream_options need stream=true", param="stream_options")
+
+    @property
+    def include_rounds(self) -> bool:
+        """Whether the stream holds a record of each round."""
+        return self.stream_options is not None and self.stream_options.include_rounds
 
     def options(self) -> dict[str, Any]:
         """The library's options; None leaves the default."""
