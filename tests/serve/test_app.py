@@ -16,7 +16,8 @@ import httpx
 import uvicorn
 
 from specdiff import SpeculativeLM
-from specdiff.serve.app import MAX_BODY, build
+from specdiff.serve.app import build
+from specdiff.serve.guard import MAX_BODY
 from specdiff.serve.live import LiveEngine
 from specdiff.verify import token
 from test_lm import lm, target, tokenizer  # noqa: F401
@@ -139,7 +140,7 @@ def test_the_other_endpoints(url: str, client: Any) -> None:
     assert "/v1/completions" in json.dumps(httpx.get(f"{url}/openapi.json").json())
 
 
-def test_a_full_queue_is_503_before_any_work(lm: SpeculativeLM) -> None:
+def test_more_answers_than_ever_fit_are_refused_for_good(lm: SpeculativeLM) -> None:
     engine = LiveEngine(lm.target, lm.drafter, token, 3, max_rows=1, max_queue=1, max_len=128)
     transport = httpx.ASGITransport(build(lm, engine, name="tiny"))
 
@@ -148,6 +149,6 @@ def test_a_full_queue_is_503_before_any_work(lm: SpeculativeLM) -> None:
             return await one.post("/v1/completions", json={"prompt": "the", "n": 3})
 
     answer = asyncio.run(ask())
-    assert answer.status_code == 503
-    assert answer.headers["retry-after"] == "1"
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "n"
     assert engine.close(60)

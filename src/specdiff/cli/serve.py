@@ -1,6 +1,5 @@
 """`specdiff serve`: an HTTP server with the API of OpenAI."""
 
-import math
 import sys
 from typing import Annotated, Any
 
@@ -31,6 +30,10 @@ def serve(
         str | None,
         params.option("Key that clients must send.", panel=SERVER, variable="API_KEY"),
     ] = None,
+    insecure: Annotated[
+        bool,
+        params.flag("Serve other machines without a key.", "--insecure", panel=SERVER),
+    ] = False,
     served_model_name: Annotated[
         str | None,
         params.option("Name in answers.", panel=SERVER, variable="SERVED_MODEL_NAME"),
@@ -40,7 +43,15 @@ def serve(
     ] = 8,
     max_queue: Annotated[
         int, params.option("Requests that wait at most.", panel=SERVER, variable="MAX_QUEUE")
-    ] = 64,
+    ] = 256,
+    queue_timeout: Annotated[
+        float,
+        params.option("Seconds that a request may wait.", panel=SERVER, variable="QUEUE_TIMEOUT"),
+    ] = 300.0,
+    request_timeout: Annotated[
+        float,
+        params.option("Seconds that a request may take.", panel=SERVER, variable="REQUEST_TIMEOUT"),
+    ] = 1800.0,
     shutdown_timeout: Annotated[
         float,
         params.option(
@@ -59,23 +70,35 @@ def serve(
     """
     if metrics_compat not in ("specdiff", "vllm"):
         raise UsageError(f"--metrics-compat must be specdiff or vllm, not {metrics_compat!r}")
-    if host not in ("127.0.0.1", "::1", "localhost") and api_key is None:
-        raise UsageError(f"--host {host} is reachable from outside: give an --api-key")
-    for name, value in (("--max-num-seqs", max_num_seqs), ("--max-queue", max_queue)):
-        if value < 1:
-            raise UsageError(f"{name} must be at least 1, not {value}")
+    if api_key == "":
+        raise UsageError("--api-key is empty; give a key, or leave the option out")
+    counts = {"--max-num-seqs": max_num_seqs, "--max-queue": max_queue}
+    times = {
+        "--queue-timeout": queue_timeout,
+        "--request-timeout": request_timeout,
+        "--shutdown-timeout": shutdown_timeout,
+    }
+    for name, value in (counts | times).items():
+        if not value >= (1 if name in counts else 0):
+            raise UsageError(f"{name} must be at least {1 if name in counts else 0}, not {value}")
     try:
-        import uvicorn
-
+        from specdiff.serve import guard, lifecycle
         from specdiff.serve.app import build
     except ImportError as error:
         raise MissingExtraError(
             f"serve needs {error.name}: pip install 'specdiff[serve]'"
         ) from error
     import specdiff
+    from specdiff.serve.choices import Limits
     from specdiff.serve.live import ControllerBySize, LiveEngine
     from specdiff.text.options import Options
 
+    outside = host not in guard.LOOPBACK
+    if outside and api_key is None and not insecure:
+        raise UsageError(
+            f"--host {host} is reachable from outside: give an --api-key, or --insecure"
+        )
+    address = lifecycle.bound(host, port)
     terminal.quiet_libraries()
     loading: dict[str, Any] = {
         "device": device,
@@ -103,16 +126,16 @@ def serve(
         engine,
         name=served_model_name or model,
         api_key=api_key,
+        hosts=None if outside or api_key is not None else guard.LOOPBACK,
         prefix=metrics_compat,
-        shutdown_timeout=shutdown_timeout,
+        limits=Limits(queue_timeout, request_timeout, shutdown_timeout),
     )
-    print(f"{model} on {lm.target.info.device}: http://{host}:{port}/v1", file=sys.stderr)
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=math.ceil(shutdown_timeout),
+    lifecycle.log_to_stderr()
+    place = f"[{host}]" if ":" in host else host
+    url = f"http://{place}:{address.getsockname()[1]}/v1"
+    info = lm.target.info
+    print(
+        f"{model} on {info.device}, {str(info.dtype).removeprefix('torch.')}: {url}",
+        file=sys.stderr,
     )
-    if engine.error is not None:
-        raise engine.error
+    lifecycle.run(app, engine, address, timeout=shutdown_timeout)

@@ -1,24 +1,24 @@
 """The HTTP API: OpenAI's endpoints over a live engine."""
 
 import asyncio
-import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 import specdiff
-from specdiff.errors import TargetError, UsageError
+from specdiff.errors import UsageError
 from specdiff.noise import row_seed
-from specdiff.serve import payloads
-from specdiff.serve.live import EngineStoppedError, Job, LiveEngine, QueueFullError
+from specdiff.serve import error_answers, payloads
+from specdiff.serve.choices import Choice, Limits, Reader
+from specdiff.serve.guard import Guard
+from specdiff.serve.live import Job, LiveEngine
 from specdiff.serve.metrics import Metrics
 from specdiff.serve.protocol import (
     ChatRequest,
@@ -27,46 +27,38 @@ from specdiff.serve.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
-from specdiff.text.generation import Answer
 from specdiff.text.lm import SpeculativeLM
 from specdiff.text.options import Options
 
-MAX_BODY = 4 * 2**20  # bytes
-OPEN_PATHS = ("/health", "/version")  # without a key
-
-
-@dataclass(slots=True)
-class Choice:
-    """One answer of a request."""
-
-    prompt: list[int]
-    answer: Answer
-    job: Job
-    outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-    sent: int = 0  # tokens whose log probabilities have been streamed
-    rounds: list[dict[str, Any]] = field(default_factory=list)  # records not streamed yet
-
 
 class Server:
-    """The endpoints. Errors become OpenAI's shape in `build`."""
+    """The endpoints. Errors become answers in `error_answers`.
 
-    def __init__(self, lm: SpeculativeLM, engine: LiveEngine, name: str, metrics: Metrics) -> None:
+    Texts are tokenized and templates rendered in threads, so that a long one stalls no stream.
+    """
+
+    def __init__(
+        self, lm: SpeculativeLM, engine: LiveEngine, name: str, metrics: Metrics, limits: Limits
+    ) -> None:
         self.lm = lm
         self.engine = engine
         self.name = name
         self.metrics = metrics
+        self.reader = Reader(engine, metrics, limits, self._spell)
         self.created = int(time.time())
+        words = lm.tokenizer.get_vocab() if lm.tokenizer is not None else ()
+        self.longest_prompt = lm.max_len * max(map(len, words), default=1)  # characters
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         """Continue each prompt."""
         self._check(body)
-        prompts = [self.lm.encode(prompt, raw=True) for prompt in body.prompts()]
+        prompts = await asyncio.to_thread(self._encoded, body)
         return await self._respond(body, prompts, request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check(body)
-        ids = self.lm.render(body.messages, **body.template())
+        ids = await asyncio.to_thread(self.lm.render, body.messages, **body.template())
         return await self._respond(body, [self.lm.encode(ids)], request)
 
     async def models(self) -> dict[str, Any]:
@@ -88,9 +80,9 @@ class Server:
         if (body.prompt is None) == (body.messages is None):
             raise UsageError("give either a prompt or messages", param="prompt")
         if body.messages is not None:
-            ids = self.lm.render(body.messages)
+            ids = await asyncio.to_thread(self.lm.render, body.messages)
         else:
-            ids = self.lm.raw_ids(body.prompt or "")
+            ids = await asyncio.to_thread(self.lm.raw_ids, body.prompt or "")
         return {"count": len(ids), "max_model_len": self.lm.max_len, "tokens": ids}
 
     async def detokenize(self, body: DetokenizeRequest) -> dict[str, Any]:
@@ -98,7 +90,7 @@ class Server:
         size = self.lm.target.info.vocab_size
         if any(not 0 <= token < size for token in body.tokens):
             raise UsageError(f"tokens must be in [0, {size})", param="tokens")
-        return {"prompt": self.lm.tokenizer.decode(body.tokens)}
+        return {"prompt": await asyncio.to_thread(self.lm.tokenizer.decode, body.tokens)}
 
     async def health(self) -> Response:
         """200 while requests are taken, 503 afterwards."""
@@ -118,10 +110,30 @@ class Server:
         count = body.n
         if isinstance(body, CompletionRequest):
             count *= len(body.prompts())
+            if not count:
+                raise UsageError("prompt holds no prompts; give at least one", param="prompt")
+        most = self.engine.max_rows + self.engine.max_queue
+        if count > most:
+            raise UsageError(
+                f"{count} answers in one request; this server takes at most {most}", param="n"
+            )
         self.engine.check_room(count)
+
+    def _encoded(self, body: CompletionRequest) -> list[list[int]]:
+        """The token ids of each prompt. Raises UsageError for one that cannot fit."""
+        prompts = body.prompts()
+        for prompt in prompts:
+            if len(prompt) > self.longest_prompt:
+                raise UsageError(
+                    f"the prompt has {len(prompt)} characters, which are more than "
+                    f"{self.lm.max_len} tokens",
+                    param="prompt",
+                )
+        return [self.lm.encode(prompt, raw=True) for prompt in prompts]
 
     def _choices(self, body: GenerationRequest, prompts: Sequence[list[int]]) -> list[Choice]:
         options = Options.of(body.options(), self.lm.defaults)
+        body.check_length(max(map(len, prompts)), self.lm.max_len)
         root = secrets.randbits(63) if options.seed is None else options.seed
         loop = asyncio.get_running_loop()
         choices: list[Choice] = []
@@ -155,7 +167,7 @@ class Server:
         if body.stream:
             events = self._events(body, choices, head, sum(map(len, prompts)))
             return StreamingResponse(events, media_type="text/event-stream")
-        gathered = asyncio.gather(*[self._finish(choice) for choice in choices])
+        gathered = asyncio.gather(*[self.reader.finish(choice) for choice in choices])
         hangup = asyncio.create_task(_disconnected(request))
         try:
             waiting: set[asyncio.Future[Any]] = {gathered, hangup}
@@ -166,7 +178,7 @@ class Server:
         finally:
             hangup.cancel()
             gathered.cancel()
-            self._cancel(choices)
+            self.reader.cancel(choices)
         generations = [choice.answer.generation for choice in choices]
         return JSONResponse(
             {
@@ -177,38 +189,6 @@ class Server:
                 "metrics": payloads.speculation(generations),
             }
         )
-
-    async def _finish(self, choice: Choice) -> None:
-        async for _ in self._texts(choice):
-            pass
-
-    async def _texts(self, choice: Choice) -> AsyncIterator[str]:
-        """The text of each round. Raises EngineStoppedError or TargetError."""
-        began = time.monotonic()
-        answer = choice.answer
-        while not answer.done:
-            output = await choice.outputs.get()
-            if isinstance(output, Exception):
-                raise output
-            if not answer.generation.token_ids:
-                self.metrics.first.labels(self.name).observe(time.monotonic() - began)
-            before = len(answer.generation.token_ids)
-            chunks = list(answer.add(output))
-            if choice.job.request.with_drafts:
-                count = len(answer.generation.token_ids) - before
-                choice.rounds.append(payloads.round_record(output, count, chunks, self._spell))
-            yield "".join(chunk.text for chunk in chunks)
-        self.engine.cancel(choice.job)  # it may run on, after a stop string
-        generation = answer.generation
-        self.metrics.total.labels(self.name).observe(time.monotonic() - began)
-        self.metrics.ended(len(choice.prompt), generation.stats, generation.finish_reason)
-        if generation.error is not None:
-            raise TargetError(generation.error)
-
-    def _cancel(self, choices: Sequence[Choice]) -> None:
-        for choice in choices:
-            if not choice.answer.done:
-                self.engine.cancel(choice.job)
 
     def _spell(self, token: int) -> str:
         return str(self.lm.tokenizer.decode([token]))
@@ -252,7 +232,9 @@ class Server:
             while left:
                 entry = await merged.get()
                 if isinstance(entry, Exception):
-                    yield _event(payloads.error(str(entry), "server_error", code=500))
+                    kind = "server_error"
+                    code = error_answers.status(entry)
+                    yield _event(payloads.error(str(entry), kind, code=code))
                     break
                 left -= entry["finish_reason"] is not None
                 yield _event({**head, "choices": [entry]})
@@ -266,7 +248,7 @@ class Server:
         finally:  # also when the client has gone
             for pump in pumps:
                 pump.cancel()
-            self._cancel(choices)
+            self.reader.cancel(choices)
 
     async def _pump(
         self, body: GenerationRequest, index: int, choice: Choice, merged: asyncio.Queue[Any]
@@ -275,7 +257,7 @@ class Server:
         before: dict[str, str] = {"role": "assistant"} if chat else {}
         text = self._echo(body, choice)
         try:
-            async for new in self._texts(choice):
+            async for new in self.reader.texts(choice):
                 text += new
                 reason = choice.answer.generation.finish_reason or None
                 if reason == "error" or (not text and reason is None):
@@ -298,8 +280,8 @@ def _event(payload: dict[str, Any]) -> str:
 
 
 async def _disconnected(request: Request) -> None:
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.1)
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def build(
@@ -308,25 +290,35 @@ def build(
     *,
     name: str,
     api_key: str | None = None,
+    hosts: Collection[str] | None = None,
     prefix: str = "specdiff",
-    shutdown_timeout: float = 30.0,
+    limits: Limits | None = None,
 ) -> FastAPI:
     """The application. It closes `engine` when it shuts down.
 
     Args:
         name: the model's name in answers.
         api_key: what clients must send as a bearer token, compared in constant time.
+        hosts: the names in the Host header that are answered (None: any).
         prefix: of the metrics' names.
-        shutdown_timeout: seconds that running requests have to end.
+        limits: how long requests may take (None: the defaults).
     """
+    limits = limits or Limits()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(engine.close, shutdown_timeout)
+        await asyncio.to_thread(engine.close, limits.shutdown)
 
-    app = FastAPI(title="specdiff", version=specdiff.__version__, lifespan=lifespan)
-    server = Server(lm, engine, name, Metrics(prefix, name))
+    # the pages of documentation that FastAPI has load scripts of other sites
+    app = FastAPI(
+        title="specdiff",
+        version=specdiff.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    server = Server(lm, engine, name, Metrics(prefix, name), limits)
     for path, endpoint in (("completions", server.completions), ("chat/completions", server.chat)):
         app.add_api_route(f"/v1/{path}", endpoint, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", server.models)
@@ -335,42 +327,6 @@ def build(
     app.add_api_route("/health", server.health, response_model=None)
     app.add_api_route("/version", server.version)
     app.add_api_route("/metrics", server.metrics_text, response_model=None)
-    for kind in (RequestValidationError, Exception):
-        app.add_exception_handler(kind, _failed)
-    for failure in (UsageError, QueueFullError, EngineStoppedError, TargetError):
-        app.add_exception_handler(failure, _failed)
-
-    async def guard(request: Request, call_next: Any) -> Any:
-        size = request.headers.get("content-length", "")
-        if request.method == "POST" and not size.isdigit():
-            return _answer(411, "a body needs a content-length")
-        if size.isdigit() and int(size) > MAX_BODY:
-            return _answer(413, f"the body has {size} bytes; at most {MAX_BODY} are read")
-        if api_key is not None and request.url.path not in OPEN_PATHS:
-            sent = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(sent.encode(), api_key.encode()):
-                return _answer(401, "wrong or missing API key; send 'Authorization: Bearer KEY'")
-        return await call_next(request)
-
-    app.middleware("http")(guard)
+    error_answers.register(app)
+    app.add_middleware(Guard, engine=engine, api_key=api_key, hosts=hosts)
     return app
-
-
-def _answer(code: int, message: str, param: str | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if code < 500 else "server_error"
-    body = payloads.error(message, kind, param=param, code=code)
-    return JSONResponse(body, code, headers={"Retry-After": "1"} if code == 503 else None)
-
-
-async def _failed(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, UsageError):
-        return _answer(400, str(error), error.param)
-    if isinstance(error, RequestValidationError):
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return _answer(400, f"the body is not valid JSON (at character {first['loc'][-1]})")
-        param = ".".join(str(part) for part in first["loc"][1:2]) or None
-        return _answer(400, f"{param or 'body'}: {first['msg']}", param)
-    if isinstance(error, QueueFullError):
-        return _answer(503, str(error))
-    return _answer(500, str(error))

@@ -35,12 +35,14 @@ class EngineStoppedError(SpecdiffError):
 class Job:
     """A submitted request. `receive` is called in the engine's thread with each of its outputs.
 
-    The last output has `finished`; an exception instead means that the engine has failed.
+    The last output has `finished`; an exception instead means that the engine has failed. A
+    `receive` that raises ends its own job only.
     """
 
     request: engine.Request
     receive: Receive
     canceled: bool = False
+    pulled: bool = False  # it has left the queue
 
 
 @dataclass(slots=True)
@@ -52,13 +54,15 @@ class ControllerBySize:
 
     draft_len: int
     controllers: dict[int, Controller] = field(default_factory=dict)
+    length: int = 0
 
     def __call__(self, last: Round | None) -> int:
         running = 1 if last is None else int((last.emitted > 0).sum())
         size = running.bit_length()
-        if size not in self.controllers:
-            self.controllers[size] = Controller(self.draft_len)
-        return self.controllers[size](last)
+        controller = self.controllers.setdefault(size, Controller(self.draft_len))
+        controller.length = self.length  # of the last round, whichever controller set it
+        self.length = controller(last)
+        return self.length
 
 
 class LiveEngine:
@@ -81,7 +85,7 @@ class LiveEngine:
         *,
         max_rows: int = 8,
         max_len: int = 2048,
-        max_queue: int = 64,
+        max_queue: int = 256,
         chunk: int = CHUNK,
         observe: Callable[[engine.EngineStep], None] | None = None,
     ) -> None:
@@ -95,7 +99,7 @@ class LiveEngine:
         self.max_draft_len = drafter.draft_len if callable(draft_len) else draft_len
         self.chunk = chunk
         self.observe = observe
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
         self._pulled = 0
@@ -115,9 +119,14 @@ class LiveEngine:
         return len(self._running)
 
     @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def healthy(self) -> bool:
         """Whether the engine takes requests."""
-        return self.error is None and not self._closing and self._thread.is_alive()
+        return self.error is None and not self._closing and self.alive
 
     def check_room(self, count: int = 1) -> None:
         """Raise QueueFullError if `count` more requests do not fit, before any work is done."""
@@ -156,14 +165,20 @@ class LiveEngine:
             if job in self._waiting:
                 self._waiting.remove(job)
 
+    def drain(self) -> None:
+        """Take no more requests; the thread ends with the last of those submitted.
+
+        Safe in signal handlers: it waits for no lock that a round may hold.
+        """
+        self._closing = True
+        threading.Thread(target=self._wake, daemon=True).start()
+
     def close(self, timeout: float | None = None) -> bool:
-        """Take no more requests, and wait until those submitted have ended, or are canceled.
+        """Drain, and wait until the requests submitted have ended, or are canceled.
 
         After `timeout` seconds the rest is canceled. Returns whether the thread has ended.
         """
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
+        self.drain()
         self._thread.join(timeout)
         if self._thread.is_alive():
             stopped = EngineStoppedError("the server is shutting down")
@@ -171,9 +186,13 @@ class LiveEngine:
                 jobs = [*self._waiting, *self._running.values()]
             for job in jobs:
                 self.cancel(job)
-                job.receive(stopped)
+                _send(job, stopped)
             self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def _check_open(self) -> None:
         if self.error is not None:
@@ -197,7 +216,7 @@ class LiveEngine:
                 self._deliver(step)
                 if self.observe is not None:
                     self.observe(step)
-        except Exception as error:  # of the target or the device: nothing can go on
+        except BaseException as error:  # of the target or the device: nothing can go on
             self._fail(error)
 
     def _stream(self) -> Iterator[engine.Request | None]:
@@ -210,6 +229,7 @@ class LiveEngine:
                     return
                 job = self._waiting.popleft() if self._waiting else None
                 if job is not None:
+                    job.pulled = True
                     self._running[self._pulled] = job
                     self._pulled += 1
             yield None if job is None else job.request
@@ -218,7 +238,7 @@ class LiveEngine:
         for output in step.outputs():
             job = self._running[output.request]
             if not job.canceled:
-                job.receive(output)
+                _send(job, output)
             if output.finished is not None:
                 self._end(output.request)
         for index, job in list(self._running.items()):
@@ -230,11 +250,19 @@ class LiveEngine:
         with self._changed:
             del self._running[index]
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._changed:
             self.error = error
             jobs = [*self._running.values(), *self._waiting]
             self._running.clear()
             self._waiting.clear()
         for job in jobs:
-            job.receive(EngineStoppedError(f"the engine has failed: {error}"))
+            _send(job, EngineStoppedError(f"the engine has failed: {error}"))
+
+
+def _send(job: Job, output: engine.RequestOutput | Exception) -> None:
+    """Hand an output to its job. One that cannot take it, as its loop has ended, is canceled."""
+    try:
+        job.receive(output)
+    except Exception:
+        job.canceled = True

@@ -87,6 +87,21 @@ class GenerationRequest(BaseModel):
         """Whether the stream holds a record of each round."""
         return self.stream_options is not None and self.stream_options.include_rounds
 
+    def length(self) -> int | None:
+        """The most tokens of the answer that the request names."""
+        return self.max_tokens
+
+    def check_length(self, prompt_tokens: int, max_len: int) -> None:
+        """Raise UsageError if the tokens that a request names do not fit; a default is cut."""
+        limit = self.length()
+        if limit is not None and prompt_tokens + limit > max_len:
+            raise UsageError(
+                f"a prompt of {prompt_tokens} tokens and max_tokens={limit} exceed the "
+                f"{max_len} tokens of this server's context; shorten the prompt or lower "
+                "max_tokens",
+                param="max_tokens",
+            )
+
     def options(self) -> dict[str, Any]:
         """The library's options; None leaves the default."""
         top_k = self.top_k
@@ -155,9 +170,13 @@ class ChatRequest(GenerationRequest):
 
     def options(self) -> dict[str, Any]:
         """The library's options; None leaves the default."""
-        limit = self.max_completion_tokens or self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return {**super().options(), "max_tokens": limit, "logprobs": logprobs}
+        return {**super().options(), "max_tokens": self.length(), "logprobs": logprobs}
+
+    def length(self) -> int | None:
+        """The most tokens of the answer that the request names."""
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
 
     def template(self) -> dict[str, Any]:
         """The options of the chat template."""

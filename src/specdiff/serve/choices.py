@@ -1,0 +1,113 @@
+"""Choices: the answers of one request while they run, and the time they may take."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specdiff.errors import TargetError
+from specdiff.serve import payloads
+from specdiff.serve.error_answers import RequestTimeoutError
+from specdiff.serve.live import Job, LiveEngine, QueueFullError
+from specdiff.serve.metrics import Metrics
+from specdiff.text.generation import Answer
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long requests may take, in seconds.
+
+    queue: until a request runs. request: until it has ended. shutdown: that running requests have
+    to end when the server stops.
+    """
+
+    queue: float = 300.0
+    request: float = 1800.0
+    shutdown: float = 30.0
+
+
+@dataclass(slots=True)
+class Choice:
+    """One answer of a request."""
+
+    prompt: list[int]
+    answer: Answer
+    job: Job
+    outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    sent: int = 0  # tokens whose log probabilities have been streamed
+    rounds: list[dict[str, Any]] = field(default_factory=list)  # records not streamed yet
+
+
+class Reader:
+    """Folds the outputs of the engine into the answers of choices."""
+
+    def __init__(
+        self,
+        engine: LiveEngine,
+        metrics: Metrics,
+        limits: Limits,
+        spell: Callable[[int], str],
+    ) -> None:
+        self.engine = engine
+        self.metrics = metrics
+        self.limits = limits
+        self.spell = spell
+
+    async def texts(self, choice: Choice) -> AsyncIterator[str]:
+        """The text of each round.
+
+        Raises EngineStoppedError, TargetError, QueueFullError or RequestTimeoutError.
+        """
+        began = time.monotonic()
+        answer = choice.answer
+        while not answer.done:
+            output = await self._next(choice, began)
+            if isinstance(output, Exception):
+                raise output
+            if not answer.generation.token_ids:
+                self.metrics.first.labels(self.metrics.model).observe(time.monotonic() - began)
+            before = len(answer.generation.token_ids)
+            chunks = list(answer.add(output))
+            if choice.job.request.with_drafts:
+                count = len(answer.generation.token_ids) - before
+                choice.rounds.append(payloads.round_record(output, count, chunks, self.spell))
+            yield "".join(chunk.text for chunk in chunks)
+        self.engine.cancel(choice.job)  # it may run on, after a stop string
+        generation = answer.generation
+        self.metrics.total.labels(self.metrics.model).observe(time.monotonic() - began)
+        self.metrics.ended(len(choice.prompt), generation.stats, generation.finish_reason)
+        if generation.error is not None:
+            raise TargetError(generation.error)
+
+    async def finish(self, choice: Choice) -> None:
+        """Read a choice to its end."""
+        async for _ in self.texts(choice):
+            pass
+
+    def cancel(self, choices: Sequence[Choice]) -> None:
+        """End the choices that still run."""
+        for choice in choices:
+            if not choice.answer.done:
+                self.engine.cancel(choice.job)
+
+    async def _next(self, choice: Choice, began: float) -> Any:
+        """The next output of a choice, which began at a monotonic time."""
+        passed = time.monotonic() - began
+        limits = self.limits
+        if not choice.job.pulled:
+            try:
+                async with asyncio.timeout(min(limits.queue, limits.request) - passed):
+                    return await choice.outputs.get()
+            except TimeoutError:
+                if not choice.job.pulled:
+                    raise QueueFullError(
+                        f"the request has waited {limits.queue:g} seconds; try again later"
+                    ) from None
+        try:
+            async with asyncio.timeout(began + limits.request - time.monotonic()):
+                return await choice.outputs.get()
+        except TimeoutError:
+            raise RequestTimeoutError(
+                f"the request took longer than {limits.request:g} seconds; lower max_tokens"
+            ) from None
