@@ -118,18 +118,18 @@ def _joined(
     tokens = _padded(draft.tokens, K)
     if draft.columns is not None:
         # a token outside its own columns is a fault, and must not become one of the added columns
-        known = column_index(tokens, draft.columns) < len(draft.columns)
-        tokens = torch.where(known, tokens, PADDING)
+        inside = column_index(tokens, draft.columns) < len(draft.columns)
+        tokens = torch.where(inside, tokens, PADDING)
     tokens = tokens.index_copy(0, rows, new)
     size = draft.sizes.long().index_copy(0, rows, own.sizes[rows])
-    joined = replace(draft, tokens=tokens, size=size)
+    mixture = replace(draft, tokens=tokens, size=size)
     if draft.probs is None:
-        return joined
-    joined = replace(joined, probs=F.pad(draft.probs, (0, 0, 0, K - draft.probs.shape[1])))
-    joined = _with_columns(joined, {token for text in texts for token in text}, state)
-    assert joined.probs is not None
-    masses = _certain(new, joined.columns, joined.probs)
-    return replace(joined, probs=joined.probs.index_copy(0, rows, masses))
+        return mixture
+    mixture = replace(mixture, probs=F.pad(draft.probs, (0, 0, 0, K - draft.probs.shape[1])))
+    mixture = _with_columns(mixture, {token for text in texts for token in text}, state)
+    assert mixture.probs is not None
+    masses = _certain(new, mixture.columns, mixture.probs)
+    return replace(mixture, probs=mixture.probs.index_copy(0, rows, masses))
 
 
 def _with_columns(draft: Draft, ids: set[int], state: CascadeState) -> Draft:
