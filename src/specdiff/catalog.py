@@ -2,7 +2,7 @@
 
 A drafter spec is a built-in name, a folder or hub id of a trained drafter, or `module:Class` /
 `./file.py:Class`, with constructor arguments as JSON after a second colon. Classes are called as
-`Class(target.info, **json)`.
+`Class(target.info, **json)`. `cascade:SPEC` puts prompt lookup before any of these.
 """
 
 import importlib
@@ -19,6 +19,7 @@ import torch
 
 from specdiff.devices import return_freed_memory
 from specdiff.drafters.base import Drafter, NoDrafter
+from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNameError, UsageError
 from specdiff.targets.base import Target
@@ -33,7 +34,8 @@ HUB_MODELS = {"smollm2-135m-hub": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 DEFAULT_MODEL = "smollm2-135m"
 # the kinds of trained drafters; "auto" prefers the first
 TRAINED = ("block", "sedd", "autoregressive")
-DRAFTERS = ("auto", "none", "ngram", *TRAINED)
+DRAFTERS = ("auto", "none", "ngram", "cascade", *TRAINED)
+CASCADE_OPTIONS = ("lookup_len", "longest", "shortest", "memory")  # the others are the inner one's
 
 
 def model_folder(spec: str | os.PathLike[str], *, weights: bool = True) -> Path | str:
@@ -145,9 +147,7 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     """
     config = dict(options or {})
     if spec == "auto":
-        bundled = _bundled_for(info)
-        folder = next((bundled[kind] for kind in TRAINED if kind in bundled), None)
-        return _trained(folder, info, config) if folder else NoDrafter()
+        return NoDrafter() if _best(info) is None else _cascade("", info, config)
     if spec == "none":
         if config:
             raise UsageError(
@@ -165,6 +165,8 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
             )
         return _trained(folder, info, config)
     head, _, tail = spec.partition(":")
+    if head == "cascade" and not Path(spec).is_dir():
+        return _cascade(tail, info, config)
     if tail and not Path(spec).is_dir():
         return _custom(head, tail, info, config)
     if not Path(spec).expanduser().is_dir() and not _may_be_hub_id(spec):
@@ -173,6 +175,26 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
             "a drafter's folder or hub id, module:Class, ./file.py:Class"
         )
     return _trained(locate(spec), info, config)
+
+
+def _best(info: TargetInfo) -> str | None:
+    """The kind of the best drafter bundled for a target."""
+    bundled = _bundled_for(info)
+    return next((kind for kind in TRAINED if kind in bundled), None)
+
+
+def _cascade(inner: str, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
+    """Prompt lookup, else the drafter of the spec `inner` ("": the best bundled one)."""
+    spec = inner or _best(info)
+    if spec is None:
+        raise UnknownNameError(
+            f"no bundled drafter was trained for the target {info.name!r}; name one as "
+            "cascade:FOLDER, or use 'ngram', which needs none"
+        )
+    own = {name: value for name, value in options.items() if name in CASCADE_OPTIONS}
+    others = {name: value for name, value in options.items() if name not in own}
+    built = drafter(spec, info, others)
+    return _call(partial(CascadeDrafter, info, built), own, f"cascade:{spec}")
 
 
 def _may_be_hub_id(spec: str) -> bool:
@@ -335,6 +357,9 @@ def custom_target(spec: str) -> Target[Any]:
 
 def target_of(spec: str) -> str | None:
     """The model a drafter spec was trained for; None if it is built for any target."""
+    if spec.partition(":")[0] == "cascade":
+        inner = spec.partition(":")[2]
+        return target_of(inner) if inner else DEFAULT_MODEL
     if ":" in spec or spec == "none":
         return None
     path = Path(spec).expanduser()

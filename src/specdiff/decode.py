@@ -30,7 +30,10 @@ DraftLength = Callable[[Round | None], int]
 
 @dataclass(slots=True)
 class DecodeState:
-    """A running batch: target and drafter with their states, the rows, the drafter's context."""
+    """A running batch: target and drafter with their states, the rows, the drafter's context.
+
+    `read[b]`: of the tokens in the row's cache, the number whose features the drafter has read.
+    """
 
     target: Target[Any]
     drafter: GuardedDrafter
@@ -39,6 +42,7 @@ class DecodeState:
     state: GuardedState
     batch: Batch
     context: Context
+    read: Int[Tensor, "B"]
 
 
 @torch.inference_mode()
@@ -75,7 +79,9 @@ def step(
     if stop is not None:
         last = replace(last, batch=replace(batch, done=batch.done | stop(last)))
     run.batch = last.batch
-    run.context = _next_context(run.context, last, output.features, proposed=bool(draft_len))
+    consumed = draft_len > 0 and run.drafter.consumed(run.state)
+    run.context = _next_context(run.context, last, output.features, consumed=consumed)
+    run.read = run.batch.length - 1 - run.context.feature_size
     return last
 
 
@@ -138,6 +144,7 @@ def start(
         state=guarded.open(rows, slots),
         batch=batch,
         context=Context(batch, None, torch.zeros_like(batch.length), None),
+        read=torch.zeros_like(batch.length),
     )
 
 
@@ -148,20 +155,22 @@ def admit(
     """Fill both caches for the rows of `run.batch` that hold new prompts.
 
     prefix_lengths: how many of each prompt's first tokens the row's cache holds from an earlier
-        request (None: none; at most len(prompt) - 1). Must be 0 if the drafter has taps, because
-        it needs every feature.
+        request (None: none; at most len(prompt) - 1). If the drafter has taps it must keep features
+        (`keeps_features`), and they must be at most len(prompt) - 2, because it needs the feature
+        before the anchor.
     """
     prompts = [run.batch.ids[r, : run.batch.length[r]] for r in rows]
     if prefix_lengths is None:
         prefix_lengths = torch.zeros_like(rows)
     new = run.target.admit(run.cache, rows, prompts, prefix_lengths)
     features = run.context.features
-    size = run.context.feature_size.index_copy(0, rows, run.batch.length[rows] - 1)
+    size = run.batch.length[rows] - 1
     if new is not None:
         if features is None:
-            features = new.new_zeros(len(size), 0, new.shape[2])
-        width = max(new.shape[1], features.shape[1])
-        features = _widen(features, width).index_copy(0, rows, _widen(new, width))
+            features = new.new_zeros(len(run.context.feature_size), 0, new.shape[2])
+        features, size = _joined(run, rows, features, new, prefix_lengths)
+    run.read = run.read.index_copy(0, rows, run.batch.length[rows] - 1 - size)
+    size = run.context.feature_size.index_copy(0, rows, size)
     run.context = replace(run.context, batch=run.batch, features=features, feature_size=size)
     run.drafter.admit(run.state, run.context, rows)
 
@@ -283,25 +292,55 @@ def _with_logprobs(verification: Verification, output: TargetOutput, batch: Batc
     return replace(verification, logprobs=logprobs(output.logits, verification, top))
 
 
+def _joined(
+    run: DecodeState,
+    rows: Int[Tensor, "R"],
+    features: Float[Tensor, "B N D"],
+    new: Float[Tensor, "R M D"],
+    prefix_lengths: Int[Tensor, "R"],
+) -> tuple[Float[Tensor, "B W D"], Int[Tensor, "R"]]:
+    """`features` with those of the joining rows, and the number of these.
+
+    Where a row's earlier request left features that its drafter has not read yet, the ones inside
+    the shared prefix come before the `new` ones.
+    """
+    waiting = torch.where(prefix_lengths > 0, prefix_lengths - run.read[rows], 0).clamp(min=0)
+    fresh = run.batch.length[rows] - 1 - prefix_lengths
+    own = _appended(features[rows], waiting, new, fresh)
+    width = max(own.shape[1], features.shape[1])
+    return _widen(features, width).index_copy(0, rows, _widen(own, width)), waiting + fresh
+
+
 def _next_context(
-    context: Context, last: Round, features: Float[Tensor, "B N D"] | None, proposed: bool
+    context: Context, last: Round, features: Float[Tensor, "B N D"] | None, consumed: bool
 ) -> Context:
     """The drafter's next context.
 
-    A drafter that proposed has consumed its features; those of the round are appended.
+    The features of the round are appended to those that the drafter has not consumed.
     """
-    size = torch.zeros_like(context.feature_size) if proposed else context.feature_size
+    size = torch.zeros_like(context.feature_size) if consumed else context.feature_size
     if features is None:
         return Context(last.batch, None, size, last)
-    old = features[:, :0] if proposed or context.features is None else context.features
+    old = features[:, :0] if consumed or context.features is None else context.features
     # the anchor and all but the last of the emitted tokens are in the target's cache now
-    total = size + last.emitted
-    merged = _widen(old, int(total.max()))
+    merged = _appended(old, size, features, last.emitted)
+    return Context(last.batch, merged, size + last.emitted, last)
+
+
+def _appended(
+    old: Float[Tensor, "B M D"],
+    size: Int[Tensor, "B"],
+    new: Float[Tensor, "B N D"],
+    count: Int[Tensor, "B"],
+) -> Float[Tensor, "B W D"]:
+    """In each row the first `size` of `old`, then the first `count` of `new`."""
+    merged = _widen(old, int((size + count).max()))
+    if not new.shape[1]:
+        return merged
     index = torch.arange(merged.shape[1], device=size.device)
-    source = (index - size[:, None]).clamp(0, features.shape[1] - 1)
-    fresh = features.gather(1, source[..., None].expand(-1, -1, features.shape[2]))
-    merged = torch.where((index >= size[:, None])[..., None], fresh, merged)
-    return Context(last.batch, merged, total, last)
+    source = (index - size[:, None]).clamp(0, new.shape[1] - 1)
+    fresh = new.gather(1, source[..., None].expand(-1, -1, new.shape[2]))
+    return torch.where((index >= size[:, None])[..., None], fresh, merged)
 
 
 def _widen(x: Float[Tensor, "B N D"], width: int) -> Float[Tensor, "B W D"]:

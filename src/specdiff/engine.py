@@ -175,7 +175,8 @@ def serve(
     """Run a stream of requests, at most `rows` at a time, until it ends; one EngineStep per round.
 
     A joining request takes the free row that holds the longest prefix of its prompt, and the target
-    reads only the remaining tokens (all of them if the drafter has taps: it needs every feature).
+    reads only the remaining tokens (all of them if the drafter has taps and does not keep their
+    features).
     Rows are opened on demand: when more requests run than there are rows, the number of rows
     doubles, and the running texts are read again.
 

@@ -66,7 +66,7 @@ class Rows:
         batch = _batch(joining, width, self.device)
         self.state = decode.start(target, drafter, batch, verifier=verifier, slots=width)
         if self.state.drafter.taps:
-            self.chunk = None  # it needs every feature at once
+            self.chunk = None  # the features of a prompt come at once
         self.by_rule = True  # the last draft length was the rule's
 
     @property
@@ -221,14 +221,25 @@ class Rows:
         idle = [
             row for row, slot in enumerate(self.slots) if slot is None and row not in self.reading
         ]
-        if self.state.drafter.taps:
+        drafter = self.state.drafter
+        if drafter.taps and not drafter.keeps_features:
             return [(row, 0) for row in idle[: len(prompts)]]
         rows = torch.tensor(idle, device=self.device)
         ids = self.state.batch.ids[rows, : max(map(len, prompts))].tolist()
         lengths = self.state.batch.length[rows].tolist()
         # all but the last committed token: the anchor of a row's last round was never scored
         prefixes = [tokens[: length - 1] for tokens, length in zip(ids, lengths, strict=True)]
-        return [(idle[place], length) for place, length in seats(prefixes, prompts)]
+        places = [(idle[place], length) for place, length in seats(prefixes, prompts)]
+        if not drafter.taps:
+            return places
+        # one feature at least is read: the drafter needs the one before the anchor. A drafter that
+        # failed in a row has missed features of it
+        off = self.state.state.off.tolist()
+        rest = [len(prompt) - 2 for prompt in prompts]
+        return [
+            (row, 0 if off[row] else min(length, max(most, 0)))
+            for (row, length), most in zip(places, rest, strict=True)
+        ]
 
     def _grow(self, rows: int) -> None:
         """Open `rows` rows in place of fewer: running texts are read again, other rows are idle."""
@@ -249,6 +260,7 @@ class Rows:
         state.state = drafting
         state.batch = batch
         state.context = Context(batch, None, torch.zeros_like(batch.length), previous)
+        state.read = torch.zeros_like(batch.length)
         if len(running):
             self._prefill([(row, 0) for row in self.running])
             state.drafter.resume(drafting, earlier, running)

@@ -13,6 +13,7 @@ import tiny
 from specdiff import catalog, decode
 from specdiff.drafters import autoregressive as module
 from specdiff.drafters.autoregressive import AutoregressiveDrafter, autoregressive
+from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.errors import ConfigError, DrafterError, UnknownNameError, UsageError, WeightsError
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
@@ -633,12 +634,16 @@ def test_bundled_drafters_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         catalog.drafter("autoregressive", info())
     network().save_pretrained(tmp_path / "a", targets=["tiny"])
     assert isinstance(catalog.drafter("autoregressive", info()), AutoregressiveDrafter)
-    assert isinstance(catalog.drafter("auto", info()), AutoregressiveDrafter)
+    automatic = catalog.drafter("auto", info())
+    assert isinstance(automatic, CascadeDrafter)
+    assert isinstance(automatic.inner, AutoregressiveDrafter)
     assert catalog.drafter("auto", info(name="other")).draft_len == 0
     with pytest.raises(UnknownNameError, match="no bundled sedd drafter"):
         catalog.drafter("sedd", info())
     tiny.sedd(tiny.sedd_config()).save_pretrained(tmp_path / "b", targets=["tiny"])
-    assert not isinstance(catalog.drafter("auto", info()), AutoregressiveDrafter)
+    automatic = catalog.drafter("auto", info())
+    assert isinstance(automatic, CascadeDrafter)
+    assert not isinstance(automatic.inner, AutoregressiveDrafter)
     assert not isinstance(catalog.drafter("sedd", info()), AutoregressiveDrafter)
     assert isinstance(catalog.drafter("autoregressive", info()), AutoregressiveDrafter)
 

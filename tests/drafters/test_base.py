@@ -66,7 +66,11 @@ def calls_of(role: type, names: list[str]) -> tuple[Any, list[tuple[str, tuple[A
 @pytest.mark.parametrize(
     ("role", "wrapper", "arguments"),
     [
-        (Drafter, DrafterWrapper, {"open": 2, "admit": 3, "propose": 4, "release": 2}),
+        (
+            Drafter,
+            DrafterWrapper,
+            {"open": 2, "admit": 3, "propose": 4, "consumed": 1, "release": 2},
+        ),
         (Target, TargetWrapper, {"open": 3, "admit": 4, "score": 3, "keep": 3, "release": 2}),
     ],
 )
@@ -80,5 +84,5 @@ def test_a_wrapper_forwards_every_method(
         values = tuple(range(count))
         result = getattr(outer, name)(*values)
         assert calls.pop() == (name, values)
-        if name in ("open", "propose", "score"):
+        if name in ("open", "propose", "consumed", "score"):
             assert result == name

@@ -17,9 +17,11 @@ TARGET = TableTarget.random(4, seed=3)
 
 def propose(rows: list[list[int]], draft_len: int, **options: int) -> Draft:
     batch = tiny.batch_of(rows)
-    return NGramDrafter(TARGET.info, **options).propose(
-        Context(batch, None, torch.zeros_like(batch.length), None), None, Noise.of(batch), draft_len
-    )
+    drafter = NGramDrafter(TARGET.info, **options)
+    context = Context(batch, None, torch.zeros_like(batch.length), None)
+    state = drafter.open(len(rows), batch.ids.shape[1])
+    drafter.admit(state, context, torch.arange(len(rows)))
+    return drafter.propose(context, state, Noise.of(batch), draft_len)
 
 
 def slow(row: list[int], draft_len: int, longest: int, shortest: int) -> list[int]:

@@ -21,10 +21,17 @@ class Drafter(ABC, Generic[State]):
 
     `taps`: target layers whose hidden states it reads (they arrive in `Context.features`).
     `draft_len`: the K it works best at, used where the user names none.
+    `keeps_features`: what its state holds of the features before a position depends on the tokens
+    before that position alone, and stays valid when the row's next request shares them: it is then
+    given the features of the rest only. Else the target reads such prompts whole.
+    `reproducible`: drafts depend on nothing but the row's text and noise. Otherwise a seed gives
+    the same text only where no draft can change it (`match`, temperature 0).
     """
 
     taps: tuple[int, ...] = ()
     draft_len: int = 8
+    keeps_features: bool = False
+    reproducible: bool = True
 
     def open(self, rows: int, slots: int) -> State:
         """State for `rows` rows of at most `slots` positions. By default None."""
@@ -40,6 +47,11 @@ class Drafter(ABC, Generic[State]):
         from, whether the request's sampling parameters were applied or not; all randomness comes
         from `noise` with `Purpose.DRAFT`, one index per draw."""
 
+    def consumed(self, state: State) -> bool:
+        """Whether the last `propose` read its features (the default). Otherwise they come again
+        with the next context, those of the round after them."""
+        return True
+
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         """The requests in `rows` have left. By default nothing is done."""
 
@@ -51,6 +63,8 @@ class DrafterWrapper(Drafter[State]):
         self.inner = inner
         self.taps = inner.taps
         self.draft_len = inner.draft_len
+        self.keeps_features = inner.keeps_features
+        self.reproducible = inner.reproducible
 
     def open(self, rows: int, slots: int) -> State:
         return self.inner.open(rows, slots)
@@ -60,6 +74,9 @@ class DrafterWrapper(Drafter[State]):
 
     def propose(self, context: Context, state: State, noise: Noise, draft_len: int) -> Draft:
         return self.inner.propose(context, state, noise, draft_len)
+
+    def consumed(self, state: State) -> bool:
+        return self.inner.consumed(state)
 
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         self.inner.release(state, rows)

@@ -41,8 +41,13 @@ class BlockDrafter(Drafter[BlockState]):
     All slots of a block are computed whatever the draft length: they attend to each other, as in
     training. A confidence head is not used. `draft_temperature` as in DenoisingDrafter.
 
+    The context's keys and values stay when a request leaves: a position's depend on its feature
+    alone, so a prompt that begins with the same tokens reuses them.
+
     Raises DrafterError, ConfigError or UsageError.
     """
+
+    keeps_features = True
 
     def __init__(
         self, network: BlockNetwork, target: TargetInfo, *, draft_temperature: float = 1.0

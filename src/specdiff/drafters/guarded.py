@@ -40,6 +40,7 @@ FAULTS = (
 class GuardedState:
     """The inner state, and the rows whose drafting is disabled (`off`).
 
+    `consumed`: the last propose read its features, or they are lost, and its rows are off.
     `news` (the last round's worst fault; whether every running row is off) stays on the device
     until the next propose: by then the loop has waited for the round's tokens, and reading it waits
     for nothing more.
@@ -49,6 +50,7 @@ class GuardedState:
     off: Bool[Tensor, "B"]
     news: Int[Tensor, "2"] | None = None
     disabled: bool = False
+    consumed: bool = True
     warned: bool = False
 
 
@@ -64,6 +66,8 @@ class GuardedDrafter(Drafter[GuardedState]):
         self.vocab_size = vocab_size
         self.taps = inner.taps
         self.draft_len = inner.draft_len
+        self.keeps_features = inner.keeps_features
+        self.reproducible = inner.reproducible
 
     def open(self, rows: int, slots: int) -> GuardedState:
         return GuardedState(self.inner.open(rows, slots), torch.zeros(rows, dtype=torch.bool))
@@ -95,10 +99,13 @@ class GuardedDrafter(Drafter[GuardedState]):
 
     def propose(self, context: Context, state: GuardedState, noise: Noise, draft_len: int) -> Draft:
         self._read(state)
+        state.consumed = True
         if state.disabled:
+            state.off = torch.ones_like(context.batch.done)  # idle rows miss their features too
             return Draft.empty(context.batch)
         try:
             draft = self.inner.propose(context, state.inner, noise, draft_len)
+            state.consumed = self.inner.consumed(state.inner)
             shaped(draft, context.batch, draft_len, self.vocab_size)
             return self._sound(context.batch, state, draft) if draft.tokens.shape[1] else draft
         except UsageError:
@@ -106,10 +113,14 @@ class GuardedDrafter(Drafter[GuardedState]):
         except Exception as error:
             state.off = torch.ones_like(context.batch.done)
             state.disabled = True
+            state.consumed = True
             own = isinstance(error, DrafterError)
             fault = str(error) if own else f"raised {type(error).__name__}: {error}"
             self._warn(state, fault, error)
             return Draft.empty(context.batch)
+
+    def consumed(self, state: GuardedState) -> bool:
+        return state.consumed
 
     def _sound(self, batch: Batch, state: GuardedState, draft: Draft) -> Draft:
         """The draft, each row cut before its first fault."""

@@ -39,11 +39,12 @@ class Target(ABC, Generic[Cache]):
         prompts: Sequence[Int[Tensor, "L"]],
         prefix_lengths: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
-        """Fill `rows` with prompt[:-1]; returns its features, right-padded, where there are taps.
+        """Fill `rows` with prompt[:-1]. Where there are taps, returns the features of the tokens
+        from prefix_lengths on, right-padded.
 
         prefix_lengths: how many of each prompt's first tokens the row held at the same positions
-            when it was released, and so need not be read again. 0: none; at most len(prompt) - 1;
-            always 0 where there are taps. It may be ignored.
+            when it was released, and so need not be read again. 0: none; at most len(prompt) - 1.
+            It may be ignored, though features always begin there.
         """
 
     @abstractmethod

@@ -50,10 +50,11 @@ class TableTarget(Target[TableCache]):
         prompts: Sequence[Int[Tensor, "L"]],
         prefix_lengths: Int[Tensor, "R"],
     ) -> Float[Tensor, "R N D"] | None:
+        parts = []
         for row, prompt, k in zip(rows, prompts, prefix_lengths.tolist(), strict=True):
             cache.slots[row, k : len(prompt) - 1] = prompt[k:-1]
-        contexts = [prompt[:-1] for prompt in prompts]
-        return self._features(cache, torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True))
+            parts.append(prompt[k:-1])
+        return self._features(cache, torch.nn.utils.rnn.pad_sequence(parts, batch_first=True))
 
     def score(self, cache: TableCache, batch: Batch, draft: Draft) -> TargetOutput:
         index = torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)

@@ -230,6 +230,14 @@ class SpeculativeLM:
     def drafting(self, options: Options) -> tuple[Drafter[Any], int | Controller]:
         """The drafter with its options, and its draft length. Raises UsageError or DrafterError."""
         drafter = self._drafter(options.drafter_options or {})
+        free = options.verifier.startswith("match") or options.sampling.temperature == 0
+        if options.seed is not None and not drafter.reproducible and not free:
+            raise UsageError(
+                f"a seed gives no reproducible text under verifier {options.verifier!r} with a "
+                "drafter that remembers earlier requests; use verifier 'match', temperature 0, "
+                "or memory 0",
+                param="seed",
+            )
         return drafter, options.length(drafter)
 
     @property

@@ -44,8 +44,9 @@ def load(
 
     Args:
         model: hub id, local folder, file.gguf, or a built-in name (smollm2-135m).
-        drafter: "auto" (the bundled one for this target), "none", "ngram", "sedd",
-            "autoregressive", a folder or hub id, "module:Class", "./file.py:Class", or a Drafter.
+        drafter: "auto" ("cascade" over the best bundled one for this target, else "none"),
+            "none", "ngram", "block", "sedd", "autoregressive", a folder or hub id, "module:Class",
+            "./file.py:Class", "cascade:" before any of these, or a Drafter.
         device: "auto" is CUDA if available, otherwise the CPU.
         dtype: "auto" is bfloat16 on a CPU that multiplies it natively and float32 on another CPU,
             the checkpoint's own elsewhere.

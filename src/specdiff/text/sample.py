@@ -17,6 +17,7 @@ from torch import Tensor
 from specdiff.arguments import token_ids, whole
 from specdiff.diffusion import reverse
 from specdiff.drafters.any_order import AnyOrderDrafter
+from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
 from specdiff.errors import UsageError
@@ -101,6 +102,8 @@ def _encode(lm: SpeculativeLM, name: str, part: Prompt) -> list[int]:
 def _scorer(lm: SpeculativeLM) -> SEDDDenoiser:
     """The SEDD network of `lm`'s drafter."""
     drafter = lm.drafter
+    if isinstance(drafter, CascadeDrafter):
+        drafter = drafter.inner
     network: object = None
     if isinstance(drafter, AnyOrderDrafter):
         network = drafter.scorer
