@@ -19,6 +19,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import checked_temperature, drafted, tempered
 from specdiff.errors import DrafterError
 from specdiff.models.cache import RaggedCache
+from specdiff.models.packed import Int8Linear
 from specdiff.nn.block import BlockNetwork
 from specdiff.nn.block_masks import layer_masks
 from specdiff.noise import Noise, Purpose
@@ -68,15 +69,21 @@ class BlockDrafter(Drafter[BlockState]):
                     f"which {target.name!r} does not offer"
                 )
             self.network.borrow(target.embedding, target.head)
+        if target.device.type == "cpu" and target.dtype == torch.bfloat16:
+            # a draft reads every weight for a few rows: at 8 bits each it takes half as long, and
+            # `probs` are those of the rounded weights, so the text's law stays the target's
+            self.network.pack(Int8Linear)
         self.config = config
         self.taps = config.taps
         self.draft_len = config.draft_len
+        self.dtype = target.dtype
+        self.device = target.device
 
     def open(self, rows: int, slots: int) -> BlockState:
-        weight = self.network.fc.weight
         # room for slots past the end, and one place more for the padding of shorter rows
         cache = RaggedCache(rows, slots + self.config.block_size + 1)
-        return BlockState(cache, weight.new_zeros(rows, weight.shape[0]))
+        last = torch.zeros(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        return BlockState(cache, last)
 
     def admit(self, state: BlockState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.last[rows] = 0

@@ -10,7 +10,7 @@ Shapes: B rows, L context positions, Q slots of this call (all blocks of a row),
 positions, H width, T tapped layers, C columns of the logits (draft vocabulary), R Markov rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +26,9 @@ from specdiff.nn.block_config import BlockConfig as BlockConfig
 from specdiff.nn.borrowed import check_tables, head_rows
 from specdiff.nn.ddit import KeyValueStore, rotate
 from specdiff.nn.linear import linear
+
+LARGE = 1 << 16  # entries of a matrix that is worth packing
+GROUP = 32  # its inputs come in multiples of it
 
 
 class Attention(nn.Module):
@@ -132,7 +135,9 @@ class MarkovHead(nn.Module):
         if isinstance(self.w1, nn.Embedding):
             vector: Tensor = self.w1(previous)
         else:
-            vector = self.w1(F.embedding(previous, embedding).to(self.w1.weight.dtype))
+            embedded = F.embedding(previous, embedding)
+            plain = isinstance(self.w1, nn.Linear)
+            vector = self.w1(embedded.to(self.w1.weight.dtype) if plain else embedded)
         return vector
 
 
@@ -155,10 +160,12 @@ class BlockNetwork(nn.Module):
     draft_vocab: Tensor
     embedding: Tensor
     head: Tensor
+    read_out: nn.Module | None  # the head, once it is packed
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.config = config
+        self.read_out = None
         H = config.hidden_size
         columns = config.draft_vocab_size or config.tokens
         self.fc = nn.Linear(len(config.taps) * H, H, bias=False)
@@ -228,6 +235,17 @@ class BlockNetwork(nn.Module):
             self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
         return self
 
+    def pack(self, packed: Callable[[Float[Tensor, "O I"]], nn.Module]) -> None:
+        """Compute the large products with `packed(matrix)`, the read-out included.
+
+        For inference: such layers have no gradient. Call `borrow` before.
+        """
+        for name, module in [*self.named_modules()]:
+            large = type(module) is nn.Linear and module.weight.numel() >= LARGE
+            if large and module.weight.shape[1] % GROUP == 0:
+                self.set_submodule(name, packed(module.weight.detach()))
+        self.read_out = packed(self.head)
+
     def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
         """Target features -> what attention and the direct path read."""
         states: Tensor = self.hidden_norm(self.fc(features))
@@ -278,7 +296,11 @@ class BlockNetwork(nn.Module):
 
     def logits(self, states: Float[Tensor, "*B H"]) -> Float[Tensor, "*B C"]:
         """Read-out without the Markov head, at least float32."""
-        logits = linear(states.to(self.head.dtype), self.head)
+        logits: Tensor
+        if self.read_out is not None:
+            logits = self.read_out(states)
+        else:
+            logits = linear(states.to(self.head.dtype), self.head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def markov(self, previous: Int[Tensor, "*B"]) -> Float[Tensor, "*B C"] | None:
