@@ -35,6 +35,17 @@ def full(net: PreTrainedModel, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]
     return out.logits, out.hidden_states
 
 
+def test_scoring_without_taps_leaves_no_hook_on_the_model() -> None:
+    net = tiny.model("llama")
+    model = RaggedModel(net)
+    ids = torch.tensor([[1, 2, 3]])
+    model.forward(RaggedCache(1, 8), ids, torch.arange(3)[None])
+    assert not any(part._forward_hooks for part in net.modules())
+    _, tapped = model.forward(RaggedCache(1, 8), ids, torch.arange(3)[None], taps=(0,))
+    assert tapped is not None
+    assert any(part._forward_hooks for part in net.modules())  # so the check above sees them
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_ragged_scoring_equals_a_full_forward(family: str, attention: str) -> None:

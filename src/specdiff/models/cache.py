@@ -25,8 +25,8 @@ class RaggedCache:
     slots: int
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
-    at: Int[Tensor, "R N"] = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
-    selected: Int[Tensor, "R"] | None = None
+    index: tuple[Int[Tensor, "R 1"], Int[Tensor, "R N"]] | None = None  # rows and slots to write
+    whole: bool = True  # whether those are all rows, in order
     bound: int = 0
 
     def place(
@@ -39,8 +39,9 @@ class RaggedCache:
 
         It attends to the slots below `length`.
         """
-        self.at = at
-        self.selected = selected
+        self.whole = selected is None
+        rows = torch.arange(len(at), device=at.device) if selected is None else selected
+        self.index = rows[:, None], at
         reach = int(at.max()) + 1 if length is None else length
         self.bound = min(self.slots, -(-reach // BUCKET) * BUCKET)
 
@@ -56,11 +57,10 @@ class RaggedCache:
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
-        rows = (
-            torch.arange(len(new), device=new.device)
-            if self.selected is None
-            else self.selected.to(new.device)
-        )
+        assert self.index is not None, "place comes first"
+        rows, at = self.index
+        if at.device != new.device:  # a model's layers may lie on several devices
+            rows, at = rows.to(new.device), at.to(new.device)
         # advanced-index assignment: scatter_ on a bf16 CPU tensor copies all of it
-        store.transpose(1, 2)[rows[:, None], self.at.to(new.device)] = new.transpose(1, 2)
-        return store[:, :, : self.bound] if self.selected is None else store[rows, :, : self.bound]
+        store.transpose(1, 2).index_put_((rows, at), new.transpose(1, 2))
+        return store[:, :, : self.bound] if self.whole else store[rows[:, 0], :, : self.bound]

@@ -220,6 +220,8 @@ def grouped_attention(
         return out, None
     group = Q // A
     folded = query.reshape(B, A, group * N, D)
-    mask = attention_mask.expand(B, 1, N, -1).repeat(1, 1, group, 1)
+    mask = attention_mask
+    if N > 1:  # one query of each head has one mask
+        mask = attention_mask.expand(B, 1, N, -1).repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.reshape(B, Q, N, -1).transpose(1, 2).contiguous(), None

@@ -55,23 +55,20 @@ def lock_of(model: PreTrainedModel) -> ModelLock:
 
 
 class _Layer(CacheLayerMixin):
-    """One layer's view of the ragged cache, in the shape transformers expects."""
+    """What transformers asks about a layer of the ragged cache: every layer answers the same."""
 
     is_sliding = False
 
-    def __init__(self, store: RaggedCache, layer: int) -> None:
+    def __init__(self, store: RaggedCache) -> None:
         super().__init__()
         self.store = store
-        self.layer = layer
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         return None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        return self.store.update(key_states, value_states, self.layer)
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the cache itself stores keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.store.bound, 0
@@ -81,6 +78,24 @@ class _Layer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return self.store.slots
+
+
+class _View(Cache):
+    """The ragged cache in the shape transformers expects."""
+
+    def __init__(self, store: RaggedCache, layers: int) -> None:
+        super().__init__(layers=[_Layer(store)] * layers)
+        self.store = store
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return self.store.update(key_states, value_states, layer_idx)
 
 
 class RaggedModel:
@@ -97,7 +112,9 @@ class RaggedModel:
         self.lock = lock_of(model)
         if getattr(model.config, "_attn_implementation", None) == "sdpa":
             model.set_attn_implementation(ATTENTION)
-        self.layers: int = model.config.get_text_config().num_hidden_layers
+        text = model.config.get_text_config()
+        self.layers: int = text.num_hidden_layers
+        self.max_positions = int(getattr(text, "max_position_embeddings", 1 << 30))
         # not every family can omit logits
         self.trims = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -129,9 +146,10 @@ class RaggedModel:
                 ids,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=Cache(layers=[_Layer(cache, i) for i in range(self.layers)]),
+                past_key_values=_View(cache, self.layers),
                 use_cache=True,
-                output_hidden_states=bool(taps),
+                # the others are not held; an empty list would still install transformers' hooks
+                output_hidden_states=[tap + 1 for tap in taps] or False,
                 **trim,
             )
         # a model's layers may lie on several devices; the results go to that of the tokens
@@ -140,10 +158,6 @@ class RaggedModel:
             return logits, None
         states = [out.hidden_states[t + 1].to(ids.device) for t in taps]
         return logits, torch.cat(states, dim=-1)
-
-    @property
-    def max_positions(self) -> int:
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 30))
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
