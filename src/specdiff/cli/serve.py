@@ -73,7 +73,7 @@ def serve(
             f"serve needs {error.name}: pip install 'specdiff[serve]'"
         ) from error
     import specdiff
-    from specdiff.serve.live import ControllerBySize, LiveEngine
+    from specdiff.serve.live import LiveEngine
     from specdiff.text.options import Options
 
     terminal.quiet_libraries()
@@ -93,7 +93,7 @@ def serve(
         lm.target,
         built,
         options.build_verifier(),
-        length if isinstance(length, int) else ControllerBySize(built.draft_len),
+        length,
         max_rows=max_num_seqs,
         max_len=lm.max_len,
         max_queue=max_queue,
