@@ -14,6 +14,7 @@ import tiny
 from specdiff import SpeculativeLM, devices
 from specdiff.controller import Controller
 from specdiff.noise import Noise, Purpose
+from specdiff.profile import Profile
 from specdiff.sampling import draw
 from specdiff.text.load import load
 from specdiff.verify import VERIFIERS
@@ -78,7 +79,10 @@ def test_the_controller_needs_no_float64(poor: Any) -> None:
     with poor():
         rounds = list(
             decode.decode(
-                target, tiny.drafter(target.info), tiny.batch_of([[1]], 20), draft_len=Controller(4)
+                target,
+                tiny.drafter(target.info),
+                tiny.batch_of([[1]], 20),
+                draft_len=Controller(Profile(4)),
             )
         )
     assert rounds

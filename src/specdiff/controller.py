@@ -1,37 +1,35 @@
 """Adaptive drafting: each round's draft length, from measured costs and acceptance.
 
 The length maximizes expected tokens a second. A drafting round of K yields 1 + a_0 + a_0 a_1 + ...
-(K products) tokens, a_k being the share of k-th tokens accepted where all before them were; both
-this and the seconds a round of each length takes are measured as decoding goes. Rounds tried for
-what they may teach are paid from a budget, a small share of the time that decoding takes anyway.
+(K products) tokens, a_k being the share of k-th tokens accepted where all before them were. What is
+known of both at first is the profile of target and drafter, which all requests share; a stream's
+own rounds then count for more. Rounds tried for what they may teach are paid from a budget, a small
+share of the time that decoding takes anyway.
 
 A length depends on earlier rounds alone, so the output distribution does not change.
 """
 
-from bisect import bisect
-from collections import deque
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from statistics import median_low
 from typing import Any
 
 import torch
 
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
+from specdiff.profile import Profile, faded, interpolated
 from specdiff.types import Round
 
-LENGTHS = (1, 2, 3, 4, 6, 8)  # the draft lengths tried, besides the drafter's own
-WINDOW = 9  # rounds of one length whose median is its cost
-HORIZON = 256  # tokens of an answer whose share FIRST_SHARE may be spent before any time has passed
-FIRST_SHARE = 0.006
-SHARE = 0.005  # of the time passed
-FADING = 0.98  # weight of the acceptance of earlier rounds, a round
+FIRST_LOSS = 1.0  # plain rounds that may be lost before any time has passed
+SHARE = 0.01  # of the time passed that may be lost
+FADING = 0.98  # weight of the acceptance of a stream's earlier rounds, a round
+TRUST = 3.0  # rounds of a stream that count as much as the profile
 SURE = 2  # rounds of one length whose median is no outlier
 HOPED_COST = 0.8  # of a length less often seen
-HOPE = 0.7  # acceptance expected of a drafter not seen yet, as if seen PRIOR times
-PRIOR = 0.5
+HOPE = 0.7  # acceptance hoped for where a stream has drafted little, as if seen HOPED times
+HOPED = 0.5
 REFRESH = 32  # drafting rounds after which a plain round is timed again, where it may matter
 CLEAR = 2.0  # gain of drafting that a plain round's exact cost cannot undo
 FIRST = 4  # the first draft's length at most
@@ -39,124 +37,136 @@ FIRST = 4  # the first draft's length at most
 
 @dataclass(slots=True)
 class Controller:
-    """Maps the last round to the next round's draft length, from 0 to `draft_len`.
+    """Maps the last round of a stream to the next round's draft length, from 0 to `draft_len`.
 
-    measured: seconds of a round by draft length (0: a plain one), where known beforehand. Without
-        them the first rounds measure.
+    profile: what is known beforehand, to which this stream adds. A stream has a controller of its
+        own.
     """
 
-    draft_len: int
-    measured: Mapping[int, float] = field(default_factory=dict)
-    lengths: list[int] = field(default_factory=list)
+    profile: Profile
+    rows: int = 1
     length: int = 0
-    costs: dict[int, deque[float]] = field(default_factory=dict)
     reached: list[float] = field(default_factory=list)
     accepted: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    loss: float = 0.0
     plain_age: int = 0
+    steady: bool = False
 
     def __post_init__(self) -> None:
-        shorter = [n for n in LENGTHS if n < self.draft_len]
-        self.lengths = [0, *shorter, self.draft_len] if self.draft_len else [0]
-        for length, seconds in self.measured.items():
-            self.costs[length] = deque([seconds] * SURE, maxlen=WINDOW)
-        self.reached = [0.0] * self.draft_len
-        self.accepted = [0.0] * self.draft_len
+        self.reached = [0.0] * self.profile.draft_len
+        self.accepted = [0.0] * self.profile.draft_len
 
     def __call__(self, last: Round | None) -> int:
-        if last is not None and self.draft_len:
-            self._observe(last)
+        if last is not None and self.profile.draft_len:
+            self._read(last)
         self.length = self._next()
         return self.length
 
-    def rate(self, length: int, *, hope: bool = False) -> float:
-        """Expected tokens a second, or what may be hoped for where little is measured."""
-        return self.tokens(length, hope=hope) / self.cost(length, hope=hope)
+    def rates(self, *, hope: bool = False) -> dict[int, float]:
+        """Expected tokens a second by draft length; `hope`: what may be hoped for where little is
+        measured."""
+        tokens = self.tokens(hope=hope)
+        costs = self.costs(hope=hope)
+        return {length: tokens[length] / costs[length] for length in self.profile.lengths}
 
-    def tokens(self, length: int, *, hope: bool = False) -> float:
-        """Expected tokens of a round."""
-        total = 1.0
-        chance = 1.0
-        rate = HOPE
-        for k in range(length):
-            # a position not seen yet is taken to be as good as the one before
-            prior = HOPE if hope else rate
-            rate = (self.accepted[k] + PRIOR * prior) / (self.reached[k] + PRIOR)
+    def tokens(self, *, hope: bool = False) -> list[float]:
+        """Expected tokens of a round by draft length."""
+        total = chance = 1.0
+        expected = [total]
+        counts = zip(self.profile.acceptance, self.reached, self.accepted, strict=True)
+        for prior, reached, accepted in counts:
+            rate = (accepted + TRUST * prior) / (reached + TRUST)
+            if hope:
+                rate = max(rate, (accepted + HOPED * HOPE) / (reached + HOPED))
             chance *= rate
             total += chance
-        return total
+            expected.append(total)
+        return expected
 
-    def cost(self, length: int, *, hope: bool = False) -> float:
-        """Seconds of a round: the median of the last ones, or a line through other lengths.
+    def costs(self, *, hope: bool = False) -> dict[int, float]:
+        """Seconds of a round by draft length: the median of the last ones, or a line through other
+        lengths.
 
         No round takes longer than one of a longer draft, so an outlier ends there.
         """
-        medians = {n: median_low(seconds) for n, seconds in self.costs.items()}
-        line = _interpolated(medians, length)
-        if length not in medians:
-            medians[length] = HOPED_COST * line if hope else line
-        elif hope and len(self.costs[length]) < SURE:
-            medians[length] = min(medians[length], HOPED_COST * line)
-        if hope and 0 in self.costs:
-            medians[length] = max(medians[length], medians[0])
-        return min(seconds for n, seconds in medians.items() if n >= length)
+        curve = self.profile.curves.get(self.rows, {})
+        rounds = self.profile.rounds.get(self.rows, {})
+        costs = {}
+        longer = math.inf
+        for length in reversed(self.profile.lengths):
+            seconds = curve.get(length, math.inf)
+            longer = min(longer, seconds)
+            if len(rounds.get(length, ())) < (SURE if hope else 1):
+                line = interpolated(curve, length)
+                seconds = min(seconds, HOPED_COST * line if hope else line)
+            if hope:
+                seconds = max(seconds, curve.get(0, 0.0))
+            costs[length] = min(seconds, longer)
+        return costs
+
+    def observe(self, rows: int, length: int, seconds: float, accepted: Sequence[int]) -> None:
+        """A round of `length` drafted tokens, of which the running rows accepted `accepted`."""
+        profile = self.profile
+        self.rows = rows
+        # after plain rounds a drafter reads their tokens, too: the draft takes at most this long
+        known = profile.curves.get(rows, {}).get(length, seconds)
+        caught_up = self.steady or not length
+        profile.observe_cost(rows, length, seconds if caught_up else min(seconds, known))
+        self.steady = length > 0
+        self.plain_age = self.plain_age + 1 if length else 0
+        places = range(profile.draft_len)
+        reached = [sum(n >= k for n in accepted) / len(accepted) * (k < length) for k in places]
+        passed = [sum(n > k for n in accepted) / len(accepted) for k in places]
+        self.reached = faded(self.reached, reached, FADING)
+        self.accepted = faded(self.accepted, passed, FADING)
+        if length:
+            profile.observe_acceptance(reached, passed)
+        profile.seconds += seconds
+        rates = self.rates()
+        best = max(rates, key=rates.__getitem__)
+        if length != best:
+            emitted = 1 + sum(accepted) / len(accepted)
+            profile.loss = max(0.0, profile.loss + seconds - emitted / rates[best])
 
     def _next(self) -> int:
-        if not self.draft_len:
+        profile = self.profile
+        if not profile.draft_len:
             return 0
-        if not self.costs or 0 not in self.costs:
-            return 0 if self.costs else min(FIRST, self.draft_len)
-        best = max(self.lengths, key=self.rate)
-        budget = SHARE * self.seconds + FIRST_SHARE * HORIZON / self.rate(best)
-        if self.loss > budget:
+        curve = profile.curves.get(self.rows, {})
+        if 0 not in curve:
+            return 0 if curve else min(FIRST, profile.draft_len)
+        rates = self.rates()
+        best = max(rates, key=rates.__getitem__)
+        if profile.loss > SHARE * profile.seconds + FIRST_LOSS * curve[0]:
             return best
-        refresh = REFRESH if len(self.costs[0]) >= SURE else SURE
-        if best and self.plain_age >= refresh and self.rate(best) < CLEAR * self.rate(0):
+        refresh = REFRESH if len(profile.rounds[self.rows][0]) >= SURE else SURE
+        if best and self.plain_age >= refresh and rates[best] < CLEAR * rates[0]:
             return 0
-        return max(self.lengths, key=lambda length: self.rate(length, hope=True))
+        hopes = self.rates(hope=True)
+        return max(hopes, key=hopes.__getitem__)
 
-    def _observe(self, last: Round) -> None:
-        rows = torch.stack([last.emitted, last.verification.accepted]).tolist()
-        counts = [accepted for emitted, accepted in zip(*rows, strict=True) if emitted]
-        if not counts:
+    def _read(self, last: Round) -> None:
+        counts = torch.stack([last.emitted, last.verification.accepted]).tolist()
+        running = [accepted for emitted, accepted in zip(*counts, strict=True) if emitted]
+        if not running:
             return
-        # a drafter may give none: the round was a plain one
+        # a drafter may find nothing: the round was a plain one
         length = self.length if last.draft.tokens.shape[1] else 0
-        seconds = sum(last.seconds.values())
-        self.costs.setdefault(length, deque(maxlen=WINDOW)).append(seconds)
-        self.seconds += seconds
-        self.plain_age = self.plain_age + 1 if length else 0
-        for k in range(self.draft_len):
-            self.reached[k] *= FADING
-            self.accepted[k] *= FADING
-            if k < length:
-                self.reached[k] += sum(n >= k for n in counts) / len(counts)
-                self.accepted[k] += sum(n > k for n in counts) / len(counts)
-        best = max(map(self.rate, self.lengths))
-        self.loss += max(0.0, self.cost(length) - self.tokens(length) / best)
-
-
-def _interpolated(medians: Mapping[int, float], length: int) -> float:
-    """On the line through the neighbors; past the longest, on the line through the last two."""
-    points = sorted(n for n in medians if n != length)
-    if len(points) < 2:
-        return medians[points[0]] if points else 1.0
-    above = min(bisect(points, length), len(points) - 1)
-    left = points[max(above - 1, 0)]
-    right = points[max(above, 1)]
-    slope = (medians[right] - medians[left]) / (right - left)
-    return medians[left] + max(slope, 0) * (length - left)
+        self.observe(len(last.emitted), length, sum(last.seconds.values()), running)
 
 
 def draft_length(
-    value: int | str | None, drafter: Drafter[Any], *, steady: bool
+    value: int | str | None,
+    drafter: Drafter[Any],
+    *,
+    steady: bool,
+    profile: Profile | None = None,
 ) -> int | Controller:
     """K, or a Controller, for a caller's `draft_len`; 0 for a drafter that never drafts.
 
     Args:
         value: a number, "auto", or None: "auto", but the drafter's own K if `steady`.
         steady: the text must not depend on clocks.
+        profile: of the target and `drafter`, which earlier requests have filled; None: a new one.
 
     Raises UsageError for any other value.
     """
@@ -173,5 +183,5 @@ def draft_length(
     if drafter.draft_len == 0:
         return 0
     if value == "auto" or (value is None and not steady):
-        return Controller(drafter.draft_len)
+        return Controller(profile or Profile(drafter.draft_len))
     return drafter.draft_len if value is None else int(value)

@@ -27,6 +27,7 @@ from specdiff.errors import DrafterError, UnsupportedModelError, UsageError
 from specdiff.models.packed import formats
 from specdiff.nn.borrowed import scatter
 from specdiff.nn.small_lm import SmallLM
+from specdiff.profile import Profile
 from specdiff.targets.base import Target
 from specdiff.targets.causal import CausalTarget
 from specdiff.text.comparison import first_difference
@@ -69,6 +70,7 @@ class OurDecoder(Decoder):
         self.target = target
         self.build = build
         self._drafters: dict[int | None, Drafter[Any]] = {}
+        self._profiles: dict[int | None, Profile] = {}
 
     def drafter(self, steps: int | None) -> Drafter[Any]:
         """The drafter at `steps` network passes per draft (None: its own number)."""
@@ -80,7 +82,8 @@ class OurDecoder(Decoder):
         """Raises DrafterError if the drafter fails."""
         drafter = self.drafter(cell.steps)
         batch = batch_of(work, self.target.info.device)
-        length = Controller(drafter.draft_len) if cell.draft_len == "auto" else cell.draft_len
+        profile = self._profiles.setdefault(cell.steps, Profile(drafter.draft_len))
+        length = Controller(profile) if cell.draft_len == "auto" else cell.draft_len
         assert not isinstance(length, str)
         with without_faults():
             watch = RoundTimer(self.target.info.device)

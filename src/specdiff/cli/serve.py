@@ -90,7 +90,7 @@ def serve(
         ) from error
     import specdiff
     from specdiff.serve.choices import Limits
-    from specdiff.serve.live import ControllerBySize, LiveEngine
+    from specdiff.serve.live import LiveEngine
     from specdiff.text.options import Options
 
     outside = host not in guard.LOOPBACK
@@ -116,7 +116,7 @@ def serve(
         lm.target,
         built,
         options.build_verifier(),
-        length if isinstance(length, int) else ControllerBySize(built.draft_len),
+        length,
         max_rows=max_num_seqs,
         max_len=lm.max_len,
         max_queue=max_queue,

@@ -165,7 +165,7 @@ def serve(
     lm: SpeculativeLM, requests: Iterator[Request | None], room: int, rows: int
 ) -> Generator[EngineStep, None, None]:
     """The engine with `match` and a drafter that is switched off while it is slower."""
-    length = Controller(lm.drafter.draft_len) if lm.drafter.draft_len else 0
+    length = Controller(lm.profile) if lm.drafter.draft_len else 0
     yield from engine.serve(
         lm.target, lm.drafter, requests, verifier=match, draft_len=length, rows=rows, slots=room
     )

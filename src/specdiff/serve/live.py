@@ -7,15 +7,13 @@ reads prompts in chunks, so that a long one holds up the others for one chunk a 
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from specdiff import engine
-from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
 from specdiff.errors import SpecdiffError, UsageError
 from specdiff.targets.base import Target
-from specdiff.types import Round
 from specdiff.verify import Verifier
 
 CHUNK = 512  # prompt tokens read between two rounds
@@ -43,26 +41,6 @@ class Job:
     receive: Receive
     canceled: bool = False
     pulled: bool = False  # it has left the queue
-
-
-@dataclass(slots=True)
-class ControllerBySize:
-    """The draft length, decided apart for each power of two of running rows.
-
-    A draft costs a full batch more than it costs one row, so drafting may pay for one only.
-    """
-
-    draft_len: int
-    controllers: dict[int, Controller] = field(default_factory=dict)
-    length: int = 0
-
-    def __call__(self, last: Round | None) -> int:
-        running = 1 if last is None else int((last.emitted > 0).sum())
-        size = running.bit_length()
-        controller = self.controllers.setdefault(size, Controller(self.draft_len))
-        controller.length = self.length  # of the last round, whichever controller set it
-        self.length = controller(last)
-        return self.length
 
 
 class LiveEngine:

@@ -19,6 +19,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.drafters.on_device import across
 from specdiff.errors import DrafterError, UsageError
 from specdiff.noise import row_seed
+from specdiff.profile import Profile
 from specdiff.targets.base import Target
 from specdiff.text import defaults
 from specdiff.text.detokenizer import Detokenizer, hidden_tokens
@@ -64,7 +65,8 @@ class SpeculativeLM:
         self.spec = drafter if isinstance(drafter, str) else None
         self.drafter_options = dict(drafter_options or {})
         self.drafter = self._build(drafter, self.drafter_options)
-        self._drafters: OrderedDict[str, Drafter[Any]] = OrderedDict()
+        self.profile = Profile(self.drafter.draft_len)
+        self._drafters: OrderedDict[str, tuple[Drafter[Any], Profile]] = OrderedDict()
         self._lock = threading.Lock()
 
     @overload
@@ -229,7 +231,7 @@ class SpeculativeLM:
 
     def drafting(self, options: Options) -> tuple[Drafter[Any], int | Controller]:
         """The drafter with its options, and its draft length. Raises UsageError or DrafterError."""
-        drafter = self._drafter(options.drafter_options or {})
+        drafter, profile = self._drafter(options.drafter_options or {})
         free = options.verifier.startswith("match") or options.sampling.temperature == 0
         if options.seed is not None and not drafter.reproducible and not free:
             raise UsageError(
@@ -238,7 +240,7 @@ class SpeculativeLM:
                 "or memory 0",
                 param="seed",
             )
-        return drafter, options.length(drafter)
+        return drafter, options.length(drafter, profile)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -299,27 +301,28 @@ class SpeculativeLM:
             raise UsageError(error, param="prompt")
         return ids
 
-    def _drafter(self, options: Mapping[str, Any]) -> Drafter[Any]:
-        """The drafter for a request's `drafter_options`, built once and cached."""
+    def _drafter(self, options: Mapping[str, Any]) -> tuple[Drafter[Any], Profile]:
+        """The drafter for a request's `drafter_options` and its profile, built once and cached."""
         merged = {**self.drafter_options, **options}
         if merged == self.drafter_options:
-            return self.drafter
+            return self.drafter, self.profile
         if self.spec is None:
             raise DrafterError(
                 "drafter_options need a drafter given by name; this one was given as an object"
             )
         key = json.dumps(merged, sort_keys=True, default=str)
         with self._lock:
-            drafter = self._drafters.get(key)
+            pair = self._drafters.get(key)
         # built without the lock: building is slow, and the process may fork meanwhile
-        if drafter is None:
+        if pair is None:
             drafter = self._build(self.spec, merged)
+            pair = drafter, Profile(drafter.draft_len)
         with self._lock:
-            drafter = self._drafters.setdefault(key, drafter)
+            pair = self._drafters.setdefault(key, pair)
             self._drafters.move_to_end(key)
             if len(self._drafters) > MAX_CACHED_DRAFTERS:
                 self._drafters.popitem(last=False)
-        return drafter
+        return pair
 
     def _build(self, drafter: str | Drafter[Any], options: Mapping[str, Any]) -> Drafter[Any]:
         if isinstance(drafter, str):

@@ -8,6 +8,7 @@ from specdiff.arguments import brief, whole
 from specdiff.controller import Controller, draft_length
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
+from specdiff.profile import Profile
 from specdiff.text.detokenizer import StopStrings
 from specdiff.types import SamplingParams
 from specdiff.verify import Verifier
@@ -158,6 +159,7 @@ class Options:
         """The verifier. Raises UnknownNameError."""
         return verifier_named(self.verifier)
 
-    def length(self, drafter: Drafter[Any]) -> int | Controller:
+    def length(self, drafter: Drafter[Any], profile: Profile) -> int | Controller:
         """The draft length, or the controller that sets it; see `draft_len`. Raises UsageError."""
-        return draft_length(self.draft_len, drafter, steady=self.seed is not None)
+        steady = self.seed is not None
+        return draft_length(self.draft_len, drafter, steady=steady, profile=profile)
