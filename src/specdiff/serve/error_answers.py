@@ -43,7 +43,7 @@ def status(error: Exception) -> int:
 
 
 def register(app: FastAPI) -> None:
-    """Let `app` answer errors in this shape. The guard answers those that nobody expected."""
+    """Let `app` answer errors in this shape. The guard answers unexpected ones."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
     for kind in (UsageError, QueueFullError, EngineStoppedError, RequestTimeoutError, TargetError):

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import time
-from math import ceil
+from math import ceil, inf
 from types import FrameType
 
 import uvicorn
@@ -74,6 +74,7 @@ class Server(uvicorn.Server):
         self.engine = engine
         self.timeout = timeout
         self.deadline: float | None = None
+        self.reported = False  # that the engine has failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.deadline is not None:
@@ -86,9 +87,10 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         now = time.monotonic()
         failed = self.engine.error is not None
-        if failed and self.deadline is None:
+        if failed and not self.reported:
             log.error("the engine has failed (%s); exiting", type(self.engine.error).__name__)
-            self.deadline = now + NOTICE_SECONDS
+            self.reported = True
+            self.deadline = min(now + NOTICE_SECONDS, self.deadline or inf)
         late = self.deadline is not None and now >= self.deadline
         if late:
             await asyncio.to_thread(self.engine.close, 0)
