@@ -11,6 +11,7 @@ from torch import Tensor
 from specdiff import decode
 from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
+from specdiff.grammar import Grammar
 from specdiff.prefix_cache import seats
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Round, SamplingParams
@@ -21,11 +22,13 @@ PASS_TOKENS = 2048  # of prompts read together, padding included
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt as token ids, its sampling parameters, and its 64-bit seed."""
+    """A prompt as token ids, its sampling parameters, its 64-bit seed, and the grammar of its
+    answer, if it has one."""
 
     prompt: Sequence[int]
     params: SamplingParams
     seed: int
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,4 +264,5 @@ def _batch(joining: Sequence[Slot], width: int, device: torch.device) -> Batch:
         [r.seed for r in requests],
         slots=width,
         device=device,
+        grammars=[r.grammar for r in requests],
     )
