@@ -87,8 +87,13 @@ def test_a_stop_string_ends_the_text(lm: SpeculativeLM, client: Any) -> None:
 
 def test_structured_output(client: Any) -> None:
     pytest.importorskip("llguidance", reason="the structured extra is not installed")
-    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"],
-              "additionalProperties": False, "x-guidance": {"whitespace_flexible": False}}  # fmt: skip
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
     form = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
     messages = [{"role": "user", "content": "the rain"}]
     got = client.chat.completions.create(messages=messages, response_format=form, **OPTIONS)
