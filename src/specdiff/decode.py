@@ -6,7 +6,7 @@ neither fits.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.guarded import GuardedDrafter, GuardedState
 from specdiff.errors import TargetError, UsageError
+from specdiff.grammar_rows import GrammarRows
 from specdiff.logits_processors import process_logits
 from specdiff.noise import Noise
 from specdiff.sampling import distribution, logprobs, most_likely
@@ -33,6 +34,7 @@ class DecodeState:
     """A running batch: target and drafter with their states, the rows, the drafter's context.
 
     `read[b]`: of the tokens in the row's cache, the number whose features the drafter has read.
+    `grammars`: of the rows whose answers have one.
     """
 
     target: Target[Any]
@@ -43,6 +45,7 @@ class DecodeState:
     batch: Batch
     context: Context
     read: Int[Tensor, "B"]
+    grammars: GrammarRows = field(default_factory=GrammarRows)
 
 
 @torch.inference_mode()
@@ -63,19 +66,23 @@ def step(
     """
     clock = stopwatch(run.batch.length.device)
     noise = Noise.of(run.batch)
+    run.grammars.advance(run.batch)
     draft = _limited(_propose(run, noise, draft_len), limits)
+    drafted = run.grammars.drafted(draft)
     clock.lap("draft")
     output = run.target.score(run.cache, run.batch, draft)
     clock.lap("score")
-    finite = finite_rows(output.logits)
-    verification = _verify(run, _cut(draft, finite), output.logits, noise)
+    logits = run.grammars.masked(output.logits, drafted)
+    finite = finite_rows(logits)
+    verification = _verify(run, _cut(draft, finite), logits, noise)
     verification = _with_logprobs(verification, output, run.batch)
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
     batch, emitted = commit(run.batch, verification, finite)
     failed = torch.where((emitted == 0) & ~run.batch.done, run.batch.length + finite, -1)
     clock.lap("commit")
-    last = Round(draft, verification, emitted, batch, clock.seconds, run.state.off, failed)
+    errors = run.grammars.errors()
+    last = Round(draft, verification, emitted, batch, clock.seconds, run.state.off, failed, errors)
     if stop is not None:
         last = replace(last, batch=replace(batch, done=batch.done | stop(last)))
     run.batch = last.batch
@@ -162,6 +169,7 @@ def admit(
     prompts = [run.batch.ids[r, : run.batch.length[r]] for r in rows]
     if prefix_lengths is None:
         prefix_lengths = torch.zeros_like(rows)
+    run.grammars.admit(run.batch, rows)
     new = run.target.admit(run.cache, rows, prompts, prefix_lengths)
     features = run.context.features
     size = run.batch.length[rows] - 1
@@ -178,6 +186,7 @@ def admit(
 def release(run: DecodeState, rows: Int[Tensor, "R"]) -> None:
     """Free the rows in both caches, and mark them done even if their requests were not."""
     run.batch = replace(run.batch, done=run.batch.done.index_fill(0, rows, True))
+    run.grammars.release(rows)
     run.target.release(run.cache, rows)
     run.drafter.release(run.state, rows)
 
@@ -231,11 +240,14 @@ def raise_if_failed(last: Round) -> None:
     """For loops written by hand: raises TargetError after a `step` with failed rows."""
     rows = (last.failed >= 0).nonzero()[:, 0].tolist()
     if rows:
-        raise TargetError(f"row {rows[0]}: {reason(int(last.failed[rows[0]]))}")
+        position = int(last.failed[rows[0]])
+        raise TargetError(f"row {rows[0]}: {reason(position, last.errors.get(rows[0]))}")
 
 
-def reason(position: int) -> str:
-    """The error message for a position in `Round.failed`."""
+def reason(position: int, grammar_error: str | None = None) -> str:
+    """The error message for a position in `Round.failed`, and its row's entry in `Round.errors`."""
+    if grammar_error is not None:
+        return f"no token can be drawn at position {position}: {grammar_error}"
     return (
         f"the target's logits at position {position} are not finite (NaN or infinite), so no "
         "token can be drawn from them; check the model's weights, or load it in float32"
@@ -255,7 +267,11 @@ def finite_rows(logits: Float[Tensor, "B N V"]) -> Int[Tensor, "B"]:
 def _propose(run: DecodeState, noise: Noise, draft_len: int) -> Draft:
     if draft_len == 0:
         return Draft.empty(run.batch)
-    return run.drafter.propose(run.context, run.state, noise, draft_len)
+    context = run.context
+    if run.grammars:
+        mask = run.grammars.next_mask(run.batch, run.target.info.vocab_size)
+        context = replace(context, batch=replace(context.batch, next_mask=mask))
+    return run.drafter.propose(context, run.state, noise, draft_len)
 
 
 def _verify(

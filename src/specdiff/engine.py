@@ -19,7 +19,7 @@ from specdiff.rows import Request as Request
 from specdiff.rows import Rows
 from specdiff.rows import Slot as Slot
 from specdiff.targets.base import Target
-from specdiff.types import Logprobs, Round
+from specdiff.types import Logprobs, Round, check_grammar
 from specdiff.verify import Verifier
 
 DraftLength = int | Callable[[Round | None], int]
@@ -115,8 +115,8 @@ class EngineStep:
             return {}  # a row that fails has ended, so nothing needs to be read
         positions = zip(self.slots, self.round.failed.tolist(), strict=True)
         return {
-            slot.index: f"request {slot.index}: {decode.reason(at)}"
-            for slot, at in positions
+            slot.index: f"request {slot.index}: {decode.reason(at, self.round.errors.get(row))}"
+            for row, (slot, at) in enumerate(positions)
             if slot is not None and at >= 0
         }
 
@@ -282,14 +282,16 @@ def check(
 ) -> None:
     """Raise UsageError for a request that the target cannot serve.
 
-    That is a prompt without tokens, one that may reach past the target's positions, an option that
-    names a token outside the vocabulary, or a draft length that is not in [0, `longest`]. `first`
-    is the number of the first request.
+    That is a prompt without tokens, one that may reach past the target's positions, an option
+    that names a token outside the vocabulary, one that no grammar goes with, or a draft length
+    that is not in [0, `longest`]. `first` is the number of the first request.
     """
     size = target.info.vocab_size
     positions = target.info.max_positions
     for index, request in enumerate(requests, first):
         params = request.params
+        if request.grammar is not None:
+            check_grammar(params)
         if not request.prompt:
             raise UsageError(f"prompt {index} holds no tokens; give at least one", param="prompt")
         if len(request.prompt) + params.max_tokens > positions:

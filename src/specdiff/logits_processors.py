@@ -39,7 +39,14 @@ def process_logits(
         before each are not drawn yet, and must not count.
     columns: the ascending ids that the logits are of (None: all). Where a row allows none of them
         its logits are 0: see `reachable`.
+
+    A drafter's first position is also limited to `batch.next_mask`, if that leaves it a token. The
+    target's logits come masked: see grammar_rows.py.
     """
+    if batch.next_mask is not None and not isinstance(drawn, Draft):
+        if drawn.shape[1] == 0:
+            logits = _first_masked(logits, batch.next_mask, columns)
+        batch = replace(batch, next_mask=None)
     active = batch.params.active
     if not active & (COUNTING | {"allowed_token_ids", "logit_bias"}):
         return logits
@@ -55,6 +62,17 @@ def process_logits(
     if isinstance(drawn, Draft):
         return _penalized(logits, batch, drawn.tokens, above(drawn))
     return _penalized(logits, batch, drawn)
+
+
+def _first_masked(
+    logits: Float[Tensor, "B N C"],
+    mask: Bool[Tensor, "B V"],
+    columns: Int[Tensor, "C"] | None,
+) -> Float[Tensor, "B N C"]:
+    mask = mask if columns is None else mask[:, columns]
+    first = logits[:, :1].masked_fill(~mask[:, None], -torch.inf)
+    possible = first.amax(-1, keepdim=True) > -torch.inf
+    return torch.cat([torch.where(possible, first, logits[:, :1]), logits[:, 1:]], dim=1)
 
 
 def reachable(params: Params, columns: Int[Tensor, "C"]) -> Bool[Tensor, "B"]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdiff import decode
 from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
+from specdiff.grammar import Grammar
 from specdiff.prefix_cache import seats
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Round, SamplingParams
@@ -26,6 +27,7 @@ class Request:
     draft_len: the most tokens of this request's drafts, 0 for plain decoding (None: no limit of
         its own).
     with_drafts: report the drafted tokens of each round.
+    grammar: of the answer, if it has one.
     """
 
     prompt: Sequence[int]
@@ -33,6 +35,7 @@ class Request:
     seed: int
     draft_len: int | None = None
     with_drafts: bool = False
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,4 +306,5 @@ def _batch(joining: Sequence[Slot], width: int, device: torch.device) -> Batch:
         [r.seed for r in requests],
         slots=width,
         device=device,
+        grammars=[r.grammar for r in requests],
     )

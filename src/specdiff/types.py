@@ -9,7 +9,7 @@ feature width, E entries of the longest row of a list, T top tokens.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specdiff.arguments import LARGEST, bias_pairs, int64, number, token_id_tuple, whole
 from specdiff.errors import UsageError
+from specdiff.grammar import Grammar
 
 PADDING = -1  # fills up lists of token ids; no token has this id
 TOP_LOGPROBS = 20  # maximum top-logprobs per position
@@ -183,6 +184,9 @@ class Batch:
 
     `round` counts the rounds a row has run, `seed` keys its randomness, `done` rows are computed
     but no longer advance.
+
+    `grammars` holds those of the rows that have one. `next_mask` is for the drafter alone: the
+    tokens that the grammars allow next (None: all).
     """
 
     ids: Int[Tensor, "B S"]
@@ -192,6 +196,8 @@ class Batch:
     done: Bool[Tensor, "B"]
     seed: Int[Tensor, "B"]
     params: Params
+    grammars: Mapping[int, Grammar] = field(default_factory=dict)
+    next_mask: Bool[Tensor, "B V"] | None = None
 
     @classmethod
     def of(
@@ -202,8 +208,13 @@ class Batch:
         *,
         slots: int | None = None,
         device: torch.device | str = "cpu",
+        grammars: Sequence[Grammar | None] = (),
     ) -> Self:
-        """A fresh batch, one prompt a row. `slots` defaults to what the longest row can reach."""
+        """A fresh batch, one prompt a row. `slots` defaults to what the longest row can reach.
+
+        `grammars`: one a row, None for none. Raises UsageError for a row with a grammar and
+        allowed ids.
+        """
         length = torch.tensor([len(p) for p in prompts])
         limit = length + torch.tensor([p.max_tokens for p in params])
         ids = torch.zeros(len(prompts), slots or int(limit.max()), dtype=torch.long)
@@ -213,7 +224,10 @@ class Batch:
         zero = torch.zeros_like(length)
         seed = torch.tensor([int64(s) for s in seeds], dtype=torch.long, device=device)
         options = Params.stack(params, limit, device)
-        return cls(ids.to(device), length, length.clone(), zero, zero.bool(), seed, options)
+        by_row = {row: grammar for row, grammar in enumerate(grammars) if grammar is not None}
+        for row in by_row:
+            check_grammar(params[row])
+        return cls(ids.to(device), length, length.clone(), zero, zero.bool(), seed, options, by_row)
 
     @property
     def anchor(self) -> Int[Tensor, "B"]:
@@ -225,12 +239,32 @@ class Batch:
         width = self.ids.shape[1]
         padding = max(0, width - joined.ids.shape[1])
         ids = torch.nn.functional.pad(joined.ids[:, :width], (0, padding))
-        names = [f.name for f in fields(self) if f.name not in ("ids", "params")]
+        others = ("ids", "params", "grammars", "next_mask")
+        names = [f.name for f in fields(self) if f.name not in others]
         changed = {
             name: getattr(self, name).index_copy(0, rows, getattr(joined, name)) for name in names
         }
         params = _join(self.params, rows, joined.params)
-        return replace(self, ids=self.ids.index_copy(0, rows, ids), params=params, **changed)
+        grammars = self.grammars
+        if grammars or joined.grammars:
+            places = rows.tolist()
+            grammars = {row: grammar for row, grammar in grammars.items() if row not in places}
+            grammars |= {places[i]: grammar for i, grammar in joined.grammars.items()}
+        ids = self.ids.index_copy(0, rows, ids)
+        return replace(self, ids=ids, params=params, grammars=grammars, **changed)
+
+
+def check_grammar(params: SamplingParams) -> None:
+    """Raise UsageError for options that a request with a grammar cannot have.
+
+    Allowed ids could leave it no token at all.
+    """
+    if params.allowed_token_ids is not None:
+        raise UsageError(
+            "allowed_token_ids cannot be combined with structured output: "
+            "a position might allow no token",
+            param="allowed_token_ids",
+        )
 
 
 def _join(params: Params, rows: Int[Tensor, "R"], joined: Params) -> Params:
@@ -362,7 +396,8 @@ class Round:
     fell inside, 0 for done rows. `disabled` rows draft no more before their next request: the
     drafter failed in this round or an earlier one. `failed[b]` is the absolute position at which
     the target's logits are NaN or infinite and no token can be drawn: the row committed nothing
-    in this round and is done. It is -1 for all other rows.
+    in this round and is done. It is -1 for all other rows. `errors` says why, for rows whose
+    grammar is at fault.
     """
 
     draft: Draft
@@ -372,6 +407,7 @@ class Round:
     seconds: Mapping[str, float]
     disabled: Bool[Tensor, "B"]
     failed: Int[Tensor, "B"]
+    errors: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

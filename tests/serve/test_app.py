@@ -86,10 +86,32 @@ def test_a_stop_string_ends_the_text(lm: SpeculativeLM, client: Any) -> None:
     assert got.choices[0].finish_reason == "stop"
 
 
+def test_structured_output(client: Any) -> None:
+    pytest.importorskip("llguidance", reason="the structured extra is not installed")
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}},
+        "required": ["a"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "one", "schema": schema}}
+    messages = [{"role": "user", "content": "the rain"}]
+    got = client.chat.completions.create(messages=messages, response_format=form, **OPTIONS)
+    assert json.loads(got.choices[0].message.content)["a"] in (1, 2)
+    assert got.choices[0].finish_reason == "stop"
+    for extra in ({"structured_outputs": {"regex": "r(ai)+n"}}, {"guided_regex": "r(ai)+n"}):
+        text = client.completions.create(prompt="the", extra_body=extra, **OPTIONS).choices[0].text
+        assert text.startswith("rai")
+    with pytest.raises(openai.BadRequestError, match="unclosed"):
+        extra = {"structured_outputs": {"regex": "["}}
+        client.completions.create(prompt="the", extra_body=extra, **OPTIONS)
+
+
 @pytest.mark.parametrize(
     "field, value",
     [("temperature", -1), ("top_p", 2), ("n", 0), ("best_of", 3), ("logprobs", 99), ("suffix", "x"),
-     ("max_tokens", 0), ("response_format", {"type": "json_object"}), ("stop", ["a"] * 5)],
+     ("max_tokens", 0), ("response_format", {"type": "xml"}), ("stop", ["a"] * 5)],
 )  # fmt: skip
 def test_bad_input_names_its_field(url: str, field: str, value: Any) -> None:
     body = {"prompt": "the", "max_tokens": 4, field: value}

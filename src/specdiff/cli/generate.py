@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,6 +58,16 @@ def generate(
     allowed_token_ids: Annotated[
         str, params.option("ID,...: no other tokens.", panel=params.SAMPLING)
     ] = "",
+    json_schema: Annotated[
+        str | None,
+        params.option("The answer is JSON of this schema: FILE or text.", panel=params.SAMPLING),
+    ] = None,
+    regex: Annotated[
+        str | None, params.option("The answer matches this.", panel=params.SAMPLING)
+    ] = None,
+    grammar: Annotated[
+        Path | None, params.option("The answer is of this Lark FILE.", panel=params.SAMPLING)
+    ] = None,
     stop: params.Stop = None,
     ignore_eos: Annotated[
         bool,
@@ -100,6 +111,9 @@ def generate(
             "frequency_penalty": frequency_penalty,
             "logit_bias": params.biases(logit_bias),
             "allowed_token_ids": params.token_ids(allowed_token_ids),
+            "json_schema": None if json_schema is None else params.text_or_file(json_schema),
+            "regex": regex,
+            "grammar": None if grammar is None else params.file_text("--grammar", grammar),
             "stop": stop or (),
             "logprobs": logprobs,
             "verifier": verifier,

@@ -227,6 +227,19 @@ def json_object(flag: str, text: str) -> dict[str, Any]:
     return value
 
 
+def file_text(flag: str, path: Path) -> str:
+    """The text of a file. Raises UsageError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{flag} cannot read {path}: {error}") from None
+
+
+def text_or_file(value: str) -> str:
+    """A JSON schema as text, which begins with a brace, or of the file of this name."""
+    return value if value.lstrip()[:1] == "{" else file_text("--json-schema", Path(value))
+
+
 def token_ids(text: str) -> tuple[int, ...] | None:
     """ID,... as numbers; None for no text. Raises UsageError."""
     try:

@@ -19,21 +19,23 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "functions": ([],),
     "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "length_penalty": (1, 1.0),
     "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
     "regex": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "use_beam_search": (False,),
+}
+
+# fields of structured_outputs (also after guided_), and the library's options
+STRUCTURES = {
+    "json": "json_schema",
+    "regex": "regex",
+    "grammar": "grammar",
+    "choice": "choice",
 }
 
 
@@ -69,6 +71,8 @@ class GenerationRequest(BaseModel):
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     draft_len: int | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def check_supported(self) -> None:
         """Raise UsageError naming the first field that this server cannot keep."""
@@ -121,7 +125,48 @@ class GenerationRequest(BaseModel):
             "repetition_penalty": self.repetition_penalty,
             "logit_bias": self.logit_bias,
             "allowed_token_ids": self.allowed_token_ids,
+            **self._structure(),
         }
+
+    def _structure(self) -> dict[str, Any]:
+        """The options of structured output. Raises UsageError for an unknown form of it."""
+        extra = self.model_extra or {}
+        options: dict[str, Any] = {}
+        for name, option in STRUCTURES.items():
+            for field, value in (
+                (name, (self.structured_outputs or {}).get(name)),
+                (f"guided_{name}", extra.get(f"guided_{name}")),
+            ):
+                if value is not None:
+                    if option in options:
+                        raise UsageError(f"{field} is one structure too many", param=field)
+                    options[option] = value
+        unknown = set(self.structured_outputs or {}) - {*STRUCTURES}
+        if unknown:
+            raise UsageError(
+                f"structured_outputs take {', '.join(STRUCTURES)}, not {sorted(unknown)[0]!r}",
+                param="structured_outputs",
+            )
+        schema = self._response_schema()
+        if schema is not None and options:
+            raise UsageError("give one of response_format and others", param="response_format")
+        return options if schema is None else {"json_schema": schema}
+
+    def _response_schema(self) -> Any:
+        """The JSON schema that `response_format` asks for; None for text."""
+        if self.response_format is None or self.response_format.get("type") == "text":
+            return None
+        kind = self.response_format.get("type")
+        if kind == "json_object":
+            return {"type": "object"}
+        holder = self.response_format.get("json_schema")
+        if kind != "json_schema" or not isinstance(holder, dict) or "schema" not in holder:
+            raise UsageError(
+                "response_format must have type text, json_object, or json_schema with "
+                "json_schema.schema",
+                param="response_format",
+            )
+        return holder["schema"]
 
 
 class CompletionRequest(GenerationRequest):

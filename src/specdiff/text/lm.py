@@ -18,6 +18,7 @@ from specdiff.controller import Controller
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.on_device import across
 from specdiff.errors import DrafterError, UsageError
+from specdiff.grammar import Grammar
 from specdiff.noise import row_seed
 from specdiff.profile import Profile
 from specdiff.targets.base import Target
@@ -34,6 +35,7 @@ from specdiff.text.generation import (
 from specdiff.text.messages import ChatTemplate, Message, template_variables
 from specdiff.text.options import ChatOptions, GenerateOptions, Options, TemplateOptions
 from specdiff.text.prompts import Prompt, prompt_list
+from specdiff.text.structured import GrammarCompiler
 from specdiff.unicode import valid
 
 MAX_CACHED_DRAFTERS = 8  # with options of their own; the least recently used is dropped
@@ -219,7 +221,10 @@ class SpeculativeLM:
         )
 
     def request(self, ids: list[int], options: Options, seed: int) -> engine.Request:
-        """The engine's request: an answer to `ids`, up to an end id of the model or max_len."""
+        """The engine's request: an answer to `ids`, up to an end id of the model or max_len.
+
+        Raises UsageError for a grammar that does not compile.
+        """
         sampling = options.sampling
         ends = () if options.ignore_eos else self.end_ids
         params = replace(
@@ -227,7 +232,7 @@ class SpeculativeLM:
             max_tokens=min(sampling.max_tokens, self.max_len - len(ids)),
             stop_token_ids=(*sampling.stop_token_ids, *ends),
         )
-        return engine.Request(ids, params, seed)
+        return engine.Request(ids, params, seed, grammar=self._grammar(options))
 
     def drafting(self, options: Options) -> tuple[Drafter[Any], int | Controller]:
         """The drafter with its options, and its draft length. Raises UsageError or DrafterError."""
@@ -343,6 +348,17 @@ class SpeculativeLM:
     def _hidden_tokens(self) -> tuple[Mapping[int, str], frozenset[int]]:
         """The special tokens, which text omits, and the ids of the byte-fallback tokens."""
         return hidden_tokens(self.tokenizer) if self.tokenizer is not None else ({}, frozenset())
+
+    def _grammar(self, options: Options) -> Grammar | None:
+        structure = options.structure
+        if structure is None:
+            return None
+        self._tokenizer()
+        return self._compiler.compile(*structure)
+
+    @cached_property
+    def _compiler(self) -> GrammarCompiler:
+        return GrammarCompiler(self.tokenizer, self.target.info.vocab_size, self.end_ids)
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:

@@ -10,7 +10,8 @@ from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
 from specdiff.profile import Profile
 from specdiff.text.detokenizer import StopStrings
-from specdiff.types import SamplingParams
+from specdiff.text.structured import Format, structure
+from specdiff.types import SamplingParams, check_grammar
 from specdiff.verify import Verifier
 from specdiff.verify import verifier as verifier_named
 
@@ -55,6 +56,15 @@ class ChatOptions(TemplateOptions, total=False):
     """Values added to the logits of token ids."""
     allowed_token_ids: Collection[int] | None
     """The only token ids to sample from."""
+    json_schema: Mapping[str, Any] | str | bool | None
+    """The answer is JSON of this schema (`{"type": "object"}`: any object). Structured output is
+    one of json_schema, regex, grammar and choice, and needs the extra `structured`."""
+    regex: str | None
+    """The answer matches this regular expression as a whole (Rust's syntax)."""
+    grammar: str | None
+    """The answer is derived from this context-free grammar (Lark or GBNF)."""
+    choice: Sequence[str] | None
+    """The answer is one of these texts."""
     logprobs: int | None
     """Report the logprob of each token, and the N most likely alternatives."""
     stop: str | Sequence[str] | None
@@ -99,6 +109,10 @@ class Options:
     ignore_eos: bool = False
     stop: str | Sequence[str] = ()
     include_stop: bool = False
+    json_schema: Mapping[str, Any] | str | bool | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: Sequence[str] | None = None
     tools: Sequence[Any] | None = None
     documents: Sequence[Mapping[str, Any]] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
@@ -121,6 +135,26 @@ class Options:
                 f"stop must be a string or a list of strings, not {brief(self.stop)}", param="stop"
             )
         self.stops()
+        if self.structure is not None:
+            check_grammar(self.sampling)
+            if self.ignore_eos:
+                raise UsageError(
+                    f"ignore_eos cannot be combined with {self.structure[0]}: "
+                    "the end of the text ends the structure",
+                    param="ignore_eos",
+                )
+
+    @property
+    def structure(self) -> tuple[Format, Any] | None:
+        """The option that asks for structured output, and its value. Raises UsageError."""
+        return structure(
+            {
+                "json_schema": self.json_schema,
+                "regex": self.regex,
+                "grammar": self.grammar,
+                "choice": self.choice,
+            }
+        )
 
     @classmethod
     def of(cls, options: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> Self:

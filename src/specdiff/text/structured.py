@@ -1,0 +1,106 @@
+"""Structured output: JSON schemas, regular expressions, grammars and choices, compiled for a
+tokenizer (llguidance)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from transformers import PreTrainedTokenizerFast
+
+from specdiff.errors import MissingExtraError, UsageError
+from specdiff.grammar import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+Format = Literal["json_schema", "regex", "grammar", "choice"]  # options, and llguidance's names
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+class GrammarCompiler:
+    """Compiles grammars over the tokens of `tokenizer`.
+
+    Args:
+        vocab_size: of the target. Ids that the tokenizer does not have are never allowed.
+        end_ids: the tokens that may follow a complete answer.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, end_ids: Sequence[int]) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.end_ids = end_ids
+
+    def compile(self, option: Format, source: Any) -> Grammar:
+        """The grammar of an option of `FORMATS` and its value, which `Options` has checked.
+
+        Raises UsageError with the library's message, and MissingExtraError.
+        """
+        try:
+            from llguidance import LLMatcher, LLParserLimits, grammar_from
+        except ImportError as error:
+            raise MissingExtraError(
+                f"{option} needs an extra: pip install 'specdiff[structured]'"
+            ) from error
+        text = source if isinstance(source, str) else json.dumps(source)
+        tokenizer = self._tokenizer
+        limits = LLParserLimits(verbose_errors=False)  # its errors would quote the text so far
+        try:
+            matcher = LLMatcher(tokenizer, grammar_from(option, text), log_level=0, limits=limits)
+        except ValueError as error:
+            raise UsageError(f"{option} is not valid: {error}", param=option) from None
+        if matcher.is_error():
+            reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
+            raise UsageError(f"{option} is not valid: {reason}", param=option)
+        return Grammar(matcher, -(-tokenizer.vocab_size // 32))
+
+    @cached_property
+    def _tokenizer(self) -> "LLTokenizer":
+        """The library's own tokenizer; building it takes about a second."""
+        from llguidance import LLTokenizer
+
+        if not isinstance(self.tokenizer, PreTrainedTokenizerFast):
+            raise UsageError(
+                "structured output needs a fast tokenizer (tokenizer.json), "
+                f"not {type(self.tokenizer).__name__}"
+            )
+        if not self.end_ids:
+            raise UsageError("structured output needs a model with an end-of-text token")
+        description = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        description |= {"padding": None, "truncation": None}
+        size = max(self.vocab_size, len(self.tokenizer))
+        return LLTokenizer(
+            json.dumps(description), n_vocab=size, eos_token=list(dict.fromkeys(self.end_ids))
+        )
+
+
+def structure(options: Mapping[str, Any]) -> tuple[Format, Any] | None:
+    """The option that asks for structured output, and its value; None if there is none.
+
+    Raises UsageError for several, and for a value of the wrong kind.
+    """
+    requested = [name for name in FORMATS if options.get(name) is not None]
+    if not requested:
+        return None
+    if len(requested) > 1:
+        raise UsageError(
+            f"an answer has one structure, not {' and '.join(requested)}", param=requested[1]
+        )
+    name = requested[0]
+    value = options[name]
+    if name == "choice":
+        valid = isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and len(value)
+        if not valid or not all(isinstance(text, str) and text for text in value):
+            raise UsageError("choice must be a list of non-empty strings", param=name)
+        return name, list(value)
+    if name == "json_schema" and isinstance(value, (Mapping, bool)):
+        return name, dict(value) if isinstance(value, Mapping) else value
+    if not isinstance(value, str):
+        kind = "a mapping or JSON text" if name == "json_schema" else "a string"
+        raise UsageError(f"{name} must be {kind}, not {type(value).__name__}", param=name)
+    if name == "json_schema":
+        try:
+            return name, json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"json_schema is not valid JSON ({error})", param=name) from None
+    return name, value
