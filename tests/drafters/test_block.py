@@ -1,5 +1,6 @@
 """The block drafter: its cached decoding equals one masked pass in the shape of training."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch import Tensor
 import tiny
 from specdiff import decode
 from specdiff.drafters.block import BlockDrafter
+from specdiff.models.packed import Int8Linear
+from specdiff.nn import block as nn_block
 from specdiff.noise import Noise
 from specdiff.types import Context, Draft
 from specdiff.verify import VERIFIERS
@@ -78,3 +81,34 @@ def test_greedy_text_is_the_targets(draft_len: int) -> None:
     )
     plain = tiny.model("llama")
     assert texts == [tiny.plain(plain, prompt, 24) for prompt in prompts]
+
+
+@torch.inference_mode()
+def test_a_bfloat16_target_packs_its_drafter(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tiny.target("llama").info
+    assert info.embedding is not None and info.head is not None
+    info = replace(
+        info,
+        dtype=torch.bfloat16,
+        embedding=info.embedding.bfloat16(),
+        head=info.head.bfloat16(),
+    )
+    plain = BlockDrafter(tiny.block(), info).network
+    assert plain.read_out is None  # too small to gain
+    monkeypatch.setattr(nn_block, "LARGE", 1)
+    packed = BlockDrafter(tiny.block(), info).network
+    layers = [m for m in packed.modules() if isinstance(m, Int8Linear)]
+    assert packed.read_out in layers and len(layers) > 2 * 7  # both layers, fc, direct, head
+    x = torch.randn(1, 5, tiny.WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids = torch.tensor([[4, 9]])
+    slots = [net.slots(ids, x[:, :2], K)[0] for net in (plain, packed)]
+    mask = torch.ones(1, 1, K, 5 + K, dtype=torch.bool)
+    at = torch.arange(5 + K)[None].expand(2, -1)
+    q = []
+    for net, entered in zip((plain, packed), slots, strict=True):
+        states = net(entered, net.context(x.expand(2, -1, -1)), at, mask)
+        bias = net.markov(ids.T.expand(-1, K))
+        assert bias is not None
+        q.append((net.logits(states) + bias).softmax(-1))
+    distance = (q[0] - q[1]).abs().sum(-1) / 2
+    assert 0 < float(distance.max()) < 0.05

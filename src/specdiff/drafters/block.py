@@ -70,8 +70,8 @@ class BlockDrafter(Drafter[BlockState]):
                 )
             self.network.borrow(target.embedding, target.head)
         if target.device.type == "cpu" and target.dtype == torch.bfloat16:
-            # a draft reads every weight for a few rows: at 8 bits each it takes half as long, and
-            # `probs` are those of the rounded weights, so the text's law stays the target's
+            # A draft reads every weight for a few rows: at 8 bits each it takes half as long.
+            # `probs` are those of the rounded weights, so nothing changes for the verifier.
             self.network.pack(Int8Linear)
         self.config = config
         self.taps = config.taps

@@ -241,10 +241,10 @@ class BlockNetwork(nn.Module):
         For inference: such layers have no gradient. Call `borrow` before.
         """
         for name, module in [*self.named_modules()]:
-            large = type(module) is nn.Linear and module.weight.numel() >= LARGE
-            if large and module.weight.shape[1] % GROUP == 0:
+            if type(module) is nn.Linear and _packable(module.weight):
                 self.set_submodule(name, packed(module.weight.detach()))
-        self.read_out = packed(self.head)
+        if _packable(self.head):
+            self.read_out = packed(self.head)
 
     def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
         """Target features -> what attention and the direct path read."""
@@ -329,3 +329,7 @@ class BlockNetwork(nn.Module):
             inputs = torch.cat([states, vector.to(states.dtype)], dim=-1)
         logit: Tensor = self.confidence_head.proj(inputs.to(self.confidence_head.proj.weight.dtype))
         return logit[..., 0].float().sigmoid()
+
+
+def _packable(matrix: Float[Tensor, "O I"]) -> bool:
+    return matrix.numel() >= LARGE and matrix.shape[1] % GROUP == 0
