@@ -108,9 +108,9 @@ class Controller:
         profile = self.profile
         self.rows = rows
         # after plain rounds a drafter reads their tokens, too: the draft takes at most this long
-        known = profile.curves.get(rows, {}).get(length, seconds)
+        earlier = profile.curves.get(rows, {}).get(length, seconds)
         caught_up = self.steady or not length
-        profile.observe_cost(rows, length, seconds if caught_up else min(seconds, known))
+        profile.observe_cost(rows, length, seconds if caught_up else min(seconds, earlier))
         self.steady = length > 0
         self.plain_age = self.plain_age + 1 if length else 0
         places = range(profile.draft_len)

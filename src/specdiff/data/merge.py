@@ -13,6 +13,7 @@ from specdiff.data.shards import FORMAT, MANIFEST, Shard
 from specdiff.errors import CorpusError, UsageError
 
 SAME = ("target_sha256", WEIGHTS, PACKED, "row_tokens")  # of `about`: what all must agree on
+OLDER = ("target_sha256", WEIGHTS)  # manifests of earlier versions may lack them
 
 
 def merge(folders: Sequence[Path], out: Path) -> CorpusSummary:
@@ -71,8 +72,9 @@ def _check_alike(first: Corpus, other: Corpus) -> None:
         )
     mine, theirs = (corpus.manifest["about"] for corpus in (first, other))
     for name in SAME:
-        known = name in mine and name in theirs
-        if mine.get(name) != theirs.get(name) and (known or name not in (WEIGHTS, "target_sha256")):
+        if name in OLDER and not (name in mine and name in theirs):
+            continue
+        if mine.get(name) != theirs.get(name):
             raise CorpusError(
                 f"{first.folder} has {name} = {mine.get(name)} and {other.folder} has "
                 f"{theirs.get(name)}; only corpora of one target and one kind can be merged"
