@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdiff import features
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.guarded import GuardedDrafter, GuardedState
 from specdiff.errors import TargetError, UsageError
@@ -87,7 +88,7 @@ def step(
         last = replace(last, batch=replace(batch, done=batch.done | stop(last)))
     run.batch = last.batch
     consumed = draft_len > 0 and run.drafter.consumed(run.state)
-    run.context = _next_context(run.context, last, output.features, consumed=consumed)
+    run.context = features.following(run.context, last, output.features, consumed=consumed)
     run.read = run.batch.length - 1 - run.context.feature_size
     return last
 
@@ -171,15 +172,10 @@ def admit(
         prefix_lengths = torch.zeros_like(rows)
     run.grammars.admit(run.batch, rows)
     new = run.target.admit(run.cache, rows, prompts, prefix_lengths)
-    features = run.context.features
-    size = run.batch.length[rows] - 1
-    if new is not None:
-        if features is None:
-            features = new.new_zeros(len(run.context.feature_size), 0, new.shape[2])
-        features, size = _joined(run, rows, features, new, prefix_lengths)
-    run.read = run.read.index_copy(0, rows, run.batch.length[rows] - 1 - size)
-    size = run.context.feature_size.index_copy(0, rows, size)
-    run.context = replace(run.context, batch=run.batch, features=features, feature_size=size)
+    run.context = features.joined(run.context, run.batch, rows, new, prefix_lengths, run.read)
+    run.read = run.read.index_copy(
+        0, rows, run.batch.length[rows] - 1 - run.context.feature_size[rows]
+    )
     run.drafter.admit(run.state, run.context, rows)
 
 
@@ -306,58 +302,3 @@ def _with_logprobs(verification: Verification, output: TargetOutput, batch: Batc
     if top is None:
         return verification
     return replace(verification, logprobs=logprobs(output.logits, verification, top))
-
-
-def _joined(
-    run: DecodeState,
-    rows: Int[Tensor, "R"],
-    features: Float[Tensor, "B N D"],
-    new: Float[Tensor, "R M D"],
-    prefix_lengths: Int[Tensor, "R"],
-) -> tuple[Float[Tensor, "B W D"], Int[Tensor, "R"]]:
-    """`features` with those of the joining rows, and the number of these.
-
-    Where a row's earlier request left features that its drafter has not read yet, the ones inside
-    the shared prefix come before the `new` ones.
-    """
-    waiting = torch.where(prefix_lengths > 0, prefix_lengths - run.read[rows], 0).clamp(min=0)
-    fresh = run.batch.length[rows] - 1 - prefix_lengths
-    own = _appended(features[rows], waiting, new, fresh)
-    width = max(own.shape[1], features.shape[1])
-    return _widen(features, width).index_copy(0, rows, _widen(own, width)), waiting + fresh
-
-
-def _next_context(
-    context: Context, last: Round, features: Float[Tensor, "B N D"] | None, consumed: bool
-) -> Context:
-    """The drafter's next context.
-
-    The features of the round are appended to those that the drafter has not consumed.
-    """
-    size = torch.zeros_like(context.feature_size) if consumed else context.feature_size
-    if features is None:
-        return Context(last.batch, None, size, last)
-    old = features[:, :0] if consumed or context.features is None else context.features
-    # the anchor and all but the last of the emitted tokens are in the target's cache now
-    merged = _appended(old, size, features, last.emitted)
-    return Context(last.batch, merged, size + last.emitted, last)
-
-
-def _appended(
-    old: Float[Tensor, "B M D"],
-    size: Int[Tensor, "B"],
-    new: Float[Tensor, "B N D"],
-    count: Int[Tensor, "B"],
-) -> Float[Tensor, "B W D"]:
-    """In each row the first `size` of `old`, then the first `count` of `new`."""
-    merged = _widen(old, int((size + count).max()))
-    if not new.shape[1]:
-        return merged
-    index = torch.arange(merged.shape[1], device=size.device)
-    source = (index - size[:, None]).clamp(0, new.shape[1] - 1)
-    fresh = new.gather(1, source[..., None].expand(-1, -1, new.shape[2]))
-    return torch.where((index >= size[:, None])[..., None], fresh, merged)
-
-
-def _widen(x: Float[Tensor, "B N D"], width: int) -> Float[Tensor, "B W D"]:
-    return torch.nn.functional.pad(x, (0, 0, 0, max(0, width - x.shape[1])))

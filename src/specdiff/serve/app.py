@@ -131,11 +131,16 @@ class Server:
                 )
         return [self.lm.encode(prompt, raw=True) for prompt in prompts]
 
-    def _choices(self, body: GenerationRequest, prompts: Sequence[list[int]]) -> list[Choice]:
+    def _choices(
+        self,
+        body: GenerationRequest,
+        prompts: Sequence[list[int]],
+        loop: asyncio.AbstractEventLoop,
+    ) -> list[Choice]:
+        """The answers to generate. Their outputs come to `loop`."""
         options = Options.of(body.options(), self.lm.defaults)
         body.check_length(max(map(len, prompts)), self.lm.max_len)
         root = secrets.randbits(63) if options.seed is None else options.seed
-        loop = asyncio.get_running_loop()
         choices: list[Choice] = []
         for prompt in prompts:
             for _ in range(body.n):
@@ -156,7 +161,9 @@ class Server:
     async def _respond(
         self, body: GenerationRequest, prompts: Sequence[list[int]], request: Request
     ) -> Response:
-        choices = self._choices(body, prompts)
+        loop = asyncio.get_running_loop()
+        # in a thread: a grammar takes a while to compile
+        choices = await asyncio.to_thread(self._choices, body, prompts, loop)
         self.engine.submit(*[choice.job for choice in choices])
         chat = isinstance(body, ChatRequest)
         head = {
