@@ -106,7 +106,12 @@ def serve(
         prefix=metrics_compat,
         shutdown_timeout=shutdown_timeout,
     )
-    print(f"{model} on {lm.target.info.device}: http://{host}:{port}/v1", file=sys.stderr)
+    address = f"[{host}]" if ":" in host else host
+    print(
+        f"{model} on {lm.target.info.device}: http://{address}:{port}/v1, "
+        f"playground at http://{address}:{port}/",
+        file=sys.stderr,
+    )
     uvicorn.run(
         app,
         host=host,

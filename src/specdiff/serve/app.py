@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 import specdiff
 from specdiff.errors import TargetError, UsageError
 from specdiff.noise import row_seed
-from specdiff.serve import payloads
+from specdiff.serve import payloads, playground
 from specdiff.serve.live import EngineStoppedError, Job, LiveEngine, QueueFullError
 from specdiff.serve.metrics import Metrics
 from specdiff.serve.protocol import (
@@ -335,6 +335,7 @@ def build(
     app.add_api_route("/health", server.health, response_model=None)
     app.add_api_route("/version", server.version)
     app.add_api_route("/metrics", server.metrics_text, response_model=None)
+    playground.mount(app)
     for kind in (RequestValidationError, Exception):
         app.add_exception_handler(kind, _failed)
     for failure in (UsageError, QueueFullError, EngineStoppedError, TargetError):
@@ -346,7 +347,8 @@ def build(
             return _answer(411, "a body needs a content-length")
         if size.isdigit() and int(size) > MAX_BODY:
             return _answer(413, f"the body has {size} bytes; at most {MAX_BODY} are read")
-        if api_key is not None and request.url.path not in OPEN_PATHS:
+        path = request.url.path
+        if api_key is not None and path not in OPEN_PATHS and not playground.is_open(path):
             sent = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(sent.encode(), api_key.encode()):
                 return _answer(401, "wrong or missing API key; send 'Authorization: Bearer KEY'")
