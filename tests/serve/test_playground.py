@@ -1,11 +1,12 @@
-# ruff: noqa: E402 (imports follow the check that the extra is installed)
 """The playground: its route and headers, and the page in Chromium, over a real server."""
 
 import re
 import shutil
 import time
+import tomllib
 from collections.abc import Iterator
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from specdiff.types import SamplingParams
 from specdiff.verify import token
 from test_lm import lm, target, tokenizer  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 STATIC = files("specdiff.serve") / "static"
 ASSETS = sorted(entry.name for entry in STATIC.iterdir())
 KEY = "secret"
@@ -68,6 +70,12 @@ def test_nothing_else_is_served_without_a_key(locked: str, path: str) -> None:
     with httpx.Client() as client:  # sends the path as it stands
         answer = client.get(httpx.URL(locked).copy_with(raw_path=path.encode()))
     assert answer.status_code in (401, 404)
+
+
+def test_the_files_are_packaged() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "serve/static/*" in project["tool"]["setuptools"]["package-data"]["specdiff"]
+    assert {"index.html", "playground.css", "playground.js"} <= set(ASSETS)
 
 
 def test_the_page_holds_no_inline_code_and_loads_nothing_from_elsewhere() -> None:
@@ -135,7 +143,7 @@ def test_an_answer_streams_with_its_rounds(lm: SpeculativeLM, page: Any, url: st
     assert page.inner_text("#status") == f"{stats.tokens} tokens in {stats.rounds} rounds."
     shares = page.locator("#position-bars .share").all_inner_texts()
     reached = zip(stats.passed, stats.reached, strict=True)
-    assert shares == [f"{100 * p / r:.0f} %" if r else "–" for p, r in reached]
+    assert shares == [f"{100 * p / r:.0f} %" if r else "\N{EN DASH}" for p, r in reached]
     assert page.locator("#bars g").count() == stats.rounds
     assert page.complaints == []
 
@@ -166,7 +174,7 @@ def test_the_answer_without_drafter_follows(lm: SpeculativeLM, page: Any, url: s
     want = plain.generate("the rain", raw=True, max_tokens=24, seed=3, temperature=0)
     assert page.text_content("#plain .text") == want.text
     assert page.inner_text("#verdict") == "Both texts are identical."
-    assert re.fullmatch(r"\d+\.\d\d×", page.inner_text("#ratio"))
+    assert re.fullmatch(r"\d+\.\d\d\N{MULTIPLICATION SIGN}", page.inner_text("#ratio"))
     assert page.complaints == []
 
 

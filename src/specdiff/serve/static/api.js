@@ -76,7 +76,9 @@ async function* lines(stream) {
       if (done) return;
       const parts = (pending + value).split("\n\n");
       pending = parts.pop();
-      for (const part of parts) yield part.replace(/^data: /, "");
+      for (const part of parts) {
+        if (part.startsWith("data: ")) yield part.slice(6); // others are comments
+      }
     }
   } finally {
     reader.cancel().catch(() => {}); // after an error event; otherwise it has ended

@@ -40,7 +40,11 @@ function request() {
     if (validity.badInput) {
       throw new ApiError(`${labels[0].textContent} must be a number.`, { param: name });
     }
-    if (value !== "") body[name] = Number(value);
+    if (value === "") continue;
+    body[name] = Number(value);
+    if (Math.abs(body[name]) > Number.MAX_SAFE_INTEGER) {
+      throw new ApiError(`${labels[0].textContent} is too large.`, { param: name });
+    }
   }
   body.seed ??= Math.floor(Math.random() * 2 ** 31); // so that both answers share it
   if (!chatting()) return { path: "v1/completions", body: { ...body, prompt: text }, text };
@@ -68,7 +72,7 @@ async function stream({ path, body }, view, observe) {
   return figures;
 }
 
-/** The answer with drafts. Returns whether it came to its end. */
+/** The answer with drafts. */
 async function answer() {
   const next = request();
   byId("plain").hidden = true;
@@ -79,12 +83,11 @@ async function answer() {
   last = null;
   showTurns(next);
   say("Answering…");
+  drafted.article.scrollIntoView({ block: "nearest" }); // it is below the form on a phone
   const figures = await stream(next, drafted, (now, rounds) => {
     timeline.add(rounds);
     showFigures(now);
-    if (!timeline.pinned) drafted.mark(-1);
-  });
-  timeline.end();
+  }).finally(() => timeline.end());
   drafted.note.textContent = `draft length ${next.body.draft_len}`;
   last = { ...next, figures };
   say(`${figures.tokens} tokens in ${figures.rounds.length} rounds.`);
@@ -93,7 +96,8 @@ async function answer() {
 
 /** The last answer's request again, without drafts. */
 async function compare() {
-  if (!last || fields.prompt.value.trim() && !same(request(), last)) await answer();
+  const edited = fields.prompt.value.trim() && last && !same(request(), last);
+  if (!last || edited) await answer();
   const { path, body, figures } = last;
   say("Answering without the drafter…");
   const other = await stream({ path, body: { ...body, draft_len: 0 } }, plain, (now) => {
@@ -105,9 +109,11 @@ async function compare() {
   say(`${figure(figures.speed, 1)} tokens per second, ${figure(other.speed, 1)} without drafter.`);
 }
 
-function same(next, previous) {
-  const key = ({ path, body }) => JSON.stringify([path, { ...body, seed: fields.seed.value && body.seed }]);
-  return key(next) === key(previous);
+/** Whether two requests differ in nothing but a random seed. */
+function same(one, other) {
+  const seed = fields.seed.value ? {} : { seed: null };
+  const [left, right] = [one, other].map(({ path, body }) => [path, { ...body, ...seed }]);
+  return JSON.stringify(left) === JSON.stringify(right);
 }
 
 function verdict(one, other, greedy) {
@@ -174,7 +180,9 @@ function showFigures(figures) {
 }
 
 function showState() {
-  for (const id of ["run", "compare", "clear"]) byId(id).setAttribute("aria-disabled", running !== null);
+  for (const id of ["run", "compare", "clear"]) {
+    byId(id).setAttribute("aria-disabled", running !== null);
+  }
   byId("stop").setAttribute("aria-disabled", running === null);
 }
 
@@ -222,7 +230,8 @@ function showLength() {
 function showMode() {
   byId("prompt-label").textContent = chatting() ? "Message" : "Prompt";
   const text = fields.prompt.value;
-  if (!text || Object.values(PROMPTS).includes(text)) fields.prompt.value = PROMPTS[fields.mode.value];
+  if (text && !Object.values(PROMPTS).includes(text)) return;
+  fields.prompt.value = PROMPTS[fields.mode.value];
 }
 
 function dark() {

@@ -99,7 +99,8 @@ export class Timeline {
     if (current < 0) return current;
     const round = this.rounds[current];
     this.scrub.value = current + 1;
-    this.scrub.setAttribute("aria-valuetext", `Round ${current + 1} of ${last + 1}: ${spoken(round)}`);
+    const name = `Round ${current + 1} of ${last + 1}`;
+    this.scrub.setAttribute("aria-valuetext", `${name}: ${spoken(round)}`);
     this.bars.querySelector(".current")?.classList.remove("current");
     this.bars.children[current].classList.add("current");
     this.detail.replaceChildren(...detail(round, current, last + 1));
@@ -170,7 +171,8 @@ function draftKind(position, accepted, tokens) {
 }
 
 function row(name, children) {
-  return element("div", "row", element("span", "faint", name), element("span", "chips", ...children));
+  const chips = element("span", "chips", ...children);
+  return element("div", "row", element("span", "faint", name), chips);
 }
 
 function chip({ text, id }, kind) {
@@ -181,8 +183,10 @@ function chip({ text, id }, kind) {
 }
 
 function times(seconds) {
-  const parts = Object.entries(seconds).map(([stage, value]) => `${stage} ${figure(value * 1000, 1)}`);
-  return element("span", "faint", `${parts.join(" · ")} ms`);
+  const parts = Object.entries(seconds).map(
+    ([stage, value]) => `${stage} ${figure(value * 1000, 1, "\u00a0ms")}`,
+  );
+  return element("span", "faint", parts.join(" · "));
 }
 
 /** A bar for each draft position. */
