@@ -21,13 +21,19 @@ from specdiff.serve.app import build
 from specdiff.serve.live import Job, LiveEngine
 from specdiff.types import SamplingParams
 from specdiff.verify import token
-from test_lm import lm, target, tokenizer  # noqa: F401
+from test_lm import target, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).parents[2]
 STATIC = files("specdiff.serve") / "static"
 ASSETS = sorted(entry.name for entry in STATIC.iterdir())
 KEY = "secret"
 IDLE = "#stop[aria-disabled=true]"
+
+
+@pytest.fixture(scope="module")
+def lm(target: Any, tokenizer: Any) -> SpeculativeLM:
+    """With a drafter that is accepted at times: greedy text of random weights repeats itself."""
+    return SpeculativeLM(target, "ngram", tokenizer, max_len=128)
 
 
 def live(lm: SpeculativeLM, pause: float = 0.0, **options: Any) -> LiveEngine:
@@ -131,16 +137,16 @@ def test_an_answer_streams_with_its_rounds(lm: SpeculativeLM, page: Any, url: st
     opened(page, url)
     assert page.input_value("#draft_len") == "3"
     page.check("[value=prompt]", force=True)
-    page.fill("#temperature", "1")
     page.click("#run")
     page.wait_for_selector("#drafted .text[aria-busy=true] span")
     page.wait_for_selector(IDLE)
-    want = lm.generate("the rain", raw=True, max_tokens=24, seed=3, draft_len=3)
+    want = lm.generate("the rain", raw=True, max_tokens=24, seed=3, temperature=0, draft_len=3)
     assert page.text_content("#drafted .text") == want.text
     stats = want.stats
+    assert stats.accepted > 0
     assert page.inner_text("#tau") == f"{stats.tau:.2f}"
     assert page.inner_text("#alpha") == f"{100 * stats.alpha:.0f} %"
-    assert page.inner_text("#status") == f"{stats.tokens} tokens in {stats.rounds} rounds."
+    assert page.inner_text("#status") == f"{stats.tokens} tokens in {stats.rounds} rounds, seed 3."
     shares = page.locator("#position-bars .share").all_inner_texts()
     reached = zip(stats.passed, stats.reached, strict=True)
     assert shares == [f"{100 * p / r:.0f} %" if r else "\N{EN DASH}" for p, r in reached]
@@ -168,7 +174,14 @@ def test_the_answer_without_drafter_follows(lm: SpeculativeLM, page: Any, url: s
     page.check("[value=prompt]", force=True)
     run(page)
     text = page.text_content("#drafted .text")
+    chunks = lm.stream("the rain", raw=True, max_tokens=24, seed=3, temperature=0, draft_len=3)
+    accepted = [chunk.text for chunk in chunks if chunk.accepted]
+    assert page.locator("#drafted .accepted").all_text_contents() == accepted != []
+    bodies: list[Any] = []
+    page.on("request", lambda request: bodies.append(request.post_data_json))
     run(page, "#compare")
+    assert [body["draft_len"] for body in bodies] == [0]
+    assert page.locator("#plain .accepted").count() == 0
     assert page.text_content("#drafted .text") == text  # the first answer is not repeated
     plain = SpeculativeLM(lm.target, "none", lm.tokenizer, max_len=128)
     want = plain.generate("the rain", raw=True, max_tokens=24, seed=3, temperature=0)
@@ -180,6 +193,7 @@ def test_the_answer_without_drafter_follows(lm: SpeculativeLM, page: Any, url: s
 
 def test_a_conversation_goes_on_and_starts_anew(lm: SpeculativeLM, page: Any, url: str) -> None:
     opened(page, url)
+    page.fill("#temperature", "1")
     run(page)
     first = page.text_content("#drafted .text")
     page.fill("#prompt", "more <b>rain</b>")
@@ -192,7 +206,7 @@ def test_a_conversation_goes_on_and_starts_anew(lm: SpeculativeLM, page: Any, ur
         {"role": "assistant", "content": first},
         {"role": "user", "content": "more <b>rain</b>"},
     ]
-    want = lm.chat(messages, max_tokens=24, seed=3, temperature=0, draft_len=3)
+    want = lm.chat(messages, max_tokens=24, seed=3, draft_len=3)
     assert page.text_content("#drafted .text") == want.text
     page.click("#clear")
     assert page.is_hidden("#turns")
@@ -257,6 +271,23 @@ def test_a_full_server_says_when_to_try_again(lm: SpeculativeLM, page: Any) -> N
         assert "Try again in 1 s." in page.inner_text("#error")
         for job in jobs:
             engine.cancel(job)
+
+
+def test_a_failure_within_a_stream_is_shown(lm: SpeculativeLM, page: Any) -> None:
+    steps: list[Any] = []
+
+    def crash(step: Any) -> None:
+        steps.append(step)
+        if len(steps) > 4:
+            raise RuntimeError("out of memory")
+
+    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_len=lm.max_len, observe=crash)
+    with running(build(lm, engine, name="tiny")) as url:
+        opened(page, url)
+        run(page)
+        assert "out of memory" in page.inner_text("#error")
+        assert page.text_content("#drafted .text")
+        assert page.get_attribute("#drafted .text", "aria-busy") == "false"
 
 
 def test_a_lost_server_is_reported(lm: SpeculativeLM, page: Any) -> None:

@@ -90,7 +90,7 @@ async function answer() {
   }).finally(() => timeline.end());
   drafted.note.textContent = `draft length ${next.body.draft_len}`;
   last = { ...next, figures };
-  say(`${figures.tokens} tokens in ${figures.rounds.length} rounds.`);
+  say(`${figures.tokens} tokens in ${figures.rounds.length} rounds, seed ${next.body.seed}.`);
   if (chatting()) remember(next);
 }
 

@@ -146,8 +146,8 @@ function spoken(round) {
   if (draft.length) parts.push(`draft ${draft.map((token) => `“${token.text}”`).join(" ")}`);
   const own = tokens[accepted];
   if (own) {
-    const rejected = draft[accepted];
-    parts.push(`the target put “${own.text}”${rejected ? ` instead of “${rejected.text}”` : ""}`);
+    const instead = draft.length > accepted ? ` instead of “${draft[accepted].text}”` : "";
+    parts.push(`the target put “${own.text}”${instead}`);
   }
   return parts.join("; ");
 }
