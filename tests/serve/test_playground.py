@@ -234,12 +234,15 @@ def test_stop_leaves_the_text_so_far(lm: SpeculativeLM, page: Any) -> None:
 )
 def test_a_refused_field_is_marked(page: Any, url: str, field: str, value: str) -> None:
     opened(page, url)
+    page.check("[value=prompt]", force=True)
+    run(page)
     page.fill(f"#{field}", value)
     run(page)
     assert page.is_visible("#error[role=alert]")
     assert field in page.inner_text("#error")
     assert page.get_attribute(f"#{field}", "aria-invalid") == "true"
     assert page.evaluate("document.activeElement.id") == field
+    assert page.inner_text("#tau") == "\N{EN DASH}"  # not the last answer's
     page.fill(f"#{field}", "1")
     run(page)
     assert page.is_hidden("#error")

@@ -79,7 +79,7 @@ async function answer() {
   byId("verdict").textContent = "";
   byId("ratio").textContent = "–";
   timeline.start(next.body.draft_len + 1);
-  showPositions(byId("positions"), []);
+  showFigures(new Figures());
   last = null;
   showTurns(next);
   say("Answering…");
