@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 import httpx
-from running import running
+from running import relay, running
 
 from specdiff import SpeculativeLM
 from specdiff.engine import Request
@@ -298,6 +298,18 @@ def test_a_lost_server_is_reported(lm: SpeculativeLM, page: Any) -> None:
         opened(page, url)
     run(page)
     assert page.inner_text("#error") == "The server cannot be reached."
+
+
+def test_a_connection_lost_within_a_stream_is_reported(lm: SpeculativeLM, page: Any) -> None:
+    with running(build(lm, live(lm, 0.2), name="tiny")) as url, relay(url) as (address, cut):
+        opened(page, address)
+        page.fill("#max_tokens", "80")
+        page.click("#run")
+        page.wait_for_selector("#drafted .text span")
+        cut()
+        page.wait_for_selector(IDLE)
+        assert page.inner_text("#error") == "The connection was lost."
+        assert page.text_content("#drafted .text")
 
 
 @pytest.mark.parametrize("width", [320, 380, 800, 1280])
