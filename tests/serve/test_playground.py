@@ -1,7 +1,6 @@
 """The playground: its route and headers, and the page in Chromium, over a real server."""
 
 import re
-import shutil
 import time
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 import httpx
+from browsing import browser, page  # noqa: F401
 from running import relay, running
 
 from specdiff import SpeculativeLM
@@ -93,31 +93,6 @@ def test_the_page_holds_no_inline_code_and_loads_nothing_from_elsewhere() -> Non
     assert not re.search(r"<style|style=|\son\w+=|<script(?![^>]*src=)", page)
     links = re.findall(r'(?:src|href)="static/([^"]+)"', page)
     assert set(links) <= set(ASSETS)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed")
-    with api.sync_playwright() as playwright:
-        one = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield one
-        one.close()
-
-
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    """A page whose console must stay silent, but for the refusals a test expects."""
-    one = browser.new_page(viewport={"width": 1280, "height": 900})
-    one.complaints = []
-    one.on("console", lambda message: one.complaints.append(message.text))
-    one.on("pageerror", lambda error: one.complaints.append(str(error)))
-    one.set_default_timeout(20_000)
-    yield one
-    assert [text for text in one.complaints if "Failed to load resource" not in text] == []
-    one.close()
 
 
 def opened(page: Any, url: str) -> None:
