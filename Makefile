@@ -1,12 +1,15 @@
 # make demo: stream an answer drafted by a diffusion model, then compare it with plain decoding.   make test: prove it.
-# make docs: write the API reference.
+# make docs: write the API reference.   make serve: an HTTP server with a playground.
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs clean
+.PHONY: demo serve test check docs clean
 
 demo: .venv/ready
 	@scripts/demo
+
+serve: .venv/ready
+	@.venv/bin/specdiff serve
 
 test: check
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal

@@ -132,10 +132,11 @@ def serve(
     )
     lifecycle.log_to_stderr()
     place = f"[{host}]" if ":" in host else host
-    url = f"http://{place}:{address.getsockname()[1]}/v1"
+    url = f"http://{place}:{address.getsockname()[1]}/"
     info = lm.target.info
     print(
-        f"{model} on {info.device}, {str(info.dtype).removeprefix('torch.')}: {url}",
+        f"{model} on {info.device}, {str(info.dtype).removeprefix('torch.')}: {url}v1, "
+        f"playground at {url}",
         file=sys.stderr,
     )
     lifecycle.run(app, engine, address, timeout=shutdown_timeout)

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 import specdiff
 from specdiff.errors import UsageError
 from specdiff.noise import row_seed
-from specdiff.serve import error_answers, payloads
+from specdiff.serve import error_answers, payloads, playground
 from specdiff.serve.choices import Choice, Limits, Reader
 from specdiff.serve.guard import Guard
 from specdiff.serve.live import Job, LiveEngine
@@ -334,6 +334,7 @@ def build(
     app.add_api_route("/health", server.health, response_model=None)
     app.add_api_route("/version", server.version)
     app.add_api_route("/metrics", server.metrics_text, response_model=None)
+    playground.mount(app)
     error_answers.register(app)
     app.add_middleware(Guard, engine=engine, api_key=api_key, hosts=hosts)
     return app

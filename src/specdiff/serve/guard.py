@@ -15,6 +15,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from specdiff.serve import playground
 from specdiff.serve.error_answers import answer, status
 from specdiff.serve.live import EngineStoppedError, LiveEngine, QueueFullError
 
@@ -87,7 +88,8 @@ class Guard:
                 421, "unknown Host header; a server without --api-key answers local names only"
             )
         path = scope["path"]
-        if self.api_key is not None and path not in OPEN_PATHS:
+        public = path in OPEN_PATHS or playground.is_open(path)
+        if self.api_key is not None and not public:
             scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(sent.strip(), self.api_key.encode())
             if scheme.lower() != b"bearer" or not right:
