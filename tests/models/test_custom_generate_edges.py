@@ -755,6 +755,6 @@ def test_threads_share_one_drafter() -> None:
         assert {type(drafter).__name__ for drafter in drafters} == {"NGramDrafter"}
     assert len(custom_generate.CACHED_DRAFTERS[target]) <= custom_generate.MOST_DRAFTERS
     for place, drafters in enumerate(lists):
-        assert [drafter.longest for drafter in drafters] == [
+        assert [drafter.sizes.stop - 1 for drafter in drafters] == [
             1 + (place + turn) % 12 for turn in range(200)
         ]  # type: ignore[attr-defined]

@@ -46,7 +46,7 @@ def data(
         int, params.option("Tokens of the corpus, prompts included.", panel=DATA)
     ] = 0,
     source: Annotated[
-        str, params.option("Where prompts come from: self, jsonl or text.", panel=DATA)
+        str, params.option("Prompts come from: self, jsonl or text.", panel=DATA)
     ] = "self",
     input_path: Annotated[
         Path | None,
