@@ -91,7 +91,7 @@ System = Annotated[str | None, option("System prompt.", panel=MODEL, variable="S
 DrafterSpec = Annotated[
     str,
     option(
-        "auto, none, ngram, cascade, sedd, folder, hub id, FILE:Class.",
+        "auto, none, ngram, cascade, sedd, a folder or FILE:Class.",
         panel=DRAFTING,
         variable="DRAFTER",
         show_default=False,
