@@ -263,6 +263,19 @@ def test_costs_are_those_of_the_number_of_rows() -> None:
     assert controller(round_of(0, 1, 1.0, rows=1)) > 0
 
 
+@pytest.mark.parametrize("seconds", [20.0, 1000.0])
+def test_one_slow_first_draft_does_not_switch_drafting_off(seconds: float) -> None:
+    """A kernel that is compiled, or pages that are read: no later request pays for them."""
+    profile = Profile(DRAFT)
+    controller = Controller(profile)
+    n = controller(None)
+    assert n > 0
+    n = controller(round_of(n, n + 1, seconds))
+    controller(round_of(n, 1, 1.0))
+    answers = [driven(Controller(profile), 48, lambda i: 5) for _ in range(4)]
+    assert share(answers[0]) > 0.7 and share(answers[-1]) > 0.9
+
+
 def test_a_fixed_length_does_lose() -> None:
     """The bounds above say something: drafting on regardless, or never, loses much more."""
 

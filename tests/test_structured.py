@@ -6,6 +6,7 @@ import pytest
 
 import specdiff
 from specdiff.errors import UsageError
+from specdiff.text.structured import LONGEST
 
 pytest.importorskip("llguidance", reason="the structured extra is not installed")
 
@@ -42,6 +43,8 @@ def test_greedy_json_is_that_of_plain_constrained_decoding(lm: specdiff.Speculat
         ({"grammar": "start: nothing"}, "grammar"),
         ({"json_schema": {"type": "object", "if": {}}}, "json_schema"),
         ({"json_schema": "{"}, "json_schema"),
+        ({"json_schema": {"a": object()}}, "json_schema"),
+        ({"grammar": "start: " + "x" * LONGEST}, "grammar"),
         ({"choice": []}, "choice"),
         ({"regex": "a", "choice": ["a"]}, "choice"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
@@ -54,3 +57,12 @@ def test_what_cannot_be_kept_is_refused(
     with pytest.raises(UsageError) as caught:
         lm.generate("the", **options)  # type: ignore[arg-type]
     assert caught.value.param == param
+
+
+@pytest.mark.real
+def test_a_deep_grammar_does_not_overflow_the_stack(lm: specdiff.SpeculativeLM) -> None:
+    """Three thousand rules, each of the next one: an ordinary thread ends the process on them."""
+    rules = [f"a{i}: a{i + 1}" for i in range(3000)]
+    deep = "\n".join(["start: a0", *rules, 'a3000: "x"'])
+    assert len(deep) < LONGEST
+    assert lm.generate("the", grammar=deep, max_tokens=4).text == "x"

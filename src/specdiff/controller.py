@@ -126,6 +126,9 @@ class Controller:
         if length != best:
             emitted = 1 + sum(accepted) / len(accepted)
             profile.loss = max(0.0, profile.loss + seconds - emitted / rates[best])
+        if not length and len(profile.rounds[rows][0]) == 1:
+            # the first draft may be slow for reasons of its own: a kernel, or pages
+            profile.loss = min(profile.loss, FIRST_LOSS * seconds)
 
     def _next(self) -> int:
         profile = self.profile

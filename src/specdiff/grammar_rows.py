@@ -49,6 +49,7 @@ class GrammarRows:
         if self.matchers:
             for row in rows.tolist():
                 self.matchers.pop(row, None)
+            self.running = [row for row in self.running if row in self.matchers]
 
     def advance(self, batch: Batch) -> None:
         """Read what the last round committed. Waits for the device once."""

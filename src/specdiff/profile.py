@@ -82,4 +82,5 @@ def interpolated(curve: Mapping[int, float], length: int) -> float:
     left = points[max(above - 1, 0)]
     right = points[max(above, 1)]
     slope = (curve[right] - curve[left]) / (right - left)
-    return curve[left] + max(slope, 0) * (length - left)
+    seconds = curve[left] + max(slope, 0) * (length - left)
+    return max(seconds, 0.5 * min(curve.values()))  # a steep line would reach zero

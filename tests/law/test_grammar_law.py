@@ -23,6 +23,7 @@ from specdiff import decode, grammar_rows, verify
 from specdiff.check.goodness_of_fit import compare, written
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.engine import Request, run
 from specdiff.errors import TargetError
 from specdiff.grammar import Grammar
 from specdiff.grammar_rows import GrammarRows
@@ -257,3 +258,30 @@ def test_a_mask_on_half_of_the_verification_is_found(
     plant(monkeypatch, Remembers)
     monkeypatch.setitem(VERIFIERS, "token", half_masked)
     assert caught()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_row_without_a_grammar_goes_on_when_the_last_grammar_has_left(rows: int) -> None:
+    """Side by side, and one after the other in the same row, with plain rounds in between."""
+    ends = SamplingParams(max_tokens=MOST, stop_token_ids=(END,))
+    plain = Request([1], SamplingParams(max_tokens=20), 2)
+    requests = [Request([1], ends, 1, grammar=grammar()), plain]
+
+    def texts(requests: list[Request], draft_len: Any) -> dict[int, list[int]]:
+        answers: dict[int, list[int]] = {}
+        outputs = run(
+            TARGET,
+            PointMasses(V),
+            requests,
+            verifier=verify.match,
+            draft_len=draft_len,
+            rows=rows,
+        )
+        for output in outputs:
+            answers.setdefault(output.request, []).extend(output.tokens)
+        return answers
+
+    lengths = itertools.cycle([3, 0])
+    both = texts(requests, lambda last: next(lengths))
+    assert both[1] == texts([plain], 3)[0]
+    assert both[0] == texts(requests[:1], 3)[0]

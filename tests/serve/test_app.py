@@ -16,6 +16,7 @@ import httpx
 import uvicorn
 
 from specdiff import SpeculativeLM
+from specdiff.drafters.ngram import NGramDrafter
 from specdiff.serve.app import build
 from specdiff.serve.guard import MAX_BODY
 from specdiff.serve.live import LiveEngine
@@ -174,3 +175,24 @@ def test_more_answers_than_ever_fit_are_refused_for_good(lm: SpeculativeLM) -> N
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "n"
     assert engine.close(60)
+
+
+def test_no_seed_with_a_drafter_that_remembers(lm: SpeculativeLM) -> None:
+    """What a request drew with a seed is no independent draft for another one with that seed."""
+    drafter = NGramDrafter(lm.target.info, memory=1000)
+    engine = LiveEngine(lm.target, drafter, token, 3, max_rows=1, max_len=128)
+    transport = httpx.ASGITransport(build(lm, engine, name="tiny"))
+
+    async def codes() -> list[int]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as one:
+            answers = [
+                await one.post("/v1/completions", json={"prompt": "the", "max_tokens": 2, **more})
+                for more in ({"seed": 3}, {"seed": 3, "temperature": 0}, {})
+            ]
+            assert answers[0].json()["error"]["param"] == "seed"
+            return [answer.status_code for answer in answers]
+
+    try:
+        assert asyncio.run(codes()) == [400, 200, 200]
+    finally:
+        assert engine.close(60)

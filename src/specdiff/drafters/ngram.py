@@ -38,9 +38,10 @@ class NGramDrafter(Drafter[NGramState]):
     (`Draft.size` 0). A round costs what its new tokens cost, whatever the length of the text.
 
     memory: number of tokens of earlier requests, prompts and answers, that are looked up too (0:
-        none). They are those of all rows and threads that use this object. The output distribution
-        does not change, but acceptance, and so timing, depends on what others wrote, and a seed
-        gives the same text under `match` and at temperature 0 only.
+        none). They are those of all rows and threads that use this object. Acceptance, and so
+        timing, depends on what others wrote. The output distribution does not change as long as no
+        two requests share a seed: what one drew with its noise is no draft for the other. Under
+        `match` and at temperature 0 a seed is safe, and gives the same text.
 
     Raises UsageError unless 1 <= shortest <= longest and memory >= 0.
     """

@@ -142,7 +142,14 @@ class Server:
         body.check_length(max(map(len, prompts)), self.lm.max_len)
         root = secrets.randbits(63) if options.seed is None else options.seed
         choices: list[Choice] = []
+        if options.seed is not None and options.sampling.temperature and not self.engine.seeded:
+            raise UsageError(
+                "this server's drafter remembers earlier requests, so a seed gives no reproducible "
+                "text above temperature 0; leave it out",
+                param="seed",
+            )
         for prompt in prompts:
+            request = self.lm.request(prompt, options, 0)
             for _ in range(body.n):
                 outputs: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -150,7 +157,8 @@ class Server:
                     loop.call_soon_threadsafe(outputs.put_nowait, output)
 
                 engine_request = replace(
-                    self.lm.request(prompt, options, row_seed(root, len(choices))),
+                    request,
+                    seed=row_seed(root, len(choices)),
                     draft_len=body.draft_len,
                     with_drafts=body.include_rounds,
                 )

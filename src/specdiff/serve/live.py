@@ -14,7 +14,7 @@ from specdiff import engine
 from specdiff.drafters.base import Drafter
 from specdiff.errors import SpecdiffError, UsageError
 from specdiff.targets.base import Target
-from specdiff.verify import Verifier
+from specdiff.verify import Verifier, match, match_gumbel
 
 CHUNK = 512  # prompt tokens read between two rounds
 
@@ -85,6 +85,11 @@ class LiveEngine:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="specdiff-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def seeded(self) -> bool:
+        """Whether requests above temperature 0 may name a seed; see `Drafter.reproducible`."""
+        return self.drafter.reproducible or self.verifier in (match, match_gumbel)
 
     @property
     def waiting(self) -> int:

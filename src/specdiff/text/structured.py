@@ -2,9 +2,11 @@
 tokenizer (llguidance)."""
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +17,12 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 Format = Literal["json_schema", "regex", "grammar", "choice"]  # options, and llguidance's names
+T = TypeVar("T")
+
+LONGEST = 1 << 16  # characters of a grammar; the masks of a longer one may take seconds
+MESSAGE = 400  # characters of the library's; a fault of its own adds a long backtrace
+STACK_BYTES = 512 << 20  # reserved, not used
+STACK = threading.Lock()
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 
@@ -42,16 +50,20 @@ class GrammarCompiler:
             raise MissingExtraError(
                 f"{option} needs an extra: pip install 'specdiff[structured]'"
             ) from error
-        text = source if isinstance(source, str) else json.dumps(source)
+        text = _text(option, source)
         tokenizer = self._tokenizer
         limits = LLParserLimits(verbose_errors=False)  # its errors would quote the text so far
+
+        def build() -> LLMatcher:
+            return LLMatcher(tokenizer, grammar_from(option, text), log_level=0, limits=limits)
+
         try:
-            matcher = LLMatcher(tokenizer, grammar_from(option, text), log_level=0, limits=limits)
+            matcher = deep(build)
         except ValueError as error:
             raise UsageError(f"{option} is not valid: {error}", param=option) from None
         if matcher.is_error():
             reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
-            raise UsageError(f"{option} is not valid: {reason}", param=option)
+            raise UsageError(f"{option} is not valid: {reason[:MESSAGE]}", param=option)
         return Grammar(matcher, -(-tokenizer.vocab_size // 32))
 
     @cached_property
@@ -72,6 +84,35 @@ class GrammarCompiler:
         return LLTokenizer(
             json.dumps(description), n_vocab=size, eos_token=list(dict.fromkeys(self.end_ids))
         )
+
+
+def deep(call: Callable[[], T]) -> T:
+    """Run `call` in a thread whose stack holds a deeply nested grammar of LONGEST characters.
+
+    The library recurses, and the stack of an ordinary thread ends with the process.
+    """
+    with STACK:  # its size is that of all new threads
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            pool = ThreadPoolExecutor(1)
+            result = pool.submit(call)  # starts the thread
+        finally:
+            threading.stack_size(usual)
+    with pool:
+        return result.result()
+
+
+def _text(option: Format, source: Any) -> str:
+    """The source of a grammar as the library reads it. Raises UsageError."""
+    try:
+        text = source if isinstance(source, str) else json.dumps(source)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{option} is not valid JSON ({error})", param=option) from None
+    if len(text) > LONGEST:
+        raise UsageError(
+            f"{option} has {len(text)} characters; at most {LONGEST} are compiled", param=option
+        )
+    return text
 
 
 def structure(options: Mapping[str, Any]) -> tuple[Format, Any] | None:
