@@ -1,6 +1,7 @@
 """Requests with draft lengths of their own keep the target's law, next to requests without."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,19 @@ PASSES = 1e-3 / (4 * 5 * len(VERIFIERS) + 2)
 CAUGHT = 1e-6
 
 
+def outputs(
+    drafter: str, verifier: str, requests: list[engine.Request], rows: int
+) -> Iterator[engine.RequestOutput]:
+    return engine.run(
+        TARGET,
+        DRAFTERS[drafter],
+        requests,
+        verifier=VERIFIERS[verifier],
+        draft_len=DRAFTERS[drafter].draft_len,
+        rows=rows,
+    )
+
+
 def sample(drafter: str, verifier: str, count: int) -> dict[int | None, list[list[int]]]:
     """Texts by the request's limit; requests of all limits share the rows."""
     requests = [
@@ -26,15 +40,7 @@ def sample(drafter: str, verifier: str, count: int) -> dict[int | None, list[lis
         for seed in range(count)
     ]
     texts: dict[int, list[int]] = defaultdict(list)
-    drafter_ = DRAFTERS[drafter]
-    for output in engine.run(
-        TARGET,
-        drafter_,
-        requests,
-        verifier=VERIFIERS[verifier],
-        draft_len=drafter_.draft_len,
-        rows=256,
-    ):
+    for output in outputs(drafter, verifier, requests, rows=256):
         limit = requests[output.request].draft_len
         assert limit is None or output.drafted <= limit
         texts[output.request] += output.tokens
@@ -99,15 +105,7 @@ def test_a_limit_of_0_is_plain_decoding_in_any_batch(verifier: str) -> None:
             for seed in range(64)
         ]
         texts: list[list[int]] = [[] for _ in requests]
-        drafter_ = DRAFTERS[drafter]
-        for output in engine.run(
-            TARGET,
-            drafter_,
-            requests,
-            verifier=VERIFIERS[verifier],
-            draft_len=drafter_.draft_len,
-            rows=8,
-        ):
+        for output in outputs(drafter, verifier, requests, rows=8):
             texts[output.request] += output.tokens
         return texts
 

@@ -62,7 +62,7 @@ class GrammarCompiler:
         except ValueError as error:
             raise UsageError(f"{option} is not valid: {error}", param=option) from None
         if matcher.is_error():
-            reason = matcher.get_error().removesuffix("<non-verbose/>").strip()
+            reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
             raise UsageError(f"{option} is not valid: {reason[:MESSAGE]}", param=option)
         return Grammar(matcher, -(-tokenizer.vocab_size // 32))
 
