@@ -15,6 +15,7 @@ from specdiff.drafters import autoregressive as module
 from specdiff.drafters.autoregressive import AutoregressiveDrafter, autoregressive
 from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.errors import ConfigError, DrafterError, UnknownNameError, UsageError, WeightsError
+from specdiff.models import packed
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw
@@ -666,3 +667,41 @@ def test_sampled_text_through_every_verifier() -> None:
             )
             == plain
         )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_a_bfloat16_target_packs_its_drafter(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = info(dtype=torch.bfloat16)
+    assert half.embedding is not None and half.head is not None
+    half = replace(half, embedding=half.embedding.bfloat16(), head=half.head.bfloat16())
+    ours = dict(SHAPES[shape])
+
+    def drafter() -> AutoregressiveDrafter:
+        model = network(**ours)
+        if model.draft_ids is not None:
+            model.draft_ids.copy_(torch.arange(len(model.draft_ids)))
+        model.net.to(torch.bfloat16)
+        return AutoregressiveDrafter(model, half)
+
+    plain = drafter()
+    monkeypatch.setattr(packed, "LARGE", 1)
+    rounded = drafter()
+    layers = [m for m in rounded.model.modules() if isinstance(m, packed.Int8Linear)]
+    assert rounded.model.net.get_output_embeddings() in layers
+    assert len(layers) == 2 * 7 + 1  # both layers, and the head
+    assert not any(isinstance(m, packed.Int8Linear) for m in plain.model.modules())
+    batch = Batch.of(
+        list(PROMPTS), [SamplingParams(max_tokens=8, temperature=1.0)] * 3, [0, 1, 2], slots=40
+    )
+    rows = torch.arange(3)
+    q = []
+    for one in (plain, rounded):
+        state = one.open(3, 40)
+        context = Context(batch, None, torch.zeros_like(batch.length), None)
+        one.admit(state, context, rows)
+        draft = one.propose(context, state, Noise.of(batch), 1)
+        assert draft.probs is not None
+        q.append(draft.probs)
+    distance = (q[0] - q[1]).abs().sum(-1) / 2
+    assert 0 < float(distance.max()) < 0.1

@@ -10,8 +10,8 @@ from torch import Tensor
 import tiny
 from specdiff import decode
 from specdiff.drafters.block import BlockDrafter
+from specdiff.models import packed
 from specdiff.models.packed import Int8Linear
-from specdiff.nn import block as nn_block
 from specdiff.noise import Noise
 from specdiff.types import Context, Draft
 from specdiff.verify import VERIFIERS
@@ -95,17 +95,17 @@ def test_a_bfloat16_target_packs_its_drafter(monkeypatch: pytest.MonkeyPatch) ->
     )
     plain = BlockDrafter(tiny.block(), info).network
     assert plain.read_out is None  # too small to gain
-    monkeypatch.setattr(nn_block, "LARGE", 1)
-    packed = BlockDrafter(tiny.block(), info).network
-    layers = [m for m in packed.modules() if isinstance(m, Int8Linear)]
-    assert packed.read_out in layers and len(layers) > 2 * 7  # both layers, fc, direct, head
+    monkeypatch.setattr(packed, "LARGE", 1)
+    rounded = BlockDrafter(tiny.block(), info).network
+    layers = [m for m in rounded.modules() if isinstance(m, Int8Linear)]
+    assert rounded.read_out in layers and len(layers) > 2 * 7  # both layers, fc, direct, head
     x = torch.randn(1, 5, tiny.WIDTH, generator=torch.Generator().manual_seed(0)).bfloat16()
     ids = torch.tensor([[4, 9]])
-    slots = [net.slots(ids, x[:, :2], K)[0] for net in (plain, packed)]
+    slots = [net.slots(ids, x[:, :2], K)[0] for net in (plain, rounded)]
     mask = torch.ones(1, 1, K, 5 + K, dtype=torch.bool)
     at = torch.arange(5 + K)[None].expand(2, -1)
     q = []
-    for net, entered in zip((plain, packed), slots, strict=True):
+    for net, entered in zip((plain, rounded), slots, strict=True):
         states = net(entered, net.context(x.expand(2, -1, -1)), at, mask)
         bias = net.markov(ids.T.expand(-1, K))
         assert bias is not None

@@ -20,8 +20,10 @@ from specdiff.drafters.denoising import checked_temperature, drafted, tempered
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
+from specdiff.models.packed import Int8Linear, large, pack_large, packs_drafters
 from specdiff.models.ragged import RaggedModel
 from specdiff.models.self_test import self_test
+from specdiff.nn.borrowed import BorrowedHead
 from specdiff.nn.linear import stream_weights
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
@@ -76,6 +78,11 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
             model.borrow(target.embedding, target.head)
         stream_weights(model)
         self.model = model.to(target.device).eval()
+        if packs_drafters(target.device, target.dtype):
+            pack_large(model.net)
+            head = model.net.get_output_embeddings()
+            if isinstance(head, BorrowedHead) and large(head.weight):
+                model.net.set_output_embeddings(Int8Linear(head.weight))
         self.device = target.device
         self.vocab_size = target.vocab_size
         try:

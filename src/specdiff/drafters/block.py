@@ -19,7 +19,7 @@ from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import checked_temperature, drafted, tempered
 from specdiff.errors import DrafterError
 from specdiff.models.cache import RaggedCache
-from specdiff.models.packed import Int8Linear
+from specdiff.models.packed import Int8Linear, large, pack_large, packs_drafters
 from specdiff.nn.block import BlockNetwork
 from specdiff.nn.block_masks import layer_masks
 from specdiff.noise import Noise, Purpose
@@ -69,10 +69,10 @@ class BlockDrafter(Drafter[BlockState]):
                     f"which {target.name!r} does not offer"
                 )
             self.network.borrow(target.embedding, target.head)
-        if target.device.type == "cpu" and target.dtype == torch.bfloat16:
-            # A draft reads every weight for a few rows: at 8 bits each it takes half as long.
-            # `probs` are those of the rounded weights, so nothing changes for the verifier.
-            self.network.pack(Int8Linear)
+        if packs_drafters(target.device, target.dtype):
+            pack_large(self.network)
+            if large(self.network.head):
+                self.network.read_out = Int8Linear(self.network.head)
         self.config = config
         self.taps = config.taps
         self.draft_len = config.draft_len

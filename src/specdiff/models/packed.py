@@ -27,6 +27,7 @@ FORMS = ("int8", "int4")  # that the weights of any model can be rounded to
 GROUP = 32
 OUTPUTS = 16  # the int4 kernel's outputs come in multiples of it
 INNER_TILES = 2  # an argument that the CPU kernel ignores
+LARGE = 1 << 16  # entries of a drafter's matrix that is worth packing
 FEWEST = 32  # outputs; a router or a gate has fewer, is small, and suffers most from rounding
 
 
@@ -194,6 +195,27 @@ def quantize(model: PreTrainedModel, form: str) -> None:
             f"this {model.config.model_type} model has no linear layer of a multiple of {GROUP} "
             f"inputs, so it cannot be computed in {form}; load it with quantize='none'"
         )
+
+
+def packs_drafters(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a drafter's large matrices are packed next to a target of this device and dtype.
+
+    A draft reads every weight for a few rows: at 8 bits each it takes half as long. A drafter's
+    `probs` are those of the rounded weights, so nothing changes for the verifier.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16
+
+
+def pack_large(network: nn.Module) -> None:
+    """Round the large linear layers of a drafter's network to 8 bits, in place."""
+    for name, module in [*network.named_modules()]:
+        if type(module) is nn.Linear and large(module.weight):
+            network.set_submodule(name, Int8Linear(*matrix(module)))
+
+
+def large(weight: Float[Tensor, "O I"]) -> bool:
+    """Whether a drafter's matrix is worth packing, and can be."""
+    return weight.numel() >= LARGE and weight.shape[1] % GROUP == 0
 
 
 def packable(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:

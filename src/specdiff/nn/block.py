@@ -10,7 +10,7 @@ Shapes: B rows, L context positions, Q slots of this call (all blocks of a row),
 positions, H width, T tapped layers, C columns of the logits (draft vocabulary), R Markov rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +26,6 @@ from specdiff.nn.block_config import BlockConfig as BlockConfig
 from specdiff.nn.borrowed import check_tables, head_rows
 from specdiff.nn.ddit import KeyValueStore, rotate
 from specdiff.nn.linear import linear
-
-LARGE = 1 << 16  # entries of a matrix that is worth packing
-GROUP = 32  # its inputs come in multiples of it
 
 
 class Attention(nn.Module):
@@ -160,7 +157,7 @@ class BlockNetwork(nn.Module):
     draft_vocab: Tensor
     embedding: Tensor
     head: Tensor
-    read_out: nn.Module | None  # the head, once it is packed
+    read_out: nn.Module | None  # in place of the head, if it is set
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
@@ -234,17 +231,6 @@ class BlockNetwork(nn.Module):
         if not self.config.own_head:
             self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
         return self
-
-    def pack(self, packed: Callable[[Float[Tensor, "O I"]], nn.Module]) -> None:
-        """Compute the large products with `packed(matrix)`, the read-out included.
-
-        For inference: such layers have no gradient. Call `borrow` before.
-        """
-        for name, module in [*self.named_modules()]:
-            if type(module) is nn.Linear and _packable(module.weight):
-                self.set_submodule(name, packed(module.weight.detach()))
-        if _packable(self.head):
-            self.read_out = packed(self.head)
 
     def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
         """Target features -> what attention and the direct path read."""
@@ -329,7 +315,3 @@ class BlockNetwork(nn.Module):
             inputs = torch.cat([states, vector.to(states.dtype)], dim=-1)
         logit: Tensor = self.confidence_head.proj(inputs.to(self.confidence_head.proj.weight.dtype))
         return logit[..., 0].float().sigmoid()
-
-
-def _packable(matrix: Float[Tensor, "O I"]) -> bool:
-    return matrix.numel() >= LARGE and matrix.shape[1] % GROUP == 0
