@@ -5,11 +5,8 @@ A drafter spec is a built-in name, a folder or hub id of a trained drafter, or `
 `Class(target.info, **json)`. `cascade:SPEC` puts prompt lookup before any of these.
 """
 
-import importlib
-import importlib.util
 import json
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -24,6 +21,7 @@ from specdiff.drafters.ngram import NGramDrafter
 from specdiff.errors import ConfigError, DrafterError, SpecdiffError, UnknownNameError, UsageError
 from specdiff.targets.base import Target
 from specdiff.types import TargetInfo
+from specdiff.user_code import attribute, built
 from specdiff.verify import Verifier
 from specdiff.verify import verifier as builtin_verifier
 from specdiff.weights import CONFIG, locate, read_config
@@ -155,7 +153,7 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
             )
         return NoDrafter()
     if spec == "ngram":
-        return _call(partial(NGramDrafter, info), config, spec)
+        return built(partial(NGramDrafter, info), config, spec)
     if spec in TRAINED:
         folder = _bundled_for(info).get(spec)
         if folder is None:
@@ -193,8 +191,8 @@ def _cascade(inner: str, info: TargetInfo, options: Mapping[str, Any]) -> Drafte
         )
     own = {name: value for name, value in options.items() if name in CASCADE_OPTIONS}
     others = {name: value for name, value in options.items() if name not in own}
-    built = drafter(spec, info, others)
-    return _call(partial(CascadeDrafter, info, built), own, f"cascade:{spec}")
+    inner_drafter = drafter(spec, info, others)
+    return built(partial(CascadeDrafter, info, inner_drafter), own, f"cascade:{spec}")
 
 
 def _may_be_hub_id(spec: str) -> bool:
@@ -244,11 +242,11 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
     if _kind(config) == "block":
         from specdiff.drafters.block import block
 
-        return _call(partial(block, info, folder), options, str(folder))
+        return built(partial(block, info, folder), options, str(folder))
     if _kind(config) == "sedd":
         from specdiff.drafters.sedd import sedd
 
-        return _call(partial(sedd, info, folder, same_ids), options, str(folder))
+        return built(partial(sedd, info, folder, same_ids), options, str(folder))
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -259,7 +257,7 @@ def _trained(folder: Path, info: TargetInfo, options: Mapping[str, Any]) -> Draf
         )
     from specdiff.drafters.autoregressive import autoregressive
 
-    return _call(partial(autoregressive, info, folder, same_ids), options, str(folder))
+    return built(partial(autoregressive, info, folder, same_ids), options, str(folder))
 
 
 def _same_ids(folder: Path, info: TargetInfo, size: int) -> bool:
@@ -311,10 +309,10 @@ def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> 
         ) from None
     if not isinstance(arguments, dict):
         raise UsageError(f"the options of drafter {head}:{name} must be a JSON object, not {text}")
-    factory = _attribute(head, name)
+    factory = attribute(head, name)
     if not callable(factory):
         raise DrafterError(f"{head}:{name} is a {type(factory).__name__}, not a Drafter class")
-    drafter = _call(partial(factory, info), arguments | options, f"{head}:{name}")
+    drafter = built(partial(factory, info), arguments | options, f"{head}:{name}")
     if not isinstance(drafter, Drafter):
         raise DrafterError(
             f"{head}:{name} gave a {type(drafter).__name__}, not a specdiff Drafter; "
@@ -331,7 +329,7 @@ def verifier(spec: str) -> Verifier:
     head, _, name = spec.partition(":")
     if not name:
         return builtin_verifier(spec)
-    function = _attribute(head, name)
+    function = attribute(head, name)
     if not callable(function):
         raise UsageError(
             f"{spec} is a {type(function).__name__}, not a verifier: "
@@ -343,7 +341,7 @@ def verifier(spec: str) -> Verifier:
 def custom_target(spec: str) -> Target[Any]:
     """`module:Class` / `./file.py:Class`, called without arguments. Runs the user's own code."""
     head, _, name = spec.partition(":")
-    factory = _attribute(head, name)
+    factory = attribute(head, name)
     if not callable(factory):
         raise UsageError(f"{spec} is a {type(factory).__name__}, not a Target class")
     target = factory()
@@ -365,62 +363,3 @@ def target_of(spec: str) -> str | None:
     path = Path(spec).expanduser()
     targets = read_config(path).get("targets") if path.is_dir() else None
     return str(targets[0]) if isinstance(targets, list) and targets else DEFAULT_MODEL
-
-
-def _attribute(head: str, name: str) -> Any:
-    """The attribute `name` of a module or file."""
-    module = _import_file(Path(head)) if head.endswith(".py") else _import_module(head)
-    value = getattr(module, name, None)
-    if value is None:
-        raise UnknownNameError(f"{head} defines no {name!r}")
-    return value
-
-
-def _import_file(path: Path) -> Any:
-    file = path.expanduser()
-    if not file.is_file():
-        raise UnknownNameError(f"no drafter file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(f"specdiff_drafter_{path.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickling look a class's module up by name
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise DrafterError(
-            f"the drafter file {path} raised {type(error).__name__} while being imported: {error}"
-        ) from error
-    return module
-
-
-def _import_module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UnknownNameError(
-            f"no module {error.name!r} (from the drafter {name}:...); is it installed, "
-            "or did you mean a ./file.py?"
-        ) from error
-    except Exception as error:
-        raise DrafterError(
-            f"the module {name} raised {type(error).__name__} while being imported: {error}"
-        ) from error
-
-
-def _call(build: Any, options: Mapping[str, Any], name: str) -> Drafter[Any]:
-    try:
-        drafter: Drafter[Any] = build(**options)
-    except SpecdiffError:
-        raise
-    except TypeError as error:
-        if options and "argument" in str(error):
-            raise UsageError(
-                f"drafter {name} does not take these options ({error}): "
-                f"{json.dumps(dict(options), default=str)}"
-            ) from error
-        raise DrafterError(f"drafter {name} raised TypeError while being built: {error}") from error
-    except Exception as error:
-        raise DrafterError(
-            f"drafter {name} raised {type(error).__name__} while being built: {error}"
-        ) from error
-    return drafter
