@@ -217,6 +217,27 @@ def test_a_row_may_draft_anything_while_others_are_done() -> None:
     assert ends == {0: "length", 1: "length"}
 
 
+def test_options_of_requests_that_ended_cost_nothing(target: Target[Any]) -> None:
+    """Long greedy rows need no distribution once the short sampled one between them has ended."""
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    sampled = SamplingParams(max_tokens=2, temperature=0.8, top_k=5, logprobs=2)
+    queue = [Request([3, 1, i], p, i) for i, p in enumerate((greedy, sampled, greedy))]
+    seen = []
+
+    class Noted(TargetWrapper[Any]):
+        def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+            seen.append(batch.params)
+            return self.inner.score(cache, batch, draft)
+
+    tokens, *_ = served(Noted(target), NoDrafter(), queue, draft_len=0, rows=3)
+    assert [p.all_greedy for p in seen] == [False] * 2 + [True] * 10
+    assert [p.logprobs for p in seen] == [2] * 2 + [None] * 10
+    assert all(("top_k" in p.active) is (i < 2) for i, p in enumerate(seen))
+    for i, request in enumerate(queue):
+        alone, *_ = served(target, NoDrafter(), [request], draft_len=0, rows=1)
+        assert tokens[i] == alone[0]
+
+
 def test_the_draft_length_may_change_between_rounds() -> None:
     """Under `match` a rule that switches drafting off and on leaves the text alone."""
     table, queue = TableTarget.random(5, seed=3), requests(40, 5)

@@ -118,10 +118,12 @@ class Rows:
         return length, torch.tensor(most, device=self.device)
 
     def release(self, rows: Sequence[int]) -> None:
-        if rows:
-            decode.release(self.state, torch.tensor(rows, device=self.device))
+        if not rows:
+            return
+        decode.release(self.state, torch.tensor(rows, device=self.device))
         for row in rows:
             self.slots[row] = None
+        self._count_running()
 
     def drop(self, requests: Sequence[int]) -> None:
         """Forget requests whose prompts are still being read."""
@@ -190,6 +192,13 @@ class Rows:
         self._prefill(places)
         for row, slot, _ in joined:
             self.slots[row] = slot
+        self._count_running()
+
+    def _count_running(self) -> None:
+        """Let the options of requests that have ended cost nothing."""
+        params = [slot.request.params for slot in self.slots if slot is not None]
+        batch = self.state.batch
+        self.state.batch = replace(batch, params=batch.params.used_by(params))
 
     def _suspend(self) -> None:
         """Keep the rounds away from the rows that are being read.
@@ -209,6 +218,7 @@ class Rows:
             length=batch.length.index_copy(0, *places),
             done=batch.done.index_fill(0, places[0], True),
         )
+        self._count_running()
         state.context = replace(state.context, batch=state.batch)
 
     def _prefill(self, places: Sequence[tuple[int, int]]) -> None:
