@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from specdiff import bench
-from specdiff.bench import figures, report, results, sweeps
+from specdiff.bench import drawing, figures, report, results, sweeps
 from specdiff.bench.journal import parse
 from specdiff.bench.metrics import Speedup
 from specdiff.errors import MissingExtraError, UsageError
@@ -130,7 +130,7 @@ def test_figures_are_xml_in_the_colors_of_the_page(page: str) -> None:
         root = ElementTree.fromstring(text)
         assert root.get("role") == "img" and len(root.get("aria-label", "")) > 30
         assert "currentColor" in text
-        for color in (figures.INK, figures.GRID, "#000000", "#ffffff"):
+        for color in (drawing.INK, drawing.GRID, "#000000", "#ffffff"):
             assert color not in text
 
 
@@ -149,12 +149,12 @@ def test_a_name_cannot_leave_its_figure() -> None:
 def test_no_text_is_cut_off_or_covers_another(name: str, temperatures: tuple[float, ...]) -> None:
     every = synthetic.part()["cells"]
     cells = [c for c in every if c["temperature"] in temperatures or c["stage"] == "batch"]
-    with figures.style():
-        drawing = DRAWS[name](synthetic.part_result(cells=cells))
-        assert isinstance(drawing, figures.Drawing)
-        boxes = texts(drawing)
+    with drawing.style():
+        figure = DRAWS[name](synthetic.part_result(cells=cells))
+        assert isinstance(figure, drawing.Drawing)
+        boxes = texts(figure)
         assert len(boxes) > 5
-        edge = drawing.figure.bbox
+        edge = figure.figure.bbox
         for text, box in boxes:
             assert box.x0 >= edge.x0 and box.y0 >= edge.y0, f"{text!r} is cut off"
             assert box.x1 <= edge.x1 and box.y1 <= edge.y1, f"{text!r} is cut off"
@@ -163,17 +163,17 @@ def test_no_text_is_cut_off_or_covers_another(name: str, temperatures: tuple[flo
             assert not a.overlaps(b), f"{text!r} covers {other!r}"
 
 
-def texts(drawing: figures.Drawing) -> list[tuple[str, Any]]:
+def texts(sheet: drawing.Drawing) -> list[tuple[str, Any]]:
     """Every visible text and its box, slightly shrunk."""
-    canvas = FigureCanvasAgg(drawing.figure)
+    canvas = FigureCanvasAgg(sheet.figure)
     canvas.draw()
     hidden = {
         id(text)
-        for axes in drawing.figure.axes
+        for axes in sheet.figure.axes
         if not axes.get_visible()
         for text in axes.findobj(Text)
     }
-    for axis in (axis for axes in drawing.figure.axes for axis in (axes.xaxis, axes.yaxis)):
+    for axis in (axis for axes in sheet.figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
         beyond = [
             t
@@ -183,7 +183,7 @@ def texts(drawing: figures.Drawing) -> list[tuple[str, Any]]:
         hidden |= {id(label) for tick in beyond for label in (tick.label1, tick.label2)}
     visible = [
         t
-        for t in drawing.figure.findobj(Text)
+        for t in sheet.figure.findobj(Text)
         if t.get_visible() and t.get_text().strip() and id(t) not in hidden
     ]
     return [

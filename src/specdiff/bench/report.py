@@ -204,17 +204,17 @@ def figures(part: PartResult, name: str) -> Iterator[FigureView]:
     Raises MissingExtraError.
     """
     try:
+        from specdiff.bench import drawing, sweeps
         from specdiff.bench import figures as bars
-        from specdiff.bench import sweeps
     except ImportError as error:
         raise _missing(str(error.name).partition(".")[0]) from None
-    with bars.style():
+    with drawing.style():
         for kind, (title, caption) in CAPTIONS.items():
-            drawing = (bars.DRAWS | sweeps.DRAWS)[kind](part)
-            if isinstance(drawing, str):
-                yield FigureView(title, caption, None, drawing)
+            figure = (bars.DRAWS | sweeps.DRAWS)[kind](part)
+            if isinstance(figure, str):
+                yield FigureView(title, caption, None, figure)
             else:
-                yield FigureView(title, caption, bars.inline(drawing, f"{name}-{kind}"), None)
+                yield FigureView(title, caption, drawing.inline(figure, f"{name}-{kind}"), None)
 
 
 def _by_prompt(outputs: Sequence[Output]) -> list[tuple[str, list[Output]]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from specdiff import environment
 from specdiff.bench import costs, experiment, suites
-from specdiff.bench.experiment import LOADING, DrafterSetting, Experiment, take_turn, tune
+from specdiff.bench.experiment import LOADING, DrafterSetting, Experiment
 from specdiff.bench.journal import (
     BaselineStatus,
     FailureRecord,
@@ -36,6 +36,7 @@ from specdiff.bench.settings import (
     Cell,
     Part,
 )
+from specdiff.bench.turns import take_turn, tune
 
 RESUMED = "resumed"  # how notes of a resumed run begin
 ALTERNATIONS = 5  # turns that a ratio needs at least

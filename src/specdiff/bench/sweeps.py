@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 
 from specdiff.bench.costs import DraftCost, TargetCost
-from specdiff.bench.figures import (
+from specdiff.bench.drawing import (
     DASHES,
     INK,
     MARKERS,
