@@ -2,6 +2,7 @@
 cell leaves the others alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,23 @@ def test_the_fastest_is_known_even_where_nothing_is_to_be_tuned(
     loaded.rates["small", 0.0] = 1.0
     loaded.rates["ngram", 0.0] = 2.0
     assert runner.main_cells(loaded, 0.0)[-1].baseline == "ngram"
+
+
+def test_the_default_drafter_runs_at_the_default_length(
+    settings: Make, part: Make, drafters: dict[str, str]
+) -> None:
+    """It is not tuned, and where the cascade is the fastest it is not measured twice."""
+    plain = Baseline("ours-vanilla", "ours", "none")
+    ngram = Baseline("ngram", "ours", "ngram")
+    default = Baseline("auto", "ours", f"cascade:{drafters['sedd']}", draft_len="auto")
+    loaded = load(settings(sweeps=True), part(plain, ngram, default))
+    keys = [u.key for u in runner.units(loaded)]
+    assert not any(key.endswith("/auto") for key in keys)
+    cells = [(c.baseline, c.draft_len) for c in runner.main_cells(loaded, 0.0)]
+    assert cells == [("ours-vanilla", None), ("ngram", 2), ("auto", "auto"), ("ngram", "auto")]
+    loaded.part = replace(loaded.part, baselines=(plain, replace(ngram, spec="cascade"), default))
+    assert [c.baseline for c in runner.main_cells(loaded, 0.0)] == ["ours-vanilla", "ngram", "auto"]
+    assert {c.baseline for c in runner.sweep_cells(loaded, 0.0)} == {"ours-vanilla"}
 
 
 def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) -> None:

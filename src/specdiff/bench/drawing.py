@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from specdiff.bench.metrics import CellResult
 from specdiff.bench.results import PartResult
-from specdiff.bench.settings import ASSISTED, HF, LLAMA_CPP, LOOKUP, VANILLA
+from specdiff.bench.settings import ASSISTED, AUTO, DFLASH, HF, LLAMA_CPP, LOOKUP, VANILLA
 
 INK = "#010203"  # a stand-in, which the page's own color replaces
 GRID = "#040506"
@@ -50,10 +50,14 @@ COLORS = {
     VANILLA: "#56b4e9",
     "autoregressive": "#d55e00",
     "sedd": "#009e73",
+    "block": "#0f7cc0",
     "ngram": "#a6862d",
+    "cascade": "#5f9e1f",
+    AUTO: "#d0508a",
+    DFLASH: "#b59adf",
     LLAMA_CPP: "#7a78c8",
 }
-MORE_COLORS = ("#7a78c8", "#0f7cc0", "#b5541c", "#5f9e1f", "#d0508a")
+MORE_COLORS = ("#7a78c8", "#b5541c", "#3aa5a5", "#c0a000", "#a04fb0")
 MARKERS = "osD^vPX*<>"
 DASHES = ("-", "--", ":", "-.")
 

@@ -43,7 +43,7 @@ from specdiff.types import TargetInfo
 
 # transformers raises all kinds of the last three
 LOADING = (specdiff.SpecdiffError, OSError, RuntimeError, ValueError, MemoryError)
-DrafterSetting = tuple[int | None, int | None]  # draft length, steps
+DrafterSetting = tuple[int | str | None, int | None]  # draft length, steps
 
 
 @dataclass(slots=True)
@@ -83,7 +83,8 @@ class Experiment:
         settings = self.settings
         if baseline.kind in (HF, ASSISTED, DFLASH, *PEERS) or baseline.spec == "none":
             return [(None, None)]
-        lengths = settings.gammas if baseline.draft_len is None else (baseline.draft_len,)
+        fixed = baseline.draft_len
+        lengths: tuple[int | str, ...] = settings.gammas if fixed is None else (fixed,)
         if not self.takes_steps(baseline):
             return [(n, None) for n in lengths]
         steps = settings.steps if settings.sweeps else settings.steps[:1]

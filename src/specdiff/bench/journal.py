@@ -62,7 +62,7 @@ class PartRecord:
 class TuningPoint:
     """One setting of a baseline's grid, and its speed or why it has none."""
 
-    draft_len: int | None
+    draft_len: int | str | None
     steps: int | None
     tokens_per_second: float | None
     why: str | None
