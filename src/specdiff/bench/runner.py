@@ -104,7 +104,7 @@ def read(part: Part, settings: BenchSettings) -> list[suites.PromptText]:
     """A part's prompts. Raises UsageError naming file and line, or what a data set lacks."""
     if part.texts is not None:
         return suites.spread(part.texts, settings.prompts)
-    return suites.read(part.suite, settings.prompts)
+    return suites.read(part.suite, settings.prompts, settings.per_task)
 
 
 def _add_part(journal: Journal, part: Part, record: PartRecord) -> dict[str, Any]:

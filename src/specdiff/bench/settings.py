@@ -48,6 +48,7 @@ class BenchSettings:
     temperatures: tuple[float, ...] = (0.0, 1.0)
     max_tokens: int = 64
     prompts: int | None = None
+    per_task: int | None = None
     times: int = 1
     batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     gammas: tuple[int, ...] = (2, 4, 8, 16)
@@ -72,7 +73,7 @@ class BenchSettings:
         for name in ("batch", "gammas", "steps", "contexts", "widths"):
             for value in getattr(self, name):
                 _require(name, value, value >= 1, "whole numbers of at least 1")
-        for name in ("max_tokens", "times", "prompts", "draft_len"):
+        for name in ("max_tokens", "times", "prompts", "per_task", "draft_len"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 1, "at least 1")
         for name in ("temperatures", "batch", "gammas", "steps"):

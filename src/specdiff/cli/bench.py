@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from specdiff.bench.settings import BenchSettings, Part
 
 RUN = "Run"  # a panel of --help
-SUITES = "embedded (default), paper, or jsonl|humaneval|gsm8k:FILE."
+SUITES = "embedded (default), paper, or KIND:FILE, such as jsonl:FILE."
 SAVE_SECONDS = 10  # between two writes of the files while measuring
 QUICK: dict[str, Any] = {
     "prompts": 5,
@@ -81,6 +81,9 @@ def bench(
     ] = None,
     prompts: Annotated[
         int | None, params.option("Number of prompts, over all tasks (default: all).", panel=RUN)
+    ] = None,
+    per_task: Annotated[
+        int | None, params.option("Number of prompts of each task.", panel=RUN)
     ] = None,
     times: Annotated[
         int | None, params.option("Turns per prompt; at least 5 turns in all.", panel=RUN)
@@ -148,6 +151,7 @@ def bench(
         "steps": _numbers("--steps", steps, int),
         "max_tokens": max_tokens,
         "prompts": prompts,
+        "per_task": per_task,
         "times": times,
     }
     fixed = {
