@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from specdiff import bench
-from specdiff.bench import drawing, figures, report, results, sweeps
+from specdiff.bench import details, drawing, figures, report, results, sweeps
 from specdiff.bench.journal import parse
 from specdiff.bench.metrics import Speedup
 from specdiff.errors import MissingExtraError, UsageError
@@ -99,6 +99,20 @@ def test_every_section_is_there(page: str) -> None:
         "slower",
     ):
         assert phrase in text, phrase
+
+
+def test_details_and_the_table_for_a_page() -> None:
+    part = synthetic.part_result()
+    lines = {(row["baseline"], row["T"], row["K"]): row for row in details.rows(part)}
+    sedd = lines["sedd", "1", "4"]
+    assert sedd["accepted by position"] == "0.80 0.74 0.69 0.64"
+    assert float(sedd["draft"]) == pytest.approx(1000 * 0.2 / 34, abs=0.01)
+    assert ("hf", "0", "") not in lines and lines["ours-vanilla", "0", ""]["draft"] == "0.00"
+    text = "\n".join(details.markdown(synthetic.results()))
+    assert "| 0 | `sedd`, K=4 | 1.36x (1.16-1.56) | 1.70x" in text
+    assert "0.84x (0.71-0.97), a slow-down" in text and "A processor, 2 threads" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {len(details.COLUMNS) + 1}
 
 
 def test_the_page_is_sound_and_stands_alone(page: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdiff import files
-from specdiff.bench import results, table
+from specdiff.bench import details, results, table
 from specdiff.bench.metrics import CellResult, Speedup
 from specdiff.bench.results import BenchResults, Output, PartResult
 from specdiff.bench.settings import ASSISTED, DFLASH, HF, LOOKUP, VANILLA
@@ -111,6 +111,7 @@ class PartView:
     summary: list[str]
     heads: dict[str, str]
     rows: list[RowView]
+    details: list[dict[str, str]]
     tasks: TaskView | None
     figures: list[FigureView]
     absent: list[str]
@@ -161,6 +162,7 @@ def _view(part: PartResult, name: str, *, smoke: bool) -> PartView:
         summary=[] if smoke else list(sentences(part)),
         heads=UNITS,
         rows=[_row(cell) for cell in _main(part)],
+        details=details.rows(part),
         tasks=tasks(part),
         figures=list(figures(part, name)) if part.cells or part.missing is None else [],
         absent=table.absent(part),
