@@ -16,9 +16,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from specdiff import bench
-from specdiff.bench import details, drawing, figures, report, results, sweeps
+from specdiff.bench import (
+    details,
+    drawing,
+    figures,
+    paper_figures,
+    report,
+    report_figures,
+    results,
+    sweeps,
+)
 from specdiff.bench.journal import parse
 from specdiff.bench.metrics import Speedup
+from specdiff.bench.results import PartResult
 from specdiff.errors import MissingExtraError, UsageError
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "rect", "stop"}
@@ -75,8 +85,8 @@ def page() -> str:
 
 def test_every_section_is_there(page: str) -> None:
     text = " ".join(Walk(page).text)
-    assert set(report.CAPTIONS) == set(DRAWS)
-    for title, _ in report.CAPTIONS.values():
+    assert set(report_figures.CAPTIONS) == set(DRAWS)
+    for title, _ in report_figures.CAPTIONS.values():
         assert title in text
     for phrase in (
         "What was run",
@@ -153,7 +163,7 @@ def test_a_name_cannot_leave_its_figure() -> None:
     part = synthetic.part_result(
         cells=[synthetic.cell("hf"), synthetic.cell("ours-vanilla"), synthetic.cell(name)]
     )
-    text = next(report.figures(part, "x")).svg
+    text = next(report_figures.figures(part, "x")).svg
     assert text is not None and "<script" not in text
     assert ElementTree.fromstring(text).get("aria-label", "").count("<script") > 0
 
@@ -166,15 +176,34 @@ def test_no_text_is_cut_off_or_covers_another(name: str, temperatures: tuple[flo
     with drawing.style():
         figure = DRAWS[name](synthetic.part_result(cells=cells))
         assert isinstance(figure, drawing.Drawing)
-        boxes = texts(figure)
-        assert len(boxes) > 5
-        edge = figure.figure.bbox
-        for text, box in boxes:
-            assert box.x0 >= edge.x0 and box.y0 >= edge.y0, f"{text!r} is cut off"
-            assert box.x1 <= edge.x1 and box.y1 <= edge.y1, f"{text!r} is cut off"
-            assert box.height >= 9, f"{text!r} is tiny"
-        for (text, a), (other, b) in itertools.combinations(boxes, 2):
-            assert not a.overlaps(b), f"{text!r} covers {other!r}"
+        check_texts(figure)
+
+
+def check_texts(figure: drawing.Drawing) -> None:
+    boxes = texts(figure)
+    assert len(boxes) > 5
+    edge = figure.figure.bbox
+    for text, box in boxes:
+        assert box.x0 >= edge.x0 and box.y0 >= edge.y0, f"{text!r} is cut off"
+        assert box.x1 <= edge.x1 and box.y1 <= edge.y1, f"{text!r} is cut off"
+        assert box.height >= 9, f"{text!r} is tiny"
+    for (text, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), f"{text!r} covers {other!r}"
+
+
+def embedded_parts() -> list[PartResult]:
+    names = ("cnn_dailymail/smollm2-135m", "openwebtext/smollm2-135m", "lm1b/smollm2-135m")
+    return [synthetic.part_result(name=name + end) for name in names for end in ("", " finetuned")]
+
+
+@pytest.mark.parametrize("name", paper_figures.DRAWS)
+def test_the_papers_figures_hold_every_data_set(name: str) -> None:
+    with drawing.style():
+        figure = paper_figures.DRAWS[name](embedded_parts())
+        assert isinstance(figure, drawing.Drawing)
+        check_texts(figure)
+    assert all(part.name in figure.alt for part in embedded_parts())
+    assert isinstance(paper_figures.DRAWS[name]([synthetic.part_result(cells=[])]), str)
 
 
 def texts(sheet: drawing.Drawing) -> list[tuple[str, Any]]:

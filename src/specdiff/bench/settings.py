@@ -22,6 +22,7 @@ PEERS = (LLAMA_CPP,)  # other engines, measured on request
 AUTO = "auto"  # the drafter that is the default, and the draft length that is chosen while decoding
 # drafters of this library, measured unless replaced; each is the spec of its own name
 OURS = ("autoregressive", "sedd", "block", "ngram", "cascade", AUTO)
+SCALES = ("paper", "embedded")
 LOOKING_UP = ("ngram", "cascade", AUTO)
 NAME = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
 
@@ -35,7 +36,7 @@ class BenchSettings:
     and steps, which take `sample` prompts, as acceptance counts do. Tuning takes `tuning_tokens`
     per prompt, at every temperature (`tune_each`) or only at the first. `only` limits the
     baselines to these and the two references of speed-ups; () means all. `peers` are other engines
-    to measure.
+    to measure. `scale`, `texts` and `finetune` belong to the paper suite: see paper_embedded.py.
 
     Raises UsageError.
     """
@@ -67,13 +68,17 @@ class BenchSettings:
     contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     smoke: bool = False
+    scale: str = "paper"
+    texts: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+    finetune_steps: int = 200
     suite_sha256: str = ""
 
     def __post_init__(self) -> None:
         for name in ("batch", "gammas", "steps", "contexts", "widths"):
             for value in getattr(self, name):
                 _require(name, value, value >= 1, "whole numbers of at least 1")
-        for name in ("max_tokens", "times", "prompts", "per_task", "draft_len"):
+        for name in ("max_tokens", "times", "prompts", "per_task", "draft_len", "finetune_steps"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 1, "at least 1")
         for name in ("temperatures", "batch", "gammas", "steps"):
@@ -87,6 +92,7 @@ class BenchSettings:
         names = f"one of {', '.join(QUANTIZE)}"
         _require("quantize", self.quantize, self.quantize in QUANTIZE, names)
         checked(self.threads)
+        _require("scale", self.scale, self.scale in SCALES, f"one of {', '.join(SCALES)}")
         for name in self.peers:
             _require("baselines", name, name in PEERS, f"one of {', '.join(PEERS)}")
         drafter_specs(self.drafters)
