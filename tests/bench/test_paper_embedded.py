@@ -14,21 +14,8 @@ from specdiff.bench import paper, paper_embedded
 from specdiff.bench.settings import BenchSettings
 from specdiff.errors import UsageError
 
-SMALL = [
-    "--prompts",
-    "2",
-    "--max-tokens",
-    "6",
-    "--gammas",
-    "2,4",
-    "--steps",
-    "1,2",
-    "--batch",
-    "1",
-    "--finetune-steps",
-    "2",
-    "--json",
-]
+SMALL = ["--prompts", "2", "--max-tokens", "6", "--gammas", "2,4", "--steps", "1,2"]
+SMALL += ["--batch", "1", "--finetune-steps", "2", "--json"]
 
 
 def settings(**changes: Any) -> BenchSettings:

@@ -75,8 +75,8 @@ def named(flag: str, pairs: tuple[str, ...]) -> dict[str, Path]:
     for pair in pairs:
         name, separator, file = pair.partition("=")
         if not separator or name not in TOKENS:
-            known = ", ".join(TOKENS)
-            raise UsageError(f"{flag} takes NAME=FILE with a NAME of {known}, not {pair!r}")
+            names = ", ".join(TOKENS)
+            raise UsageError(f"{flag} takes NAME=FILE with a NAME of {names}, not {pair!r}")
         path = Path(file).expanduser()
         if not path.is_file():
             raise UsageError(f"{flag} {name}: no such file: {path}")
