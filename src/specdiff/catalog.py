@@ -155,7 +155,7 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     if spec == "ngram":
         return built(partial(NGramDrafter, info), config, spec)
     if spec in TRAINED:
-        folder = _bundled_for(info).get(spec)
+        folder = bundled(info).get(spec)
         if folder is None:
             raise UnknownNameError(
                 f"no bundled {spec} drafter was trained for the target {info.name!r}; "
@@ -177,8 +177,8 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
 
 def _best(info: TargetInfo) -> str | None:
     """The kind of the best drafter bundled for a target."""
-    bundled = _bundled_for(info)
-    return next((kind for kind in TRAINED if kind in bundled), None)
+    kinds = bundled(info)
+    return next((kind for kind in TRAINED if kind in kinds), None)
 
 
 def _cascade(inner: str, info: TargetInfo, options: Mapping[str, Any]) -> Drafter[Any]:
@@ -201,7 +201,7 @@ def _may_be_hub_id(spec: str) -> bool:
 
 def trained_folder(spec: str, info: TargetInfo) -> Path | None:
     """The folder of an autoregressive drafter spec (a hub id is fetched); None for all others."""
-    folder = _bundled_for(info).get(spec) if spec in TRAINED else Path(spec).expanduser()
+    folder = bundled(info).get(spec) if spec in TRAINED else Path(spec).expanduser()
     if folder is None:
         return None
     if not folder.is_dir() and ":" not in spec and _may_be_hub_id(spec):
@@ -211,7 +211,7 @@ def trained_folder(spec: str, info: TargetInfo) -> Path | None:
     return folder
 
 
-def _bundled_for(info: TargetInfo) -> dict[str, Path]:
+def bundled(info: TargetInfo) -> dict[str, Path]:
     """Kind to folder of the bundled drafters whose config names this target."""
     folders: dict[str, Path] = {}
     for file in sorted(BUNDLED.glob(f"*/{CONFIG}")):

@@ -61,7 +61,8 @@ def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         (
             ("--only", "sed"),
             "--only 'sed' is no baseline of this suite; "
-            "known are hf, hf-assisted, hf-prompt-lookup, ours-vanilla",
+            "known are hf, hf-assisted, hf-dflash, hf-prompt-lookup, ours-vanilla, autoregressive, "
+            "sedd, block, ngram, cascade, auto",
         ),
         (("--smoke",), "--smoke is for --suite paper"),
         (("--model", "./nowhere"), "no model folder './nowhere'"),

@@ -8,7 +8,7 @@ import torch
 
 from specdiff import catalog
 from specdiff.bench import llama_cpp
-from specdiff.bench.baselines import divergences
+from specdiff.bench.equality import divergences
 from specdiff.bench.settings import LLAMA_CPP, VANILLA, BenchSettings, Cell, baselines
 from specdiff.bench.timing import Measurement, Workload
 from specdiff.errors import MissingExtraError, UnsupportedModelError, UsageError

@@ -16,9 +16,19 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from specdiff import bench
-from specdiff.bench import figures, report, results, sweeps
+from specdiff.bench import (
+    details,
+    drawing,
+    figures,
+    paper_figures,
+    report,
+    report_figures,
+    results,
+    sweeps,
+)
 from specdiff.bench.journal import parse
 from specdiff.bench.metrics import Speedup
+from specdiff.bench.results import PartResult
 from specdiff.errors import MissingExtraError, UsageError
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "rect", "stop"}
@@ -75,8 +85,8 @@ def page() -> str:
 
 def test_every_section_is_there(page: str) -> None:
     text = " ".join(Walk(page).text)
-    assert set(report.CAPTIONS) == set(DRAWS)
-    for title, _ in report.CAPTIONS.values():
+    assert set(report_figures.CAPTIONS) == set(DRAWS)
+    for title, _ in report_figures.CAPTIONS.values():
         assert title in text
     for phrase in (
         "What was run",
@@ -99,6 +109,20 @@ def test_every_section_is_there(page: str) -> None:
         "slower",
     ):
         assert phrase in text, phrase
+
+
+def test_details_and_the_table_for_a_page() -> None:
+    part = synthetic.part_result()
+    lines = {(row["baseline"], row["T"], row["K"]): row for row in details.rows(part)}
+    sedd = lines["sedd", "1", "4"]
+    assert sedd["accepted by position"] == "0.80 0.74 0.69 0.64"
+    assert float(sedd["draft"]) == pytest.approx(1000 * 0.2 / 34, abs=0.01)
+    assert ("hf", "0", "") not in lines and lines["ours-vanilla", "0", ""]["draft"] == "0.00"
+    text = "\n".join(details.markdown(synthetic.results()))
+    assert "| 0 | `sedd`, K=4 | 1.36x (1.16-1.56) | 1.70x" in text
+    assert "0.84x (0.71-0.97), a slow-down" in text and "A processor, 2 threads" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {len(details.COLUMNS) + 1}
 
 
 def test_the_page_is_sound_and_stands_alone(page: str) -> None:
@@ -130,7 +154,7 @@ def test_figures_are_xml_in_the_colors_of_the_page(page: str) -> None:
         root = ElementTree.fromstring(text)
         assert root.get("role") == "img" and len(root.get("aria-label", "")) > 30
         assert "currentColor" in text
-        for color in (figures.INK, figures.GRID, "#000000", "#ffffff"):
+        for color in (drawing.INK, drawing.GRID, "#000000", "#ffffff"):
             assert color not in text
 
 
@@ -139,7 +163,7 @@ def test_a_name_cannot_leave_its_figure() -> None:
     part = synthetic.part_result(
         cells=[synthetic.cell("hf"), synthetic.cell("ours-vanilla"), synthetic.cell(name)]
     )
-    text = next(report.figures(part, "x")).svg
+    text = next(report_figures.figures(part, "x")).svg
     assert text is not None and "<script" not in text
     assert ElementTree.fromstring(text).get("aria-label", "").count("<script") > 0
 
@@ -149,31 +173,50 @@ def test_a_name_cannot_leave_its_figure() -> None:
 def test_no_text_is_cut_off_or_covers_another(name: str, temperatures: tuple[float, ...]) -> None:
     every = synthetic.part()["cells"]
     cells = [c for c in every if c["temperature"] in temperatures or c["stage"] == "batch"]
-    with figures.style():
-        drawing = DRAWS[name](synthetic.part_result(cells=cells))
-        assert isinstance(drawing, figures.Drawing)
-        boxes = texts(drawing)
-        assert len(boxes) > 5
-        edge = drawing.figure.bbox
-        for text, box in boxes:
-            assert box.x0 >= edge.x0 and box.y0 >= edge.y0, f"{text!r} is cut off"
-            assert box.x1 <= edge.x1 and box.y1 <= edge.y1, f"{text!r} is cut off"
-            assert box.height >= 9, f"{text!r} is tiny"
-        for (text, a), (other, b) in itertools.combinations(boxes, 2):
-            assert not a.overlaps(b), f"{text!r} covers {other!r}"
+    with drawing.style():
+        figure = DRAWS[name](synthetic.part_result(cells=cells))
+        assert isinstance(figure, drawing.Drawing)
+        check_texts(figure)
 
 
-def texts(drawing: figures.Drawing) -> list[tuple[str, Any]]:
+def check_texts(figure: drawing.Drawing) -> None:
+    boxes = texts(figure)
+    assert len(boxes) > 5
+    edge = figure.figure.bbox
+    for text, box in boxes:
+        assert box.x0 >= edge.x0 and box.y0 >= edge.y0, f"{text!r} is cut off"
+        assert box.x1 <= edge.x1 and box.y1 <= edge.y1, f"{text!r} is cut off"
+        assert box.height >= 9, f"{text!r} is tiny"
+    for (text, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), f"{text!r} covers {other!r}"
+
+
+def embedded_parts() -> list[PartResult]:
+    names = ("cnn_dailymail/smollm2-135m", "openwebtext/smollm2-135m", "lm1b/smollm2-135m")
+    return [synthetic.part_result(name=name + end) for name in names for end in ("", " finetuned")]
+
+
+@pytest.mark.parametrize("name", paper_figures.DRAWS)
+def test_the_papers_figures_hold_every_data_set(name: str) -> None:
+    with drawing.style():
+        figure = paper_figures.DRAWS[name](embedded_parts())
+        assert isinstance(figure, drawing.Drawing)
+        check_texts(figure)
+    assert all(part.name in figure.alt for part in embedded_parts())
+    assert isinstance(paper_figures.DRAWS[name]([synthetic.part_result(cells=[])]), str)
+
+
+def texts(sheet: drawing.Drawing) -> list[tuple[str, Any]]:
     """Every visible text and its box, slightly shrunk."""
-    canvas = FigureCanvasAgg(drawing.figure)
+    canvas = FigureCanvasAgg(sheet.figure)
     canvas.draw()
     hidden = {
         id(text)
-        for axes in drawing.figure.axes
+        for axes in sheet.figure.axes
         if not axes.get_visible()
         for text in axes.findobj(Text)
     }
-    for axis in (axis for axes in drawing.figure.axes for axis in (axes.xaxis, axes.yaxis)):
+    for axis in (axis for axes in sheet.figure.axes for axis in (axes.xaxis, axes.yaxis)):
         low, high = sorted(axis.get_view_interval())
         beyond = [
             t
@@ -183,7 +226,7 @@ def texts(drawing: figures.Drawing) -> list[tuple[str, Any]]:
         hidden |= {id(label) for tick in beyond for label in (tick.label1, tick.label2)}
     visible = [
         t
-        for t in drawing.figure.findobj(Text)
+        for t in sheet.figure.findobj(Text)
         if t.get_visible() and t.get_text().strip() and id(t) not in hidden
     ]
     return [

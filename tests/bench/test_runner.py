@@ -2,6 +2,7 @@
 cell leaves the others alone."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 import tiny
 from specdiff import environment
-from specdiff.bench import baselines, costs, experiment, results, runner
-from specdiff.bench.baselines import Decoder, Divergence, OurDecoder, first_difference, tie_at
+from specdiff.bench import costs, equality, experiment, results, runner, turns
+from specdiff.bench.baselines import Decoder, OurDecoder
+from specdiff.bench.equality import Divergence, first_difference, tie_at
 from specdiff.bench.journal import FailureRecord, Journal, Tuning, TuningPoint, Turn, as_json
 from specdiff.bench.results import BenchResults
 from specdiff.bench.settings import Baseline, BenchSettings, Cell, Part
@@ -165,6 +167,23 @@ def test_the_fastest_is_known_even_where_nothing_is_to_be_tuned(
     assert runner.main_cells(loaded, 0.0)[-1].baseline == "ngram"
 
 
+def test_the_default_drafter_runs_at_the_default_length(
+    settings: Make, part: Make, drafters: dict[str, str]
+) -> None:
+    """It is not tuned, and where the cascade is the fastest it is not measured twice."""
+    plain = Baseline("ours-vanilla", "ours", "none")
+    ngram = Baseline("ngram", "ours", "ngram")
+    default = Baseline("auto", "ours", f"cascade:{drafters['sedd']}", draft_len="auto")
+    loaded = load(settings(sweeps=True), part(plain, ngram, default))
+    keys = [u.key for u in runner.units(loaded)]
+    assert not any(key.endswith("/auto") for key in keys)
+    cells = [(c.baseline, c.draft_len) for c in runner.main_cells(loaded, 0.0)]
+    assert cells == [("ours-vanilla", None), ("ngram", 2), ("auto", "auto"), ("ngram", "auto")]
+    loaded.part = replace(loaded.part, baselines=(plain, replace(ngram, spec="cascade"), default))
+    assert [c.baseline for c in runner.main_cells(loaded, 0.0)] == ["ours-vanilla", "ngram", "auto"]
+    assert {c.baseline for c in runner.sweep_cells(loaded, 0.0)} == {"ours-vanilla"}
+
+
 def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) -> None:
     def turns(**changes: Any) -> dict[str, int]:
         keys = [u.key.split("/") for u in runner.units(load(settings(**changes), part()))]
@@ -191,7 +210,7 @@ def test_the_best_of_a_large_grid_must_be_so_twice(
         return Measurement([[0] * 8], 8 / speeds[cell.draft_len][final], 0.1, 1)  # type: ignore[index]
 
     monkeypatch.setattr(experiment.Experiment, "attempt", attempt)
-    tuning = experiment.tune(
+    tuning = turns.tune(
         loaded, baseline(loaded, "sedd"), 0.0, loaded.prompts[:1], loaded.prompts[1:], 8
     )
     assert tuning.best is not None and tuning.best.draft_len == 4
@@ -318,18 +337,18 @@ def test_greedy_answers_of_another_model_are_caught(
     assert {d.baseline for d in divergences} == {"sedd"}
     assert not any(d.near_tie for d in divergences)
     first = divergences[0]
-    assert first.top2_gap is not None and first.top2_gap > baselines.TIES[torch.float32]
+    assert first.top2_gap is not None and first.top2_gap > equality.TIES[torch.float32]
     assert first.top2 is not None and first.top2[0] == first.tokens[1] != first.tokens[0]
     judge = loaded.decoders["hf"]
     ids = list(loaded.prompts[0].ids)
     best = tie_at(judge, ids, [0, 0], torch.float32).top2
     assert best is not None
-    monkeypatch.setitem(baselines.TIES, torch.float32, 0.5)  # wider than the gap of the first two
+    monkeypatch.setitem(equality.TIES, torch.float32, 0.5)  # wider than the gap of the first two
     assert tie_at(judge, ids, best, torch.float32).near_tie
     far = tie_at(judge, ids, [best[0], 0], torch.float32)
     assert not far.near_tie, "a token far below is no tie"
-    assert not tie_at(judge, ids, [best[0], baselines.ENDED], torch.float32).near_tie
-    monkeypatch.setitem(baselines.TIES, torch.float32, 1e9)
+    assert not tie_at(judge, ids, [best[0], equality.ENDED], torch.float32).near_tie
+    monkeypatch.setitem(equality.TIES, torch.float32, 1e9)
     assert all(d.near_tie for d in greedy_divergences(loaded))
 
 

@@ -40,7 +40,7 @@ def test_the_packaged_suite_is_large_varied_and_spread() -> None:
         (
             "embeded",
             "unknown suite 'embeded'; known are embedded, paper, "
-            "jsonl:FILE, humaneval:FILE, gsm8k:FILE",
+            "jsonl:FILE, humaneval:FILE, gsm8k:FILE, spec-bench:FILE, cnn-dailymail:FILE",
         ),
         ("jsonl", "unknown suite 'jsonl'"),
         ("jsonl:/nowhere/x.jsonl", "no such file: /nowhere/x.jsonl"),
@@ -66,6 +66,36 @@ def test_published_files_are_read_as_they_are(tmp_path: Path) -> None:
     school.write_text(json.dumps({"question": "How many?", "answer": "3 #### 3"}) + "\n")
     (text,) = suites.read(f"gsm8k:{school}")
     assert (text.id, text.task, text.body) == ("gsm8k-0", "gsm8k", "How many?")
+
+
+def test_a_number_of_prompts_of_each_task(tmp_path: Path) -> None:
+    """Spec-Bench as published: categories, and several turns of which the first is the prompt."""
+    file = tmp_path / "question.jsonl"
+    rows = [
+        {"question_id": i, "category": "qa" if i % 3 else "rag", "turns": [f"first {i}", "second"]}
+        for i in range(30)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = suites.read(f"spec-bench:{file}")
+    assert Counter(t.task for t in texts) == {"rag": 5, "qa": 5}
+    assert (texts[0].id, texts[0].body) == ("0", "first 0")
+    assert Counter(t.task for t in suites.read(f"spec-bench:{file}", None, 7)) == {
+        "rag": 7,
+        "qa": 7,
+    }
+    assert len(suites.read(f"spec-bench:{file}", 4)) == 4
+    messages = {"id": 1, "task": "qa", "messages": [{"role": "user", "content": "hi"}], "turns": []}
+    file.write_text(json.dumps(messages) + "\n")
+    (text,) = suites.read(f"spec-bench:{file}")
+    assert text.body == [{"role": "user", "content": "hi"}] and text.task == "qa"
+
+
+def test_articles_are_to_be_summarized(tmp_path: Path) -> None:
+    file = tmp_path / "cnn.jsonl"
+    file.write_text('{"article": "It rained."}\n{"prompt": "Sum it up: it rained."}\n')
+    article, prompt = suites.read(f"cnn-dailymail:{file}")
+    assert article.body == "Summarize this article in a few sentences.\n\nIt rained."
+    assert prompt.body == "Sum it up: it rained." and prompt.task == "cnn-dailymail"
 
 
 @pytest.mark.parametrize(

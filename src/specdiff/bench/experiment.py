@@ -1,6 +1,6 @@
 """Experiment: a loaded part of a benchmark, with its target, prompts and baselines.
 
-It tunes baselines and takes turns, and it records failures and the best settings so far.
+It runs cells, and it records failures and the best settings so far.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 import specdiff
 from specdiff import catalog
 from specdiff.bench import baselines, suites
-from specdiff.bench.baselines import Decoder, Divergence, OurDecoder, TransformersDecoder
-from specdiff.bench.journal import Tuning, TuningPoint, Turn
+from specdiff.bench.baselines import Decoder, OurDecoder, TransformersDecoder
+from specdiff.bench.journal import Tuning
 from specdiff.bench.llama_cpp import LlamaCppDecoder
 from specdiff.bench.settings import (
     ASSISTED,
@@ -32,7 +32,7 @@ from specdiff.bench.settings import (
     Part,
 )
 from specdiff.bench.suites import EncodedPrompt
-from specdiff.bench.timing import Measurement, RunRecord, Workload
+from specdiff.bench.timing import Measurement, Workload
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
@@ -43,8 +43,7 @@ from specdiff.types import TargetInfo
 
 # transformers raises all kinds of the last three
 LOADING = (specdiff.SpecdiffError, OSError, RuntimeError, ValueError, MemoryError)
-FINALISTS = 3
-DrafterSetting = tuple[int | None, int | None]  # draft length, steps
+DrafterSetting = tuple[int | str | None, int | None]  # draft length, steps
 
 
 @dataclass(slots=True)
@@ -84,7 +83,8 @@ class Experiment:
         settings = self.settings
         if baseline.kind in (HF, ASSISTED, DFLASH, *PEERS) or baseline.spec == "none":
             return [(None, None)]
-        lengths = settings.gammas if baseline.draft_len is None else (baseline.draft_len,)
+        fixed = baseline.draft_len
+        lengths: tuple[int | str, ...] = settings.gammas if fixed is None else (fixed,)
         if not self.takes_steps(baseline):
             return [(n, None) for n in lengths]
         steps = settings.steps if settings.sweeps else settings.steps[:1]
@@ -246,109 +246,3 @@ def _dflash_assistant(spec: str, info: TargetInfo) -> nn.Module:
             f"this version of transformers has no DFlash generator ({error}); update it"
         ) from error
     return dflash.assistant(spec, info)
-
-
-def tune(
-    experiment: Experiment,
-    baseline: Baseline,
-    temperature: float,
-    prompts: Sequence[EncodedPrompt],
-    finals: Sequence[EncodedPrompt],
-    max_tokens: int,
-) -> Tuning:
-    """Speeds of every setting of the baseline's grid, taking turns; the fastest is used from then
-    on.
-
-    The three fastest of a large grid run again on the prompts of `finals`: the luckiest of many on
-    few prompts is rarely the best.
-    """
-    grid = experiment.grid(baseline)
-    cells = [experiment.cell("tune", baseline, temperature, 1, setting) for setting in grid]
-    running = list(range(len(grid)))
-    tokens = [0] * len(grid)
-    seconds = [0.0] * len(grid)
-    failures: dict[int, str] = {}
-
-    def rate(i: int) -> float:
-        return 0.0 if i in failures else tokens[i] / max(seconds[i], 1e-9)
-
-    for at, prompt in enumerate([*prompts, *finals] if len(grid) > FINALISTS else prompts):
-        if at == len(prompts):
-            running = sorted(running, key=rate, reverse=True)[:FINALISTS]
-        work = experiment.workload([prompt], temperature, seed=at, most=max_tokens)
-        for i in rotated(running, at):
-            run = failures.get(i) or experiment.attempt(cells[i], work, remember=False)
-            if isinstance(run, str):
-                failures[i] = run
-                continue
-            tokens[i] += run.size
-            seconds[i] += run.seconds
-    points = [
-        TuningPoint(n, t, rate(i) if seconds[i] and i not in failures else None, failures.get(i))
-        for i, (n, t) in enumerate(grid)
-    ]
-    able = [points[i] for i in running if i not in failures]
-    best = max(able, key=lambda point: point.tokens_per_second or 0.0, default=None)
-    why = None if best else failures[min(failures)]
-    return Tuning(baseline.name, temperature, points, best, why)
-
-
-def rotated(items: Sequence[Any], by: int) -> list[Any]:
-    """The items in order, starting at another one each turn: no baseline is always first."""
-    k = by % len(items)
-    return [*items[k:], *items[:k]]
-
-
-def take_turn(
-    experiment: Experiment,
-    cells: Sequence[Cell],
-    prompts: Sequence[EncodedPrompt],
-    repetition: int,
-    *,
-    rotate: int,
-    max_tokens: int | None = None,
-) -> Turn:
-    """Every cell once on the same prompts (one row each); greedy answers are compared.
-
-    With `max_tokens`, stop ids are ignored: rows of one batch then end together.
-    """
-    first = prompts[0]
-    stage = cells[0].stage
-    temperature = cells[0].temperature
-    work = experiment.workload(prompts, temperature, seed=rotate, exactly=max_tokens)
-    answers: dict[Cell, Measurement | str] = {}
-    for cell in rotated(cells, rotate):
-        answers[cell] = experiment.attempt(cell, work, remember=stage != "sweep")
-    divergences: list[Divergence] = []
-    if temperature == 0:
-        judge = experiment.decoders.get(HF)
-        dtype = experiment.lm.target.info.dtype
-        names = [p.id for p in prompts]
-        divergences = list(baselines.divergences(judge, dtype, work, names, answers))
-    sample = next(p.id for p in experiment.prompts if p.task == first.task)
-    with_text = stage == "main" and repetition == 0 and first.id == sample
-    runs = [_record(experiment, cell, answers[cell], with_text) for cell in cells]
-    return Turn(stage, first.id, first.task, repetition, runs, divergences)
-
-
-def _record(
-    experiment: Experiment, cell: Cell, answer: Measurement | str, with_text: bool
-) -> RunRecord:
-    if isinstance(answer, str):
-        return RunRecord(cell, why=answer)
-    return answer.record(cell, _pieces(experiment, answer) if with_text else None)
-
-
-def _pieces(experiment: Experiment, run: Measurement) -> list[tuple[str, bool]] | None:
-    """The first row's text, cut between tokens of the draft and of the target."""
-    if run.from_draft is None:
-        return None
-    groups: list[tuple[list[int], bool]] = []
-    for token, drafted in zip(run.tokens[0], run.from_draft[0], strict=True):
-        if not groups or groups[-1][1] != drafted:
-            groups.append(([], drafted))
-        groups[-1][0].append(token)
-    tokenizer = experiment.lm.tokenizer
-    if tokenizer is None:
-        return [(" ".join(map(str, ids)), drafted) for ids, drafted in groups]
-    return [(str(tokenizer.decode(ids)), drafted) for ids, drafted in groups]

@@ -13,7 +13,7 @@ from types import UnionType
 from typing import Any, ClassVar, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from specdiff import files, strict_json
-from specdiff.bench.baselines import Divergence
+from specdiff.bench.equality import Divergence
 from specdiff.bench.timing import RunRecord
 from specdiff.errors import UsageError
 
@@ -62,7 +62,7 @@ class PartRecord:
 class TuningPoint:
     """One setting of a baseline's grid, and its speed or why it has none."""
 
-    draft_len: int | None
+    draft_len: int | str | None
     steps: int | None
     tokens_per_second: float | None
     why: str | None

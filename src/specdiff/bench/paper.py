@@ -2,19 +2,15 @@
 
 Only figures that are known are printed next to ours. The weights are the published ones: the paper
 finetunes targets and drafters on each data set first, for which `specdiff train` has recipes (name
-the results with --model and --drafter sedd=FOLDER). `tiny_models` and `tiny_texts` stand in for
-them in a smoke run: the whole path in a minute, without a network.
+the results with --model and --drafter sedd=FOLDER). `paper_smoke` has tiny stand-ins for them, and
+`paper_embedded` the same protocol at the scale of a CPU.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
-
-from specdiff import files
+from specdiff.bench import paper_embedded
 from specdiff.bench.metrics import CellResult
 from specdiff.bench.results import (
     AppendixRow,
@@ -35,8 +31,6 @@ from specdiff.bench.settings import (
 )
 from specdiff.bench.suites import PromptText
 from specdiff.data.records import SETS
-from specdiff.nn.ddit import SEDD
-from specdiff.nn.sedd_config import SEDDConfig
 
 SUITE = "paper"
 TARGETS = {"gpt2-xl": "openai-community/gpt2-xl", "gpt-neo-2.7B": "EleutherAI/gpt-neo-2.7B"}
@@ -78,13 +72,6 @@ APPENDIX = (
     "Appendix A of the paper: its figures are not part of this package, so only ours are shown"
 )
 SMOKE = "smoke: tiny random models on random tokens; the path is real, the figures mean nothing"
-
-# of the tiny models
-VOCAB = 64
-WIDTH = 32
-POSITIONS = 256
-DOCUMENTS = 4
-LENGTH = 24
 
 
 def parts(
@@ -153,12 +140,33 @@ def with_tables(results: BenchResults) -> BenchResults:
     """The results with Table 2 and Appendix A, if the suite is the paper's."""
     if results.suite != SUITE:
         return results
+    table2 = [row for part in results.parts for row in _table2(part)]
+    notes: tuple[str, ...] = NOTES
+    if results.settings.get("scale") == paper_embedded.SCALE:
+        table2 = sorted([*_reported(), *table2], key=_place)
+        notes = paper_embedded.notes(results.settings)
     tables = PaperTables(
-        table2=[row for part in results.parts for row in _table2(part)],
+        table2=table2,
         appendix_a=[row for part in results.parts for row in _appendix(part)],
-        notes=[*([SMOKE] if results.settings["smoke"] else []), *NOTES, VERSIONS, APPENDIX],
+        notes=[*([SMOKE] if results.settings["smoke"] else []), *notes, VERSIONS, APPENDIX],
     )
     return replace(results, paper=tables)
+
+
+def _reported() -> Iterator[Table2Row]:
+    """The paper's own rows, with its targets and draft lengths."""
+    for dataset, targets in REPORTED.items():
+        lengths = {"autoregressive": SPECULATION, "sedd": DATASETS[dataset][0]}
+        for target, speeds in targets.items():
+            for baseline, speed in speeds.items():
+                about: dict[str, Any] = _figures(None) | {"draft_len": lengths[baseline]}
+                yield Table2Row(target, dataset, baseline, paper=speed, why=None, **about)
+
+
+def _place(row: Table2Row) -> tuple[int, int, str]:
+    """By data set, then the paper's drafters before others; targets stay in order."""
+    names = [*DRAFTERS, row.baseline]
+    return list(DATASETS).index(row.dataset), names.index(row.baseline), row.baseline
 
 
 def _table2(part: PartResult) -> Iterator[Table2Row]:
@@ -208,46 +216,3 @@ def _figures(cell: CellResult | None) -> dict[str, Any]:
         "tau": cell.tau,
         "accepted_per_draft": cell.accepted_per_draft,
     }
-
-
-def tiny_models(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """(targets, drafters), name -> folder; written if missing, the same in every run."""
-    sizes: dict[str, Any] = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
-    gpt2: dict[str, Any] = {"n_embd": WIDTH, "n_head": 4, "n_positions": POSITIONS, **sizes}
-    neo = GPTNeoConfig(
-        hidden_size=WIDTH,
-        num_layers=2,
-        num_heads=4,
-        max_position_embeddings=POSITIONS,
-        window_size=16,
-        attention_types=[[["global", "local"], 1]],
-        **sizes,
-    )
-    diffusion = SEDDConfig(
-        tokens=VOCAB, hidden_size=WIDTH, n_blocks=1, n_heads=4, cond_dim=16, length=128
-    )
-    networks: dict[str, tuple[Any, Any]] = {
-        "gpt2-xl": (GPT2LMHeadModel, GPT2Config(n_layer=2, **gpt2)),
-        "gpt-neo-2.7B": (GPTNeoForCausalLM, neo),
-        "autoregressive": (GPT2LMHeadModel, GPT2Config(n_layer=1, **gpt2)),
-        "sedd": (SEDD, diffusion),
-    }
-    for seed, (name, (network, config)) in enumerate(networks.items()):
-        if not (folder / name / "model.safetensors").exists():
-            torch.manual_seed(seed)
-            with files.staged_folder(folder / name) as partial:
-                network(config).save_pretrained(partial)
-    targets = {name: str(folder / name) for name in TARGETS}
-    return targets, {name: str(folder / name) for name in DRAFTERS}
-
-
-def tiny_texts() -> dict[str, tuple[PromptText, ...]]:
-    """Documents of random tokens for every data set."""
-    texts = {}
-    for seed, dataset in enumerate(DATASETS):
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(VOCAB, (DOCUMENTS, LENGTH), generator=generator).tolist()
-        texts[dataset] = tuple(
-            PromptText(f"{dataset}-{i}", dataset, row, document=True) for i, row in enumerate(rows)
-        )
-    return texts

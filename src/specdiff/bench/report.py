@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specdiff import files
-from specdiff.bench import results, table
+from specdiff.bench import details, results, table
 from specdiff.bench.metrics import CellResult, Speedup
+from specdiff.bench.report_figures import FigureView, figures, missing_extra, paper_figures
 from specdiff.bench.results import BenchResults, Output, PartResult
 from specdiff.bench.settings import ASSISTED, DFLASH, HF, LOOKUP, VANILLA
-from specdiff.errors import MissingExtraError
 from specdiff.unicode import valid
 
 NAME = "report.html"
@@ -31,59 +31,6 @@ UNITS = {  # of the table's columns
     "TTFT": "ms",
     "exact": "share",
 }
-CAPTIONS = {  # of figures, in order: title, and how to read it
-    "speedups": (
-        "Speed-up",
-        "Ratio of the medians of tokens per second; whiskers: single turns. Left of the dashed "
-        "line is a slow-down.",
-    ),
-    "figure2": (
-        "Diffusion steps against acceptance and speed-up (Figure 2 of the paper)",
-        "A line for each draft length K; whiskers: single turns. Lines are offset a little so that "
-        "whiskers do not cover one another.",
-    ),
-    "gamma": (
-        "Draft length: standard speculation against diffusion",
-        "Below the dashed line drafting costs more than it gains; whiskers: single turns.",
-    ),
-    "positions": (
-        "Acceptance by position",
-        "Of the tokens that were reached; positions reached fewer than 5 times are left out.",
-    ),
-    "conditional": (
-        "Acceptance against theory",
-        "Accepted given reached, and the mean of 1 - TV(p, q) over the same positions: the most "
-        "that any rule accepts which looks at one token at a time. Dots off the line are chance, "
-        "or an error.",
-    ),
-    "costs": (
-        "Cost of a pass",
-        "Medians with minimum and maximum of repeated measurements, batch 1.",
-    ),
-    "contexts": (
-        "Cost against context",
-        "The same measurements over the tokens that are already there.",
-    ),
-    "batches": (
-        "Throughput against batch",
-        "All rows together; a ring marks the first batch at which drafting is no faster than "
-        "ours-vanilla.",
-    ),
-    "stages": (
-        "Time by stage",
-        "Of one token, over all turns; transformers' own runs are not split. Shorter is faster.",
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class FigureView:
-    """One drawing on the page: `svg`, or `why` there is none."""
-
-    title: str
-    caption: str
-    svg: str | None
-    why: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +58,7 @@ class PartView:
     summary: list[str]
     heads: dict[str, str]
     rows: list[RowView]
+    details: list[dict[str, str]]
     tasks: TaskView | None
     figures: list[FigureView]
     absent: list[str]
@@ -134,7 +82,7 @@ def page(run: BenchResults) -> str:
     try:
         import jinja2
     except ImportError:
-        raise _missing("Jinja2") from None
+        raise missing_extra("Jinja2") from None
     smoke = run.settings["smoke"]
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -147,12 +95,9 @@ def page(run: BenchResults) -> str:
         run=run,
         parts=[_view(part, f"p{i}", smoke=smoke) for i, part in enumerate(run.parts)],
         problems=results.problems(run),
+        paper_figures=list(paper_figures(run)) if run.paper else [],
         drafters=_drafters(run),
     )
-
-
-def _missing(package: str) -> MissingExtraError:
-    return MissingExtraError(f"the report needs {package}:  pip install 'specdiff[bench]'")
 
 
 def _view(part: PartResult, name: str, *, smoke: bool) -> PartView:
@@ -161,6 +106,7 @@ def _view(part: PartResult, name: str, *, smoke: bool) -> PartView:
         summary=[] if smoke else list(sentences(part)),
         heads=UNITS,
         rows=[_row(cell) for cell in _main(part)],
+        details=details.rows(part),
         tasks=tasks(part),
         figures=list(figures(part, name)) if part.cells or part.missing is None else [],
         absent=table.absent(part),
@@ -196,25 +142,6 @@ def tasks(part: PartResult) -> TaskView | None:
 
 def _by_task(cell: CellResult, heads: Sequence[str]) -> list[Speedup | None]:
     return [cell.tasks[h].speedup_vs_vanilla if h in cell.tasks else None for h in heads]
-
-
-def figures(part: PartResult, name: str) -> Iterator[FigureView]:
-    """Every drawing of a part, or why it is left out; `name` begins the ids within.
-
-    Raises MissingExtraError.
-    """
-    try:
-        from specdiff.bench import figures as bars
-        from specdiff.bench import sweeps
-    except ImportError as error:
-        raise _missing(str(error.name).partition(".")[0]) from None
-    with bars.style():
-        for kind, (title, caption) in CAPTIONS.items():
-            drawing = (bars.DRAWS | sweeps.DRAWS)[kind](part)
-            if isinstance(drawing, str):
-                yield FigureView(title, caption, None, drawing)
-            else:
-                yield FigureView(title, caption, bars.inline(drawing, f"{name}-{kind}"), None)
 
 
 def _by_prompt(outputs: Sequence[Output]) -> list[tuple[str, list[Output]]]:

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 from specdiff import files, strict_json
 from specdiff.bench import metrics
-from specdiff.bench.baselines import Divergence
 from specdiff.bench.costs import Conditional, CostCurves, CostRecord
+from specdiff.bench.equality import Divergence
 from specdiff.bench.journal import (
     BaselineStatus,
     FailureRecord,

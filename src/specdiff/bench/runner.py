@@ -12,7 +12,7 @@ from typing import Any
 
 from specdiff import environment
 from specdiff.bench import costs, experiment, suites
-from specdiff.bench.experiment import LOADING, DrafterSetting, Experiment, take_turn, tune
+from specdiff.bench.experiment import LOADING, DrafterSetting, Experiment
 from specdiff.bench.journal import (
     BaselineStatus,
     FailureRecord,
@@ -26,6 +26,7 @@ from specdiff.bench.journal import (
 )
 from specdiff.bench.settings import (
     ASSISTED,
+    AUTO,
     DFLASH,
     HF,
     LOOKUP,
@@ -36,6 +37,7 @@ from specdiff.bench.settings import (
     Cell,
     Part,
 )
+from specdiff.bench.turns import take_turn, tune
 
 RESUMED = "resumed"  # how notes of a resumed run begin
 ALTERNATIONS = 5  # turns that a ratio needs at least
@@ -102,7 +104,7 @@ def read(part: Part, settings: BenchSettings) -> list[suites.PromptText]:
     """A part's prompts. Raises UsageError naming file and line, or what a data set lacks."""
     if part.texts is not None:
         return suites.spread(part.texts, settings.prompts)
-    return suites.read(part.suite, settings.prompts)
+    return suites.read(part.suite, settings.prompts, settings.per_task)
 
 
 def _add_part(journal: Journal, part: Part, record: PartRecord) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def _tuning(loaded: Experiment) -> Iterator[Unit]:
     prompts = loaded.prompts[:TUNING_PROMPTS]
     finals = loaded.prompts[TUNING_PROMPTS : TUNING_PROMPTS + FINAL_PROMPTS]
     most = min(settings.tuning_tokens, loaded.part.max_tokens)
-    drafting = loaded.baselines(drafting=True)
+    drafting = _tunable(loaded)
     temperatures = settings.temperatures if settings.tune_each else settings.temperatures[:1]
     for temperature in temperatures:
         for baseline in loaded.baselines():
@@ -221,26 +223,33 @@ def _tuning(loaded: Experiment) -> Iterator[Unit]:
                 )
 
 
+def _tunable(loaded: Experiment) -> list[Baseline]:
+    """The drafters that run at a draft length of their own."""
+    return [b for b in loaded.baselines(drafting=True) if b.draft_len != AUTO]
+
+
 def main_cells(loaded: Experiment, temperature: float) -> list[Cell]:
-    """Every baseline at its best setting, and the fastest drafter once more at the default
-    `auto`."""
+    """Every baseline at its best setting, and the fastest drafter once more at the default draft
+    length, unless it is the default drafter too."""
     cells = [loaded.cell("main", b, temperature, 1) for b in loaded.baselines()]
-    drafting = [b for b in loaded.baselines(drafting=True) if b.name not in loaded.problems]
+    drafting = [b for b in _tunable(loaded) if b.name not in loaded.problems]
     if drafting:
         best = max(drafting, key=lambda b: loaded.rates.get((b.name, temperature), 0.0))
-        cells.append(replace(loaded.cell("main", best, temperature, 1), draft_len="auto"))
+        by_default = any(c.baseline == AUTO and c.draft_len == AUTO for c in cells)
+        if not (by_default and best.spec == "cascade"):
+            cells.append(replace(loaded.cell("main", best, temperature, 1), draft_len=AUTO))
     return cells
 
 
 def sweep_cells(loaded: Experiment, temperature: float) -> list[Cell]:
-    """All settings of each drafter with a network, and the references.
+    """All settings of each drafter that is a network, and the references.
 
-    (Prompt lookup's settings are in its tuning.)
+    (The settings of those that look up are in their tuning.)
     """
     references = [b for b in loaded.baselines() if b.name in (HF, VANILLA)]
     cells = [loaded.cell("sweep", b, temperature, 1) for b in references]
     for baseline in loaded.baselines(drafting=True):
-        if baseline.spec != "ngram":
+        if not baseline.looks_up:
             settings = _sweep_settings(loaded, baseline)
             cells += [loaded.cell("sweep", baseline, temperature, 1, s) for s in settings]
     return cells
@@ -281,7 +290,7 @@ def _conditional(loaded: Experiment) -> Iterator[Unit]:
     temperatures = loaded.settings.temperatures
     temperature = next((t for t in reversed(temperatures) if t > 0), temperatures[0])
     sample = loaded.prompts[: loaded.settings.sample]
-    for baseline in loaded.baselines(drafting=True):
+    for baseline in _tunable(loaded):
         yield Unit(
             key=f"conditional/{baseline.name}",
             title=f"acceptance of {baseline.name}",
@@ -293,6 +302,8 @@ def _conditional(loaded: Experiment) -> Iterator[Unit]:
 def _costs(loaded: Experiment) -> Iterator[Unit]:
     settings = loaded.settings
     weight = COST_TIMES * sum(1 + width / 16 for width in settings.widths)
+    # on random text, which repeats nothing, a cascade costs what its inner drafter does
+    drafting = [b for b in _tunable(loaded) if b.spec == "ngram" or not b.looks_up]
     for context in costs.reachable(settings.contexts, loaded.lm.target.info.max_positions):
         yield Unit(
             key=f"cost/{context}",
@@ -300,7 +311,7 @@ def _costs(loaded: Experiment) -> Iterator[Unit]:
             weight=weight,
             work=partial(costs.target_cost, loaded, context, COST_TIMES),
         )
-        for baseline in loaded.baselines(drafting=True):
+        for baseline in drafting:
             for steps in dict.fromkeys(steps for _, steps in loaded.grid(baseline)):
                 yield Unit(
                     key=f"cost/{context}/{baseline.name}/{steps}",

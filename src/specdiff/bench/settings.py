@@ -4,7 +4,6 @@ All of it is plain data: nothing here loads a model.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from specdiff.bench.suites import PromptText
@@ -20,11 +19,11 @@ LOOKUP = "hf-prompt-lookup"
 VANILLA = "ours-vanilla"
 LLAMA_CPP = "llama.cpp"
 PEERS = (LLAMA_CPP,)  # other engines, measured on request
-OURS = {  # name -> drafter spec, measured unless replaced
-    "autoregressive": "autoregressive",
-    "sedd": "sedd",
-    "ngram": "ngram",
-}
+AUTO = "auto"  # the drafter that is the default, and the draft length that is chosen while decoding
+# drafters of this library, measured unless replaced; each is the spec of its own name
+OURS = ("autoregressive", "sedd", "block", "ngram", "cascade", AUTO)
+SCALES = ("paper", "embedded")
+LOOKING_UP = ("ngram", "cascade", AUTO)
 NAME = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
 
 
@@ -37,7 +36,7 @@ class BenchSettings:
     and steps, which take `sample` prompts, as acceptance counts do. Tuning takes `tuning_tokens`
     per prompt, at every temperature (`tune_each`) or only at the first. `only` limits the
     baselines to these and the two references of speed-ups; () means all. `peers` are other engines
-    to measure.
+    to measure. `scale`, `texts` and `finetune` belong to the paper suite: see paper_embedded.py.
 
     Raises UsageError.
     """
@@ -50,6 +49,7 @@ class BenchSettings:
     temperatures: tuple[float, ...] = (0.0, 1.0)
     max_tokens: int = 64
     prompts: int | None = None
+    per_task: int | None = None
     times: int = 1
     batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     gammas: tuple[int, ...] = (2, 4, 8, 16)
@@ -68,13 +68,17 @@ class BenchSettings:
     contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     smoke: bool = False
+    scale: str = "paper"
+    texts: tuple[str, ...] = ()
+    finetune: tuple[str, ...] = ()
+    finetune_steps: int = 200
     suite_sha256: str = ""
 
     def __post_init__(self) -> None:
         for name in ("batch", "gammas", "steps", "contexts", "widths"):
             for value in getattr(self, name):
                 _require(name, value, value >= 1, "whole numbers of at least 1")
-        for name in ("max_tokens", "times", "prompts", "draft_len"):
+        for name in ("max_tokens", "times", "prompts", "per_task", "draft_len", "finetune_steps"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 1, "at least 1")
         for name in ("temperatures", "batch", "gammas", "steps"):
@@ -88,6 +92,7 @@ class BenchSettings:
         names = f"one of {', '.join(QUANTIZE)}"
         _require("quantize", self.quantize, self.quantize in QUANTIZE, names)
         checked(self.threads)
+        _require("scale", self.scale, self.scale in SCALES, f"one of {', '.join(SCALES)}")
         for name in self.peers:
             _require("baselines", name, name in PEERS, f"one of {', '.join(PEERS)}")
         drafter_specs(self.drafters)
@@ -104,14 +109,14 @@ class Baseline:
 
     kind: "hf", "hf-assisted", "hf-dflash", "hf-prompt-lookup", "llama.cpp" or "ours".
     spec: the drafter's ("none": plain decoding).
-    draft_len, steps: fixed values; None is tuned.
+    draft_len, steps: fixed values, or AUTO; None is tuned.
     required: the run fails if this baseline cannot be loaded.
     """
 
     name: str
     kind: str
     spec: str | None = None
-    draft_len: int | None = None
+    draft_len: int | str | None = None
     steps: int | None = None
     required: bool = True
 
@@ -119,6 +124,11 @@ class Baseline:
     def drafts(self) -> bool:
         """Whether this engine decodes with a drafter."""
         return self.kind == "ours" and self.spec != "none"
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the draft may come from the text itself, without a network."""
+        return self.kind == "ours" and str(self.spec).partition(":")[0] in LOOKING_UP
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,18 +187,20 @@ def drafter_specs(drafters: tuple[str, ...]) -> dict[str, str]:
 def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
     """Transformers' own, plain decoding, the drafters, and the other engines of `peers`.
 
-    transformers' DFlash runs with the drafter named "block", if there is one.
+    transformers' DFlash runs with the drafter named "block". The default drafter, "auto", always
+    runs at the default draft length.
     """
     extra = drafter_specs(settings.drafters)
-    specs = OURS | extra
+    specs = {name: name for name in OURS} | extra
+    lengths = dict.fromkeys(specs, settings.draft_len) | {AUTO: AUTO}
     ours = [
-        Baseline(name, "ours", spec, draft_len=settings.draft_len, required=name in extra)
+        Baseline(name, "ours", spec, draft_len=lengths[name], required=name in extra)
         for name, spec in specs.items()
     ]
     everything = (
         Baseline(HF, HF),
         Baseline(ASSISTED, ASSISTED, specs["autoregressive"], required=False),
-        *(Baseline(DFLASH, DFLASH, spec, required=False) for spec in _block(specs)),
+        Baseline(DFLASH, DFLASH, specs["block"], required=False),
         Baseline(LOOKUP, LOOKUP),
         Baseline(VANILLA, "ours", "none"),
         *ours,
@@ -196,10 +208,6 @@ def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
     )
     only = (*settings.only, *settings.peers) if settings.only else ()
     return select(everything, only)
-
-
-def _block(specs: Mapping[str, str]) -> list[str]:
-    return [spec for name, spec in specs.items() if name == "block"]
 
 
 def select(everything: tuple[Baseline, ...], only: tuple[str, ...]) -> tuple[Baseline, ...]:

@@ -3,6 +3,7 @@
 They are read before any model is loaded, so that mistakes show at once.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
@@ -19,8 +20,14 @@ FILES = {  # kind -> fields of a prompt, by preference
     "jsonl": ("messages", "prompt"),
     "humaneval": ("prompt",),
     "gsm8k": ("question",),
+    "spec-bench": ("messages", "prompt", "turns"),
+    "cnn-dailymail": ("messages", "prompt", "article"),
 }
+TASKS = ("task", "category")  # fields that name the task of a prompt
+NAMES = ("id", "task_id", "question_id")
+PER_TASK = {"spec-bench": 5}  # prompts of each task, unless a number is given
 CODE = "Complete this Python function. Answer with the code only.\n\n{}"
+SUMMARY = "Summarize this article in a few sentences.\n\n{}"
 DOCUMENTS = 64  # of a data set, unless a number is given
 ROOM = 8  # tokens that a prompt must leave for the answer
 
@@ -66,8 +73,9 @@ def check(suite: str) -> str:
     return files.digest(file)
 
 
-def read(suite: str, count: int | None = None) -> list[PromptText]:
-    """`count` texts of a suite, spread over its tasks; of "dataset:NAME", documents in order.
+def read(suite: str, count: int | None = None, per_task: int | None = None) -> list[PromptText]:
+    """`count` texts of a suite, spread over its tasks, or the first `per_task` of each task; of
+    "dataset:NAME", documents in order.
 
     Raises UsageError naming file and line, or what a data set lacks.
     """
@@ -87,16 +95,45 @@ def read(suite: str, count: int | None = None) -> list[PromptText]:
     texts = [_text(record, kind, i) for i, record in enumerate(read_jsonl(file))]
     if not texts:
         raise UsageError(f"{file} holds no prompts")
-    return spread(texts, count)
+    if per_task is None and count is None:
+        per_task = PER_TASK.get(kind)
+    return spread(texts if per_task is None else first_of_each(texts, per_task), count)
 
 
 def _text(record: Record, kind: str, index: int) -> PromptText:
-    field, body = prompt_of(record, FILES[kind])
+    field, body = prompt_of(_first_turn(record), FILES[kind])
     if not body:
         raise UsageError(f"{record.place}: {field} is empty")
-    task = str(record.value.get("task", kind))
-    name = record.value.get("id", record.value.get("task_id", f"{task}-{index}"))
-    return PromptText(str(name), task, CODE.format(body) if kind == "humaneval" else body)
+    task = str(_first(record.value, TASKS, kind))
+    name = str(_first(record.value, NAMES, f"{task}-{index}"))
+    if kind == "humaneval":
+        body = CODE.format(body)
+    if field == "article":
+        body = SUMMARY.format(body)
+    return PromptText(name, task, body)
+
+
+def _first(value: Mapping[str, Any], names: Sequence[str], default: str) -> Any:
+    return next((value[name] for name in names if name in value), default)
+
+
+def _first_turn(record: Record) -> Record:
+    """A record of several user turns as one of the first turn."""
+    turns = record.value.get("turns") if isinstance(record.value, Mapping) else None
+    if not isinstance(turns, list) or not turns:
+        return record
+    return Record(record.place, {**record.value, "turns": turns[0]})
+
+
+def first_of_each(texts: Sequence[PromptText], count: int) -> list[PromptText]:
+    """The first `count` texts of each task, in order."""
+    sizes: Counter[str] = Counter()
+    few = []
+    for text in texts:
+        sizes[text.task] += 1
+        if sizes[text.task] <= count:
+            few.append(text)
+    return few
 
 
 def spread(texts: Sequence[PromptText], count: int | None) -> list[PromptText]:

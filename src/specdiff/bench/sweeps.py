@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 
 from specdiff.bench.costs import DraftCost, TargetCost
-from specdiff.bench.figures import (
+from specdiff.bench.drawing import (
     DASHES,
     INK,
     MARKERS,
@@ -48,7 +48,7 @@ class Point:
     limits: tuple[float, float] | None = None
 
 
-def _line(panel: Axes, points: Sequence[Point], **look: Any) -> None:
+def draw_line(panel: Axes, points: Sequence[Point], **look: Any) -> None:
     """Points by x. Lines with whiskers are offset a little, so that these do not cover each
     other."""
     offset = 1 + 0.035 * (len(panel.containers) - 1)
@@ -66,7 +66,7 @@ def _line(panel: Axes, points: Sequence[Point], **look: Any) -> None:
     )
 
 
-def _ratio_point(x: float, ratio: Speedup) -> Point:
+def ratio_point(x: float, ratio: Speedup) -> Point:
     return Point(x, ratio.ratio, (ratio.min, ratio.max))
 
 
@@ -74,13 +74,13 @@ def _swept(part: PartResult) -> Cells:
     return by_temperature(part, "sweep", lambda c: c.baseline not in (HF, VANILLA))
 
 
-def _looks() -> Iterator[dict[str, str]]:
+def line_looks() -> Iterator[dict[str, str]]:
     """Markers and dashes of successive lines, which differ not by color alone."""
     for marker, dash in zip(cycle(MARKERS), cycle(DASHES), strict=False):
         yield {"marker": marker, "linestyle": dash}
 
 
-def _shades(count: int) -> list[tuple[float, ...]]:
+def line_shades(count: int) -> list[tuple[float, ...]]:
     """Ordered colors that are visible on white and on black."""
     plasma = mpl.colormaps["plasma"]
     return [tuple(plasma(0.38 + 0.44 * i / max(1, count - 1))) for i in range(count)]
@@ -110,18 +110,18 @@ def figure2(part: PartResult) -> Drawing | str:
             return NO_SWEEPS
         return "no drafter was swept over more than one number of diffusion steps"
     figure, axes = panels(len(groups), 2, 0.7 + 2.6 * len(groups))
-    shades = _shades(len({line for lines in groups.values() for line in lines}))
+    shades = line_shades(len({line for lines in groups.values() for line in lines}))
     words: list[str] = []
     for row, (temperature, lines) in zip(axes, groups.items(), strict=True):
-        looks = zip(lines.items(), _looks(), shades, strict=False)
+        looks = zip(lines.items(), line_looks(), shades, strict=False)
         for ((name, length), cells), look, shade in looks:
             title = f"{name} K={length}"
             options: dict[str, Any] = {"label": f"{short(name)} K={length}", "color": shade}
             options |= look
             alphas = [(c.steps or 0, c.alpha) for c in cells if c.alpha is not None]
-            _line(row[0], [Point(steps, alpha) for steps, alpha in alphas], **options)
+            draw_line(row[0], [Point(steps, alpha) for steps, alpha in alphas], **options)
             ratios = [(c.steps or 0, c.speedup_vs_vanilla) for c in cells]
-            _line(row[1], [_ratio_point(steps, r) for steps, r in ratios if r], **options)
+            draw_line(row[1], [ratio_point(steps, r) for steps, r in ratios if r], **options)
             words += [f"{title}, {steps} steps: alpha {alpha:.2f}" for steps, alpha in alphas]
         row[1].axhline(1, color=INK, linewidth=1, linestyle="--")
         steps = [c.steps or 0 for cells in lines.values() for c in cells]
@@ -146,13 +146,13 @@ def gamma(part: PartResult) -> Drawing | str:
         lines: dict[Line, list[CellResult]] = {}
         for cell in rows:
             lines.setdefault((cell.baseline, cell.steps), []).append(cell)
-        for ((name, steps), cells), look in zip(lines.items(), _looks(), strict=False):
+        for ((name, steps), cells), look in zip(lines.items(), line_looks(), strict=False):
             ratios = [(_length(c), c.speedup_vs_vanilla) for c in cells]
             points = [(length, ratio) for length, ratio in ratios if ratio]
             passes = _passes(steps)
-            _line(
+            draw_line(
                 panel,
-                [_ratio_point(length, ratio) for length, ratio in points],
+                [ratio_point(length, ratio) for length, ratio in points],
                 label=short(name) + passes,
                 color=hues[name],
                 **look,
@@ -181,9 +181,11 @@ def costs(part: PartResult) -> Drawing | str:
         return "no cost curve was measured"
     figure, (row,) = panels(1, 2, 3.7)
     contexts = sorted(_contexts(part))
-    for context, shade, look in zip(contexts, _shades(len(contexts)), _looks(), strict=False):
+    for context, shade, look in zip(
+        contexts, line_shades(len(contexts)), line_looks(), strict=False
+    ):
         points = [_milliseconds(p.n, p.seconds) for p in target if p.context == context]
-        _line(row[0], points, color=shade, label=f"context {context}", **look)
+        draw_line(row[0], points, color=shade, label=f"context {context}", **look)
     middle = _middle([p.context for p in draft])
     _draft_lines(row[1], part, [p for p in draft if p.context == middle], "draft_len")
     _finish(row[0], [p.n for p in target], "tokens scored in one pass, n", "T_target(n), ms")
@@ -202,10 +204,10 @@ def contexts(part: PartResult) -> Drawing | str:
     widths = sorted({p.n for p in target})
     middle = len(widths) // 2
     few = list(dict.fromkeys([*widths[:1], *widths[middle : middle + 1], *widths[-1:]]))
-    for n, shade, look in zip(few, _shades(len(few)), _looks(), strict=False):
+    for n, shade, look in zip(few, line_shades(len(few)), line_looks(), strict=False):
         points = [_milliseconds(p.context, p.seconds) for p in target if p.n == n]
         label = f"scoring {n} token{'s' * (n > 1)}"
-        _line(row[0], points, color=shade, label=label, **look)
+        draw_line(row[0], points, color=shade, label=label, **look)
     length = _middle([p.draft_len for p in draft])
     _draft_lines(row[1], part, [p for p in draft if p.draft_len == length], "context")
     _finish(row[0], [p.context for p in target], "context, tokens", "T_target(n), ms")
@@ -232,8 +234,8 @@ def _draft_lines(panel: Axes, part: PartResult, points: Sequence[DraftCost], x: 
     lines: dict[tuple[str, int | None], list[DraftCost]] = {}
     for point in points:
         lines.setdefault((point.baseline, point.steps), []).append(point)
-    for ((name, steps), line), look in zip(lines.items(), _looks(), strict=False):
-        _line(
+    for ((name, steps), line), look in zip(lines.items(), line_looks(), strict=False):
+        draw_line(
             panel,
             [_milliseconds(getattr(p, x), p.seconds) for p in line],
             color=hues[name],
@@ -283,9 +285,9 @@ def batches(part: PartResult) -> Drawing | str:
 def _batch_lines(panel: Axes, part: PartResult, entries: Sequence[BatchCurve]) -> Iterator[str]:
     """Draw a line per baseline, with a ring at its break-even. Yields the lines in words."""
     hues = colors(part)
-    for entry, look in zip(entries, _looks(), strict=False):
+    for entry, look in zip(entries, line_looks(), strict=False):
         rates = _rates(entry)
-        _line(
+        draw_line(
             panel,
             [Point(batch, rate) for batch, rate in rates.items()],
             color=hues[entry.baseline],

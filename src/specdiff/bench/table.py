@@ -140,7 +140,7 @@ def paper(tables: PaperTables) -> Table:
             row.target,
             row.baseline,
             str(row.draft_len or ""),
-            f"{row.paper:.2f}" if row.paper else "not known",
+            _number(row.paper),
             _number(row.vs_hf),
             _number(row.vs_vanilla),
             _number(row.accepted_per_draft),

@@ -26,6 +26,7 @@ from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.block import BlockDrafter
+from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
@@ -37,7 +38,7 @@ from specdiff.noise import Noise, Purpose
 from specdiff.types import Batch, Context, Draft, SamplingParams, TargetInfo
 
 INFO = TargetInfo("law", V, V, 1, 1 << 30, torch.float64, torch.device("cpu"))
-PROMPT = [0, 1, 2, 0, 1]
+PROMPT = [0, 1, 2, 0, 1, 2]
 HALVINGS = 52
 NOTHING = 1e-14  # width that halving leaves to a token that is never drawn
 ALARM = 1e-6  # the chance that a stated error is exceeded
@@ -115,6 +116,12 @@ def _block(seed: int) -> BlockDrafter:
     return BlockDrafter(network, info)
 
 
+def _cascade(seed: int, shortest: int) -> CascadeDrafter:
+    """The last 3 tokens of the prompt repeat, so that it is looked up unless `shortest` is more."""
+    inner = DenoisingDrafter(_sedd(seed), steps=2)
+    return CascadeDrafter(INFO, inner, longest=shortest, shortest=shortest)
+
+
 # name -> the drafter by seed, and whether one uniform a position is all its chance
 DRAFTERS: dict[str, tuple[Build, bool]] = {
     "sedd, one pass": (lambda seed: DenoisingDrafter(_sedd(seed)), True),
@@ -131,6 +138,8 @@ DRAFTERS: dict[str, tuple[Build, bool]] = {
     "autoregressive": (_causal, True),
     "block with a Markov head": (_block, True),
     "ngram": (lambda seed: NGramDrafter(INFO, longest=2), True),
+    "cascade, where the text repeats": (lambda seed: _cascade(seed, shortest=3), True),
+    "cascade, elsewhere: sedd, 2 passes": (lambda seed: _cascade(seed, shortest=4), True),
 }
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from specdiff.cli import params, terminal
+from specdiff.cli import bench_paper, params, terminal
 from specdiff.cli.terminal import quiet_libraries
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.unicode import valid
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from specdiff.bench.settings import BenchSettings, Part
 
 RUN = "Run"  # a panel of --help
-SUITES = "embedded (default), paper, or jsonl|humaneval|gsm8k:FILE."
+PAPER = "Suite paper"
+SUITES = "embedded (default), paper, or KIND:FILE, such as jsonl:FILE."
 SAVE_SECONDS = 10  # between two writes of the files while measuring
 QUICK: dict[str, Any] = {
     "prompts": 5,
@@ -37,12 +38,6 @@ QUICK: dict[str, Any] = {
     "sample": 2,
     "tuning_tokens": 16,
     "tune_each": False,
-}
-PAPER: dict[str, Any] = {
-    "temperatures": (1.0,),
-    "max_tokens": 1024,
-    "prompts": 16,
-    "gammas": (5, 10, 20, 30, 40, 50),
 }
 SMOKE: dict[str, Any] = {
     "max_tokens": 8,
@@ -82,6 +77,9 @@ def bench(
     prompts: Annotated[
         int | None, params.option("Number of prompts, over all tasks (default: all).", panel=RUN)
     ] = None,
+    per_task: Annotated[
+        int | None, params.option("Number of prompts of each task.", panel=RUN)
+    ] = None,
     times: Annotated[
         int | None, params.option("Turns per prompt; at least 5 turns in all.", panel=RUN)
     ] = None,
@@ -119,8 +117,22 @@ def bench(
         bool, params.flag("Resume the run in --out, with the same settings.", "--resume", panel=RUN)
     ] = False,
     smoke: Annotated[
-        bool, params.flag("Suite paper on tiny random models.", "--smoke", panel=RUN)
+        bool, params.flag("Suite paper on tiny random models.", "--smoke", panel=PAPER)
     ] = False,
+    scale: Annotated[
+        str, params.option("paper, or embedded: packaged models, on a CPU.", panel=PAPER)
+    ] = "paper",
+    texts: Annotated[
+        list[str] | None,
+        params.option("NAME=FILE of a data set's prompts; repeatable.", panel=PAPER),
+    ] = None,
+    finetune: Annotated[
+        list[str] | None,
+        params.option("NAME=FILE to finetune on, as the paper does; repeatable.", panel=PAPER),
+    ] = None,
+    finetune_steps: Annotated[
+        int, params.option("Steps of target and drafters each.", panel=PAPER)
+    ] = 200,
     as_json: Annotated[
         bool, params.flag("Print a summary as one JSON object.", "--json", panel=params.OUTPUT)
     ] = False,
@@ -141,6 +153,8 @@ def bench(
         raise UsageError("--baselines measures other engines on one target, not on --suite paper")
     if smoke and suite != "paper":
         raise UsageError(f"--smoke is for --suite paper; the suite {suite!r} runs on real models")
+    if suite != "paper" and (scale != "paper" or texts or finetune):
+        raise UsageError(f"--scale, --texts and --finetune are for --suite paper, not {suite!r}")
     options: dict[str, Any] = {
         "temperatures": _numbers("--temperatures", temperatures, float),
         "batch": _numbers("--batch", batch, int),
@@ -148,6 +162,7 @@ def bench(
         "steps": _numbers("--steps", steps, int),
         "max_tokens": max_tokens,
         "prompts": prompts,
+        "per_task": per_task,
         "times": times,
     }
     fixed = {
@@ -164,10 +179,16 @@ def bench(
         "quantize": quantize,
         "threads": params.thread_count(threads),
         "smoke": smoke,
+        "scale": scale,
+        "texts": tuple(texts or ()),
+        "finetune": tuple(finetune or ()),
+        "finetune_steps": finetune_steps,
     }
-    base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})
+    base = bench_paper.defaults(scale) if suite == "paper" else {}
+    base |= (QUICK if quick else {}) | (SMOKE if smoke else {})
     quiet_libraries()
-    folder = out or Path(f"bench-{suite.partition(':')[0]}" + ("-smoke" if smoke else ""))
+    kind = "-smoke" if smoke else "-embedded" * (scale == "embedded")
+    folder = out or Path(f"bench-{suite.partition(':')[0]}{kind}")
     values = {name: value for name, value in options.items() if value is not None}
     settings, parts = _prepare(base | values | fixed, folder)
     from specdiff import files
@@ -178,6 +199,8 @@ def bench(
     lock = files.lock(folder)
     try:
         journal = Journal(folder, asdict(settings), about, resume=resume)
+        if settings.finetune:
+            _finetune(settings, folder, notes)
         interrupted = _measure(settings, parts, journal, folder, notes)
         _finish(journal, folder, notes, as_json=as_json, finished=not interrupted)
     finally:
@@ -209,26 +232,29 @@ def _prepare(values: dict[str, Any], folder: Path) -> "tuple[BenchSettings, list
     from specdiff.catalog import DEFAULT_MODEL
 
     digest = suites.check(values["suite"])
-    if values["suite"] != paper.SUITE:
-        model = values["model"] or DEFAULT_MODEL
-        settings = BenchSettings(**values | {"model": model, "suite_sha256": digest})
-        if settings.peers:
-            llama_cpp.check(model)
-        own = Part(
-            values["suite"].partition(":")[0],
-            settings.model,
-            settings.suite,
-            baselines(settings),
-            settings.max_tokens,
-        )
-        runner.read(own, settings)
-        return settings, [own]
-    settings = BenchSettings(**values)
-    targets = {Path(settings.model).name: settings.model} if settings.model else dict(paper.TARGETS)
-    if not settings.smoke:
-        return settings, paper.parts(settings, targets, paper.DRAFTERS)
-    targets, drafters = paper.tiny_models(folder / "models")
-    return settings, paper.parts(settings, targets, drafters, paper.tiny_texts())
+    if values["suite"] == paper.SUITE:
+        return bench_paper.prepare(values, folder)
+    model = values["model"] or DEFAULT_MODEL
+    settings = BenchSettings(**values | {"model": model, "suite_sha256": digest})
+    if settings.peers:
+        llama_cpp.check(model)
+    own = Part(
+        values["suite"].partition(":")[0],
+        settings.model,
+        settings.suite,
+        baselines(settings),
+        settings.max_tokens,
+    )
+    runner.read(own, settings)
+    return settings, [own]
+
+
+def _finetune(settings: "BenchSettings", folder: Path, notes: "Console") -> None:
+    try:
+        bench_paper.finetune(settings, folder, notes)
+    except KeyboardInterrupt:
+        notes.print("interrupted; to resume, repeat the command with --resume", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def _measure(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from specdiff.cli import terminal
+from specdiff.unicode import valid
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,15 +35,21 @@ LEGEND = (
 
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that holds results.json.")],
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the main table as Markdown instead.")
+    ] = False,
 ) -> None:
     """Write report.html again from results.json.
 
     Example:  specdiff bench report bench-embedded
     """
+    from specdiff.bench import details, results
     from specdiff.bench import report as page
-    from specdiff.bench import results
 
     run = results.read(folder)
+    if markdown:
+        print(valid("\n".join(details.markdown(run))))
+        return
     print(page.write(folder if folder.is_dir() else folder.parent, run))
 
 

@@ -88,7 +88,7 @@ def train(
 
     from specdiff.devices import keep_freed_memory
 
-    prepare, recipes = _training()
+    prepare, recipes = training()
     config = recipes.load(recipe, changes or ())
     keep_freed_memory()
     if isinstance(count, int):  # torch's own number is the fastest for large batches
@@ -116,7 +116,8 @@ def train(
         terminal.print_json(result)
 
 
-def _training() -> Any:
+def training() -> Any:
+    """The modules that prepare a run and that read recipes. Raises MissingExtraError."""
     try:
         from specdiff.training import prepare, recipe
     except ModuleNotFoundError as error:
@@ -141,7 +142,7 @@ def _run(
     elif trainer.step:
         notes.print(f"resuming from step {trainer.step} of {steps}", soft_wrap=True)
     try:
-        evaluation = _watch(trainer, max_minutes, notes)
+        evaluation = watch(trainer, max_minutes, notes)
     except KeyboardInterrupt:
         notes.print(
             f"stopped at step {trainer.step}; "
@@ -158,7 +159,7 @@ def _run(
     return {"out": str(out), "step": trainer.step, "steps": steps, "minutes": minutes} | evaluation
 
 
-def _watch(trainer: "Trainer", max_minutes: float | None, notes: "Console") -> dict[str, Any]:
+def watch(trainer: "Trainer", max_minutes: float | None, notes: "Console") -> dict[str, Any]:
     """Run the trainer to its end or the time limit. Returns the last evaluation, if any."""
     from rich.progress import (
         BarColumn,
