@@ -35,6 +35,7 @@ class RequestOutput:
         of the most likely tokens at its position.
     error: why the request ended early, naming it; its answer is incomplete.
     draft: the drafted tokens, if requested.
+    cached_tokens: prompt tokens that the row held already, so that they were not read again.
     """
 
     request: int
@@ -48,6 +49,7 @@ class RequestOutput:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     error: str | None = None
     draft: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class EngineStep:
                 *logprobs.of(row, len(new), slot.request),
                 error=error,
                 draft=draft[: sizes[row]],
+                cached_tokens=slot.reused,
             )
             outputs.append(output)
         return outputs

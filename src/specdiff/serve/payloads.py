@@ -16,13 +16,16 @@ def error(message: str, kind: str, *, param: str | None = None, code: int = 400)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, Any]:
-    """The tokens of a request: its prompts, and all of its answers."""
+def usage(
+    prompt_tokens: int, cached_tokens: int, generations: Sequence[Generation]
+) -> dict[str, Any]:
+    """The tokens of a request: its prompts, of which some were in the cache, and its answers."""
     completion = sum(len(generation.token_ids) for generation in generations)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
