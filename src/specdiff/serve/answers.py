@@ -9,7 +9,7 @@ from typing import Any
 
 from specdiff.serve import error_answers, payloads
 from specdiff.serve.choices import Choice, Reader
-from specdiff.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from specdiff.serve.protocol import ChatRequest, GenerationRequest
 from specdiff.text.lm import SpeculativeLM
 
 
@@ -76,7 +76,7 @@ class AnswerWriter:
 
     async def _pump(self, index: int, choice: Choice, merged: asyncio.Queue[Any]) -> None:
         before: dict[str, str] = {"role": "assistant"} if self.chat else {}
-        text = self._echo(choice)
+        text = choice.echo
         try:
             async for new in self.reader.texts(choice):
                 text += new
@@ -101,7 +101,7 @@ class AnswerWriter:
         entry["logprobs"] = self._logprobs(choice)
         if self.chat:
             return {**entry, "message": {"role": "assistant", "content": generation.text}}
-        return {**entry, "text": self._echo(choice) + generation.text}
+        return {**entry, "text": choice.echo + generation.text}
 
     def _figures(self) -> dict[str, Any]:
         """Usage, and the figures of speculation."""
@@ -116,20 +116,24 @@ class AnswerWriter:
             "metrics": payloads.speculation(generations),
         }
 
-    def _echo(self, choice: Choice) -> str:
-        if not isinstance(self.body, CompletionRequest) or not self.body.echo:
-            return ""
-        return str(self.lm.tokenizer.decode(choice.prompt, skip_special_tokens=True))
-
     def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
         """Of the tokens that have not been sent yet, if the request wants them."""
         first = choice.sent
         choice.sent = len(choice.answer.generation.token_ids)
         if choice.job.request.params.logprobs is None:
             return None
+        generation = choice.answer.generation
+        spell = self.reader.spell
         if self.chat:
-            return payloads.chat_logprobs(choice.answer.generation, first, self.reader.spell)
-        return payloads.completion_logprobs(choice.answer.generation, first, self.reader.spell)
+            return payloads.chat_logprobs(generation, first, spell)
+        entries = payloads.completion_logprobs(generation, first, spell, len(choice.echo))
+        if choice.score is None:
+            return entries
+        decode = self.lm.tokenizer.decode  # special tokens have no text in the echo
+        lengths = [len(decode([token], skip_special_tokens=True)) for token in choice.prompt]
+        echo = payloads.prompt_logprobs(choice.prompt, choice.score, spell, lengths)
+        choice.score = None
+        return {name: values + entries[name] for name, values in echo.items()}
 
 
 def _event(payload: dict[str, Any]) -> str:

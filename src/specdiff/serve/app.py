@@ -148,8 +148,12 @@ class Server:
                 "text above temperature 0; leave it out",
                 param="seed",
             )
+        echo = isinstance(body, CompletionRequest) and body.echo
+        generate = not (isinstance(body, CompletionRequest) and body.only_echo)
+        scores = options.sampling.logprobs if echo else None
         for prompt in prompts:
             request = self.lm.request(prompt, options, 0)
+            text = self.lm.tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""
             for _ in range(body.n):
                 outputs: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -162,8 +166,8 @@ class Server:
                     draft_len=body.draft_len,
                     with_drafts=body.include_rounds,
                 )
-                job = Job(engine_request, receive)
-                choices.append(Choice(prompt, self.lm.answer(options), job, outputs))
+                job = Job(engine_request, receive, scores, generate)
+                choices.append(Choice(prompt, self.lm.answer(options), job, outputs, str(text)))
         return choices
 
     async def _respond(

@@ -184,16 +184,16 @@ class CompletionRequest(GenerationRequest):
             return [self.prompt]
         return self.prompt  # type: ignore[return-value]
 
-    def check_supported(self) -> None:
-        """Raise UsageError naming the first field that this server cannot keep."""
-        super().check_supported()
-        if self.echo and self.logprobs is not None:
-            raise UsageError("logprobs of an echoed prompt are not supported", param="echo")
+    @property
+    def only_echo(self) -> bool:
+        """Whether nothing is generated: the answer is the prompt, to get its log probabilities."""
+        return self.echo and self.max_tokens == 0
 
     def options(self) -> dict[str, Any]:
         """The library's options; None leaves the default."""
         limit = 16 if self.max_tokens is None else self.max_tokens  # the API's default
-        return {**super().options(), "max_tokens": limit, "logprobs": self.logprobs}
+        most = 1 if self.only_echo else limit
+        return {**super().options(), "max_tokens": most, "logprobs": self.logprobs}
 
 
 class ChatRequest(GenerationRequest):
