@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 import httpx
 from running import running
+from test_live import WAIT, Inbox
 
 from doubles import SICKNESS, Sick
 from specdiff import SpeculativeLM, scoring
@@ -20,7 +21,6 @@ from specdiff.serve.app import build
 from specdiff.serve.live import Job, LiveEngine
 from specdiff.types import SamplingParams
 from specdiff.verify import token
-from test_live import WAIT, Inbox
 from test_lm import END, lm, target, tokenizer  # noqa: F401
 
 TEXT = "the rain in spain falls mainly on the plain"
