@@ -58,6 +58,7 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check(body)
+        self._check_size(sum(map(_characters, body.messages)), "messages")
         ids = await asyncio.to_thread(self.lm.render, body.messages, **body.template())
         return await self._respond(body, [self.lm.encode(ids)], request)
 
@@ -107,6 +108,7 @@ class Server:
     def _check(self, body: GenerationRequest) -> None:
         """Refuse what cannot be served, before anything is tokenized."""
         body.check_supported()
+        body.check_length(None, self.lm.max_len)
         count = body.n
         if isinstance(body, CompletionRequest):
             count *= len(body.prompts())
@@ -119,16 +121,20 @@ class Server:
             )
         self.engine.check_room(count)
 
+    def _check_size(self, count: int, field: str) -> None:
+        """Refuse a text that is too long in whatever tokens."""
+        if count > self.longest_prompt:
+            raise UsageError(
+                f"{field}: {count} characters are more than the {self.lm.max_len} tokens of this "
+                "server's context; shorten the text",
+                param=field,
+            )
+
     def _encoded(self, body: CompletionRequest) -> list[list[int]]:
         """The token ids of each prompt. Raises UsageError for one that cannot fit."""
         prompts = body.prompts()
         for prompt in prompts:
-            if len(prompt) > self.longest_prompt:
-                raise UsageError(
-                    f"the prompt has {len(prompt)} characters, which are more than "
-                    f"{self.lm.max_len} tokens",
-                    param="prompt",
-                )
+            self._check_size(len(prompt) if isinstance(prompt, str) else 0, "prompt")
         return [self.lm.encode(prompt, raw=True) for prompt in prompts]
 
     def _choices(
@@ -196,6 +202,14 @@ class Server:
 
     def _spell(self, token: int) -> str:
         return str(self.lm.tokenizer.decode([token]))
+
+
+def _characters(message: dict[str, Any]) -> int:
+    """The length of a message's text, be it a string or a list of parts."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 async def _disconnected(request: Request) -> None:

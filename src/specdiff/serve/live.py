@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdiff import engine
+from specdiff.capacity import Capacity
 from specdiff.drafters.base import Drafter
 from specdiff.errors import SpecdiffError, TargetError, UsageError
 from specdiff.scoring import PromptScore, PromptScoring
@@ -61,6 +62,8 @@ class LiveEngine:
         max_len: the most tokens of prompt and answer.
         max_queue: requests that wait at most.
         chunk: prompt tokens read between two rounds.
+        positions: of all rows of the target's cache together (None: no limit); a request waits
+            until there is room for it.
         observe: called in the engine's thread with every step.
     """
 
@@ -75,6 +78,7 @@ class LiveEngine:
         max_len: int = 2048,
         max_queue: int = 256,
         chunk: int = CHUNK,
+        positions: int | None = None,
         observe: Callable[[engine.EngineStep], None] | None = None,
     ) -> None:
         self.target = target
@@ -86,6 +90,9 @@ class LiveEngine:
         self.max_queue = max_queue
         self.max_draft_len = drafter.draft_len if callable(draft_len) else draft_len
         self.chunk = chunk
+        self.positions = positions
+        self.width = max_len + self.max_draft_len + 1  # of a row
+        Capacity(max_rows, self.width, positions).check()
         self.observe = observe
         self.error: BaseException | None = None
         self._waiting: deque[Job] = deque()
@@ -210,6 +217,7 @@ class LiveEngine:
             rows=self.max_rows,
             slots=self.max_len,
             chunk=self.chunk,
+            positions=self.positions,
         )
         try:
             for step in steps:

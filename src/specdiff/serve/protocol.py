@@ -95,14 +95,19 @@ class GenerationRequest(BaseModel):
         """The most tokens of the answer that the request names."""
         return self.max_tokens
 
-    def check_length(self, prompt_tokens: int, max_len: int) -> None:
-        """Raise UsageError if the tokens that a request names do not fit; a default is cut."""
+    def check_length(self, prompt_tokens: int | None, max_len: int) -> None:
+        """Raise UsageError if the tokens that a request names do not fit; a default is cut.
+
+        prompt_tokens: None if they are not known yet.
+        """
         limit = self.length()
-        if limit is not None and prompt_tokens + limit > max_len:
+        if limit is not None and (prompt_tokens or 1) + limit > max_len:
+            prompt = (
+                "any prompt" if prompt_tokens is None else f"a prompt of {prompt_tokens} tokens"
+            )
             raise UsageError(
-                f"a prompt of {prompt_tokens} tokens and max_tokens={limit} exceed the "
-                f"{max_len} tokens of this server's context; shorten the prompt or lower "
-                "max_tokens",
+                f"{prompt} and max_tokens={limit} exceed the {max_len} tokens of this server's "
+                "context; shorten the prompt or lower max_tokens",
                 param="max_tokens",
             )
 
