@@ -13,13 +13,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdiff import decode
+from specdiff.arrivals import Arrivals
+from specdiff.arrivals import check as check
+from specdiff.capacity import Capacity
 from specdiff.drafters.base import Drafter
 from specdiff.errors import UsageError
-from specdiff.rows import Request as Request
+from specdiff.request import Request as Request
+from specdiff.request import Slot as Slot
 from specdiff.rows import Rows
-from specdiff.rows import Slot as Slot
 from specdiff.targets.base import Target
-from specdiff.types import Logprobs, Round, check_grammar
+from specdiff.types import Logprobs, Round
 from specdiff.verify import Verifier
 
 DraftLength = int | Callable[[Round | None], int]
@@ -35,6 +38,7 @@ class RequestOutput:
         of the most likely tokens at its position.
     error: why the request ended early, naming it; its answer is incomplete.
     draft: the drafted tokens, if requested.
+    cached_tokens: prompt tokens that the row held already, so that they were not read again.
     """
 
     request: int
@@ -48,6 +52,7 @@ class RequestOutput:
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     error: str | None = None
     draft: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +110,7 @@ class EngineStep:
                 *logprobs.of(row, len(new), slot.request),
                 error=error,
                 draft=draft[: sizes[row]],
+                cached_tokens=slot.reused,
             )
             outputs.append(output)
         return outputs
@@ -171,6 +177,7 @@ def serve(
     rows: int = 8,
     slots: int | None = None,
     chunk: int | None = None,
+    positions: int | None = None,
 ) -> Iterator[EngineStep]:
     """Run a stream of requests, at most `rows` at a time, until it ends; one EngineStep per round.
 
@@ -188,6 +195,8 @@ def serve(
             sequence.
         chunk: the most prompt tokens read between two rounds, so that a long prompt does not hold
             up the requests that run (None: all; a drafter with taps needs all).
+        positions: of all rows of the target's cache together (None: no limit). A request waits
+            until there is room for it, in order of arrival.
 
     Raises UsageError as `check` does, and for a request that does not fit into its row: at once for
     a sequence, on joining for a stream.
@@ -201,25 +210,25 @@ def serve(
         sizes = [len(r.prompt) + r.params.max_tokens for r in requests if r is not None]
         slots = max(sizes, default=0)
     longest = drafter.draft_len if callable(draft_len) else draft_len
-    queue = _Queue(requests, slots, target, longest)
-    width = slots + longest + 1
-    return _serve(target, drafter, queue, verifier, draft_len, rows, width, chunk)
+    queue = Arrivals(requests, slots, target, longest)
+    capacity = Capacity(rows, slots + longest + 1, positions)
+    capacity.check()
+    return _serve(target, drafter, queue, verifier, draft_len, capacity, chunk)
 
 
 def _serve(
     target: Target[Any],
     drafter: Drafter[Any],
-    queue: "_Queue",
+    queue: Arrivals,
     verifier: Verifier,
     draft_len: DraftLength,
-    rows: int,
-    width: int,
+    capacity: Capacity,
     chunk: int | None,
 ) -> Iterator[EngineStep]:
-    joining = queue.take(rows)
+    joining = queue.take(capacity.rows, lambda slots: Rows.fit(slots, capacity, queue.longest))
     if not joining:
         return
-    table = Rows(target, drafter, verifier, joining, rows, width, chunk)
+    table = Rows(target, drafter, verifier, joining, capacity, queue.longest, chunk)
     last: Round | None = None
     try:
         table.start()
@@ -231,92 +240,11 @@ def _serve(
                 yield step
                 table.release(step.ended)
                 table.drop(step.dropped)
-            table.join(queue.take(table.free))
+                queue.drop(step.dropped)
+            table.join(queue.take(table.free, table.fits))
             table.read()
     finally:  # also if the caller stops early, or the target or the drafter raises
         table.release(table.running)
-
-
-class _Queue:
-    """The stream of requests, numbered and checked: a sequence at once, others when pulled."""
-
-    def __init__(
-        self,
-        requests: Iterable[Request | None],
-        slots: int,
-        target: Target[Any],
-        longest: int,
-    ) -> None:
-        self.stream = iter(requests)
-        self.slots = slots
-        self.target = target
-        self.longest = longest  # draft
-        self.index = 0
-        self.checked = isinstance(requests, Sequence)
-        if self.checked:
-            for index, request in enumerate(r for r in requests if r is not None):
-                self._check(index, request)
-
-    def take(self, count: int) -> list[Slot]:
-        """The next requests, at most `count`."""
-        joining: list[Slot] = []
-        while len(joining) < count and (request := next(self.stream, None)) is not None:
-            if not self.checked:
-                self._check(self.index, request)
-            joining.append(Slot(self.index, request))
-            self.index += 1
-        return joining
-
-    def _check(self, index: int, request: Request) -> None:
-        check([request], self.target, index, longest=self.longest)
-        if len(request.prompt) + request.params.max_tokens > self.slots:
-            raise UsageError(
-                f"request {index} may reach {len(request.prompt)} + {request.params.max_tokens} "
-                f"tokens, but slots are {self.slots}",
-                param="slots",
-            )
-
-
-def check(
-    requests: Iterable[Request], target: Target[Any], first: int = 0, *, longest: int | None = None
-) -> None:
-    """Raise UsageError for a request that the target cannot serve.
-
-    That is a prompt without tokens, one that may reach past the target's positions, an option
-    that names a token outside the vocabulary, one that no grammar goes with, or a draft length
-    that is not in [0, `longest`]. `first` is the number of the first request.
-    """
-    size = target.info.vocab_size
-    positions = target.info.max_positions
-    for index, request in enumerate(requests, first):
-        params = request.params
-        if request.grammar is not None:
-            check_grammar(params)
-        if not request.prompt:
-            raise UsageError(f"prompt {index} holds no tokens; give at least one", param="prompt")
-        if len(request.prompt) + params.max_tokens > positions:
-            raise UsageError(
-                f"request {index} may reach {len(request.prompt)} + {params.max_tokens} tokens, "
-                f"but the target has {positions} positions; shorten the prompt or lower max_tokens",
-                param="max_tokens",
-            )
-        draft_len = request.draft_len
-        if draft_len is not None and longest is not None and not 0 <= draft_len <= longest:
-            raise UsageError(
-                f"draft_len must be in [0, {longest}], not {draft_len} (0: no drafts)",
-                param="draft_len",
-            )
-        options = {
-            "logit_bias": [token for token, _ in params.logit_bias],
-            "allowed_token_ids": params.allowed_token_ids or (),
-        }
-        for option, ids in options.items():
-            if ids and max(ids) >= size:
-                raise UsageError(
-                    f"{option} names token id {max(ids)}, "
-                    f"which is outside the target's vocabulary of {size}",
-                    param=option,
-                )
 
 
 class _LogprobLists:

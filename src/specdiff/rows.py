@@ -1,7 +1,7 @@
 """Rows: the rows of a running batch, which requests join and leave between decoding steps."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,42 +9,17 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specdiff import decode
+from specdiff.capacity import Capacity
 from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
-from specdiff.grammar import Grammar
 from specdiff.prefix_cache import seats
+from specdiff.request import Request as Request
+from specdiff.request import Slot as Slot
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Context, Round, SamplingParams
+from specdiff.types import Batch, Context, Round
 from specdiff.verify import Verifier
 
 PASS_TOKENS = 2048  # of prompts read together, padding included
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt as token ids, its sampling parameters, and its 64-bit seed.
-
-    draft_len: the most tokens of this request's drafts, 0 for plain decoding (None: no limit of
-        its own).
-    with_drafts: report the drafted tokens of each round.
-    grammar: of the answer, if it has one.
-    """
-
-    prompt: Sequence[int]
-    params: SamplingParams
-    seed: int
-    draft_len: int | None = None
-    with_drafts: bool = False
-    grammar: Grammar | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The request in a row: its index in the stream, and how many prompt tokens the cache held."""
-
-    index: int
-    request: Request
-    reused: int = 0
 
 
 class Rows:
@@ -56,18 +31,20 @@ class Rows:
         drafter: Drafter[Any],
         verifier: Verifier,
         joining: Sequence[Slot],
-        limit: int,
-        width: int,
+        capacity: Capacity,
+        longest: int,
         chunk: int | None = None,
     ) -> None:
-        self.limit = limit
+        self.capacity = capacity
+        self.longest = longest  # draft
         self.chunk = chunk
         self.reading: dict[int, tuple[Slot, int]] = {}  # row: its request, and the tokens read
-        self.width = width
+        self.width = capacity.width
+        self.reach = max(self._need(slot) for slot in joining)  # the widest since rows were opened
         self.device = target.info.device
         self.slots: list[Slot | None] = [*joining]
-        batch = _batch(joining, width, self.device)
-        self.state = decode.start(target, drafter, batch, verifier=verifier, slots=width)
+        batch = _batch(joining, self.width, self.device)
+        self.state = decode.start(target, drafter, batch, verifier=verifier, slots=self.width)
         if self.state.drafter.taps:
             self.chunk = None  # the features of a prompt come at once
         self.by_rule = True  # the last draft length was the rule's
@@ -79,7 +56,17 @@ class Rows:
     @property
     def free(self) -> int:
         """How many more requests may join."""
-        return self.limit - len(self.running) - len(self.reading)
+        return self.capacity.rows - len(self.running) - len(self.reading)
+
+    @staticmethod
+    def fit(slots: Sequence[Slot], capacity: Capacity, longest: int) -> bool:
+        """Whether a cache has room for these requests alone."""
+        return capacity.holds(len(slots), max(need(slot, capacity, longest) for slot in slots))
+
+    def fits(self, joining: Sequence[Slot]) -> bool:
+        """Whether there is room for more requests, next to those that run or are being read."""
+        own = [slot for slot in self.slots if slot] + [slot for slot, _ in self.reading.values()]
+        return self.fit([*own, *joining], self.capacity, self.longest)
 
     def start(self) -> None:
         """Admit the first requests."""
@@ -139,9 +126,13 @@ class Rows:
         if not joining:
             return
         size = len(self.slots)
-        missing = len(self.running) + len(self.reading) + len(joining) - size
-        if missing > 0:
-            self._grow(size + max(missing, min(size, self.limit - size)))
+        missing = max(0, len(self.running) + len(self.reading) + len(joining) - size)
+        reach = max(self.reach, *[self._need(slot) for slot in joining])
+        if not self.capacity.holds(size + missing, reach):
+            self._open_anew(joining)
+        elif missing:
+            self._open(self.capacity.grown(size, missing, reach), range(size))
+        self.reach = max(self.reach, *[self._need(slot) for slot in joining])
         places = self._places([slot.request.prompt for slot in joining])
         joined = [
             (row, replace(slot, reused=reused))
@@ -254,20 +245,41 @@ class Rows:
             for (row, length), most in zip(places, rest, strict=True)
         ]
 
-    def _grow(self, rows: int) -> None:
-        """Open `rows` rows in place of fewer: running texts are read again, other rows are idle."""
+    def _need(self, slot: Slot) -> int:
+        return need(slot, self.capacity, self.longest)
+
+    def _open_anew(self, joining: Sequence[Slot]) -> None:
+        """Open as few rows as hold the requests that run, are read or join: memory is short."""
+        order = [*self.running, *self.reading]
+        own = [slot for slot in self.slots if slot] + [slot for slot, _ in self.reading.values()]
+        self._open(len(order) + len(joining), order)
+        self.reach = max([self._need(slot) for slot in own], default=0)
+
+    def _open(self, rows: int, order: Sequence[int]) -> None:
+        """Open `rows` rows, the first of which take the requests of the old rows in `order`.
+
+        Running texts are read again, other rows are idle.
+        """
         state = self.state
-        old = state.batch
-        running = torch.tensor(self.running, dtype=torch.long, device=self.device)
-        source = torch.arange(rows, device=self.device).clamp(max=len(old.length) - 1)
-        idle = torch.ones(rows, dtype=torch.bool, device=self.device).index_fill(0, running, False)
-        batch: Batch = mapped(old, lambda part: part[source])
-        batch = replace(batch, done=idle, length=batch.length.masked_fill(idle, 1))
         cache = state.target.open(rows, self.width, state.drafter.taps)
         drafting = state.drafter.open(rows, self.width)
-        if len(running):
-            decode.release(state, running)
+        old = state.batch
+        if self.running:
+            decode.release(state, torch.tensor(self.running, device=self.device))
+        places = {row: place for place, row in enumerate(order)}
+        self.slots = [self.slots[row] for row in order] + [None] * (rows - len(order))
+        running = torch.tensor(self.running, dtype=torch.long, device=self.device)
+        source = torch.tensor([*order, *[0] * (rows - len(order))], device=self.device)
+        idle = torch.ones(rows, dtype=torch.bool, device=self.device).index_fill(0, running, False)
+        batch: Batch = mapped(old, lambda part: part[source])
+        batch = replace(
+            batch,
+            done=idle,
+            length=batch.length.masked_fill(idle, 1),
+            grammars={places[row]: one for row, one in old.grammars.items() if row in places},
+        )
         earlier = state.state
+        earlier.off = earlier.off.to(self.device)[source]
         previous = _tiled(state.context.previous, source)
         state.cache = cache
         state.state = drafting
@@ -277,10 +289,15 @@ class Rows:
         if len(running):
             self._prefill([(row, 0) for row in self.running])
             state.drafter.resume(drafting, earlier, running)
-        self.slots += [None] * (rows - len(self.slots))
         self.reading = {
-            row: (replace(slot, reused=0), 0) for row, (slot, _) in self.reading.items()
+            places[row]: (replace(slot, reused=0), 0) for row, (slot, _) in self.reading.items()
         }
+
+
+def need(slot: Slot, capacity: Capacity, longest: int) -> int:
+    """The positions that a request may take: prompt, answer, and a draft of `longest` tokens."""
+    request = slot.request
+    return capacity.need(len(request.prompt) + request.params.max_tokens + longest + 1)
 
 
 def alike(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:

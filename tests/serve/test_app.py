@@ -14,6 +14,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 import httpx
 import uvicorn
+from running import running
 
 from specdiff import SpeculativeLM
 from specdiff.drafters.ngram import NGramDrafter
@@ -75,7 +76,27 @@ def test_chat_with_choices_logprobs_and_usage(lm: SpeculativeLM, client: Any) ->
         for choice in part.choices:
             texts[choice.index] += choice.delta.content or ""
     assert texts == [choice.message.content for choice in got.choices]
-    assert part.usage == got.usage
+    usages = [u.model_dump(exclude={"prompt_tokens_details"}) for u in (part.usage, got.usage)]
+    assert usages[0] == usages[1]  # but for the cached tokens
+
+
+def test_cached_tokens_are_those_of_an_earlier_request(lm: SpeculativeLM) -> None:
+    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_rows=2, max_len=lm.max_len)
+    prompt = lm.encode("the rain in spain falls mainly", raw=True)
+    options = {"stream_options": {"include_usage": True}, **OPTIONS}
+    with (
+        running(build(lm, engine, name="tiny")) as address,
+        openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client,
+    ):
+        usages = [client.completions.create(prompt=prompt, n=2, **OPTIONS).usage for _ in range(2)]
+        longer = [*prompt, *lm.encode(" on the plain", raw=True)]
+        stream = client.completions.create(prompt=longer, stream=True, **options)
+        usages += [part.usage for part in stream if part.usage]
+        usages.append(client.completions.create(prompt=[prompt, [7, 8]], **OPTIONS).usage)
+    cached = [usage.prompt_tokens_details.cached_tokens for usage in usages]
+    assert cached[:3] == [0, len(prompt) - 1, len(prompt)]
+    assert cached[3] == len(prompt) - 1
+    assert usages[3].prompt_tokens == len(prompt) + 2
 
 
 def test_a_stop_string_ends_the_text(lm: SpeculativeLM, client: Any) -> None:

@@ -41,6 +41,12 @@ def serve(
     max_num_seqs: Annotated[
         int, params.option("Requests that run at a time.", panel=SERVER, variable="MAX_NUM_SEQS")
     ] = 8,
+    kv_cache_memory: Annotated[
+        str | None,
+        params.option(
+            "Most memory of the cache, such as 4GiB.", panel=SERVER, variable="KV_CACHE_MEMORY"
+        ),
+    ] = None,
     max_queue: Annotated[
         int, params.option("Requests that wait at most.", panel=SERVER, variable="MAX_QUEUE")
     ] = 256,
@@ -82,7 +88,7 @@ def serve(
         if not value >= (1 if name in counts else 0):
             raise UsageError(f"{name} must be at least {1 if name in counts else 0}, not {value}")
     try:
-        from specdiff.serve import guard, lifecycle
+        from specdiff.serve import guard, lifecycle, memory
         from specdiff.serve.app import build
     except ImportError as error:
         raise MissingExtraError(
@@ -98,6 +104,7 @@ def serve(
         raise UsageError(
             f"--host {host} is reachable from outside: give an --api-key, or --insecure"
         )
+    most = None if kv_cache_memory is None else memory.size(kv_cache_memory, "--kv-cache-memory")
     address = lifecycle.bound(host, port)
     terminal.quiet_libraries()
     loading: dict[str, Any] = {
@@ -112,6 +119,7 @@ def serve(
     lm = specdiff.load(model, drafter, **loading)
     options = Options(verifier=verifier, draft_len=params.draft_length(draft_len))
     built, length = lm.drafting(options)
+    width = lm.max_len + (length if isinstance(length, int) else built.draft_len) + 1
     engine = LiveEngine(
         lm.target,
         built,
@@ -120,6 +128,7 @@ def serve(
         max_rows=max_num_seqs,
         max_len=lm.max_len,
         max_queue=max_queue,
+        positions=memory.positions(lm.target, most, width),
     )
     app = build(
         lm,
@@ -136,7 +145,7 @@ def serve(
     info = lm.target.info
     print(
         f"{model} on {info.device}, {str(info.dtype).removeprefix('torch.')}: {url}v1, "
-        f"playground at {url}",
+        f"playground at {url}\n" + memory.report(lm.target, max_num_seqs, width, engine.positions),
         file=sys.stderr,
     )
     lifecycle.run(app, engine, address, timeout=shutdown_timeout)

@@ -1,7 +1,8 @@
 """A static key/value cache whose rows advance independently.
 
 Each forward writes its keys and values at per-row slots and attends to a bucketed prefix of them,
-so cost follows length and shapes stay few. Nothing is ever removed: a rejected slot is simply
+so cost follows length and shapes stay few. Memory follows the longest text too: the stores grow in
+steps, up to all slots. Nothing is ever removed: a rejected slot is simply
 overwritten, because the next write starts there.
 
 Shapes: B rows, R rows of this forward, A key/value heads, N positions of this forward, S slots,
@@ -13,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from specdiff.capacity import rounded
 
 BUCKET = 128
 
@@ -49,12 +52,23 @@ class RaggedCache:
         self, keys: Float[Tensor, "R A N D"], values: Float[Tensor, "R A N D"], layer: int
     ) -> tuple[Float[Tensor, "R A S D"], Float[Tensor, "R A S D"]]:
         """Store this forward's keys and values; return all that may be attended."""
-        if layer not in self.keys:
-            self.keys[layer] = keys.new_zeros(self.rows, keys.shape[1], self.slots, keys.shape[3])
-            self.values[layer] = values.new_zeros(
-                self.rows, values.shape[1], self.slots, values.shape[3]
-            )
+        if layer not in self.keys or self.keys[layer].shape[2] < self.bound:
+            self.keys[layer] = self._grown(self.keys.get(layer), keys)
+            self.values[layer] = self._grown(self.values.get(layer), values)
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values."""
+        return sum(store.nbytes for store in (*self.keys.values(), *self.values.values()))
+
+    def _grown(self, store: Tensor | None, new: Tensor) -> Tensor:
+        """The store with room for `bound` slots."""
+        width = min(self.slots, rounded(self.bound))
+        grown = new.new_zeros(self.rows, new.shape[1], width, new.shape[3])
+        if store is not None:
+            grown[:, :, : store.shape[2]] = store
+        return grown
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
         assert self.index is not None, "place comes first"

@@ -1,7 +1,6 @@
 """The HTTP API: OpenAI's endpoints over a live engine."""
 
 import asyncio
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -15,7 +14,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 import specdiff
 from specdiff.errors import UsageError
 from specdiff.noise import row_seed
-from specdiff.serve import error_answers, payloads, playground
+from specdiff.serve import error_answers, playground
+from specdiff.serve.answers import AnswerWriter
 from specdiff.serve.choices import Choice, Limits, Reader
 from specdiff.serve.guard import Guard
 from specdiff.serve.live import Job, LiveEngine
@@ -58,6 +58,7 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         """Answer a conversation."""
         self._check(body)
+        self._check_size(sum(map(_characters, body.messages)), "messages")
         ids = await asyncio.to_thread(self.lm.render, body.messages, **body.template())
         return await self._respond(body, [self.lm.encode(ids)], request)
 
@@ -107,6 +108,7 @@ class Server:
     def _check(self, body: GenerationRequest) -> None:
         """Refuse what cannot be served, before anything is tokenized."""
         body.check_supported()
+        body.check_length(None, self.lm.max_len)
         count = body.n
         if isinstance(body, CompletionRequest):
             count *= len(body.prompts())
@@ -119,16 +121,20 @@ class Server:
             )
         self.engine.check_room(count)
 
+    def _check_size(self, count: int, field: str) -> None:
+        """Refuse a text that is too long in whatever tokens."""
+        if count > self.longest_prompt:
+            raise UsageError(
+                f"{field}: {count} characters are more than the {self.lm.max_len} tokens of this "
+                "server's context; shorten the text",
+                param=field,
+            )
+
     def _encoded(self, body: CompletionRequest) -> list[list[int]]:
         """The token ids of each prompt. Raises UsageError for one that cannot fit."""
         prompts = body.prompts()
         for prompt in prompts:
-            if len(prompt) > self.longest_prompt:
-                raise UsageError(
-                    f"the prompt has {len(prompt)} characters, which are more than "
-                    f"{self.lm.max_len} tokens",
-                    param="prompt",
-                )
+            self._check_size(len(prompt) if isinstance(prompt, str) else 0, "prompt")
         return [self.lm.encode(prompt, raw=True) for prompt in prompts]
 
     def _choices(
@@ -148,8 +154,12 @@ class Server:
                 "text above temperature 0; leave it out",
                 param="seed",
             )
+        echo = isinstance(body, CompletionRequest) and body.echo
+        generate = not (isinstance(body, CompletionRequest) and body.only_echo)
+        scores = options.sampling.logprobs if echo else None
         for prompt in prompts:
             request = self.lm.request(prompt, options, 0)
+            text = self.lm.tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""
             for _ in range(body.n):
                 outputs: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -162,8 +172,8 @@ class Server:
                     draft_len=body.draft_len,
                     with_drafts=body.include_rounds,
                 )
-                job = Job(engine_request, receive)
-                choices.append(Choice(prompt, self.lm.answer(options), job, outputs))
+                job = Job(engine_request, receive, scores, generate)
+                choices.append(Choice(prompt, self.lm.answer(options), job, outputs, str(text)))
         return choices
 
     async def _respond(
@@ -173,15 +183,9 @@ class Server:
         # in a thread: a grammar takes a while to compile
         choices = await asyncio.to_thread(self._choices, body, prompts, loop)
         self.engine.submit(*[choice.job for choice in choices])
-        chat = isinstance(body, ChatRequest)
-        head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": self.name,
-        }
+        writer = AnswerWriter(self.lm, self.reader, self.name, body, choices)
         if body.stream:
-            events = self._events(body, choices, head, sum(map(len, prompts)))
-            return StreamingResponse(events, media_type="text/event-stream")
+            return StreamingResponse(writer.events(), media_type="text/event-stream")
         gathered = asyncio.gather(*[self.reader.finish(choice) for choice in choices])
         hangup = asyncio.create_task(_disconnected(request))
         try:
@@ -194,104 +198,18 @@ class Server:
             hangup.cancel()
             gathered.cancel()
             self.reader.cancel(choices)
-        generations = [choice.answer.generation for choice in choices]
-        return JSONResponse(
-            {
-                **head,
-                "object": "chat.completion" if chat else "text_completion",
-                "choices": [self._full(body, i, choice) for i, choice in enumerate(choices)],
-                "usage": payloads.usage(sum(map(len, prompts)), generations),
-                "metrics": payloads.speculation(generations),
-            }
-        )
+        return JSONResponse(writer.full())
 
     def _spell(self, token: int) -> str:
         return str(self.lm.tokenizer.decode([token]))
 
-    def _full(self, body: GenerationRequest, index: int, choice: Choice) -> dict[str, Any]:
-        generation = choice.answer.generation
-        entry: dict[str, Any] = {"index": index, "finish_reason": generation.finish_reason}
-        entry["logprobs"] = self._logprobs(body, choice)
-        if isinstance(body, ChatRequest):
-            return {**entry, "message": {"role": "assistant", "content": generation.text}}
-        return {**entry, "text": self._echo(body, choice) + generation.text}
 
-    def _echo(self, body: GenerationRequest, choice: Choice) -> str:
-        if not isinstance(body, CompletionRequest) or not body.echo:
-            return ""
-        return str(self.lm.tokenizer.decode(choice.prompt, skip_special_tokens=True))
-
-    def _logprobs(self, body: GenerationRequest, choice: Choice) -> dict[str, Any] | None:
-        """Of the tokens that have not been sent yet, if the request wants them."""
-        first = choice.sent
-        choice.sent = len(choice.answer.generation.token_ids)
-        if choice.job.request.params.logprobs is None:
-            return None
-        if isinstance(body, ChatRequest):
-            return payloads.chat_logprobs(choice.answer.generation, first, self._spell)
-        return payloads.completion_logprobs(choice.answer.generation, first, self._spell)
-
-    async def _events(
-        self, body: GenerationRequest, choices: list[Choice], head: dict[str, Any], prompts: int
-    ) -> AsyncIterator[str]:
-        """Server-sent events; an error becomes one, then the stream ends."""
-        kind = "chat.completion.chunk" if isinstance(body, ChatRequest) else "text_completion"
-        head = {**head, "object": kind}
-        merged: asyncio.Queue[Any] = asyncio.Queue()
-        pumps = [
-            asyncio.create_task(self._pump(body, i, choice, merged))
-            for i, choice in enumerate(choices)
-        ]
-        left = len(choices)
-        try:
-            while left:
-                entry = await merged.get()
-                if isinstance(entry, Exception):
-                    kind = "server_error"
-                    code = error_answers.status(entry)
-                    yield _event(payloads.error(str(entry), kind, code=code))
-                    break
-                left -= entry["finish_reason"] is not None
-                yield _event({**head, "choices": [entry]})
-            else:
-                if body.stream_options is not None and body.stream_options.include_usage:
-                    generations = [choice.answer.generation for choice in choices]
-                    figures = payloads.speculation(generations)
-                    usage = payloads.usage(prompts, generations)
-                    yield _event({**head, "choices": [], "usage": usage, "metrics": figures})
-            yield "data: [DONE]\n\n"
-        finally:  # also when the client has gone
-            for pump in pumps:
-                pump.cancel()
-            self.reader.cancel(choices)
-
-    async def _pump(
-        self, body: GenerationRequest, index: int, choice: Choice, merged: asyncio.Queue[Any]
-    ) -> None:
-        chat = isinstance(body, ChatRequest)
-        before: dict[str, str] = {"role": "assistant"} if chat else {}
-        text = self._echo(body, choice)
-        try:
-            async for new in self.reader.texts(choice):
-                text += new
-                reason = choice.answer.generation.finish_reason or None
-                if reason == "error" or (not text and reason is None):
-                    continue
-                entry: dict[str, Any] = {"index": index, "finish_reason": reason}
-                entry["logprobs"] = self._logprobs(body, choice)
-                if body.include_rounds:
-                    entry["rounds"] = choice.rounds
-                    choice.rounds = []
-                content = {"delta": {**before, "content": text}} if chat else {"text": text}
-                merged.put_nowait({**entry, **content})
-                before = {}
-                text = ""
-        except Exception as error:  # the stream reports it to the client
-            merged.put_nowait(error)
-
-
-def _event(payload: dict[str, Any]) -> str:
-    return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
+def _characters(message: dict[str, Any]) -> int:
+    """The length of a message's text, be it a string or a list of parts."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 async def _disconnected(request: Request) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from specdiff.errors import TargetError
+from specdiff.scoring import PromptScore
 from specdiff.serve import payloads
 from specdiff.serve.error_answers import RequestTimeoutError
 from specdiff.serve.live import Job, LiveEngine, QueueFullError
@@ -35,6 +36,8 @@ class Choice:
     answer: Answer
     job: Job
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+    echo: str = ""  # text of the prompt, if it begins the answer
+    score: PromptScore | None = None  # of the echo, until it is sent
     sent: int = 0  # tokens whose log probabilities have been streamed
     rounds: list[dict[str, Any]] = field(default_factory=list)  # records not streamed yet
 
@@ -65,7 +68,10 @@ class Reader:
             output = await self._next(choice, began)
             if isinstance(output, Exception):
                 raise output
-            if not answer.generation.token_ids:
+            if isinstance(output, PromptScore):
+                choice.score = output
+                continue
+            if output.tokens and not answer.generation.token_ids:
                 self.metrics.first.labels(self.metrics.model).observe(time.monotonic() - began)
             before = len(answer.generation.token_ids)
             chunks = list(answer.add(output))

@@ -2,6 +2,7 @@
 
 The thread owns target, drafter and rows. It pulls from a bounded queue in order of arrival, and
 reads prompts in chunks, so that a long one holds up the others for one chunk a round at most.
+Prompts whose log probabilities are requested are scored before they join the queue, in pieces too.
 """
 
 import threading
@@ -11,14 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdiff import engine
+from specdiff.capacity import Capacity
 from specdiff.drafters.base import Drafter
-from specdiff.errors import SpecdiffError, UsageError
+from specdiff.errors import SpecdiffError, TargetError, UsageError
+from specdiff.scoring import PromptScore, PromptScoring
 from specdiff.targets.base import Target
 from specdiff.verify import Verifier, match, match_gumbel
 
 CHUNK = 512  # prompt tokens read between two rounds
 
-Receive = Callable[[engine.RequestOutput | Exception], None]
+NOTHING = engine.RequestOutput(0, [], 0, 0, "length", False, {})  # of a job that generates nothing
+
+Receive = Callable[[engine.RequestOutput | PromptScore | Exception], None]
 
 
 class QueueFullError(SpecdiffError):
@@ -33,12 +38,18 @@ class EngineStoppedError(SpecdiffError):
 class Job:
     """A submitted request. `receive` is called in the engine's thread with each of its outputs.
 
-    The last output has `finished`; an exception instead means that the engine has failed. A
-    `receive` that raises ends its own job only.
+    The last output has `finished`; an exception instead means that the engine has failed, or the
+    target while it scored the prompt. A `receive` that raises ends its own job only.
+
+    scores: of each prompt token, the most likely alternatives whose log probabilities come first
+        (None: the prompt is not scored).
+    generate: whether tokens follow.
     """
 
     request: engine.Request
     receive: Receive
+    scores: int | None = None
+    generate: bool = True
     canceled: bool = False
     pulled: bool = False  # it has left the queue
 
@@ -51,6 +62,8 @@ class LiveEngine:
         max_len: the most tokens of prompt and answer.
         max_queue: requests that wait at most.
         chunk: prompt tokens read between two rounds.
+        positions: of all rows of the target's cache together (None: no limit); a request waits
+            until there is room for it.
         observe: called in the engine's thread with every step.
     """
 
@@ -65,6 +78,7 @@ class LiveEngine:
         max_len: int = 2048,
         max_queue: int = 256,
         chunk: int = CHUNK,
+        positions: int | None = None,
         observe: Callable[[engine.EngineStep], None] | None = None,
     ) -> None:
         self.target = target
@@ -76,9 +90,14 @@ class LiveEngine:
         self.max_queue = max_queue
         self.max_draft_len = drafter.draft_len if callable(draft_len) else draft_len
         self.chunk = chunk
+        self.positions = positions
+        self.width = max_len + self.max_draft_len + 1  # of a row
+        Capacity(max_rows, self.width, positions).check()
         self.observe = observe
         self.error: BaseException | None = None
         self._waiting: deque[Job] = deque()
+        self._unscored: deque[Job] = deque()
+        self._scoring: PromptScoring | None = None
         self._running: dict[int, Job] = {}
         self._pulled = 0
         self._closing = False
@@ -94,7 +113,7 @@ class LiveEngine:
     @property
     def waiting(self) -> int:
         """Number of requests in the queue."""
-        return len(self._waiting)
+        return len(self._waiting) + len(self._unscored)
 
     @property
     def running(self) -> int:
@@ -138,15 +157,20 @@ class LiveEngine:
                 )
         with self._changed:
             self.check_room(len(jobs))
-            self._waiting.extend(jobs)
+            self._waiting.extend(job for job in jobs if job.scores is None and job.generate)
+            self._unscored.extend(job for job in jobs if job.scores is not None)
             self._changed.notify_all()
+        for job in jobs:
+            if job.scores is None and not job.generate:
+                _send(job, NOTHING)
 
     def cancel(self, job: Job) -> None:
         """End a job after the current round; it receives nothing more."""
         with self._changed:
             job.canceled = True
-            if job in self._waiting:
-                self._waiting.remove(job)
+            for line in (self._waiting, self._unscored):
+                if job in line:
+                    line.remove(job)
 
     def drain(self) -> None:
         """Take no more requests; the thread ends with the last of those submitted.
@@ -166,7 +190,7 @@ class LiveEngine:
         if self._thread.is_alive():
             stopped = EngineStoppedError("the server is shutting down")
             with self._changed:
-                jobs = [*self._waiting, *self._running.values()]
+                jobs = [*self._waiting, *self._unscored, *self._running.values()]
             for job in jobs:
                 self.cancel(job)
                 _send(job, stopped)
@@ -193,6 +217,7 @@ class LiveEngine:
             rows=self.max_rows,
             slots=self.max_len,
             chunk=self.chunk,
+            positions=self.positions,
         )
         try:
             for step in steps:
@@ -205,19 +230,58 @@ class LiveEngine:
     def _stream(self) -> Iterator[engine.Request | None]:
         """The next request by arrival; None while others run and none waits."""
         while True:
+            if not self._running and not self._waiting:
+                self._score()
             with self._changed:
-                while not self._waiting and not self._running and not self._closing:
+                while not (self.waiting or self._running or self._closing):
                     self._changed.wait()
-                if not self._waiting and not self._running:
+                if not self.waiting and not self._running:
                     return
                 job = self._waiting.popleft() if self._waiting else None
+                if job is None and not self._running:
+                    continue  # prompts are scored
                 if job is not None:
                     job.pulled = True
                     self._running[self._pulled] = job
                     self._pulled += 1
             yield None if job is None else job.request
 
+    def _score(self) -> None:
+        """Score one piece of the first prompt that waits for its scores."""
+        with self._changed:
+            job = self._unscored[0] if self._unscored else None
+        if job is None or job.scores is None:
+            self._scoring = None
+            return
+        job.pulled = True
+        scoring = self._scoring
+        prompt = job.request.prompt
+        # several answers to one prompt share its scores
+        if scoring is None or scoring.prompt is not prompt or scoring.top < job.scores:
+            scoring = self._scoring = PromptScoring(self.target, prompt, job.scores)
+        try:
+            scoring.advance()
+        except TargetError as error:
+            _send(job, error)
+            self.cancel(job)
+            return
+        if scoring.done:
+            _send(job, scoring.score)
+            self._scored(job)
+
+    def _scored(self, job: Job) -> None:
+        """The scores of a job's prompt are complete: it waits for a row, or has ended."""
+        with self._changed:
+            if job.canceled:
+                return
+            self._unscored.remove(job)
+            if job.generate:
+                self._waiting.append(job)
+        if not job.generate:
+            _send(job, NOTHING)
+
     def _deliver(self, step: engine.EngineStep) -> None:
+        self._score()
         for output in step.outputs():
             job = self._running[output.request]
             if not job.canceled:
@@ -236,14 +300,14 @@ class LiveEngine:
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self.error = error
-            jobs = [*self._running.values(), *self._waiting]
-            self._running.clear()
-            self._waiting.clear()
+            jobs = [*self._running.values(), *self._waiting, *self._unscored]
+            for line in (self._running, self._waiting, self._unscored):
+                line.clear()
         for job in jobs:
             _send(job, EngineStoppedError(f"the engine has failed: {error}"))
 
 
-def _send(job: Job, output: engine.RequestOutput | Exception) -> None:
+def _send(job: Job, output: engine.RequestOutput | PromptScore | Exception) -> None:
     """Hand an output to its job. One that cannot take it, as its loop has ended, is canceled."""
     try:
         job.receive(output)

@@ -1,10 +1,11 @@
 """The JSON of answers: choices, log probabilities, usage and the figures of speculation."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 from specdiff.engine import RequestOutput
+from specdiff.scoring import PromptScore
 from specdiff.stats import Stats
 from specdiff.text.generation import Chunk, Generation
 
@@ -16,13 +17,16 @@ def error(message: str, kind: str, *, param: str | None = None, code: int = 400)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def usage(prompt_tokens: int, generations: Sequence[Generation]) -> dict[str, Any]:
-    """The tokens of a request: its prompts, and all of its answers."""
+def usage(
+    prompt_tokens: int, cached_tokens: int, generations: Sequence[Generation]
+) -> dict[str, Any]:
+    """The tokens of a request: its prompts, of which some were in the cache, and its answers."""
     completion = sum(len(generation.token_ids) for generation in generations)
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion,
         "total_tokens": prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -84,17 +88,41 @@ def _entry(token: int, logprob: float, spell: Spell) -> dict[str, Any]:
     return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
 
 
-def completion_logprobs(generation: Generation, first: int, spell: Spell) -> dict[str, Any]:
-    """The log probabilities of the tokens from `first` on, as completions give them."""
+def completion_logprobs(
+    generation: Generation, first: int, spell: Spell, offset: int
+) -> dict[str, list[Any]]:
+    """The log probabilities of the tokens from `first` on, as completions give them.
+
+    offset: where the generation begins in the text, in characters.
+    """
     texts = [spell(token) for token in generation.token_ids]
-    lengths = [len(text) for text in texts]
-    tops = generation.top_logprobs[first:]
+    offsets = accumulate(map(len, texts), initial=offset)
     return {
         "tokens": texts[first:],
         "token_logprobs": [_finite(value) for value in generation.logprobs[first:]],
-        "top_logprobs": [{spell(t): _finite(value) for t, value in top} for top in tops],
-        "text_offset": [sum(lengths[:i]) for i in range(first, len(texts))],
+        "top_logprobs": [_named(top, spell) for top in generation.top_logprobs[first:]],
+        "text_offset": [*offsets][first:-1],
     }
+
+
+def prompt_logprobs(
+    prompt: Sequence[int], score: PromptScore, spell: Spell, lengths: Sequence[int]
+) -> dict[str, list[Any]]:
+    """The log probabilities of an echoed prompt; its first token has none.
+
+    lengths: of each token in the text, in characters.
+    """
+    return {
+        "tokens": [spell(token) for token in prompt],
+        "token_logprobs": [None, *[_finite(value) for value in score.logprobs]],
+        "top_logprobs": [None, *[_named(top, spell) for top in score.top_logprobs]],
+        "text_offset": [*accumulate(lengths, initial=0)][:-1],
+    }
+
+
+def _named(top: Sequence[tuple[int, float]], spell: Spell) -> dict[str, float]:
+    """Log probabilities by text; of tokens with the same text, the most likely one's."""
+    return {spell(token): _finite(value) for token, value in reversed(top)}
 
 
 def _finite(logprob: float) -> float:

@@ -95,14 +95,19 @@ class GenerationRequest(BaseModel):
         """The most tokens of the answer that the request names."""
         return self.max_tokens
 
-    def check_length(self, prompt_tokens: int, max_len: int) -> None:
-        """Raise UsageError if the tokens that a request names do not fit; a default is cut."""
+    def check_length(self, prompt_tokens: int | None, max_len: int) -> None:
+        """Raise UsageError if the tokens that a request names do not fit; a default is cut.
+
+        prompt_tokens: None if they are not known yet.
+        """
         limit = self.length()
-        if limit is not None and prompt_tokens + limit > max_len:
+        if limit is not None and (prompt_tokens or 1) + limit > max_len:
+            prompt = (
+                "any prompt" if prompt_tokens is None else f"a prompt of {prompt_tokens} tokens"
+            )
             raise UsageError(
-                f"a prompt of {prompt_tokens} tokens and max_tokens={limit} exceed the "
-                f"{max_len} tokens of this server's context; shorten the prompt or lower "
-                "max_tokens",
+                f"{prompt} and max_tokens={limit} exceed the {max_len} tokens of this server's "
+                "context; shorten the prompt or lower max_tokens",
                 param="max_tokens",
             )
 
@@ -184,16 +189,16 @@ class CompletionRequest(GenerationRequest):
             return [self.prompt]
         return self.prompt  # type: ignore[return-value]
 
-    def check_supported(self) -> None:
-        """Raise UsageError naming the first field that this server cannot keep."""
-        super().check_supported()
-        if self.echo and self.logprobs is not None:
-            raise UsageError("logprobs of an echoed prompt are not supported", param="echo")
+    @property
+    def only_echo(self) -> bool:
+        """Whether nothing is generated: the answer is the prompt, to get its log probabilities."""
+        return self.echo and self.max_tokens == 0
 
     def options(self) -> dict[str, Any]:
         """The library's options; None leaves the default."""
         limit = 16 if self.max_tokens is None else self.max_tokens  # the API's default
-        return {**super().options(), "max_tokens": limit, "logprobs": self.logprobs}
+        most = 1 if self.only_echo else limit
+        return {**super().options(), "max_tokens": most, "logprobs": self.logprobs}
 
 
 class ChatRequest(GenerationRequest):

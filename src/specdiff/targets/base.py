@@ -24,6 +24,11 @@ class Target(ABC, Generic[Cache]):
 
     info: TargetInfo
 
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of the cache for one position of a row (0: unknown)."""
+        return 0
+
     @abstractmethod
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Cache:
         """A cache for `rows` rows of `slots` positions.
@@ -71,6 +76,10 @@ class TargetWrapper(Target[Cache]):
     def __init__(self, inner: Target[Cache]) -> None:
         self.inner = inner
         self.info = inner.info
+
+    @property
+    def position_bytes(self) -> int:
+        return self.inner.position_bytes
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> Cache:
         return self.inner.open(rows, slots, taps)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -55,6 +56,13 @@ class CausalTarget(Target[CausalCache]):
             head=_head(model),
         )
 
+    @cached_property
+    def position_bytes(self) -> int:
+        store = RaggedCache(1, 1)
+        zero = torch.zeros(1, 1, dtype=torch.long, device=self.info.device)
+        self.ragged.forward(store, zero, zero)
+        return store.nbytes
+
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
         return CausalCache(RaggedCache(rows, slots), tuple(taps))
 
@@ -70,7 +78,7 @@ class CausalTarget(Target[CausalCache]):
         # padding is overwritten by later rounds
         ids = torch.nn.utils.rnn.pad_sequence(suffixes, batch_first=True)
         at = prefix_lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
-        at = at.clamp(max=cache.store.slots - 1)
+        at = at.clamp(max=max(map(len, prompts)) - 1)
         size = self.info.hidden_size * len(cache.taps)
         features = [ids.new_zeros(len(ids), 0, size, dtype=self.info.dtype)]
         for i, a in zip(ids.split(CHUNK, dim=1), at.split(CHUNK, dim=1), strict=True):

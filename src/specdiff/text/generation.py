@@ -19,6 +19,7 @@ class Generation:
         user of a conversation), or "error" (the target failed; `error` says how).
     logprobs: the target's own logprob of each token, before any sampling option, if requested.
     top_logprobs: the (token id, logprob) pairs of the most likely tokens at each position.
+    cached_tokens: prompt tokens that an earlier request left in the cache.
     """
 
     text: str = ""
@@ -29,6 +30,7 @@ class Generation:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     error: str | None = None
+    cached_tokens: int = 0
 
 
 def raise_if_failed(generations: Sequence[Generation]) -> None:
@@ -94,6 +96,7 @@ class Answer:
     def _record(self, output: RequestOutput, count: int) -> None:
         """Add the first `count` tokens of a round to the lists and the stats."""
         generation = self.generation
+        generation.cached_tokens = output.cached_tokens
         generation.token_ids += output.tokens[:count]
         generation.accepted += [i < output.accepted for i in range(count)]
         generation.logprobs += output.logprobs[:count]

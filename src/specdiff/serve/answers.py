@@ -1,0 +1,140 @@
+"""The answers of requests as JSON: whole, or as server-sent events."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from specdiff.serve import error_answers, payloads
+from specdiff.serve.choices import Choice, Reader
+from specdiff.serve.protocol import ChatRequest, GenerationRequest
+from specdiff.text.lm import SpeculativeLM
+
+
+class AnswerWriter:
+    """Writes the answers to one request, `body`. Its choices are `body.n` for each prompt."""
+
+    def __init__(
+        self,
+        lm: SpeculativeLM,
+        reader: Reader,
+        name: str,
+        body: GenerationRequest,
+        choices: Sequence[Choice],
+    ) -> None:
+        self.lm = lm
+        self.reader = reader
+        self.body = body
+        self.choices = choices
+        self.chat = isinstance(body, ChatRequest)
+        self.head = {
+            "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": name,
+        }
+
+    def full(self) -> dict[str, Any]:
+        """The answer, once all choices have ended."""
+        return {
+            **self.head,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "choices": [self._choice(i, choice) for i, choice in enumerate(self.choices)],
+            **self._figures(),
+        }
+
+    async def events(self) -> AsyncIterator[str]:
+        """Server-sent events; an error becomes one, then the stream ends."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        head = {**self.head, "object": kind}
+        merged: asyncio.Queue[Any] = asyncio.Queue()
+        pumps = [
+            asyncio.create_task(self._pump(i, choice, merged))
+            for i, choice in enumerate(self.choices)
+        ]
+        left = len(self.choices)
+        try:
+            while left:
+                entry = await merged.get()
+                if isinstance(entry, Exception):
+                    kind = "server_error"
+                    code = error_answers.status(entry)
+                    yield _event(payloads.error(str(entry), kind, code=code))
+                    break
+                left -= entry["finish_reason"] is not None
+                yield _event({**head, "choices": [entry]})
+            else:
+                options = self.body.stream_options
+                if options is not None and options.include_usage:
+                    yield _event({**head, "choices": [], **self._figures()})
+            yield "data: [DONE]\n\n"
+        finally:  # also when the client has gone
+            for pump in pumps:
+                pump.cancel()
+            self.reader.cancel(self.choices)
+
+    async def _pump(self, index: int, choice: Choice, merged: asyncio.Queue[Any]) -> None:
+        before: dict[str, str] = {"role": "assistant"} if self.chat else {}
+        text = choice.echo
+        try:
+            async for new in self.reader.texts(choice):
+                text += new
+                reason = choice.answer.generation.finish_reason or None
+                if reason == "error" or (not text and reason is None):
+                    continue
+                entry: dict[str, Any] = {"index": index, "finish_reason": reason}
+                entry["logprobs"] = self._logprobs(choice)
+                if self.body.include_rounds:
+                    entry["rounds"] = choice.rounds
+                    choice.rounds = []
+                content = {"delta": {**before, "content": text}} if self.chat else {"text": text}
+                merged.put_nowait({**entry, **content})
+                before = {}
+                text = ""
+        except Exception as error:  # the stream reports it to the client
+            merged.put_nowait(error)
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        generation = choice.answer.generation
+        entry: dict[str, Any] = {"index": index, "finish_reason": generation.finish_reason}
+        entry["logprobs"] = self._logprobs(choice)
+        if self.chat:
+            return {**entry, "message": {"role": "assistant", "content": generation.text}}
+        return {**entry, "text": choice.echo + generation.text}
+
+    def _figures(self) -> dict[str, Any]:
+        """Usage, and the figures of speculation."""
+        generations = [choice.answer.generation for choice in self.choices]
+        firsts = self.choices[:: self.body.n]  # of each prompt
+        return {
+            "usage": payloads.usage(
+                sum(len(choice.prompt) for choice in firsts),
+                sum(choice.answer.generation.cached_tokens for choice in firsts),
+                generations,
+            ),
+            "metrics": payloads.speculation(generations),
+        }
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Of the tokens that have not been sent yet, if the request wants them."""
+        first = choice.sent
+        choice.sent = len(choice.answer.generation.token_ids)
+        if choice.job.request.params.logprobs is None:
+            return None
+        generation = choice.answer.generation
+        spell = self.reader.spell
+        if self.chat:
+            return payloads.chat_logprobs(generation, first, spell)
+        entries = payloads.completion_logprobs(generation, first, spell, len(choice.echo))
+        if choice.score is None:
+            return entries
+        decode = self.lm.tokenizer.decode  # special tokens have no text in the echo
+        lengths = [len(decode([token], skip_special_tokens=True)) for token in choice.prompt]
+        echo = payloads.prompt_logprobs(choice.prompt, choice.score, spell, lengths)
+        choice.score = None
+        return {name: values + entries[name] for name, values in echo.items()}
+
+
+def _event(payload: dict[str, Any]) -> str:
+    return f"data: {json.dumps(payload, ensure_ascii=False)}\n\n"
