@@ -173,6 +173,7 @@ class Server:
         # in a thread: a grammar takes a while to compile
         choices = await asyncio.to_thread(self._choices, body, prompts, loop)
         self.engine.submit(*[choice.job for choice in choices])
+        request.scope["arrived"]()
         chat = isinstance(body, ChatRequest)
         head = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
