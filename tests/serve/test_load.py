@@ -227,6 +227,17 @@ def test_slow_clients_delay_others_by_little(server: Process) -> None:
     assert crowded <= 2 * alone
 
 
+def test_no_piece_of_an_answer_waits_for_an_acknowledgment(lm: SpeculativeLM) -> None:
+    """The kernel holds a small piece back for 40 ms, unless it is asked not to."""
+    with serving(lm) as server, httpx.Client(base_url=server.url) as http:
+        times = []
+        for _ in range(40):  # on one connection: the kernel is lenient at its beginning
+            began = time.monotonic()
+            assert http.post("/v1/completions", json={"n": 17}).status_code == 400
+            times.append(time.monotonic() - began)
+    assert min(times[20:]) < 0.035
+
+
 @pytest.mark.slow
 def test_bad_requests_are_refused_quickly(server: Process) -> None:
     bad: list[dict[str, Any]] = [

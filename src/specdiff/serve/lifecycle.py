@@ -107,7 +107,9 @@ class Server(uvicorn.Server):
 def bound(host: str, port: int) -> socket.socket:
     """A socket at an address, not listening yet. Raises UsageError if it is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    address = socket.socket(family)
+    # asyncio sends small pieces at once only for sockets that name their protocol; on others the
+    # second piece of an answer waits 40 ms for the client's acknowledgment of the first
+    address = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     address.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         address.bind((host, port))
