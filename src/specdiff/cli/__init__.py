@@ -4,6 +4,8 @@ Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted. One verb is on
 function of that name; heavy imports are inside it, so that `specdiff --help` stays quick.
 """
 
+import atexit
+import gc
 import os
 import re
 import sys
@@ -62,6 +64,8 @@ app.add_typer(benchmark, name="bench")
 def main() -> None:
     """Entry point: one clear line for every error and every warning."""
     terminal.prepare()
+    # the exit would visit every object of torch and transformers: more than a second of work
+    atexit.register(gc.freeze)
     arguments, debug = _debug([_readable(argument) for argument in sys.argv[1:]])
     if arguments and arguments[0] not in (*verbs(), "-h", "--help", "--version"):
         arguments = ["generate", *arguments]

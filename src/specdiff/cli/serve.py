@@ -143,6 +143,7 @@ def serve(
     place = f"[{host}]" if ":" in host else host
     url = f"http://{place}:{address.getsockname()[1]}/"
     info = lm.target.info
+    address.listen()  # a client that waits for the next line is not refused
     print(
         f"{model} on {info.device}, {str(info.dtype).removeprefix('torch.')}: {url}v1, "
         f"playground at {url}\n" + memory.report(lm.target, max_num_seqs, width, engine.positions),

@@ -183,6 +183,7 @@ class Server:
         # in a thread: a grammar takes a while to compile
         choices = await asyncio.to_thread(self._choices, body, prompts, loop)
         self.engine.submit(*[choice.job for choice in choices])
+        request.scope["arrived"]()
         writer = AnswerWriter(self.lm, self.reader, self.name, body, choices)
         if body.stream:
             return StreamingResponse(writer.events(), media_type="text/event-stream")

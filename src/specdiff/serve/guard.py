@@ -1,15 +1,17 @@
 """The guard in front of the endpoints: who may ask, how much is read, and what is logged.
 
-Everything here is decided before a body is parsed. The access log has method, path, status and
-time; bodies, queries and keys are never logged.
+Everything here is decided before a body is parsed: a burst of requests that the queue cannot hold
+is refused at the price of their heads. The access log has method, path, status and time; bodies,
+queries and keys are never logged.
 """
 
 import asyncio
 import hmac
 import logging
-import secrets
+import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,7 @@ class Guard:
         self.engine = engine
         self.api_key = api_key
         self.hosts = hosts
+        self.arriving = 0  # requests that have a place in the queue and are not submitted yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +72,8 @@ class Guard:
             self._check(scope)
             if scope["method"] in ("POST", "PUT", "PATCH"):
                 receive = _replay(await _body(scope, receive), receive)
-            await self.app(scope, receive, exchange.send)
+            with self._arrival(scope):
+                await self.app(scope, receive, exchange.send)
         except RefusedError as refusal:
             await answer(refusal.code, str(refusal))(scope, receive, exchange.send)
         except Exception as error:  # a fault of the server: its message may quote a prompt
@@ -87,8 +91,7 @@ class Guard:
             raise RefusedError(
                 421, "unknown Host header; a server without --api-key answers local names only"
             )
-        path = scope["path"]
-        public = path in OPEN_PATHS or playground.is_open(path)
+        public = scope["path"] in OPEN_PATHS or playground.is_open(scope["path"])
         if self.api_key is not None and not public:
             scheme, _, sent = headers.get(b"authorization", b"").partition(b" ")
             right = hmac.compare_digest(sent.strip(), self.api_key.encode())
@@ -99,11 +102,38 @@ class Guard:
         size = headers.get(b"content-length", b"0")
         if size.isdigit() and int(size) > MAX_BODY:
             raise RefusedError(413, f"the body has {int(size)} bytes; at most {MAX_BODY} are read")
-        if path in GENERATION_PATHS and scope["method"] == "POST":
-            try:
-                self.engine.check_room()
-            except (QueueFullError, EngineStoppedError) as error:
-                raise RefusedError(status(error), str(error)) from None
+        if _generates(scope):
+            self._check_room()
+
+    @contextmanager
+    def _arrival(self, scope: Scope) -> Iterator[None]:
+        """Hold a place in the queue for a request until it calls `scope["arrived"]`, or ends.
+
+        All requests of a burst would see the same empty queue while they are parsed and tokenized.
+        """
+        if not _generates(scope):
+            yield
+            return
+        self._check_room()  # again: the body may have taken a while
+        pending = True
+
+        def arrived() -> None:
+            nonlocal pending
+            self.arriving -= pending
+            pending = False
+
+        self.arriving += 1
+        scope["arrived"] = arrived
+        try:
+            yield
+        finally:
+            arrived()
+
+    def _check_room(self) -> None:
+        try:
+            self.engine.check_room(self.arriving + 1)
+        except (QueueFullError, EngineStoppedError) as error:
+            raise RefusedError(status(error), str(error)) from None
 
 
 class Exchange:
@@ -112,7 +142,7 @@ class Exchange:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.scope = scope
         self.forward = send
-        self.id = f"req-{secrets.token_hex(8)}"
+        self.id = f"req-{random.getrandbits(64):016x}"  # no secret
         self.began = time.monotonic()
         self.status = 0  # no answer has begun
 
@@ -167,6 +197,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replayed
+
+
+def _generates(scope: Scope) -> bool:
+    return scope["path"] in GENERATION_PATHS and scope["method"] == "POST"
 
 
 def _host(headers: dict[bytes, bytes]) -> str:
