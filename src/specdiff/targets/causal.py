@@ -97,6 +97,7 @@ class CausalTarget(Target[CausalCache]):
         logits, features = self.ragged.forward(cache.store, ids, at, taps=cache.taps, related=nodes)
         return TargetOutput(logits, features)
 
+    @torch.inference_mode()
     def keep(self, cache: CausalCache, batch: Batch, verification: Verification) -> None:
         """Move the accepted path of a tree to consecutive slots; a chain's is in place."""
         if cache.tree:
