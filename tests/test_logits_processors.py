@@ -16,11 +16,12 @@ from doubles import ToyDenoiser
 from specdiff import decode
 from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
-from specdiff.logits_processors import above, process_logits
+from specdiff.logits_processors import process_logits
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise
 from specdiff.sampling import distribution, probabilities
 from specdiff.targets.table import TableTarget
+from specdiff.tree import above
 from specdiff.types import Batch, Context, Draft, SamplingParams
 
 V = 11

@@ -24,7 +24,7 @@ from specdiff.sampling import distribution, logprobs, most_likely
 from specdiff.stopwatch import stopwatch
 from specdiff.targets.base import Target
 from specdiff.types import Batch, Context, Draft, Round, TargetOutput, Verification
-from specdiff.verify import VERIFIERS, Verifier, agree, token
+from specdiff.verify import VERIFIERS, Verifier, agree, block, refuse_trees, token
 
 Stop = Callable[[Round], Bool[Tensor, "B"]]
 DraftLength = Callable[[Round | None], int]
@@ -80,7 +80,7 @@ def step(
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
     batch, emitted = commit(run.batch, verification, finite)
-    failed = torch.where((emitted == 0) & ~run.batch.done, run.batch.length + finite, -1)
+    failed = _failed(run.batch, verification, finite, emitted)
     clock.lap("commit")
     errors = run.grammars.errors()
     last = Round(draft, verification, emitted, batch, clock.seconds, run.state.off, failed, errors)
@@ -94,12 +94,12 @@ def step(
 
 
 def commit(
-    batch: Batch, verification: Verification, finite: Int[Tensor, "B"] | None = None
+    batch: Batch, verification: Verification, finite: Bool[Tensor, "B N"] | None = None
 ) -> tuple[Batch, Int[Tensor, "B"]]:
     """Append the verified tokens, cut at the first stop id and the row's limit; also their counts.
 
-    finite: number of scored rows that have a distribution (None: all). A row that would emit a
-        token of a later one emits nothing, and is done.
+    finite: the scored rows that have a distribution (None: all). A row that would emit a token of
+        another one emits nothing, and is done.
     """
     tokens = verification.tokens
     n = verification.accepted + 1
@@ -108,7 +108,9 @@ def commit(
     first = torch.where(stops, index, tokens.shape[1]).amin(1)
     emitted = torch.minimum(torch.minimum(n, first + 1), batch.params.limit - batch.length)
     emitted = emitted.masked_fill(batch.done, 0)
-    failed = torch.zeros_like(batch.done) if finite is None else emitted > finite
+    failed = torch.zeros_like(batch.done)
+    if finite is not None:
+        failed = emitted > _sound(verification, finite)
     emitted = emitted.masked_fill(failed, 0)
     offset = torch.arange(batch.ids.shape[1], device=tokens.device) - batch.length[:, None]
     new = (offset >= 0) & (offset < emitted[:, None])
@@ -132,7 +134,8 @@ def start(
     `slots` bounds a row's positions, drafts included (default: limit + draft_len + 1). The drafter
     is guarded: one that fails while decoding makes plain rounds, not errors.
 
-    Raises UsageError for a row that may reach past the target's positions.
+    Raises UsageError for a row that may reach past the target's positions, and for a drafter of
+    trees where the target or the verifier takes chains only.
     """
     rows = len(batch.length)
     limit = int(batch.params.limit.max())
@@ -143,6 +146,8 @@ def start(
             param="max_tokens",
         )
     slots = slots or limit + drafter.draft_len + 1
+    if drafter.trees:
+        _check_trees(target, verifier)
     guarded = GuardedDrafter(drafter, target.info.vocab_size)
     return DecodeState(
         target=target,
@@ -154,6 +159,17 @@ def start(
         context=Context(batch, None, torch.zeros_like(batch.length), None),
         read=torch.zeros_like(batch.length),
     )
+
+
+def _check_trees(target: Target[Any], verifier: Verifier) -> None:
+    if not target.trees:
+        raise UsageError(
+            f"the target {target.info.name!r} ({type(target).__name__}) scores no trees; "
+            "leave out the drafter's option 'tree'",
+            param="tree",
+        )
+    if verifier is block:
+        refuse_trees("block")
 
 
 @torch.inference_mode()
@@ -250,14 +266,25 @@ def reason(position: int, grammar_error: str | None = None) -> str:
     )
 
 
-def finite_rows(logits: Float[Tensor, "B N V"]) -> Int[Tensor, "B"]:
-    """Number of scored rows before the first one without a distribution.
+def finite_rows(logits: Float[Tensor, "B N V"]) -> Bool[Tensor, "B N"]:
+    """Which scored rows have a distribution: not those with NaN or +inf, or only -inf."""
+    return logits.amax(-1).isfinite()  # NaN if any is; single -inf entries are legitimate
 
-    A row has none if it holds NaN or +inf, or only -inf.
-    """
-    peak = logits.amax(-1)  # NaN if any is; single -inf entries are legitimate
-    index = torch.arange(peak.shape[1], device=peak.device)
-    return torch.where(peak.isfinite(), peak.shape[1], index).amin(1)
+
+def _sound(verification: Verification, finite: Bool[Tensor, "B N"]) -> Int[Tensor, "B"]:
+    """Number of tokens before the first one whose scored row has no distribution."""
+    return finite.gather(1, verification.path).long().cumprod(1).sum(1)
+
+
+def _failed(
+    batch: Batch,
+    verification: Verification,
+    finite: Bool[Tensor, "B N"],
+    emitted: Int[Tensor, "B"],
+) -> Int[Tensor, "B"]:
+    """The position that ended a running row which emitted nothing, else -1."""
+    position = batch.length + _sound(verification, finite)
+    return torch.where((emitted == 0) & ~batch.done, position, -1)
 
 
 def _propose(run: DecodeState, noise: Noise, draft_len: int) -> Draft:
@@ -279,15 +306,16 @@ def _verify(
     return run.verifier(draft, distribution(logits, run.batch, draft), noise)
 
 
-def _cut(draft: Draft, finite: Int[Tensor, "B"]) -> Draft:
+def _cut(draft: Draft, finite: Bool[Tensor, "B N"]) -> Draft:
     """The draft up to the first scored row without a distribution.
 
     That row depends on the tokens before it alone, and they all stay, so this is exact: a request
-    fails only if its text really arrives there.
+    fails only if its text really arrives there. A tree stays whole: each of its nodes is judged by
+    the rows above it alone.
     """
-    if draft.tokens.shape[1] == 0:
+    if draft.tokens.shape[1] == 0 or draft.parents is not None:
         return draft
-    return replace(draft, size=torch.minimum(draft.sizes, finite))
+    return replace(draft, size=torch.minimum(draft.sizes, finite.long().cumprod(1).sum(1)))
 
 
 def _limited(draft: Draft, limits: Int[Tensor, "B"] | None) -> Draft:

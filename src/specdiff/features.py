@@ -55,6 +55,9 @@ def following(
         return Context(last.batch, None, size, last)
     old = features[:, :0] if consumed or context.features is None else context.features
     # the anchor and all but the last of the emitted tokens are in the target's cache now
+    if last.draft.parents is not None:
+        path = last.verification.path[..., None].expand(-1, -1, features.shape[2])
+        features = features.gather(1, path)
     merged = _appended(old, size, features, last.emitted)
     return Context(last.batch, merged, size + last.emitted, last)
 

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from specdiff.tree import above
 from specdiff.types import Batch, Draft, Params, column_index
 
 COUNTING = frozenset({"repetition_penalty", "presence_penalty", "frequency_penalty"})
@@ -130,27 +131,11 @@ def _allowed(logits: Float[Tensor, "B N V"], ids: Int[Tensor, "B E"]) -> Float[T
     return logits.masked_fill(~keep[:, None], -torch.inf).scatter_(2, index, values)
 
 
-def above(draft: Draft) -> Bool[Tensor, "B N M"]:
-    """Which draft tokens precede the prediction of scored row n (B or 1 rows).
-
-    In a chain these are the first n, in a tree the ancestors.
-    """
-    B, M = draft.tokens.shape
-    if draft.parents is None:
-        return torch.ones(1, M + 1, M, dtype=torch.bool, device=draft.tokens.device).tril(-1)
-    ancestors = torch.zeros(B, M + 1, M, dtype=torch.bool, device=draft.tokens.device)
-    for k in range(M):  # parents come before their children
-        parent = (draft.parents[:, k] + 1)[:, None, None].expand(-1, 1, M)
-        ancestors[:, k + 1] = ancestors.gather(1, parent)[:, 0]
-        ancestors[:, k + 1, k] = True
-    return ancestors
-
-
 def _penalized(
     logits: Float[Tensor, "B N V"],
     batch: Batch,
     drawn: Int[Tensor, "B M"],
-    above: Bool[Tensor, "#B N M"] | None = None,
+    ancestors: Bool[Tensor, "#B N M"] | None = None,
 ) -> Float[Tensor, "B N V"]:
     """Each place's token gets its new logit from that token's counts.
 
@@ -162,7 +147,7 @@ def _penalized(
     # slots past `length` too: their tokens occur 0 times, or elsewhere
     places = torch.cat([batch.ids, drawn], dim=1)
     same = (drawn[:, :, None] == places[:, None]).to(logits.dtype)
-    own = same.sum(1, keepdim=True) if above is None else above.to(logits.dtype) @ same
+    own = same.sum(1, keepdim=True) if ancestors is None else ancestors.to(logits.dtype) @ same
     at = places[:, None].expand(-1, N, -1)
     score = logits.gather(2, at)
     if "repetition_penalty" in active:

@@ -1,4 +1,4 @@
-"""Chain verifiers: which draft tokens stand, and the law of the token after them.
+"""Verifiers: which draft tokens stand, and the law of the token after them.
 
 Each verifier is a plan (a pure function of draft and target probabilities: thresholds, and
 residual laws) and a draw (the plan met with uniforms). Tests enumerate every row of the plan; the
@@ -13,12 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from specdiff import verify_tree
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw
+from specdiff.tree import counted, depths
 from specdiff.types import Draft, Verification
 
 Verifier = Callable[[Draft, Float[Tensor, "B N V"], Noise], Verification]
@@ -43,11 +45,6 @@ class Plan:
         r = (self.weight.gather(1, rows[:, None]) * p - _q_row(self.draft, p, rows)).clamp(min=0)
         total = r.sum(-1, keepdim=True)
         return torch.where(total > 0, r / total.masked_fill(total == 0, 1), p)
-
-
-def _counted(draft: Draft) -> Bool[Tensor, "B K"]:
-    """Which draft tokens count: those before the row's size."""
-    return torch.arange(draft.tokens.shape[1], device=draft.tokens.device) < draft.sizes[:, None]
 
 
 def _q_row(
@@ -84,7 +81,7 @@ def token_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
 
     Token k passes with probability min(1, p_k(x_k)/q_k(x_k)).
     """
-    thresholds = torch.where(_counted(draft), _ratio(draft, p), 0)
+    thresholds = torch.where(counted(draft), _ratio(draft, p), 0)
     return Plan(thresholds, torch.ones_like(p[..., 0]), draft, p)
 
 
@@ -109,7 +106,7 @@ def block_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> Plan:
     total = torch.where(inside, total, weight)
     room = total + 1 - weight
     h = torch.where(room > 0, total / room, 1)[:, 1:]
-    return Plan(torch.where(_counted(draft), h, 0), weight, draft, p)
+    return Plan(torch.where(counted(draft), h, 0), weight, draft, p)
 
 
 def _excess(
@@ -143,7 +140,14 @@ def _emit(draft: Draft, accepted: Int[Tensor, "B"], following: Int[Tensor, "B"])
 
 
 def token(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
-    """Accept the longest prefix whose every token passes; draw from the residual at its end."""
+    """Accept the longest prefix whose every token passes; draw from the residual at its end.
+
+    In a tree: `verify_tree.rejection`, or `match` if its nodes are point masses, which is as likely
+    to accept them and reads nothing else.
+    """
+    if draft.parents is not None:
+        rule = match if draft.probs is None else verify_tree.rejection
+        return rule(draft, p, noise)
     plan = token_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, draft.tokens.shape[1]) < plan.thresholds
     accepted = passed.long().cumprod(1).sum(1)
@@ -153,8 +157,10 @@ def token(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification
 def block(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
     """Accept the longest prefix that passes, judged as wholes from the longest down.
 
-    In expectation it never accepts fewer tokens than `token`.
+    In expectation it never accepts fewer tokens than `token`. Raises UsageError for a tree.
     """
+    if draft.parents is not None:
+        refuse_trees("block")
     K = draft.tokens.shape[1]
     plan = block_plan(draft, p)
     passed = noise.uniform(Purpose.RATIO, K) < plan.thresholds
@@ -173,7 +179,10 @@ def match(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification
     The draws are keyed by position alone, so the text depends on target, prompt and seed, and on
     no drafter.
     """
-    return agree(draft, draw(p, noise.uniform(Purpose.TARGET, p.shape[1])))
+    uniform = noise.uniform(Purpose.TARGET, p.shape[1])
+    if draft.parents is not None:
+        uniform = uniform.gather(1, depths(draft))
+    return agree(draft, draw(p, uniform))
 
 
 def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verification:
@@ -182,6 +191,8 @@ def match_gumbel(draft: Draft, p: Float[Tensor, "B N V"], noise: Noise) -> Verif
     A drafter may share that noise on purpose, to agree more often.
     """
     gumbel = noise.shared(p.shape[1], p.shape[2]).to(p.dtype)
+    if draft.parents is not None:
+        gumbel = gumbel.gather(1, depths(draft)[..., None].expand_as(gumbel))
     return agree(draft, (p.log() + gumbel).argmax(-1))
 
 
@@ -190,8 +201,20 @@ def agree(draft: Draft, own: Int[Tensor, "B N"]) -> Verification:
 
     With the most likely tokens this is what every verifier here does at temperature 0.
     """
-    accepted = ((draft.tokens == own[:, :-1]) & _counted(draft)).long().cumprod(1).sum(1)
+    if draft.parents is not None:
+        return verify_tree.agree(draft, own)
+    accepted = ((draft.tokens == own[:, :-1]) & counted(draft)).long().cumprod(1).sum(1)
     return _emit(draft, accepted, own.gather(1, accepted[:, None])[:, 0])
+
+
+def refuse_trees(name: str) -> None:
+    """Raises UsageError: this verifier takes chains only."""
+    raise UsageError(
+        f"the verifier {name!r} takes no trees: judging a tree from its leaves up (traversal) is "
+        "exact only if every subtree was drawn independently, and nodes of one network pass were "
+        "not; use token, match or match-gumbel",
+        param="verifier",
+    )
 
 
 PLANS = {"token": token_plan, "block": block_plan, "match": match_plan, "match-gumbel": match_plan}

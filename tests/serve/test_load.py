@@ -1,4 +1,3 @@
-
 """The server under load: bursts, hang-ups, a soak, and its end.
 
 The long forms (-m slow) have the bounds of an idle machine; the short ones hold on a busy one.

@@ -26,12 +26,14 @@ class Drafter(ABC, Generic[State]):
     given the features of the rest only. Else the target reads such prompts whole.
     `reproducible`: drafts depend on nothing but the row's text and noise. Otherwise a seed gives
     the same text only where no draft can change it (`match`, temperature 0).
+    `trees`: its drafts may be trees (`Draft.parents`), of at most `draft_len` nodes.
     """
 
     taps: tuple[int, ...] = ()
     draft_len: int = 8
     keeps_features: bool = False
     reproducible: bool = True
+    trees: bool = False
 
     def open(self, rows: int, slots: int) -> State:
         """State for `rows` rows of at most `slots` positions. By default None."""
@@ -65,6 +67,7 @@ class DrafterWrapper(Drafter[State]):
         self.draft_len = inner.draft_len
         self.keeps_features = inner.keeps_features
         self.reproducible = inner.reproducible
+        self.trees = inner.trees
 
     def open(self, rows: int, slots: int) -> State:
         return self.inner.open(rows, slots)

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import checked_temperature, drafted, tempered
+from specdiff.drafters.tree import best_first, checked_budget, soft
 from specdiff.errors import DrafterError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.packed import Int8Linear, large, pack_large, packs_drafters
 from specdiff.nn.block import BlockNetwork
 from specdiff.nn.block_masks import layer_masks
 from specdiff.noise import Noise, Purpose
-from specdiff.sampling import draw_tokens
+from specdiff.sampling import distribution, draw_tokens
 from specdiff.types import Context, Draft, TargetInfo
 from specdiff.weights import locate
 
@@ -96,8 +97,7 @@ class BlockDrafter(Drafter[BlockState]):
         K = min(draft_len, self.draft_len)
         params = tempered(context.batch.params, self.draft_temperature)
         batch = replace(context.batch, params=params)
-        first = self.config.first_slot
-        logits = self.network.logits(self._states(context, state)[:, first : first + K])
+        logits = self._logits(context, state, K)
         uniform = noise.uniform(Purpose.DRAFT, K)
         columns = self.network.draft_ids
         tokens: list[Tensor] = []
@@ -112,6 +112,11 @@ class BlockDrafter(Drafter[BlockState]):
             tokens.append(previous)
             probs.append(q)
         return drafted(torch.cat(tokens, dim=1), probs, params, columns)
+
+    def _logits(self, context: Context, state: BlockState, K: int) -> Float[Tensor, "B K C"]:
+        """Of the first K drafted positions, without the Markov head."""
+        first = self.config.first_slot
+        return self.network.logits(self._states(context, state)[:, first : first + K])
 
     def _states(self, context: Context, state: BlockState) -> Float[Tensor, "B G H"]:
         """Add the new features to the cached context, and run the slots over it."""
@@ -144,12 +149,54 @@ class BlockDrafter(Drafter[BlockState]):
         return layer_masks(self.config, visible, block, anchor.expand_as(block), key, own)
 
 
+class BlockTreeDrafter(BlockDrafter):
+    """The `tree` most likely nodes of one pass; the Markov head reads each node's own parent.
+
+    Greedy rows rank their nodes at temperature 1. Raises as BlockDrafter does.
+    """
+
+    trees = True
+
+    def __init__(
+        self,
+        network: BlockNetwork,
+        target: TargetInfo,
+        tree: int,
+        *,
+        draft_temperature: float = 1.0,
+    ) -> None:
+        super().__init__(network, target, draft_temperature=draft_temperature)
+        self.draft_len = checked_budget(tree)
+
+    def propose(self, context: Context, state: BlockState, noise: Noise, draft_len: int) -> Draft:
+        """At most `draft_len` nodes, of depth `config.draft_len` at most."""
+        params = soft(context.batch.params, self.draft_temperature)
+        batch = replace(context.batch, params=params)
+        depth = min(draft_len, self.config.draft_len)
+        logits = self._logits(context, state, depth)
+        columns = self.network.draft_ids
+
+        def law(level: int, tokens: Int[Tensor, "B W"]) -> Float[Tensor, "B W C"]:
+            row = logits[:, level, None]
+            bias = self.network.markov(tokens)
+            row = row if bias is None else row + bias
+            # a grammar's mask is that of the first position
+            rows = batch if level == 0 else replace(batch, next_mask=None)
+            return distribution(row, rows, batch.ids[:, :0], columns)
+
+        return best_first(law, batch.anchor, depth, draft_len, columns)
+
+
 def block(
-    target: TargetInfo, folder: str | Path, *, draft_temperature: float = 1.0
+    target: TargetInfo, folder: str | Path, *, draft_temperature: float = 1.0, tree: int = 0
 ) -> BlockDrafter:
     """A block drafter from a folder or hub id, in any format of `nn.block_formats`.
+
+    tree: draft the tree of the N most likely nodes of one pass (0: a chain).
 
     Raises ConfigError, WeightsError or DrafterError naming what does not fit.
     """
     network = BlockNetwork.from_pretrained(locate(folder))
+    if tree:
+        return BlockTreeDrafter(network, target, tree, draft_temperature=draft_temperature)
     return BlockDrafter(network, target, draft_temperature=draft_temperature)

@@ -3,9 +3,9 @@
 What may be inspected decides what stays exact. A row's draft is cut before probabilities that are
 no distribution: that depends on nothing drawn from them, and the tokens before keep their own q. It
 is also cut before a token outside the vocabulary, which the target never emits. A drafter that
-raises, or whose draft cannot be read (its shape, type, layout or device; a tree), makes the round a
-plain one. Either way drafting is disabled for the row until its next request; falling back to
-`match` after inspecting the tokens would be biased.
+raises, or whose draft cannot be read (its shape, type, layout or device; a tree that it has not
+announced), makes the round a plain one. Either way drafting is disabled for the row until its next
+request; falling back to `match` after inspecting the tokens would be biased.
 
 Shapes: B rows, K drafted tokens.
 """
@@ -33,6 +33,7 @@ FAULTS = (
     "gave a draft size below 0 or above its own length",
     "drafted a token outside its own columns",
     "gave columns that are not ascending ids of the target's vocabulary",
+    "gave a node a parent that does not come before it",
 )
 
 
@@ -68,6 +69,7 @@ class GuardedDrafter(Drafter[GuardedState]):
         self.draft_len = inner.draft_len
         self.keeps_features = inner.keeps_features
         self.reproducible = inner.reproducible
+        self.trees = inner.trees
 
     def open(self, rows: int, slots: int) -> GuardedState:
         return GuardedState(self.inner.open(rows, slots), torch.zeros(rows, dtype=torch.bool))
@@ -106,8 +108,10 @@ class GuardedDrafter(Drafter[GuardedState]):
         try:
             draft = self.inner.propose(context, state.inner, noise, draft_len)
             state.consumed = self.inner.consumed(state.inner)
-            shaped(draft, context.batch, draft_len, self.vocab_size)
-            return self._sound(context.batch, state, draft) if draft.tokens.shape[1] else draft
+            shaped(draft, context.batch, draft_len, self.vocab_size, trees=self.trees)
+            if not draft.tokens.shape[1]:
+                return Draft.empty(context.batch)
+            return self._sound(context.batch, state, draft)
         except UsageError:
             raise
         except Exception as error:
@@ -134,6 +138,9 @@ class GuardedDrafter(Drafter[GuardedState]):
         last = self.vocab_size - 1
         columns = None if draft.columns is None else draft.columns.clamp(0, last)
         draft = replace(draft, tokens=draft.tokens.clamp(0, last), size=size, columns=columns)
+        if draft.parents is not None:
+            node = torch.arange(draft.tokens.shape[1], device=size.device)
+            draft = replace(draft, parents=torch.minimum(draft.parents.clamp(min=-1), node - 1))
         state.off = off | (worst > 0)
         state.news = torch.stack([worst.amax(), (state.off | batch.done).all().long()])
         return draft
@@ -157,15 +164,20 @@ class GuardedDrafter(Drafter[GuardedState]):
             warnings.warn(warning, stacklevel=2)
 
 
-def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
+def shaped(
+    draft: Draft, batch: Batch, draft_len: int, vocab_size: int, *, trees: bool = False
+) -> None:
     """Raises DrafterError for what is no draft of this batch.
 
     Checks all that can be checked without waiting for the device.
     """
     if not isinstance(draft, Draft):
         raise DrafterError(f"returned a {type(draft).__name__}, not a Draft")
-    if draft.parents is not None:
-        raise DrafterError("drafted a tree (Draft.parents), which no target scores; draft a chain")
+    if draft.parents is not None and not trees:
+        raise DrafterError(
+            "drafted a tree (Draft.parents) without announcing it; set `trees = True` on the "
+            "drafter, or draft a chain"
+        )
     rows = len(batch.length)
     home = batch.ids.device
     tensors = {
@@ -173,6 +185,7 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
         "probabilities": draft.probs,
         "a size": draft.size,
         "columns": draft.columns,
+        "parents": draft.parents,
     }
     for name, part in tensors.items():
         if part is not None and part.layout is not torch.strided:
@@ -191,6 +204,13 @@ def shaped(draft: Draft, batch: Batch, draft_len: int, vocab_size: int) -> None:
         raise DrafterError(
             f"gave probabilities of shape {list(draft.probs.shape)} and type {draft.probs.dtype}; "
             f"expected floats {list(shape)}"
+        )
+    if draft.parents is not None and (
+        draft.parents.shape != draft.tokens.shape or draft.parents.dtype != torch.long
+    ):
+        raise DrafterError(
+            f"gave parents of shape {list(draft.parents.shape)} and type {draft.parents.dtype}; "
+            f"expected torch.int64 {list(draft.tokens.shape)}"
         )
     if draft.size is not None and (draft.size.shape != (rows,) or draft.size.dtype not in INTEGERS):
         raise DrafterError(
@@ -232,6 +252,9 @@ def faults(draft: Draft, vocab_size: int, tolerance: float = TOLERANCE) -> Int[T
         wrong = (draft.columns.diff() <= 0).any()
         wrong = wrong | (draft.columns[0] < 0) | (draft.columns[-1] >= vocab_size)
         fault = torch.where(wrong, 5, fault)
+    if draft.parents is not None:
+        node = torch.arange(K, device=fault.device)
+        fault = torch.where((draft.parents < -1) | (draft.parents >= node), 6, fault)
     if draft.size is not None:
         fault = torch.where(torch.arange(K, device=fault.device) < draft.size[:, None], fault, 0)
         fault = torch.where(((draft.size < 0) | (draft.size > K))[:, None], 3, fault)

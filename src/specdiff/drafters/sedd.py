@@ -20,6 +20,7 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.denoising import ORDERS, Denoiser, DenoisingDrafter
+from specdiff.drafters.tree import TreeDrafter
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
@@ -251,7 +252,8 @@ def sedd(
     sampler: str | None = None,
     window: int | None = None,
     draft_temperature: float = 1.0,
-) -> DenoisingDrafter[SEDDState] | AnyOrderDrafter[SEDDState]:
+    tree: int = 0,
+) -> DenoisingDrafter[SEDDState] | AnyOrderDrafter[SEDDState] | TreeDrafter[SEDDState]:
     """A SEDD drafter from a folder or hub id.
 
     Args:
@@ -259,11 +261,18 @@ def sedd(
         order: "one-shot", "left-to-right" or "any". By default "any" where there is no MASK, else
             "one-shot" for one step and "left-to-right" for more.
         sampler: of order "any", "analytic" (the default) or "euler".
+        tree: draft the tree of the N most likely nodes of one pass (0: a chain).
 
     Raises ConfigError, WeightsError, DrafterError or UsageError naming what does not fit.
     """
     if order not in (None, *ORDERS, "any"):
         raise UsageError(f"unknown order {order!r}; known are {', '.join(ORDERS)}, any")
+    if tree and (steps != 1 or order not in (None, "one-shot")):
+        raise UsageError(
+            f"a tree is drafted in one pass: tree={tree} goes with order 'one-shot' and steps=1 "
+            f"alone, not with order {order!r} and steps={steps}",
+            param="tree",
+        )
     path = locate(folder)
     # q is what the network computes in any precision, and bfloat16 reads half as much memory
     half = target.dtype == torch.bfloat16
@@ -274,7 +283,7 @@ def sedd(
     tokens = model.config.tokens
     padded = tokens != target.vocab_size and agrees(tokens)
     denoiser = SEDDDenoiser(model, target, window=window, draft_len=draft_len, padded=padded)
-    if order == "any" or (order is None and denoiser.mask_id is None):
+    if order == "any" or (order is None and denoiser.mask_id is None and not tree):
         # its process runs over all of its own tokens
         demand_vocabulary(tokens, target, padded=False)
         return AnyOrderDrafter(
@@ -287,4 +296,6 @@ def sedd(
         raise UsageError(
             f"sampler {sampler!r} runs the reverse process, which only order 'any' does"
         )
+    if tree:
+        return TreeDrafter(denoiser, tree, draft_temperature=draft_temperature)
     return DenoisingDrafter(denoiser, steps=steps, order=order, draft_temperature=draft_temperature)

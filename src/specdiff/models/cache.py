@@ -2,8 +2,8 @@
 
 Each forward writes its keys and values at per-row slots and attends to a bucketed prefix of them,
 so cost follows length and shapes stay few. Memory follows the longest text too: the stores grow in
-steps, up to all slots. Nothing is ever removed: a rejected slot is simply
-overwritten, because the next write starts there.
+steps, up to all slots. Nothing is ever removed: a rejected slot is simply overwritten, because the
+next write starts there. Of a tree, the accepted path is first moved to consecutive slots.
 
 Shapes: B rows, R rows of this forward, A key/value heads, N positions of this forward, S slots,
 D head width.
@@ -69,6 +69,13 @@ class RaggedCache:
         if store is not None:
             grown[:, :, : store.shape[2]] = store
         return grown
+
+    def move(self, source: Int[Tensor, "R N"], to: Int[Tensor, "R N"]) -> None:
+        """Copy the keys and values of every row from slots `source` to slots `to`."""
+        for store in (*self.keys.values(), *self.values.values()):
+            rows = torch.arange(self.rows, device=store.device)[:, None]
+            slots = store.transpose(1, 2)
+            slots.index_put_((rows, to.to(store.device)), slots[rows, source.to(store.device)])
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
         assert self.index is not None, "place comes first"

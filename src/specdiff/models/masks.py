@@ -35,13 +35,39 @@ Mask = Float[Tensor, "R 1 N S"] | dict[str, Float[Tensor, "R 1 N S"]]
 
 
 def causal(
-    at: Int[Tensor, "R N"], slots: int, window: int | None = None
+    at: Int[Tensor, "R N"],
+    slots: int,
+    window: int | None = None,
+    related: Bool[Tensor, "#R N N"] | None = None,
 ) -> Bool[Tensor, "R 1 N S"]:
-    """Position `at` attends to the slots up to its own, at most the last `window` of them."""
+    """Position `at` attends to the slots up to its own, at most the last `window` of them.
+
+    With `related`, the positions are a tree from slot `at[:, 0]` on: each attends to the slots
+    before the tree and to those of its related nodes, and the window counts depth, not slots.
+    """
     slot = torch.arange(slots, device=at.device)
+    if related is not None:
+        return _tree(at, slot, window, related)
     visible = slot <= at[..., None]
     if window is not None:
         visible &= slot > at[..., None] - window
+    return visible[:, None]
+
+
+def _tree(
+    at: Int[Tensor, "R N"],
+    slot: Int[Tensor, "S"],
+    window: int | None,
+    related: Bool[Tensor, "#R N N"],
+) -> Bool[Tensor, "R 1 N S"]:
+    first = at[:, :1]
+    before = (slot < first)[:, None].expand(-1, at.shape[1], -1)
+    index = at[:, None].expand(-1, at.shape[1], -1)
+    visible = before.scatter(2, index, related.expand(len(at), -1, -1))
+    if window is not None:
+        position = first + related.sum(-1) - 1
+        place = slot.expand(len(at), -1).scatter(1, at, position)
+        visible = visible & (place[:, None] > position[..., None] - window)
     return visible[:, None]
 
 
@@ -61,9 +87,13 @@ class MaskBuilder(ABC):
 
     @abstractmethod
     def applied(
-        self, at: Int[Tensor, "R N"], slots: int, dtype: torch.dtype
+        self,
+        at: Int[Tensor, "R N"],
+        slots: int,
+        dtype: torch.dtype,
+        related: Bool[Tensor, "#R N N"] | None = None,
     ) -> AbstractContextManager[Mask]:
-        """The attention mask for queries at slots `at` over the first `slots`.
+        """The attention mask for queries at slots `at` over the first `slots`; see `causal`.
 
         Call the model inside the context.
         """
@@ -97,10 +127,16 @@ class ConfigMasks(MaskBuilder):
         return getattr(self.config, "sliding_window", None) if slides else None
 
     @contextmanager
-    def applied(self, at: Int[Tensor, "R N"], slots: int, dtype: torch.dtype) -> Iterator[Mask]:
-        near = additive(causal(at, slots, self.window), dtype)
+    def applied(
+        self,
+        at: Int[Tensor, "R N"],
+        slots: int,
+        dtype: torch.dtype,
+        related: Bool[Tensor, "#R N N"] | None = None,
+    ) -> Iterator[Mask]:
+        near = additive(causal(at, slots, self.window, related), dtype)
         if self.mixed:
-            yield {FULL: additive(causal(at, slots), dtype), SLIDING: near}
+            yield {FULL: additive(causal(at, slots, None, related), dtype), SLIDING: near}
         else:
             yield near
 
@@ -135,8 +171,14 @@ class GPTNeoMasks(MaskBuilder):
         return self.own
 
     @contextmanager
-    def applied(self, at: Int[Tensor, "R N"], slots: int, dtype: torch.dtype) -> Iterator[Mask]:
-        near = additive(causal(at, slots, self.window), dtype)
+    def applied(
+        self,
+        at: Int[Tensor, "R N"],
+        slots: int,
+        dtype: torch.dtype,
+        related: Bool[Tensor, "#R N N"] | None = None,
+    ) -> Iterator[Mask]:
+        near = additive(causal(at, slots, self.window, related), dtype)
 
         def windowed(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, kwargs | {"attention_mask": near.to(kwargs["attention_mask"].device)}
@@ -148,7 +190,7 @@ class GPTNeoMasks(MaskBuilder):
         try:
             for layer in self.layers:
                 layer.bias = layer.bias.new_ones(()).expand(1, 1, slots, slots)
-            yield additive(causal(at, slots), dtype)
+            yield additive(causal(at, slots, None, related), dtype)
         finally:
             for layer, band in zip(self.layers, bands, strict=True):
                 layer.bias = band

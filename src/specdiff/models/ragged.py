@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -129,19 +129,23 @@ class RaggedModel:
         taps: Sequence[int] = (),
         last: int = 0,
         positions: Int[Tensor, "R N"] | None = None,
+        related: Bool[Tensor, "#R N N"] | None = None,
     ) -> tuple[Float[Tensor, "R N V"], Float[Tensor, "R N D"] | None]:
         """Score `ids` at slots `at`, writing their keys and values.
 
         Args:
             last: logits for that many final positions only (0: for all).
-            positions: the position ids; by default the slots.
+            positions: the position ids; by default the slots, in a tree the depths.
+            related: of a tree, which of `ids` each attends to: itself and its ancestors, the first
+                one among them. None: a chain.
         """
         cache.place(at, selected)
         if positions is None:
+            positions = at if related is None else at[:, :1] + related.sum(-1) - 1
             # only tokens that no row may reach lie beyond the last position
-            positions = at.clamp(max=self.max_positions - 1)
+            positions = positions.clamp(max=self.max_positions - 1)
         trim = {"logits_to_keep": last} if last and self.trims else {}
-        with self.lock, self.masks.applied(at, cache.bound, self.model.dtype) as mask:
+        with self.lock, self.masks.applied(at, cache.bound, self.model.dtype, related) as mask:
             out = self.model(
                 ids,
                 position_ids=positions,

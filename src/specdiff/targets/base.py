@@ -20,9 +20,13 @@ class Target(ABC, Generic[Cache]):
     Invariant: between rounds a row's cache holds exactly `length - 1` entries; each round's input
     starts at the anchor. A row that is done is scored like any other, and so written from
     `length - 1` on; the entries before that stay.
+
+    `trees`: `score` follows `Draft.parents`, and `keep` moves the entries of the accepted path to
+    consecutive positions. Otherwise drafters of trees are refused.
     """
 
     info: TargetInfo
+    trees: bool = False
 
     @property
     def position_bytes(self) -> int:
@@ -54,7 +58,10 @@ class Target(ABC, Generic[Cache]):
 
     @abstractmethod
     def score(self, cache: Cache, batch: Batch, draft: Draft) -> TargetOutput:
-        """One pass over [anchor, draft tokens]."""
+        """One pass over [anchor, draft tokens].
+
+        Each token follows the one before it; in a tree, the node that `draft.parents` names.
+        """
 
     def keep(self, cache: Cache, batch: Batch, verification: Verification) -> None:
         """Keep the accepted path's entries.
@@ -76,6 +83,7 @@ class TargetWrapper(Target[Cache]):
     def __init__(self, inner: Target[Cache]) -> None:
         self.inner = inner
         self.info = inner.info
+        self.trees = inner.trees
 
     @property
     def position_bytes(self) -> int:

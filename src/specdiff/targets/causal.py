@@ -18,7 +18,8 @@ from specdiff.models.ragged import RaggedModel, lock_of
 from specdiff.models.self_test import self_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Draft, TargetInfo, TargetOutput
+from specdiff.tree import related
+from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
 
 CHUNK = 512  # prompt positions a forward, so that a long prompt's logits and scores stay small
 ATTACHED = "_specdiff_target"
@@ -26,10 +27,14 @@ ATTACHED = "_specdiff_target"
 
 @dataclass(slots=True)
 class CausalCache:
-    """Keys and values of every row, and the layers whose hidden states are returned."""
+    """Keys and values of every row, and the layers whose hidden states are returned.
+
+    `tree`: the last scored draft was one, so that its accepted path lies scattered.
+    """
 
     store: RaggedCache
     taps: tuple[int, ...]
+    tree: bool = False
 
 
 class CausalTarget(Target[CausalCache]):
@@ -37,6 +42,8 @@ class CausalTarget(Target[CausalCache]):
 
     The self-test runs here: a model that cannot be scored exactly is refused.
     """
+
+    trees = True
 
     def __init__(self, model: PreTrainedModel, name: str = "") -> None:
         stream_weights(model)
@@ -92,10 +99,20 @@ class CausalTarget(Target[CausalCache]):
     def score(self, cache: CausalCache, batch: Batch, draft: Draft) -> TargetOutput:
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
         at = batch.length[:, None] - 1 + torch.arange(ids.shape[1], device=ids.device)
-        logits, features = self.ragged.forward(
-            cache.store, ids, at.clamp(max=cache.store.slots - 1), taps=cache.taps
-        )
+        at = at.clamp(max=cache.store.slots - 1)
+        cache.tree = draft.parents is not None
+        nodes = related(draft) if cache.tree else None
+        logits, features = self.ragged.forward(cache.store, ids, at, taps=cache.taps, related=nodes)
         return TargetOutput(logits, features)
+
+    @torch.inference_mode()
+    def keep(self, cache: CausalCache, batch: Batch, verification: Verification) -> None:
+        """Move the accepted path of a tree to consecutive slots; a chain's is in place."""
+        if cache.tree:
+            first = batch.length[:, None] - 1
+            index = torch.arange(verification.path.shape[1], device=first.device)
+            slots = torch.stack([first + verification.path, first + index])
+            cache.store.move(*slots.clamp(max=cache.store.slots - 1))
 
 
 @dataclass(frozen=True, slots=True)

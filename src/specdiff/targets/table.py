@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Draft, TargetInfo, TargetOutput
+from specdiff.tree import parent_rows
+from specdiff.types import Batch, Draft, TargetInfo, TargetOutput, Verification
 
 
 @dataclass(slots=True)
@@ -23,10 +25,13 @@ class TableCache:
 
     slots: Int[Tensor, "B S"]
     taps: int
+    tree: bool = False  # the last scored draft was one
 
 
 class TableTarget(Target[TableCache]):
     """logits(next) = table[before last, last], of shape [V, V, V]; in float64 its law is exact."""
+
+    trees = True
 
     def __init__(self, table: Float[Tensor, "V V V"]) -> None:
         self.table = table
@@ -58,12 +63,24 @@ class TableTarget(Target[TableCache]):
 
     def score(self, cache: TableCache, batch: Batch, draft: Draft) -> TargetOutput:
         index = torch.arange(draft.tokens.shape[1] + 1, device=batch.ids.device)
-        at = (batch.length[:, None] - 1 + index).clamp(max=cache.slots.shape[1] - 1)
+        first = batch.length[:, None] - 1
+        at = (first + index).clamp(max=cache.slots.shape[1] - 1)
         ids = torch.cat([batch.anchor[:, None], draft.tokens], dim=1)
         cache.slots.scatter_(1, at, ids)
+        cache.tree = draft.parents is not None
         last = cache.slots.gather(1, at)
-        before = torch.where(at > 0, cache.slots.gather(1, (at - 1).clamp(min=0)), 0)
+        parent = first + F.pad(parent_rows(draft), (1, 0), value=-1)
+        earlier = parent.clamp(0, cache.slots.shape[1] - 1)
+        before = torch.where(parent >= 0, cache.slots.gather(1, earlier), 0)
         return TargetOutput(self.table[before, last], self._features(cache, ids))
+
+    def keep(self, cache: TableCache, batch: Batch, verification: Verification) -> None:
+        if cache.tree:
+            path = verification.path
+            first = batch.length[:, None] - 1
+            index = torch.arange(path.shape[1], device=path.device)
+            slots = torch.stack([first + path, first + index]).clamp(max=cache.slots.shape[1] - 1)
+            cache.slots.scatter_(1, slots[1], cache.slots.gather(1, slots[0]))
 
     def _features(
         self, cache: TableCache, ids: Int[Tensor, "B N"]
@@ -71,7 +88,7 @@ class TableTarget(Target[TableCache]):
         """One-hot tokens stand for hidden states, once per tap."""
         if not cache.taps:
             return None
-        hidden = torch.nn.functional.one_hot(ids, self.info.vocab_size).double()
+        hidden = F.one_hot(ids, self.info.vocab_size).double()
         return hidden.repeat(1, 1, cache.taps)
 
     def law(self, prompt: Sequence[int], length: int) -> dict[tuple[int, ...], float]:
