@@ -13,7 +13,7 @@ from specdiff.drafters.block import BlockDrafter
 from specdiff.models import packed
 from specdiff.models.packed import Int8Linear
 from specdiff.noise import Noise
-from specdiff.types import Context, Draft
+from specdiff.types import Batch, Context, Draft, SamplingParams
 from specdiff.verify import VERIFIERS
 
 K = 4
@@ -81,6 +81,25 @@ def test_greedy_text_is_the_targets(draft_len: int) -> None:
     )
     plain = tiny.model("llama")
     assert texts == [tiny.plain(plain, prompt, 24) for prompt in prompts]
+
+
+@pytest.mark.parametrize("width", [251, 256, 300, 500])
+@torch.inference_mode()
+def test_rows_of_any_width_have_room_for_the_padding_of_others(width: int) -> None:
+    """The caches grow in steps of 256 positions, up to the slots they were opened with."""
+    target = tiny.target("llama")
+    drafter = BlockDrafter(tiny.block(), target.info)
+    batch = Batch.of(
+        [[3, 1, 4], [5, 9, 2, 6, 5, 3, 5]],
+        [SamplingParams(max_tokens=8, temperature=0.0)] * 2,
+        [0, 1],
+        slots=width,
+    )
+    run = decode.start(target, drafter, batch, slots=400)
+    decode.admit(run, torch.arange(2))
+    for _ in range(3):
+        decode.step(run, K)
+    assert not bool(run.state.off.any())
 
 
 @torch.inference_mode()

@@ -81,8 +81,8 @@ class BlockDrafter(Drafter[BlockState]):
         self.device = target.device
 
     def open(self, rows: int, slots: int) -> BlockState:
-        # room for slots past the end, and one place more for the padding of shorter rows
-        cache = RaggedCache(rows, slots + self.config.block_size + 1)
+        # room for slots past the end; the last place is for the padding of shorter rows
+        cache = RaggedCache(rows, slots + self.config.block_size)
         last = torch.zeros(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
         return BlockState(cache, last)
 
@@ -129,11 +129,12 @@ class BlockDrafter(Drafter[BlockState]):
             newest = (size - 1).clamp(min=0)[..., None].expand(-1, -1, fresh.shape[2])
             state.last = torch.where(size > 0, fresh.gather(1, newest)[:, 0], state.last)
         index = torch.arange(fresh.shape[1], device=size.device)
-        at = (anchor - size + index).masked_fill(index >= size, state.cache.slots - 1)
+        # a batch is as wide as its longest row can grow: no need to read lengths from the device
+        reach = min(context.batch.ids.shape[1] + G, state.cache.slots)
+        at = (anchor - size + index).masked_fill(index >= size, reach - 1)
         block = anchor + torch.arange(G, device=size.device)
         at = torch.cat([at, block], dim=1)
-        # a batch is as wide as its longest row can grow: no need to read lengths from the device
-        state.cache.place(at, length=context.batch.ids.shape[1] + G)
+        state.cache.place(at, length=reach)
         slots = self.network.slots(context.batch.anchor[:, None], state.last[:, None], G)[:, 0]
         masks = self._masks(anchor, block, state.cache.bound)
         states: Tensor = self.network(slots, fresh, at, masks, state.cache)
