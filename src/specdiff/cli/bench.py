@@ -120,7 +120,7 @@ def bench(
         bool, params.flag("Suite paper on tiny random models.", "--smoke", panel=PAPER)
     ] = False,
     scale: Annotated[
-        str, params.option("paper, or embedded: packaged models, on a CPU.", panel=PAPER)
+        str, params.option("paper (default) or embedded.", panel=PAPER, show_default=False)
     ] = "paper",
     texts: Annotated[
         list[str] | None,
