@@ -40,8 +40,8 @@ DIFFERENCES = (
     "gpt-neo-2.7B on a GPU: compare the order of the rows, not their size",
     "the bundled drafters have 9 M parameters, a fifteenth of the target; the paper's SEDD has "
     "90 M, a seventeenth of gpt2-xl",
-    "K and the number of passes of our rows are the fastest of a tuning run; the paper's 5, and 40, "
-    "45 and 30 (assumed to belong to its data sets in this order), suit its own targets",
+    "K and the number of passes of our rows are the fastest of a tuning run; the paper's 5, and "
+    "40, 45 and 30 (assumed to belong to its data sets in this order), suit its own targets",
     "the paper generates 1024 tokens from CNN/DM and OpenWebText; here it is 128 and 256 at most",
 )
 TEXTS = {
