@@ -26,6 +26,7 @@ RUN = [
     "write-a-drafter",
     "benchmark",
     "serve",
+    "which-drafter",
 ]  # train-a-drafter: test_tutorial.py
 PAGES = sorted(GUIDE.glob("*.md"))
 

@@ -183,7 +183,7 @@ def conditional(part: PartResult) -> Drawing | str:
         return "acceptance and 1 - TV(p, q) were not counted"
     across = min(3, len(entries))
     down = -(-len(entries) // across)
-    figure, axes = panels(down, across, 0.5 + 2.6 * down, sharey=True)
+    figure, axes = panels(down, across, 0.5 + 2.8 * down, sharey=True)
     every = [panel for row in axes for panel in row]
     hues = colors(part)
     words: list[str] = []
@@ -196,7 +196,7 @@ def conditional(part: PartResult) -> Drawing | str:
         color = hues.get(entry.baseline, INK)
         panel.plot(at, observed, color=color, marker="o", linestyle="none", label="accepted")
         setting = f"K={entry.draft_len}, temperature {entry.temperature:g}"
-        _share_axes(panel, f"{short(entry.baseline)} {setting}")
+        _share_axes(panel, f"{short(entry.baseline)}\n{setting}")
         gaps = [abs(a - b) for a, b in zip(expected, observed, strict=True)]
         apart = max((gap for gap in gaps if not math.isnan(gap)), default=0.0)
         words.append(f"{entry.baseline}: at most {apart:.3f} apart")

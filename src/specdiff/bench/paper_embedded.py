@@ -36,13 +36,13 @@ DRAFTERS = ("autoregressive", "sedd")  # those of the paper
 FINETUNED = "finetuned"
 FOLDER = "finetuned"  # in the folder of the results
 DIFFERENCES = (
-    "the packaged target has 135 M parameters and runs on the machine above; the paper has gpt2-xl "
-    "and gpt-neo-2.7B on a GPU: compare the order of the rows, not their size",
-    "the bundled drafters have 9 M parameters, a fifteenth of the target; the paper's SEDD has 90, "
-    "a seventeenth of gpt2-xl",
-    "K and the number of passes are the fastest ones here, by tuning; the paper's 5 and 40, 45, 30 "
-    "were chosen for its own targets, and 5 and 40 are among the swept ones",
-    "1024 tokens are generated there from CNN/DM and OpenWebText; here 128 and 256",
+    "the packaged target has 135 M parameters and runs on this machine; the paper has gpt2-xl and "
+    "gpt-neo-2.7B on a GPU: compare the order of the rows, not their size",
+    "the bundled drafters have 9 M parameters, a fifteenth of the target; the paper's SEDD has "
+    "90 M, a seventeenth of gpt2-xl",
+    "K and the number of passes of our rows are the fastest of a tuning run; the paper's 5, and "
+    "40, 45 and 30 (assumed to belong to its data sets in this order), suit its own targets",
+    "the paper generates 1024 tokens from CNN/DM and OpenWebText; here it is 128 and 256 at most",
 )
 TEXTS = {
     "cnn_dailymail": "requests to summarize a passage, written for this package",

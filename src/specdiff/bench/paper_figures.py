@@ -1,15 +1,16 @@
 """Figures of the paper over all data sets: network passes, and draft length."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import Any
 
 from matplotlib.axes import Axes
 
-from specdiff.bench.drawing import INK, Drawing, legend, panels, powers
+from specdiff.bench.drawing import DASHES, INK, MARKERS, Drawing, legend, panels, powers
 from specdiff.bench.metrics import CellResult
 from specdiff.bench.results import PartResult
 from specdiff.bench.settings import HF, VANILLA
-from specdiff.bench.sweeps import FACTOR, Point, draw_line, line_looks, line_shades, ratio_point
+from specdiff.bench.sweeps import FACTOR, Point, draw_line, line_shades, ratio_point
 
 DIFFUSION = "sedd"
 STANDARD = "autoregressive"
@@ -25,11 +26,12 @@ def passes(parts: Sequence[PartResult]) -> Drawing | str:
         return f"{DIFFUSION} was not swept over several numbers of passes"
     figure, (row,) = panels(1, 2, 3.9)
     words: list[str] = []
-    for (name, cells), options in zip(lines.items(), _options(len(lines)), strict=False):
+    options = _looks(parts)
+    for name, cells in lines.items():
         title = f"{name}, K={cells[0].draft_len}"
         alphas = [Point(c.steps or 0, c.alpha) for c in cells if c.alpha is not None]
-        draw_line(row[0], alphas, label=title, **options)
-        draw_line(row[1], _ratios(cells, lambda c: c.steps or 0), label=title, **options)
+        draw_line(row[0], alphas, label=title, **options[name])
+        draw_line(row[1], _ratios(cells, lambda c: c.steps or 0), label=title, **options[name])
         words += [f"{title}, {point.x:g} passes: alpha {point.y:.2f}" for point in alphas]
     steps = [c.steps or 0 for cells in lines.values() for c in cells]
     _finish(row[0], steps, "diffusion steps T (passes per draft)", "acceptance rate alpha")
@@ -50,11 +52,12 @@ def lengths(parts: Sequence[PartResult]) -> Drawing | str:
         return "no drafter was swept over draft lengths"
     figure, (row,) = panels(1, 2, 3.9, sharey=True)
     words: list[str] = []
+    options = _looks(parts)
     for panel, (title, lines) in zip(row, groups.items(), strict=True):
-        for (name, cells), options in zip(lines.items(), _options(len(lines)), strict=False):
+        for name, cells in lines.items():
             points = _ratios(cells, lambda c: float(c.draft_len or 0))
             if points:
-                draw_line(panel, points, label=name, **options)
+                draw_line(panel, points, label=name, **options[name])
             words += [f"{title}, {name}, K={point.x:g}: {point.y:.2f}" for point in points]
         panel.axhline(1, color=INK, linewidth=1, linestyle="--")
         panel.set_title(title, loc="left")
@@ -64,10 +67,24 @@ def lengths(parts: Sequence[PartResult]) -> Drawing | str:
     return Drawing(figure, "Draft length against speed: " + "; ".join(words))
 
 
-def _options(count: int) -> Iterator[dict[str, Any]]:
-    """The look of successive parts: the same data set has the same place in every figure."""
-    for look, shade in zip(line_looks(), line_shades(count), strict=False):
-        yield {**look, "color": shade}
+def _looks(parts: Sequence[PartResult]) -> dict[str, dict[str, Any]]:
+    """Part -> its look: a color and a marker for each data set, a dashed line if finetuned."""
+    datasets: dict[str, list[str]] = {}
+    for part in parts:
+        datasets.setdefault(part.name.partition("/")[0], []).append(part.name)
+    result: dict[str, dict[str, Any]] = {}
+    for names, marker, shade in zip(
+        datasets.values(), MARKERS, line_shades(len(datasets)), strict=False
+    ):
+        for name, dash in zip(names, cycle(DASHES)):
+            fill = "full" if name == names[0] else "none"
+            result[name] = {
+                "color": shade,
+                "marker": marker,
+                "linestyle": dash,
+                "fillstyle": fill,
+            }
+    return result
 
 
 def _ratios(cells: Sequence[CellResult], x: Callable[[CellResult], float]) -> list[Point]:

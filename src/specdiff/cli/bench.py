@@ -120,7 +120,7 @@ def bench(
         bool, params.flag("Suite paper on tiny random models.", "--smoke", panel=PAPER)
     ] = False,
     scale: Annotated[
-        str, params.option("paper, or embedded: packaged models, on a CPU.", panel=PAPER)
+        str, params.option("paper (default) or embedded.", panel=PAPER, show_default=False)
     ] = "paper",
     texts: Annotated[
         list[str] | None,
@@ -153,6 +153,8 @@ def bench(
         raise UsageError("--baselines measures other engines on one target, not on --suite paper")
     if smoke and suite != "paper":
         raise UsageError(f"--smoke is for --suite paper; the suite {suite!r} runs on real models")
+    if per_task is not None and suite == "paper":
+        raise UsageError("--per-task is for suites with tasks; --suite paper takes --prompts")
     if suite != "paper" and (scale != "paper" or texts or finetune):
         raise UsageError(f"--scale, --texts and --finetune are for --suite paper, not {suite!r}")
     options: dict[str, Any] = {
