@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+
 import tiny
 
 URL = re.compile(r"http://[\d.:]+")

@@ -1,4 +1,3 @@
-# ruff: noqa: E402 (imports follow the check that the extra is installed)
 """The server under load: bursts, hang-ups, a soak, and its end.
 
 The long forms (-m slow) have the bounds of an idle machine; the short ones hold on a busy one.
@@ -43,7 +42,7 @@ class Gate(TargetWrapper[Any]):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:  # noqa: F811
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
     return save(tmp_path_factory.mktemp("tiny"), tokenizer)
 
 
