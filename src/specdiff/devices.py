@@ -36,6 +36,13 @@ def native_half(device: torch.device) -> torch.dtype | None:
     return torch.float16 if device.type == "mps" else None
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was exhausted; torch has no class for this on the CPU."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
 def weights_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype in which a target is loaded unless one is named; None: the checkpoint's own."""
     return native_half(device) or torch.float32 if device.type == "cpu" else None

@@ -47,8 +47,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> str:
 
 
 @pytest.fixture(scope="module")
-def server(folder: str) -> Iterator[Process]:
-    with process("--model", folder, "--drafter", "ngram", "--max-queue", str(QUEUE)) as one:
+def server(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """Its options come from a file, the environment and flags."""
+    file = tmp_path_factory.mktemp("options") / "server.yaml"
+    file.write_text(
+        "served-model-name: of-the-file\ndrafter: ngram\n"
+        "serve:\n  max-queue: 3\n  max-num-seqs: 3\n  max-model-len: 1000\n"
+    )
+    options = ("--model", folder, "--config", str(file), "--max-num-seqs", str(ROWS))
+    environment = {"SPECDIFF_MAX_QUEUE": str(QUEUE), "SPECDIFF_MAX_NUM_SEQS": "2"}
+    with process(*options, **environment) as one:
         one.post()  # the first request is slower
         yield one
 
@@ -182,6 +190,16 @@ def soak(server: Process, seconds: float, clients: int = 6) -> list[str]:
     for thread in threads:
         thread.join()
     return faults
+
+
+def test_flags_come_before_the_environment_and_that_before_the_file(server: Process) -> None:
+    entry = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+    assert entry["id"] == "of-the-file"
+    assert entry["max_model_len"] == 1000
+    body = {"prompt": ["the"] * (ROWS + QUEUE + 1)}
+    refusal = server.post(**body)
+    assert refusal.status_code == 400
+    assert f"takes at most {ROWS + QUEUE}" in refusal.json()["error"]["message"]
 
 
 def test_a_soak_has_no_faults(server: Process) -> None:

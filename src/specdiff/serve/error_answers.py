@@ -10,9 +10,10 @@ from starlette.exceptions import HTTPException
 from specdiff import strict_json
 from specdiff.errors import SpecdiffError, TargetError, UsageError
 from specdiff.serve import payloads
-from specdiff.serve.live import EngineStoppedError, QueueFullError
+from specdiff.serve.live import EngineStoppedError, MemoryFullError, QueueFullError
 
 RETRY_SECONDS = 1
+UNAVAILABLE = (QueueFullError, EngineStoppedError, MemoryFullError)
 
 
 class RequestTimeoutError(SpecdiffError):
@@ -37,7 +38,7 @@ def status(error: Exception) -> int:
         return HTTPStatus.BAD_REQUEST
     if isinstance(error, RequestTimeoutError):
         return HTTPStatus.REQUEST_TIMEOUT
-    if isinstance(error, QueueFullError | EngineStoppedError):
+    if isinstance(error, UNAVAILABLE):
         return HTTPStatus.SERVICE_UNAVAILABLE
     return HTTPStatus.INTERNAL_SERVER_ERROR
 
@@ -46,7 +47,7 @@ def register(app: FastAPI) -> None:
     """Let `app` answer errors in this shape. The guard answers unexpected ones."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _refused)
-    for kind in (UsageError, QueueFullError, EngineStoppedError, RequestTimeoutError, TargetError):
+    for kind in (UsageError, *UNAVAILABLE, RequestTimeoutError, TargetError):
         app.add_exception_handler(kind, _failed)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from specdiff import engine
 from specdiff.capacity import Capacity
+from specdiff.devices import out_of_memory
 from specdiff.drafters.base import Drafter
 from specdiff.errors import SpecdiffError, TargetError, UsageError
 from specdiff.scoring import PromptScore, PromptScoring
@@ -34,12 +35,16 @@ class EngineStoppedError(SpecdiffError):
     """The engine has failed or is shutting down, and takes no request."""
 
 
+class MemoryFullError(SpecdiffError):
+    """The device's memory did not hold the batch. The requests in it have failed, no others."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """A submitted request. `receive` is called in the engine's thread with each of its outputs.
 
     The last output has `finished`; an exception instead means that the engine has failed, or the
-    target while it scored the prompt. A `receive` that raises ends its own job only.
+    target while it scored the prompt, or the memory was full. A `receive` that raises ends its own job only.
 
     scores: of each prompt token, the most likely alternatives whose log probabilities come first
         (None: the prompt is not scored).
@@ -208,6 +213,18 @@ class LiveEngine:
             raise EngineStoppedError("the server is shutting down")
 
     def _run(self) -> None:
+        while True:
+            try:
+                self._serve()
+                return
+            except BaseException as error:
+                if not out_of_memory(error):  # of the target or the device: nothing can go on
+                    self._fail(error)
+                    return
+            self._drop_batch()
+
+    def _serve(self) -> None:
+        """Run requests until the engine drains."""
         steps = engine.serve(
             self.target,
             self.drafter,
@@ -219,13 +236,10 @@ class LiveEngine:
             chunk=self.chunk,
             positions=self.positions,
         )
-        try:
-            for step in steps:
-                self._deliver(step)
-                if self.observe is not None:
-                    self.observe(step)
-        except BaseException as error:  # of the target or the device: nothing can go on
-            self._fail(error)
+        for step in steps:
+            self._deliver(step)
+            if self.observe is not None:
+                self.observe(step)
 
     def _stream(self) -> Iterator[engine.Request | None]:
         """The next request by arrival; None while others run and none waits."""
@@ -296,6 +310,15 @@ class LiveEngine:
     def _end(self, index: int) -> None:
         with self._changed:
             del self._running[index]
+
+    def _drop_batch(self) -> None:
+        """Fail the requests that have left the queue; those that wait get new rows."""
+        with self._changed:
+            jobs = [*self._running.values()]
+            self._running.clear()
+            self._pulled = 0
+        for job in jobs:
+            _send(job, MemoryFullError("out of memory; try again later, or with a shorter prompt"))
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
