@@ -10,6 +10,7 @@ from typing import Any
 from specdiff.serve import error_answers, payloads
 from specdiff.serve.choices import Choice, Reader
 from specdiff.serve.protocol import ChatRequest, GenerationRequest
+from specdiff.serve.tool_calls import ToolCall
 from specdiff.text.lm import SpeculativeLM
 
 
@@ -79,17 +80,23 @@ class AnswerWriter:
         text = choice.echo
         try:
             async for new in self.reader.texts(choice):
-                text += new
                 reason = choice.answer.generation.finish_reason or None
-                if reason == "error" or (not text and reason is None):
+                if reason == "error":
                     continue
-                entry: dict[str, Any] = {"index": index, "finish_reason": reason}
+                content, calls = _split(choice, new, ended=reason is not None)
+                text += content
+                if not text and not calls and reason is None:
+                    continue
+                entry: dict[str, Any] = {"index": index, "finish_reason": _reason(choice)}
                 entry["logprobs"] = self._logprobs(choice)
                 if self.body.include_rounds:
                     entry["rounds"] = choice.rounds
                     choice.rounds = []
-                content = {"delta": {**before, "content": text}} if self.chat else {"text": text}
-                merged.put_nowait({**entry, **content})
+                if self.chat:
+                    entry["delta"] = {**before, "content": text, **_deltas(choice, calls)}
+                else:
+                    entry["text"] = text
+                merged.put_nowait(entry)
                 before = {}
                 text = ""
         except Exception as error:  # the stream reports it to the client
@@ -97,11 +104,16 @@ class AnswerWriter:
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         generation = choice.answer.generation
-        entry: dict[str, Any] = {"index": index, "finish_reason": generation.finish_reason}
+        text, calls = _split(choice, generation.text, ended=True)
+        entry: dict[str, Any] = {"index": index, "finish_reason": _reason(choice)}
         entry["logprobs"] = self._logprobs(choice)
-        if self.chat:
-            return {**entry, "message": {"role": "assistant", "content": generation.text}}
-        return {**entry, "text": choice.echo + generation.text}
+        if not self.chat:
+            return {**entry, "text": choice.echo + text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = [call.entry() for call in calls]
+        return {**entry, "message": message}
 
     def _figures(self) -> dict[str, Any]:
         """Usage, and the figures of speculation."""
@@ -134,6 +146,29 @@ class AnswerWriter:
         echo = payloads.prompt_logprobs(choice.prompt, choice.score, spell, lengths)
         choice.score = None
         return {name: values + entries[name] for name, values in echo.items()}
+
+
+def _split(choice: Choice, text: str, *, ended: bool) -> tuple[str, list[ToolCall]]:
+    """The content that new text holds or completes, and the calls of tools."""
+    if choice.calls is None:
+        return text, []
+    content, calls = choice.calls.add(text)
+    return content + choice.calls.finish() if ended else content, calls
+
+
+def _deltas(choice: Choice, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """The part of a chunk that holds new calls."""
+    if not calls or choice.calls is None:
+        return {}
+    first = choice.calls.count - len(calls)
+    return {"tool_calls": [{"index": first + i, **call.entry()} for i, call in enumerate(calls)]}
+
+
+def _reason(choice: Choice) -> str | None:
+    """Why an answer has ended; None while it runs."""
+    reason = choice.answer.generation.finish_reason or None
+    called = choice.calls is not None and choice.calls.count > 0
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _event(payload: dict[str, Any]) -> str:

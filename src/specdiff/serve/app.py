@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 import specdiff
+from specdiff import engine
 from specdiff.errors import UsageError
 from specdiff.noise import row_seed
 from specdiff.serve import error_answers, playground
@@ -27,6 +28,7 @@ from specdiff.serve.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
+from specdiff.serve.tool_calls import prepared
 from specdiff.text.lm import SpeculativeLM
 from specdiff.text.options import Options
 
@@ -59,7 +61,8 @@ class Server:
         """Answer a conversation."""
         self._check(body)
         self._check_size(sum(map(_characters, body.messages)), "messages")
-        ids = await asyncio.to_thread(self.lm.render, body.messages, **body.template())
+        messages = prepared(body.messages)
+        ids = await asyncio.to_thread(self.lm.render, messages, **body.template())
         return await self._respond(body, [self.lm.encode(ids)], request)
 
     async def models(self) -> dict[str, Any]:
@@ -81,7 +84,7 @@ class Server:
         if (body.prompt is None) == (body.messages is None):
             raise UsageError("give either a prompt or messages", param="prompt")
         if body.messages is not None:
-            ids = await asyncio.to_thread(self.lm.render, body.messages)
+            ids = await asyncio.to_thread(self.lm.render, prepared(body.messages))
         else:
             ids = await asyncio.to_thread(self.lm.raw_ids, body.prompt or "")
         return {"count": len(ids), "max_model_len": self.lm.max_len, "tokens": ids}
@@ -158,7 +161,7 @@ class Server:
         generate = not (isinstance(body, CompletionRequest) and body.only_echo)
         scores = options.sampling.logprobs if echo else None
         for prompt in prompts:
-            request = self.lm.request(prompt, options, 0)
+            request = self._request(body, prompt, options)
             text = self.lm.tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""
             for _ in range(body.n):
                 outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -173,8 +176,20 @@ class Server:
                     with_drafts=body.include_rounds,
                 )
                 job = Job(engine_request, receive, scores, generate)
-                choices.append(Choice(prompt, self.lm.answer(options), job, outputs, str(text)))
+                choice = Choice(prompt, self.lm.answer(options), job, outputs, str(text))
+                choice.calls = body.tool_use().reader() if isinstance(body, ChatRequest) else None
+                choices.append(choice)
         return choices
+
+    def _request(
+        self, body: GenerationRequest, prompt: list[int], options: Options
+    ) -> engine.Request:
+        try:
+            return self.lm.request(prompt, options, 0)
+        except UsageError as error:
+            if isinstance(body, ChatRequest) and body.tool_use().grammar() is not None:
+                raise UsageError(f"tools: {error}", param="tools") from None
+            raise
 
     async def _respond(
         self, body: GenerationRequest, prompts: Sequence[list[int]], request: Request

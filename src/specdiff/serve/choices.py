@@ -12,6 +12,7 @@ from specdiff.serve import payloads
 from specdiff.serve.error_answers import RequestTimeoutError
 from specdiff.serve.live import Job, LiveEngine, QueueFullError
 from specdiff.serve.metrics import Metrics
+from specdiff.serve.tool_calls import ToolCallReader
 from specdiff.text.generation import Answer
 
 
@@ -40,6 +41,7 @@ class Choice:
     score: PromptScore | None = None  # of the echo, until it is sent
     sent: int = 0  # tokens whose log probabilities have been streamed
     rounds: list[dict[str, Any]] = field(default_factory=list)  # records not streamed yet
+    calls: ToolCallReader | None = None
 
 
 class Reader:
