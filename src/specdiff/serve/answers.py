@@ -79,16 +79,16 @@ class AnswerWriter:
         before: dict[str, str] = {"role": "assistant"} if self.chat else {}
         text = choice.echo
         try:
-            async for new in self.reader.texts(choice):
-                reason = choice.answer.generation.finish_reason or None
-                if reason == "error":
+            async for piece in self.reader.pieces(choice):
+                if choice.answer.generation.finish_reason == "error":
                     continue
-                content, calls = _split(choice, new, ended=reason is not None)
+                content, calls = _split(choice, piece.text, ended=piece.last)
                 text += content
-                if not text and not calls and reason is None:
+                if not text and not calls and not piece.last:
                     continue
-                entry: dict[str, Any] = {"index": index, "finish_reason": _reason(choice)}
-                entry["logprobs"] = self._logprobs(choice)
+                reason = _reason(choice) if piece.last else None
+                entry: dict[str, Any] = {"index": index, "finish_reason": reason}
+                entry["logprobs"] = self._logprobs(choice, piece.tokens)
                 if self.body.include_rounds:
                     entry["rounds"] = choice.rounds
                     choice.rounds = []
@@ -106,7 +106,7 @@ class AnswerWriter:
         generation = choice.answer.generation
         text, calls = _split(choice, generation.text, ended=True)
         entry: dict[str, Any] = {"index": index, "finish_reason": _reason(choice)}
-        entry["logprobs"] = self._logprobs(choice)
+        entry["logprobs"] = self._logprobs(choice, len(generation.token_ids))
         if not self.chat:
             return {**entry, "text": choice.echo + text}
         message: dict[str, Any] = {"role": "assistant", "content": text}
@@ -128,17 +128,17 @@ class AnswerWriter:
             "metrics": payloads.speculation(generations),
         }
 
-    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Of the tokens that have not been sent yet, if the request wants them."""
+    def _logprobs(self, choice: Choice, end: int) -> dict[str, Any] | None:
+        """Of the tokens up to `end` that have none yet, if the request wants them."""
         first = choice.sent
-        choice.sent = len(choice.answer.generation.token_ids)
+        choice.sent = end
         if choice.job.request.params.logprobs is None:
             return None
         generation = choice.answer.generation
         spell = self.reader.spell
         if self.chat:
-            return payloads.chat_logprobs(generation, first, spell)
-        entries = payloads.completion_logprobs(generation, first, spell, len(choice.echo))
+            return payloads.chat_logprobs(generation, first, end, spell)
+        entries = payloads.completion_logprobs(generation, first, end, spell, len(choice.echo))
         if choice.score is None:
             return entries
         decode = self.lm.tokenizer.decode  # special tokens have no text in the echo

@@ -40,13 +40,19 @@ class Server:
     """
 
     def __init__(
-        self, lm: SpeculativeLM, engine: LiveEngine, name: str, metrics: Metrics, limits: Limits
+        self,
+        lm: SpeculativeLM,
+        engine: LiveEngine,
+        name: str,
+        metrics: Metrics,
+        limits: Limits,
+        stream_chunk: int | None,
     ) -> None:
         self.lm = lm
         self.engine = engine
         self.name = name
         self.metrics = metrics
-        self.reader = Reader(engine, metrics, limits, self._spell)
+        self.reader = Reader(engine, metrics, limits, self._spell, stream_chunk)
         self.created = int(time.time())
         words = lm.tokenizer.get_vocab() if lm.tokenizer is not None else ()
         self.longest_prompt = lm.max_len * max(map(len, words), default=1)  # characters
@@ -74,6 +80,7 @@ class Server:
             "owned_by": "specdiff",
             "max_model_len": self.lm.max_len,
             "max_draft_len": self.engine.max_draft_len,
+            "stream_chunk": self.reader.stream_chunk,
             "has_chat_template": bool(getattr(self.lm.tokenizer, "chat_template", None)),
             "sampling_defaults": self.lm.defaults,
         }
@@ -111,6 +118,11 @@ class Server:
     def _check(self, body: GenerationRequest) -> None:
         """Refuse what cannot be served, before anything is tokenized."""
         body.check_supported()
+        if body.include_rounds and self.reader.stream_chunk is not None:
+            raise UsageError(
+                "include_rounds is off on this server: --stream-chunk hides what rounds accept",
+                param="stream_options",
+            )
         body.check_length(None, self.lm.max_len)
         count = body.n
         if isinstance(body, CompletionRequest):
@@ -241,6 +253,7 @@ def build(
     hosts: Collection[str] | None = None,
     prefix: str = "specdiff",
     limits: Limits | None = None,
+    stream_chunk: int | None = None,
 ) -> FastAPI:
     """The application. It closes `engine` when it shuts down.
 
@@ -250,6 +263,7 @@ def build(
         hosts: the names in the Host header that are answered (None: any).
         prefix: of the metrics' names.
         limits: how long requests may take (None: the defaults).
+        stream_chunk: tokens of each event of a stream (None: those of a round).
     """
     limits = limits or Limits()
 
@@ -266,7 +280,7 @@ def build(
         docs_url=None,
         redoc_url=None,
     )
-    server = Server(lm, engine, name, Metrics(prefix, name), limits)
+    server = Server(lm, engine, name, Metrics(prefix, name), limits, stream_chunk)
     for path, endpoint in (("completions", server.completions), ("chat/completions", server.chat)):
         app.add_api_route(f"/v1/{path}", endpoint, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", server.models)
