@@ -174,7 +174,10 @@ def _check_trees(target: Target[Any], verifier: Verifier) -> None:
 
 @torch.inference_mode()
 def admit(
-    run: DecodeState, rows: Int[Tensor, "R"], prefix_lengths: Int[Tensor, "R"] | None = None
+    run: DecodeState,
+    rows: Int[Tensor, "R"],
+    prefix_lengths: Int[Tensor, "R"] | None = None,
+    held: tuple[Float[Tensor, "R W D"], Int[Tensor, "R"]] | None = None,
 ) -> None:
     """Fill both caches for the rows of `run.batch` that hold new prompts.
 
@@ -182,13 +185,15 @@ def admit(
         request (None: none; at most len(prompt) - 1). If the drafter has taps it must keep features
         (`keeps_features`), and they must be at most len(prompt) - 2, because it needs the feature
         before the anchor.
+    held: features of the last of these tokens that the drafter has not been given, right-padded,
+        and their numbers.
     """
     prompts = [run.batch.ids[r, : run.batch.length[r]] for r in rows]
     if prefix_lengths is None:
         prefix_lengths = torch.zeros_like(rows)
     run.grammars.admit(run.batch, rows)
     new = run.target.admit(run.cache, rows, prompts, prefix_lengths)
-    run.context = features.joined(run.context, run.batch, rows, new, prefix_lengths, run.read)
+    run.context = features.joined(run.context, run.batch, rows, new, prefix_lengths, run.read, held)
     run.read = run.read.index_copy(
         0, rows, run.batch.length[rows] - 1 - run.context.feature_size[rows]
     )

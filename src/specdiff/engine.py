@@ -194,7 +194,7 @@ def serve(
         slots: positions per row, for prompt and max_tokens; required unless `requests` is a
             sequence.
         chunk: the most prompt tokens read between two rounds, so that a long prompt does not hold
-            up the requests that run (None: all; a drafter with taps needs all).
+            up the requests that run (None: all).
         positions: of all rows of the target's cache together (None: no limit). A request waits
             until there is room for it, in order of arrival.
 

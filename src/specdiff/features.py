@@ -21,12 +21,14 @@ def joined(
     new: Float[Tensor, "R M D"] | None,
     prefix_lengths: Int[Tensor, "R"],
     read: Int[Tensor, "B"],
+    held: tuple[Float[Tensor, "R W D"], Int[Tensor, "R"]] | None = None,
 ) -> Context:
     """The context of `batch`, whose `rows` hold new prompts with the features `new`.
 
     Where a row's earlier request left features that its drafter has not read yet, the ones inside
     the shared prefix come before the new ones. `read[b]`: of the tokens in the row's cache, the
-    number whose features the drafter has read.
+    number whose features the drafter has read. `held`: features that come before the new ones
+    instead, and their numbers.
     """
     size = batch.length[rows] - 1
     features = context.features
@@ -34,8 +36,11 @@ def joined(
         if features is None:
             features = new.new_zeros(len(context.feature_size), 0, new.shape[2])
         waiting = torch.where(prefix_lengths > 0, prefix_lengths - read[rows], 0).clamp(min=0)
+        earlier = features[rows]
+        if held is not None:
+            earlier, waiting = held
         fresh = size - prefix_lengths
-        own = _appended(features[rows], waiting, new, fresh)
+        own = _appended(earlier, waiting, new, fresh)
         width = max(own.shape[1], features.shape[1])
         features = _widen(features, width).index_copy(0, rows, _widen(own, width))
         size = waiting + fresh

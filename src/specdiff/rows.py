@@ -1,6 +1,6 @@
 """Rows: the rows of a running batch, which requests join and leave between decoding steps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from specdiff.capacity import Capacity
 from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
 from specdiff.prefix_cache import seats
+from specdiff.reading import Reading, held
 from specdiff.request import Request as Request
 from specdiff.request import Slot as Slot
 from specdiff.targets.base import Target
@@ -38,15 +39,13 @@ class Rows:
         self.capacity = capacity
         self.longest = longest  # draft
         self.chunk = chunk
-        self.reading: dict[int, tuple[Slot, int]] = {}  # row: its request, and the tokens read
+        self.reading: dict[int, Reading] = {}  # by row
         self.width = capacity.width
         self.reach = max(self._need(slot) for slot in joining)  # the widest since rows were opened
         self.device = target.info.device
         self.slots: list[Slot | None] = [*joining]
         batch = _batch(joining, self.width, self.device)
         self.state = decode.start(target, drafter, batch, verifier=verifier, slots=self.width)
-        if self.state.drafter.taps:
-            self.chunk = None  # the features of a prompt come at once
         self.by_rule = True  # the last draft length was the rule's
 
     @property
@@ -65,15 +64,19 @@ class Rows:
 
     def fits(self, joining: Sequence[Slot]) -> bool:
         """Whether there is room for more requests, next to those that run or are being read."""
-        own = [slot for slot in self.slots if slot] + [slot for slot, _ in self.reading.values()]
-        return self.fit([*own, *joining], self.capacity, self.longest)
+        return self.fit([*self._occupants(), *joining], self.capacity, self.longest)
+
+    def _occupants(self) -> list[Slot]:
+        """The requests that run, and those that are being read."""
+        reading = [reading.slot for reading in self.reading.values()]
+        return [slot for slot in self.slots if slot] + reading
 
     def start(self) -> None:
         """Admit the first requests."""
         if self.chunk is None:
             self._prefill([(row, 0) for row in range(len(self.slots))])
             return
-        self.reading = {row: (slot, 0) for row, slot in enumerate(self.slots) if slot is not None}
+        self.reading = {row: Reading(slot, 0) for row, slot in enumerate(self.slots) if slot}
         self.slots = [None] * len(self.slots)
         self._suspend()
         self.read()
@@ -114,9 +117,13 @@ class Rows:
 
     def drop(self, requests: Sequence[int]) -> None:
         """Forget requests whose prompts are still being read."""
-        for row, (slot, _) in list(self.reading.items()):
-            if slot.index in requests:
-                del self.reading[row]
+        rows = [row for row, one in self.reading.items() if one.slot.index in requests]
+        for row in rows:
+            del self.reading[row]
+        if rows and self.state.drafter.taps:  # it has missed features: the rows share no prefix
+            places = torch.tensor(rows, device=self.device)
+            batch = self.state.batch
+            self.state.batch = replace(batch, length=batch.length.index_fill(0, places, 1))
 
     def join(self, joining: Sequence[Slot]) -> None:
         """Admit requests to idle rows, opening more if there are too few.
@@ -134,14 +141,16 @@ class Rows:
             self._open(self.capacity.grown(size, missing, reach), range(size))
         self.reach = max(self.reach, *[self._need(slot) for slot in joining])
         places = self._places([slot.request.prompt for slot in joining])
-        joined = [
-            (row, replace(slot, reused=reused))
+        joined = {
+            row: Reading(replace(slot, reused=reused), reused)
             for slot, (row, reused) in zip(joining, places, strict=True)
-        ]
+        }
         if self.chunk is None:
-            self._admit([(row, slot, slot.reused) for row, slot in joined])
+            self._admit(joined)
             return
-        self.reading |= {row: (slot, slot.reused) for row, slot in joined}
+        if self.state.drafter.taps:
+            self._hold_features(joined)
+        self.reading |= joined
         self._suspend()
 
     def read(self) -> None:
@@ -149,40 +158,51 @@ class Rows:
         if self.chunk is None or not self.reading:
             return
         budget = self.chunk
-        complete = []
-        for row, (slot, start) in sorted(self.reading.items(), key=lambda entry: entry[1][0].index):
-            remaining = len(slot.request.prompt) - start
+        complete = {}
+        by_arrival = sorted(self.reading.items(), key=lambda entry: entry[1].slot.index)
+        for row, reading in by_arrival:
+            remaining = len(reading.slot.request.prompt) - reading.start
             if remaining > budget:
                 if budget:
-                    self._read_piece(row, slot, start, budget)
+                    self._read_piece(row, reading, budget)
                 break
             budget -= remaining
-            complete.append((row, slot, start))
-        for row, _, _ in complete:
-            del self.reading[row]
+            complete[row] = self.reading.pop(row)
         if complete:
             self._admit(complete)
         self._suspend()
 
     @torch.inference_mode()
-    def _read_piece(self, row: int, slot: Slot, start: int, count: int) -> None:
-        """Read prompt tokens start : start + count into the target's cache."""
+    def _read_piece(self, row: int, reading: Reading, count: int) -> None:
+        """Read the next `count` prompt tokens into the target's cache."""
         state = self.state
-        prompt = slot.request.prompt[: start + count + 1]  # the target leaves out the last token
+        end = reading.start + count
+        prompt = reading.slot.request.prompt[: end + 1]  # the target leaves out the last token
         piece = torch.tensor(prompt, device=self.device)
-        rows, lengths = torch.tensor([[row], [start]], device=self.device)
-        state.target.admit(state.cache, rows, [piece], lengths)
-        self.reading[row] = slot, start + count
+        rows, lengths = torch.tensor([[row], [reading.start]], device=self.device)
+        new = state.target.admit(state.cache, rows, [piece], lengths)
+        if new is not None:
+            reading.features.append(new[0])
+        reading.start = end
 
-    def _admit(self, joined: Sequence[tuple[int, Slot, int]]) -> None:
-        """Let requests run. Each: its row, the request, and the prompt tokens its cache holds."""
-        places = [(row, length) for row, _, length in joined]
-        rows = torch.tensor([row for row, _ in places], device=self.device)
-        batch = _batch([slot for _, slot, _ in joined], self.width, self.device)
+    def _hold_features(self, joined: Mapping[int, Reading]) -> None:
+        """Hold what earlier requests left of the features of shared prefixes: rounds drop them."""
+        features = self.state.context.features
+        read = self.state.read.tolist()
+        for row, reading in joined.items():
+            waiting = reading.start - read[row]
+            if features is not None and reading.start and waiting > 0:
+                reading.features.append(features[row, :waiting])
+
+    def _admit(self, joined: Mapping[int, Reading]) -> None:
+        """Let requests run, by row; the rest of their prompts is read here."""
+        rows = torch.tensor([*joined], device=self.device)
+        slots = [reading.slot for reading in joined.values()]
+        batch = _batch(slots, self.width, self.device)
         self.state.batch = self.state.batch.with_rows(rows, batch)
-        self._prefill(places)
-        for row, slot, _ in joined:
-            self.slots[row] = slot
+        self._prefill([(row, reading.start) for row, reading in joined.items()], joined)
+        for row, reading in joined.items():
+            self.slots[row] = reading.slot
         self._count_running()
 
     def _count_running(self) -> None:
@@ -195,30 +215,34 @@ class Rows:
         """Keep the rounds away from the rows that are being read.
 
         A row that is done is still scored, and the scores are written from its last token on: after
-        the tokens read so far, where the next piece replaces them.
+        the tokens read so far, where the next piece replaces them. Its drafter is given nothing.
         """
         if not self.reading:
             return
         state = self.state
-        lengths = [start + 1 for _, start in self.reading.values()]
-        places = torch.tensor([[*self.reading], lengths], device=self.device)
-        prompts = [replace(slot, reused=0) for slot, _ in self.reading.values()]
-        batch = state.batch.with_rows(places[0], _batch(prompts, self.width, self.device))
+        starts = [reading.start for reading in self.reading.values()]
+        rows, read = torch.tensor([[*self.reading], starts], device=self.device)
+        prompts = [replace(reading.slot, reused=0) for reading in self.reading.values()]
+        batch = state.batch.with_rows(rows, _batch(prompts, self.width, self.device))
         state.batch = replace(
             batch,
-            length=batch.length.index_copy(0, *places),
-            done=batch.done.index_fill(0, places[0], True),
+            length=batch.length.index_copy(0, rows, read + 1),
+            done=batch.done.index_fill(0, rows, True),
         )
         self._count_running()
-        state.context = replace(state.context, batch=state.batch)
+        sizes = state.context.feature_size.index_fill(0, rows, 0)
+        state.context = replace(state.context, batch=state.batch, feature_size=sizes)
 
-    def _prefill(self, places: Sequence[tuple[int, int]]) -> None:
+    def _prefill(
+        self, places: Sequence[tuple[int, int]], joined: Mapping[int, Reading] | None = None
+    ) -> None:
         """Read the texts of rows, given with how many of their first tokens the cache holds."""
         lengths = self.state.batch.length.tolist()
         new = [lengths[row] - reused for row, reused in places]
         for group in alike(new, PASS_TOKENS):
             part = torch.tensor([places[i] for i in group], device=self.device)
-            decode.admit(self.state, part[:, 0], part[:, 1])
+            features = held([joined[places[i][0]] for i in group]) if joined else None
+            decode.admit(self.state, part[:, 0], part[:, 1], features)
 
     def _places(self, prompts: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
         """For each prompt an idle row, and how many of its first tokens the row's cache holds."""
@@ -251,9 +275,8 @@ class Rows:
     def _open_anew(self, joining: Sequence[Slot]) -> None:
         """Open as few rows as hold the requests that run, are read or join: memory is short."""
         order = [*self.running, *self.reading]
-        own = [slot for slot in self.slots if slot] + [slot for slot, _ in self.reading.values()]
         self._open(len(order) + len(joining), order)
-        self.reach = max([self._need(slot) for slot in own], default=0)
+        self.reach = max([self._need(slot) for slot in self._occupants()], default=0)
 
     def _open(self, rows: int, order: Sequence[int]) -> None:
         """Open `rows` rows, the first of which take the requests of the old rows in `order`.
@@ -289,9 +312,7 @@ class Rows:
         if len(running):
             self._prefill([(row, 0) for row in self.running])
             state.drafter.resume(drafting, earlier, running)
-        self.reading = {
-            places[row]: (replace(slot, reused=0), 0) for row, (slot, _) in self.reading.items()
-        }
+        self.reading = {places[row]: one.again() for row, one in self.reading.items()}
 
 
 def need(slot: Slot, capacity: Capacity, longest: int) -> int:

@@ -9,6 +9,7 @@ import torch
 import tiny
 from doubles import PointMasses
 from specdiff import engine
+from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.block import BlockDrafter, BlockState
 from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.engine import Request
@@ -63,7 +64,11 @@ class Forgetful(Recording):
 
 
 def conversations(
-    kind: type[Recording], lengths: Any = 3, rows: int = 1, cascade: bool = False
+    kind: type[Recording],
+    lengths: Any = 3,
+    rows: int = 1,
+    cascade: bool = False,
+    chunk: int | None = None,
 ) -> tuple[list[list[int]], Counting, Record]:
     """Turns of `rows` conversations, each the last text and three more tokens."""
     target = Counting(tiny.target("llama"))
@@ -86,6 +91,7 @@ def conversations(
         draft_len=lengths,
         rows=rows,
         slots=150,
+        chunk=chunk,
     ):
         for index, ids, _ in step.finished():
             texts.append(ids.tolist())
@@ -123,6 +129,84 @@ def test_a_later_turn_reads_only_its_new_tokens_and_drafts_as_if_cold(
     assert target.read[rows:] == [3] * 3 * rows
     assert min(whole.read[rows:]) > 15
     assert agreement(drafts, cold) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+@pytest.mark.parametrize("lengths", [3, some_plain])
+def test_a_prompt_read_in_chunks_is_drafted_as_if_read_at_once(lengths: Any, chunk: int) -> None:
+    texts, target, drafts = conversations(Recording, lengths, 1, chunk=chunk)
+    again, whole, cold = conversations(Rereading, lengths, 1)
+    assert texts == again
+    assert sum(target.read) < sum(whole.read)
+    assert drafts.keys() == cold.keys()
+    assert agreement(drafts, cold) < 1e-5
+
+
+def test_rows_that_run_do_not_hurt_one_that_is_read() -> None:
+    """Rounds of others go on between its chunks; prefixes of earlier requests are shared."""
+    target = Counting(tiny.target("llama"))
+    long = [*range(12)]
+    first = Request(long, SamplingParams(max_tokens=8), 5)
+    alone = engine.run(target, NoDrafter(), [first], verifier=VERIFIERS["match"], draft_len=0)
+    text = [*long, *[token for output in alone for token in output.tokens]]
+    queue = [
+        Request([1, 2], SamplingParams(max_tokens=90), 3),
+        first,
+        Request([*text[:17], 1, 2, 3, 4, 5, 6], SamplingParams(max_tokens=40), 6),
+    ]
+
+    def seldom(last: Any) -> int:
+        """No drafts while the first request runs: its features wait when it ends."""
+        seeds = set() if last is None else set(last.batch.seed.tolist())
+        return 0 if 5 in seeds and 6 not in seeds else 3
+
+    records = []
+    for kind, chunk in ((Recording, 1), (Rereading, None)):
+        drafter = kind(tiny.block(), target.info)
+        drafter.drafts = {}
+        texts: dict[int, list[int]] = {}
+        joined: dict[int, int] = {}
+        steps = engine.serve(
+            target, drafter, iter(queue), verifier=VERIFIERS["match"], draft_len=seldom, rows=2,
+            slots=150, chunk=chunk,
+        )  # fmt: skip
+        for count, step in enumerate(steps):
+            for output in step.outputs():
+                texts.setdefault(output.request, []).extend(output.tokens)
+                joined.setdefault(output.request, count)
+        records.append((texts, joined, drafter.drafts))
+    (texts, joined, drafts), (again, at_once, cold) = records
+    assert texts == again
+    assert joined[1] - joined[0] >= 11 > at_once[1] - at_once[0]
+    assert agreement(drafts, cold) < 1e-5
+    assert any(seed == 6 for seed, _ in drafts.keys() & cold.keys())
+
+
+def test_a_prompt_that_is_given_up_leaves_nothing_to_share() -> None:
+    """The drafter was not given the features of what the target has read."""
+    target = Counting(tiny.target("llama"))
+    long = [*range(12)]
+    same = Request([*long, 5, 5], SamplingParams(max_tokens=12), 6)
+    queue = [
+        Request([1, 2], SamplingParams(max_tokens=60), 3),
+        Request(long, PARAMS, 5),
+        None,
+        same,
+    ]
+    drafts: list[Record] = []
+    for requests in (iter(queue), iter([same])):
+        drafter = Recording(tiny.block(), target.info)
+        drafter.drafts = {}
+        steps = engine.serve(
+            target, drafter, requests, verifier=VERIFIERS["match"], draft_len=3, rows=2,
+            slots=150, chunk=2,
+        )  # fmt: skip
+        for count, step in enumerate(steps):
+            if count == 3:
+                step.cancel(1)
+        drafts.append({key: draft for key, draft in drafter.drafts.items() if key[0] == 6})
+    assert drafts[0].keys() == drafts[1].keys()
+    assert agreement(*drafts) < 1e-5
 
 
 def test_lost_features_would_show() -> None:

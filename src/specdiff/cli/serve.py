@@ -64,6 +64,14 @@ def serve(
             "Seconds to finish in on SIGTERM.", panel=SERVER, variable="SHUTDOWN_TIMEOUT"
         ),
     ] = 30.0,
+    stream_chunk: Annotated[
+        int | None,
+        params.option(
+            "Tokens of each event of a stream; hides what rounds accept.",
+            panel=SERVER,
+            variable="STREAM_CHUNK",
+        ),
+    ] = None,
     metrics_compat: Annotated[
         str,
         params.option("Metric names: specdiff or vllm.", panel=SERVER, variable="METRICS_COMPAT"),
@@ -79,6 +87,8 @@ def serve(
     if api_key == "":
         raise UsageError("--api-key is empty; give a key, or leave the option out")
     counts = {"--max-num-seqs": max_num_seqs, "--max-queue": max_queue}
+    if stream_chunk is not None:
+        counts["--stream-chunk"] = stream_chunk
     times = {
         "--queue-timeout": queue_timeout,
         "--request-timeout": request_timeout,
@@ -138,6 +148,7 @@ def serve(
         hosts=None if outside or api_key is not None else guard.LOOPBACK,
         prefix=metrics_compat,
         limits=Limits(queue_timeout, request_timeout, shutdown_timeout),
+        stream_chunk=stream_chunk,
     )
     lifecycle.log_to_stderr()
     place = f"[{host}]" if ":" in host else host

@@ -31,6 +31,7 @@ class RaggedCache:
     index: tuple[Int[Tensor, "R 1"], Int[Tensor, "R N"]] | None = None  # rows and slots to write
     whole: bool = True  # whether those are all rows, in order
     bound: int = 0
+    width: int = 0  # slots that the stores must have
 
     def place(
         self,
@@ -40,19 +41,20 @@ class RaggedCache:
     ) -> None:
         """Set the slots of the next forward: row `selected[r]` (default: every row) at `at[r]`.
 
-        It attends to the slots below `length`.
+        It attends to the slots below `length`; a caller that gives it may write to any slot.
         """
         self.whole = selected is None
         rows = torch.arange(len(at), device=at.device) if selected is None else selected
         self.index = rows[:, None], at
         reach = int(at.max()) + 1 if length is None else length
         self.bound = min(self.slots, -(-reach // BUCKET) * BUCKET)
+        self.width = self.slots if length is not None else min(self.slots, rounded(self.bound))
 
     def update(
         self, keys: Float[Tensor, "R A N D"], values: Float[Tensor, "R A N D"], layer: int
     ) -> tuple[Float[Tensor, "R A S D"], Float[Tensor, "R A S D"]]:
         """Store this forward's keys and values; return all that may be attended."""
-        if layer not in self.keys or self.keys[layer].shape[2] < self.bound:
+        if layer not in self.keys or self.keys[layer].shape[2] < self.width:
             self.keys[layer] = self._grown(self.keys.get(layer), keys)
             self.values[layer] = self._grown(self.values.get(layer), values)
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
@@ -63,9 +65,8 @@ class RaggedCache:
         return sum(store.nbytes for store in (*self.keys.values(), *self.values.values()))
 
     def _grown(self, store: Tensor | None, new: Tensor) -> Tensor:
-        """The store with room for `bound` slots."""
-        width = min(self.slots, rounded(self.bound))
-        grown = new.new_zeros(self.rows, new.shape[1], width, new.shape[3])
+        """The store with room for `width` slots."""
+        grown = new.new_zeros(self.rows, new.shape[1], self.width, new.shape[3])
         if store is not None:
             grown[:, :, : store.shape[2]] = store
         return grown

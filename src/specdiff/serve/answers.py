@@ -10,6 +10,7 @@ from typing import Any
 from specdiff.serve import error_answers, payloads
 from specdiff.serve.choices import Choice, Reader
 from specdiff.serve.protocol import ChatRequest, GenerationRequest
+from specdiff.serve.tool_calls import ToolCall
 from specdiff.text.lm import SpeculativeLM
 
 
@@ -78,18 +79,24 @@ class AnswerWriter:
         before: dict[str, str] = {"role": "assistant"} if self.chat else {}
         text = choice.echo
         try:
-            async for new in self.reader.texts(choice):
-                text += new
-                reason = choice.answer.generation.finish_reason or None
-                if reason == "error" or (not text and reason is None):
+            async for piece in self.reader.pieces(choice):
+                if choice.answer.generation.finish_reason == "error":
                     continue
+                content, calls = _split(choice, piece.text, ended=piece.last)
+                text += content
+                if not text and not calls and not piece.last:
+                    continue
+                reason = _reason(choice) if piece.last else None
                 entry: dict[str, Any] = {"index": index, "finish_reason": reason}
-                entry["logprobs"] = self._logprobs(choice)
+                entry["logprobs"] = self._logprobs(choice, piece.tokens)
                 if self.body.include_rounds:
                     entry["rounds"] = choice.rounds
                     choice.rounds = []
-                content = {"delta": {**before, "content": text}} if self.chat else {"text": text}
-                merged.put_nowait({**entry, **content})
+                if self.chat:
+                    entry["delta"] = {**before, "content": text, **_deltas(choice, calls)}
+                else:
+                    entry["text"] = text
+                merged.put_nowait(entry)
                 before = {}
                 text = ""
         except Exception as error:  # the stream reports it to the client
@@ -97,11 +104,16 @@ class AnswerWriter:
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         generation = choice.answer.generation
-        entry: dict[str, Any] = {"index": index, "finish_reason": generation.finish_reason}
-        entry["logprobs"] = self._logprobs(choice)
-        if self.chat:
-            return {**entry, "message": {"role": "assistant", "content": generation.text}}
-        return {**entry, "text": choice.echo + generation.text}
+        text, calls = _split(choice, generation.text, ended=True)
+        entry: dict[str, Any] = {"index": index, "finish_reason": _reason(choice)}
+        entry["logprobs"] = self._logprobs(choice, len(generation.token_ids))
+        if not self.chat:
+            return {**entry, "text": choice.echo + text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            message["content"] = text or None
+            message["tool_calls"] = [call.entry() for call in calls]
+        return {**entry, "message": message}
 
     def _figures(self) -> dict[str, Any]:
         """Usage, and the figures of speculation."""
@@ -116,17 +128,17 @@ class AnswerWriter:
             "metrics": payloads.speculation(generations),
         }
 
-    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
-        """Of the tokens that have not been sent yet, if the request wants them."""
+    def _logprobs(self, choice: Choice, end: int) -> dict[str, Any] | None:
+        """Of the tokens up to `end` that have none yet, if the request wants them."""
         first = choice.sent
-        choice.sent = len(choice.answer.generation.token_ids)
+        choice.sent = end
         if choice.job.request.params.logprobs is None:
             return None
         generation = choice.answer.generation
         spell = self.reader.spell
         if self.chat:
-            return payloads.chat_logprobs(generation, first, spell)
-        entries = payloads.completion_logprobs(generation, first, spell, len(choice.echo))
+            return payloads.chat_logprobs(generation, first, end, spell)
+        entries = payloads.completion_logprobs(generation, first, end, spell, len(choice.echo))
         if choice.score is None:
             return entries
         decode = self.lm.tokenizer.decode  # special tokens have no text in the echo
@@ -134,6 +146,29 @@ class AnswerWriter:
         echo = payloads.prompt_logprobs(choice.prompt, choice.score, spell, lengths)
         choice.score = None
         return {name: values + entries[name] for name, values in echo.items()}
+
+
+def _split(choice: Choice, text: str, *, ended: bool) -> tuple[str, list[ToolCall]]:
+    """The content that new text holds or completes, and the calls of tools."""
+    if choice.calls is None:
+        return text, []
+    content, calls = choice.calls.add(text)
+    return content + choice.calls.finish() if ended else content, calls
+
+
+def _deltas(choice: Choice, calls: Sequence[ToolCall]) -> dict[str, Any]:
+    """The part of a chunk that holds new calls."""
+    if not calls or choice.calls is None:
+        return {}
+    first = choice.calls.count - len(calls)
+    return {"tool_calls": [{"index": first + i, **call.entry()} for i, call in enumerate(calls)]}
+
+
+def _reason(choice: Choice) -> str | None:
+    """Why an answer has ended; None while it runs."""
+    reason = choice.answer.generation.finish_reason or None
+    called = choice.calls is not None and choice.calls.count > 0
+    return "tool_calls" if called and reason == "stop" else reason
 
 
 def _event(payload: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 import specdiff
+from specdiff import engine
 from specdiff.errors import UsageError
 from specdiff.noise import row_seed
 from specdiff.serve import error_answers, playground
@@ -27,6 +28,7 @@ from specdiff.serve.protocol import (
     GenerationRequest,
     TokenizeRequest,
 )
+from specdiff.serve.tool_calls import prepared
 from specdiff.text.lm import SpeculativeLM
 from specdiff.text.options import Options
 
@@ -38,13 +40,19 @@ class Server:
     """
 
     def __init__(
-        self, lm: SpeculativeLM, engine: LiveEngine, name: str, metrics: Metrics, limits: Limits
+        self,
+        lm: SpeculativeLM,
+        engine: LiveEngine,
+        name: str,
+        metrics: Metrics,
+        limits: Limits,
+        stream_chunk: int | None,
     ) -> None:
         self.lm = lm
         self.engine = engine
         self.name = name
         self.metrics = metrics
-        self.reader = Reader(engine, metrics, limits, self._spell)
+        self.reader = Reader(engine, metrics, limits, self._spell, stream_chunk)
         self.created = int(time.time())
         words = lm.tokenizer.get_vocab() if lm.tokenizer is not None else ()
         self.longest_prompt = lm.max_len * max(map(len, words), default=1)  # characters
@@ -59,7 +67,8 @@ class Server:
         """Answer a conversation."""
         self._check(body)
         self._check_size(sum(map(_characters, body.messages)), "messages")
-        ids = await asyncio.to_thread(self.lm.render, body.messages, **body.template())
+        messages = prepared(body.messages)
+        ids = await asyncio.to_thread(self.lm.render, messages, **body.template())
         return await self._respond(body, [self.lm.encode(ids)], request)
 
     async def models(self) -> dict[str, Any]:
@@ -71,6 +80,7 @@ class Server:
             "owned_by": "specdiff",
             "max_model_len": self.lm.max_len,
             "max_draft_len": self.engine.max_draft_len,
+            "stream_chunk": self.reader.stream_chunk,
             "has_chat_template": bool(getattr(self.lm.tokenizer, "chat_template", None)),
             "sampling_defaults": self.lm.defaults,
         }
@@ -81,7 +91,7 @@ class Server:
         if (body.prompt is None) == (body.messages is None):
             raise UsageError("give either a prompt or messages", param="prompt")
         if body.messages is not None:
-            ids = await asyncio.to_thread(self.lm.render, body.messages)
+            ids = await asyncio.to_thread(self.lm.render, prepared(body.messages))
         else:
             ids = await asyncio.to_thread(self.lm.raw_ids, body.prompt or "")
         return {"count": len(ids), "max_model_len": self.lm.max_len, "tokens": ids}
@@ -108,6 +118,11 @@ class Server:
     def _check(self, body: GenerationRequest) -> None:
         """Refuse what cannot be served, before anything is tokenized."""
         body.check_supported()
+        if body.include_rounds and self.reader.stream_chunk is not None:
+            raise UsageError(
+                "include_rounds is off on this server: --stream-chunk hides what rounds accept",
+                param="stream_options",
+            )
         body.check_length(None, self.lm.max_len)
         count = body.n
         if isinstance(body, CompletionRequest):
@@ -158,7 +173,7 @@ class Server:
         generate = not (isinstance(body, CompletionRequest) and body.only_echo)
         scores = options.sampling.logprobs if echo else None
         for prompt in prompts:
-            request = self.lm.request(prompt, options, 0)
+            request = self._request(body, prompt, options)
             text = self.lm.tokenizer.decode(prompt, skip_special_tokens=True) if echo else ""
             for _ in range(body.n):
                 outputs: asyncio.Queue[Any] = asyncio.Queue()
@@ -173,8 +188,20 @@ class Server:
                     with_drafts=body.include_rounds,
                 )
                 job = Job(engine_request, receive, scores, generate)
-                choices.append(Choice(prompt, self.lm.answer(options), job, outputs, str(text)))
+                choice = Choice(prompt, self.lm.answer(options), job, outputs, str(text))
+                choice.calls = body.tool_use().reader() if isinstance(body, ChatRequest) else None
+                choices.append(choice)
         return choices
+
+    def _request(
+        self, body: GenerationRequest, prompt: list[int], options: Options
+    ) -> engine.Request:
+        try:
+            return self.lm.request(prompt, options, 0)
+        except UsageError as error:
+            if isinstance(body, ChatRequest) and body.tool_use().grammar() is not None:
+                raise UsageError(f"tools: {error}", param="tools") from None
+            raise
 
     async def _respond(
         self, body: GenerationRequest, prompts: Sequence[list[int]], request: Request
@@ -227,6 +254,7 @@ def build(
     hosts: Collection[str] | None = None,
     prefix: str = "specdiff",
     limits: Limits | None = None,
+    stream_chunk: int | None = None,
 ) -> FastAPI:
     """The application. It closes `engine` when it shuts down.
 
@@ -236,6 +264,7 @@ def build(
         hosts: the names in the Host header that are answered (None: any).
         prefix: of the metrics' names.
         limits: how long requests may take (None: the defaults).
+        stream_chunk: tokens of each event of a stream (None: those of a round).
     """
     limits = limits or Limits()
 
@@ -252,7 +281,7 @@ def build(
         docs_url=None,
         redoc_url=None,
     )
-    server = Server(lm, engine, name, Metrics(prefix, name), limits)
+    server = Server(lm, engine, name, Metrics(prefix, name), limits, stream_chunk)
     for path, endpoint in (("completions", server.completions), ("chat/completions", server.chat)):
         app.add_api_route(f"/v1/{path}", endpoint, methods=["POST"], response_model=None)
     app.add_api_route("/v1/models", server.models)

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from specdiff.serve import payloads
 from specdiff.serve.error_answers import RequestTimeoutError
 from specdiff.serve.live import Job, LiveEngine, QueueFullError
 from specdiff.serve.metrics import Metrics
-from specdiff.text.generation import Answer
+from specdiff.serve.tool_calls import ToolCallReader
+from specdiff.text.generation import Answer, Chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,42 @@ class Limits:
     shutdown: float = 30.0
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text to send: of the answer's tokens up to `tokens`. The `last` one ends the answer."""
+
+    text: str
+    tokens: int
+    last: bool
+
+
+class Pieces:
+    """Cuts an answer into pieces of `size` tokens (None: of a round).
+
+    Where a round ends shows how much of a draft was accepted; where `size` tokens end does not.
+    """
+
+    def __init__(self, size: int | None) -> None:
+        self.size = size
+        self.sent = 0  # tokens
+        self._chunks: deque[Chunk] = deque()
+
+    def add(self, chunks: Sequence[Chunk], tokens: int, *, ended: bool) -> Iterator[Piece]:
+        """The pieces that a round completes; `tokens` is the length of the answer after it."""
+        self._chunks.extend(chunks)
+        while self.size is not None and tokens - self.sent >= self.size:
+            yield self._piece(self.sent + self.size, last=False)
+        if ended or self.size is None:
+            yield self._piece(tokens, last=ended)
+
+    def _piece(self, end: int, *, last: bool) -> Piece:
+        texts = []
+        while self._chunks and (last or self._chunks[0].tokens <= end):
+            texts.append(self._chunks.popleft().text)
+        self.sent = end
+        return Piece("".join(texts), end, last)
+
+
 @dataclass(slots=True)
 class Choice:
     """One answer of a request."""
@@ -38,8 +76,9 @@ class Choice:
     outputs: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     echo: str = ""  # text of the prompt, if it begins the answer
     score: PromptScore | None = None  # of the echo, until it is sent
-    sent: int = 0  # tokens whose log probabilities have been streamed
+    sent: int = 0  # tokens whose log probabilities have been written
     rounds: list[dict[str, Any]] = field(default_factory=list)  # records not streamed yet
+    calls: ToolCallReader | None = None
 
 
 class Reader:
@@ -51,19 +90,22 @@ class Reader:
         metrics: Metrics,
         limits: Limits,
         spell: Callable[[int], str],
+        stream_chunk: int | None = None,
     ) -> None:
         self.engine = engine
         self.metrics = metrics
         self.limits = limits
         self.spell = spell
+        self.stream_chunk = stream_chunk
 
-    async def texts(self, choice: Choice) -> AsyncIterator[str]:
-        """The text of each round.
+    async def pieces(self, choice: Choice) -> AsyncIterator[Piece]:
+        """The text as it comes.
 
         Raises EngineStoppedError, TargetError, QueueFullError or RequestTimeoutError.
         """
         began = time.monotonic()
         answer = choice.answer
+        pieces = Pieces(self.stream_chunk)
         while not answer.done:
             output = await self._next(choice, began)
             if isinstance(output, Exception):
@@ -78,7 +120,9 @@ class Reader:
             if choice.job.request.with_drafts:
                 count = len(answer.generation.token_ids) - before
                 choice.rounds.append(payloads.round_record(output, count, chunks, self.spell))
-            yield "".join(chunk.text for chunk in chunks)
+            count = len(answer.generation.token_ids)
+            for piece in pieces.add(chunks, count, ended=answer.done):
+                yield piece
         self.engine.cancel(choice.job)  # it may run on, after a stop string
         generation = answer.generation
         self.metrics.total.labels(self.metrics.model).observe(time.monotonic() - began)
@@ -88,7 +132,7 @@ class Reader:
 
     async def finish(self, choice: Choice) -> None:
         """Read a choice to its end."""
-        async for _ in self.texts(choice):
+        async for _ in self.pieces(choice):
             pass
 
     def cancel(self, choices: Sequence[Choice]) -> None:

@@ -44,7 +44,8 @@ class Job:
     """A submitted request. `receive` is called in the engine's thread with each of its outputs.
 
     The last output has `finished`; an exception instead means that the engine has failed, or the
-    target while it scored the prompt, or the memory was full. A `receive` that raises ends its own job only.
+    target while it scored the prompt, or that the memory was full. A `receive` that raises ends its
+    own job only.
 
     scores: of each prompt token, the most likely alternatives whose log probabilities come first
         (None: the prompt is not scored).

@@ -73,10 +73,10 @@ def round_record(
     }
 
 
-def chat_logprobs(generation: Generation, first: int, spell: Spell) -> dict[str, Any]:
-    """The log probabilities of the tokens from `first` on, as chat completions give them."""
+def chat_logprobs(generation: Generation, first: int, end: int, spell: Spell) -> dict[str, Any]:
+    """The log probabilities of tokens `first` to `end`, as chat completions give them."""
     entries = []
-    for i in range(first, len(generation.token_ids)):
+    for i in range(first, end):
         entry: dict[str, Any] = _entry(generation.token_ids[i], generation.logprobs[i], spell)
         entry["top_logprobs"] = [_entry(*pair, spell) for pair in generation.top_logprobs[i]]
         entries.append(entry)
@@ -89,18 +89,18 @@ def _entry(token: int, logprob: float, spell: Spell) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    generation: Generation, first: int, spell: Spell, offset: int
+    generation: Generation, first: int, end: int, spell: Spell, offset: int
 ) -> dict[str, list[Any]]:
-    """The log probabilities of the tokens from `first` on, as completions give them.
+    """The log probabilities of tokens `first` to `end`, as completions give them.
 
     offset: where the generation begins in the text, in characters.
     """
-    texts = [spell(token) for token in generation.token_ids]
+    texts = [spell(token) for token in generation.token_ids[:end]]
     offsets = accumulate(map(len, texts), initial=offset)
     return {
         "tokens": texts[first:],
-        "token_logprobs": [_finite(value) for value in generation.logprobs[first:]],
-        "top_logprobs": [_named(top, spell) for top in generation.top_logprobs[first:]],
+        "token_logprobs": [_finite(value) for value in generation.logprobs[first:end]],
+        "top_logprobs": [_named(top, spell) for top in generation.top_logprobs[first:end]],
         "text_offset": [*offsets][first:-1],
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from specdiff.errors import UsageError
+from specdiff.serve.tool_calls import Tools
 
 MOST_STOPS = 4
 MOST_CHOICES = 16
@@ -202,13 +203,19 @@ class CompletionRequest(GenerationRequest):
 
 
 class ChatRequest(GenerationRequest):
-    """The body of /v1/chat/completions. Tools, documents and variables reach the template."""
+    """The body of /v1/chat/completions. Tools, documents and variables reach the template.
+
+    Calls of `tools` in the answer are read unless `tool_choice` is "none"; "required" and the name
+    of a function enforce them.
+    """
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
@@ -217,11 +224,21 @@ class ChatRequest(GenerationRequest):
         super().check_supported()
         if self.top_logprobs is not None and not self.logprobs:
             raise UsageError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.tool_use().grammar() is not None and self._structure():
+            raise UsageError(
+                "an answer that must call a tool has no other structure", param="tool_choice"
+            )
+
+    def tool_use(self) -> Tools:
+        """The tools, checked. Raises UsageError."""
+        return Tools.of(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def options(self) -> dict[str, Any]:
         """The library's options; None leaves the default."""
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return {**super().options(), "max_tokens": self.length(), "logprobs": logprobs}
+        options = {**super().options(), "max_tokens": self.length(), "logprobs": logprobs}
+        grammar = self.tool_use().grammar()
+        return options if grammar is None else {**options, "grammar": grammar}
 
     def length(self) -> int | None:
         """The most tokens of the answer that the request names."""

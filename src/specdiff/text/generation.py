@@ -46,12 +46,14 @@ def raise_if_failed(generations: Sequence[Generation]) -> None:
 class Chunk:
     """A piece of streamed text. `accepted`: it came from the draft.
 
-    `generation` is the answer so far; the last chunk completes it.
+    `generation` is the answer so far; the last chunk completes it. `tokens`: how many of its tokens
+    the text reaches up to.
     """
 
     text: str
     accepted: bool
     generation: Generation
+    tokens: int = 0
 
 
 class Answer:
@@ -71,27 +73,28 @@ class Answer:
         The text of the generation grows as the chunks are read. Tokens after the one that completes
         a stop string are dropped, from the lists and from the stats.
         """
-        texts: list[tuple[str, bool]] = []
+        texts: list[tuple[str, bool, int]] = []
+        before = len(self.generation.token_ids)
         count = 0
         while count < len(output.tokens) and not self.detokenizer.stopped:
             if text := self.detokenizer.add(output.tokens[count]):
-                texts.append((text, count < output.accepted))
+                texts.append((text, count < output.accepted, before + count + 1))
             count += 1
         stopped = self.detokenizer.stopped
         self.done = stopped or output.finished is not None
         if self.done:
-            texts.append((self.detokenizer.finish(), False))
+            texts.append((self.detokenizer.finish(), False, before + count))
             self.generation.finish_reason = "stop" if stopped else output.finished or ""
             self.generation.error = None if stopped else output.error
         self._record(output, count)
-        for text, accepted in texts:
-            yield self._chunk(text, accepted)
+        for text, accepted, tokens in texts:
+            yield self._chunk(text, accepted, tokens)
 
     def interrupt(self) -> Chunk:
         """End the answer here, with the text that was buffered for a possible stop string."""
         self.done = True
         self.generation.finish_reason = "interrupted"
-        return self._chunk(self.detokenizer.finish(), False)
+        return self._chunk(self.detokenizer.finish(), False, len(self.generation.token_ids))
 
     def _record(self, output: RequestOutput, count: int) -> None:
         """Add the first `count` tokens of a round to the lists and the stats."""
@@ -105,9 +108,9 @@ class Answer:
             output.drafted, output.accepted, count, output.seconds, disabled=output.disabled
         )
 
-    def _chunk(self, text: str, accepted: bool) -> Chunk:
+    def _chunk(self, text: str, accepted: bool, tokens: int) -> Chunk:
         self.generation.text += text
-        return Chunk(text, accepted, self.generation)
+        return Chunk(text, accepted, self.generation, tokens)
 
 
 def fold(steps: Iterable[EngineStep], answers: Sequence[Answer]) -> Iterator[tuple[int, Chunk]]:
