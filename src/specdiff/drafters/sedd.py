@@ -251,6 +251,7 @@ def sedd(
     sampler: str | None = None,
     window: int | None = None,
     draft_temperature: float = 1.0,
+    hot_start: float | str = 0.0,
 ) -> DenoisingDrafter[SEDDState] | AnyOrderDrafter[SEDDState]:
     """A SEDD drafter from a folder or hub id.
 
@@ -259,6 +260,7 @@ def sedd(
         order: "one-shot", "left-to-right" or "any". By default "any" where there is no MASK, else
             "one-shot" for one step and "left-to-right" for more.
         sampler: of order "any", "analytic" (the default) or "euler".
+        hot_start: of the other orders; as in DenoisingDrafter.
 
     Raises ConfigError, WeightsError, DrafterError or UsageError naming what does not fit.
     """
@@ -277,6 +279,11 @@ def sedd(
     if order == "any" or (order is None and denoiser.mask_id is None):
         # its process runs over all of its own tokens
         demand_vocabulary(tokens, target, padded=False)
+        if hot_start:
+            raise UsageError(
+                f"hot_start={hot_start!r} needs order 'one-shot' or 'left-to-right': order 'any' "
+                "starts from noise"
+            )
         return AnyOrderDrafter(
             denoiser,
             steps=steps,
@@ -287,4 +294,10 @@ def sedd(
         raise UsageError(
             f"sampler {sampler!r} runs the reverse process, which only order 'any' does"
         )
-    return DenoisingDrafter(denoiser, steps=steps, order=order, draft_temperature=draft_temperature)
+    return DenoisingDrafter(
+        denoiser,
+        steps=steps,
+        order=order,
+        draft_temperature=draft_temperature,
+        hot_start=hot_start,
+    )
