@@ -32,13 +32,15 @@ class Denoiser(Protocol[DenoiserState]):
     """A network that maps a partly revealed canvas to logits of the clean tokens.
 
     Subclass it, set `mask_id` and implement `denoise`; the other methods are a drafter's, with the
-    same defaults. `draft_len` and `taps` are a drafter's too.
+    same defaults. `draft_len`, `taps` and `keeps_features` are a drafter's
+    too.
     """
 
     # the token of a position not yet revealed; None: the process's noise is no token of its own
     mask_id: int | None
     draft_len: int = 8
     taps: tuple[int, ...] = ()
+    keeps_features: bool = False
     # the ascending target ids that its logits are of; None: all of them
     columns: Int[Tensor, "C"] | None = None
 
@@ -115,6 +117,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         self.draft_temperature = checked_temperature(draft_temperature)
         self.hot_start = HotStart.of(hot_start)
         self.taps = denoiser.taps
+        self.keeps_features = denoiser.keeps_features
         self.draft_len = denoiser.draft_len
 
     def open(self, rows: int, slots: int) -> Any:

@@ -3,7 +3,7 @@
 Canvas = the last `window` committed tokens, then K positions that are noise or already revealed.
 Only those K need logits. A network with causal context reads each committed token once and caches
 its keys and values; a bidirectional one (the authors' checkpoints) reads the window anew in every
-pass.
+pass. One with taps also reads its target's hidden states (`tapped`).
 
 Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary; of a score
 also MASK.
@@ -20,6 +20,7 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.denoising import ORDERS, Denoiser, DenoisingDrafter
+from specdiff.drafters.tapped import TappedContext
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
@@ -36,10 +37,14 @@ CHUNK = 512  # most context tokens read in one pass, so that a long prompt's att
 
 @dataclass(slots=True)
 class SEDDState:
-    """Keys and values of the committed tokens (causal context only), and their count per row."""
+    """Keys and values of the committed tokens (causal context only), and their count per row.
+
+    tapped: those of a network that reads features.
+    """
 
     cache: RaggedCache | None
     read: Int[Tensor, "B"]
+    tapped: TappedContext | None = None
 
 
 class SEDDDenoiser(Denoiser[SEDDState]):
@@ -86,6 +91,13 @@ class SEDDDenoiser(Denoiser[SEDDState]):
                     f"which {target.name!r} does not offer"
                 )
             model = model.borrow(target.embedding, target.head)
+        if config.taps and max(config.taps) >= target.layers:
+            raise DrafterError(
+                f"this drafter reads layer {max(config.taps)} of its target, but {target.name!r} "
+                f"has {target.layers} (0 is the first)"
+            )
+        self.taps = config.taps
+        self.keeps_features = bool(config.taps)
         stream_weights(model)
         self.model = model.to(target.device).eval()
         self.device = target.device
@@ -98,10 +110,15 @@ class SEDDDenoiser(Denoiser[SEDDState]):
 
     def open(self, rows: int, slots: int) -> SEDDState:
         read = torch.zeros(rows, dtype=torch.long, device=self.device)
+        if self.taps:
+            width = self.model.config.hidden_size
+            return SEDDState(None, read, TappedContext.open(rows, slots, width, self.device))
         return SEDDState(RaggedCache(rows, slots) if self.cached else None, read)
 
     def admit(self, state: SEDDState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.read[rows] = 0
+        if state.tapped is not None:
+            state.tapped.admit(context, rows)
 
     def denoise(
         self,
@@ -153,7 +170,9 @@ class SEDDDenoiser(Denoiser[SEDDState]):
             ids = known_ids(context.batch.ids, words, self.vocab_size)
             context = replace(context, batch=replace(context.batch, ids=ids))
             canvas = canvas.clamp(max=self.model.config.vocab_size - 1)
-        if state.cache is not None:
+        if state.tapped is not None:
+            hidden = state.tapped.hidden(self.model, context, canvas)
+        elif state.cache is not None:
             hidden = self._cached(context, state, canvas)
         else:
             assert sigma is not None
