@@ -1,8 +1,9 @@
 """Resolve model and drafter specs: built-ins, checkpoints, user code by import path.
 
 A drafter spec is a built-in name, a folder or hub id of a trained drafter, or `module:Class` /
-`./file.py:Class`, with constructor arguments as JSON after a second colon. Classes are called as
-`Class(target.info, **json)`. `cascade:SPEC` puts prompt lookup before any of these.
+`./file.py:Class`. Options may follow as JSON after one more colon: `sedd:{"hot_start": 0.3}`.
+Classes are called as `Class(target.info, **json)`. `cascade:SPEC` puts prompt lookup before any of
+these.
 """
 
 import json
@@ -143,7 +144,8 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     Raises UnknownNameError, DrafterError, ConfigError, WeightsError or UsageError; each names the
     value and the fix.
     """
-    config = dict(options or {})
+    spec, own = _split(spec)
+    config = own | dict(options or {})
     if spec == "auto":
         return NoDrafter() if _best(info) is None else _cascade("", info, config)
     if spec == "none":
@@ -175,6 +177,29 @@ def drafter(spec: str, info: TargetInfo, options: Mapping[str, Any] | None = Non
     return _trained(locate(spec), info, config)
 
 
+def _split(spec: str) -> tuple[str, dict[str, Any]]:
+    """A spec's name and its own options. Raises UsageError.
+
+    Those of user code and of the inner drafter of a cascade stay where they are.
+    """
+    name, brace, text = spec.partition(":{")
+    if not brace or ":" in name:
+        return spec, {}
+    return name, _options(name, "{" + text)
+
+
+def _options(name: str, text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(
+            f"the options of drafter {name} are not valid JSON ({error}): {text}"
+        ) from None
+    if not isinstance(options, dict):
+        raise UsageError(f"the options of drafter {name} must be a JSON object, not {text}")
+    return options
+
+
 def _best(info: TargetInfo) -> str | None:
     """The kind of the best drafter bundled for a target."""
     kinds = bundled(info)
@@ -201,6 +226,7 @@ def _may_be_hub_id(spec: str) -> bool:
 
 def trained_folder(spec: str, info: TargetInfo) -> Path | None:
     """The folder of an autoregressive drafter spec (a hub id is fetched); None for all others."""
+    spec, _ = _split(spec)
     folder = bundled(info).get(spec) if spec in TRAINED else Path(spec).expanduser()
     if folder is None:
         return None
@@ -301,14 +327,7 @@ def _tokens(folder: Path | str | None, size: int) -> dict[int, str]:
 def _custom(head: str, tail: str, info: TargetInfo, options: dict[str, Any]) -> Drafter[Any]:
     """`module:Class[:json]` or `file.py:Class[:json]`. Runs the user's own code."""
     name, _, text = tail.partition(":")
-    try:
-        arguments = json.loads(text) if text else {}
-    except json.JSONDecodeError as error:
-        raise UsageError(
-            f"the options of drafter {head}:{name} are not valid JSON ({error}): {text}"
-        ) from None
-    if not isinstance(arguments, dict):
-        raise UsageError(f"the options of drafter {head}:{name} must be a JSON object, not {text}")
+    arguments = _options(f"{head}:{name}", text) if text else {}
     factory = attribute(head, name)
     if not callable(factory):
         raise DrafterError(f"{head}:{name} is a {type(factory).__name__}, not a Drafter class")
@@ -355,6 +374,7 @@ def custom_target(spec: str) -> Target[Any]:
 
 def target_of(spec: str) -> str | None:
     """The model a drafter spec was trained for; None if it is built for any target."""
+    spec, _ = _split(spec)
     if spec.partition(":")[0] == "cascade":
         inner = spec.partition(":")[2]
         return target_of(inner) if inner else DEFAULT_MODEL

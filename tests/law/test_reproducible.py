@@ -39,6 +39,8 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "point": PointMasses(V),
     "autoregressive": causal_drafter(TARGET.info, seed=3),
     "ngram": NGramDrafter(TARGET.info, longest=2),
+    "hot": DenoisingDrafter(DENOISER, steps=2, hot_start=0.5),
+    "hot canvas": DenoisingDrafter(DENOISER, steps=2, hot_start="canvas"),
     "any": AnyOrderDrafter(ToyScorer(Absorbing(V), Loglinear(), seed=7), steps=2),
     "any of the uniform process": AnyOrderDrafter(
         ToyScorer(Uniform(V), Geometric(1e-3, 5.0), seed=8), steps=2, sampler="euler"

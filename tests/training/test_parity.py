@@ -1,6 +1,7 @@
 """What training sees is what decoding computes: logits of both paths agree to float32 rounding."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,47 @@ def test_causal_context(corpus: Corpus, model: PreTrainedModel, draft_len: int, 
         with torch.inference_mode():
             decoded = denoiser.denoise(context_of(batch), state, canvas, ~layout.hidden[:, n])
         hidden = layout.hidden[:, n] & layout.inside[:, n]
+        difference = (decoded - trained[:, n])[hidden]
+        assert difference.numel() == 0 or difference.abs().max() <= TOLERANCE
+        compared += int(hidden.sum())
+    assert compared > 50
+
+
+@pytest.mark.parametrize("draft_len", [1, 4, 7])
+@pytest.mark.parametrize("init", ["null", "target"])
+def test_taps(corpus: Corpus, model: PreTrainedModel, draft_len: int, init: str) -> None:
+    """The same with the target's states: each canvas begins with its anchor, which has none."""
+    r = recipe.load(
+        "sedd",
+        [*SIZES, "taps=[0]", f"draft_lens=[{draft_len}]", f"init={init}", "revealed=0.5"],
+    )
+    target = CausalTarget(tiny.copy_of(model), "tiny")
+    network = initialize.sedd(r, corpus, range(40), model)
+    shaken(network)
+    teacher = OnlineTeacher(model, network.config.taps)
+    task = CanvasTask(r, corpus, network, target.info.head, teacher, {}).eval()
+    sample = task.prepare(range(40, 46), torch.Generator().manual_seed(0))
+    sample = replace(sample, anchors=sample.anchors.index_fill(1, torch.tensor([0]), 0))
+    L = sample.rows.ids.shape[1]
+    with torch.no_grad():
+        layout, states = task.states(sample)
+        trained = network.logits(states[:, L:].view(*layout.slot.shape, -1))[:, :, 1:]
+    denoiser = SEDDDenoiser(network, target.info)
+    compared = 0
+    for n in range(layout.slot.shape[1]):
+        prompts = [sample.rows.ids[b, : sample.anchors[b, n] + 1] for b in range(6)]
+        batch = batch_at(prompts)
+        size = batch.length - 1
+        assert sample.features is not None
+        context = replace(context_of(batch), features=sample.features, feature_size=size)
+        state = denoiser.open(6, 128)
+        denoiser.admit(state, replace(context, feature_size=size), torch.arange(6))
+        canvas = layout.ids[:, L:].view(6, -1, draft_len + 1)[:, n]
+        assert torch.equal(canvas[:, 0], batch.anchor)
+        hidden = layout.hidden[:, n, 1:]
+        with torch.inference_mode():
+            decoded = denoiser.denoise(context, state, canvas[:, 1:], ~hidden)
+        hidden = hidden & layout.inside[:, n, 1:]
         difference = (decoded - trained[:, n])[hidden]
         assert difference.numel() == 0 or difference.abs().max() <= TOLERANCE
         compared += int(hidden.sum())

@@ -57,6 +57,11 @@ class Drafter(ABC, Generic[State]):
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         """The requests in `rows` have left. By default nothing is done."""
 
+    def resume(self, state: State, earlier: State, rows: Int[Tensor, "R"]) -> None:
+        """The requests in `rows` of an `earlier` state, which is closed, go on in the same rows of
+        `state`: it has at least as many rows, and they were admitted with their texts so far. Take
+        over what drafts depend on other than the text. By default nothing is done."""
+
 
 class DrafterWrapper(Drafter[State]):
     """A drafter around `inner` that forwards everything; a subclass overrides what it changes."""
@@ -83,6 +88,9 @@ class DrafterWrapper(Drafter[State]):
 
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         self.inner.release(state, rows)
+
+    def resume(self, state: State, earlier: State, rows: Int[Tensor, "R"]) -> None:
+        self.inner.resume(state, earlier, rows)
 
 
 class NoDrafter(Drafter[None]):

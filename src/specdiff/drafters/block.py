@@ -17,8 +17,9 @@ from torch import Tensor
 
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.denoising import checked_temperature, drafted, tempered
-from specdiff.drafters.tree import best_first, checked_budget, soft
-from specdiff.errors import DrafterError
+from specdiff.drafters.hot_start import DraftHistory, HotStart
+from specdiff.drafters.tree import best_first, checked_budget, refuse_hot_trees, soft
+from specdiff.errors import DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.packed import Int8Linear, large, pack_large, packs_drafters
 from specdiff.nn.block import BlockNetwork
@@ -31,17 +32,20 @@ from specdiff.weights import locate
 
 @dataclass(slots=True)
 class BlockState:
-    """Keys and values of the context, and the context state just before each row's anchor."""
+    """Keys and values of the context, the context state just before each row's anchor, and the
+    last drafts (None: every draft starts cold)."""
 
     cache: RaggedCache
     last: Float[Tensor, "B H"]
+    history: DraftHistory | None = None
 
 
 class BlockDrafter(Drafter[BlockState]):
     """At most `config.draft_len` tokens a round; a longer `draft_len` is cut to it.
 
     All slots of a block are computed whatever the draft length: they attend to each other, as in
-    training. A confidence head is not used. `draft_temperature` as in DenoisingDrafter.
+    training. A confidence head is not used. `draft_temperature` as in DenoisingDrafter, and so is
+    the weight of a `hot_start`; "canvas" is refused, since no slot of a block takes a token.
 
     The context's keys and values stay when a request leaves: a position's depend on its feature
     alone, so a prompt that begins with the same tokens reuses them.
@@ -52,10 +56,21 @@ class BlockDrafter(Drafter[BlockState]):
     keeps_features = True
 
     def __init__(
-        self, network: BlockNetwork, target: TargetInfo, *, draft_temperature: float = 1.0
+        self,
+        network: BlockNetwork,
+        target: TargetInfo,
+        *,
+        draft_temperature: float = 1.0,
+        hot_start: float | str = 0.0,
     ) -> None:
         config = network.config
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.hot_start = HotStart.of(hot_start)
+        if self.hot_start.canvas:
+            raise UsageError(
+                f"hot_start={hot_start!r} needs a canvas, and a block drafter has none; "
+                "give a weight in [0, 1)"
+            )
         sizes = (target.vocab_size, target.hidden_size)
         if (config.tokens, config.hidden_size) != sizes or max(config.taps) >= target.layers:
             raise DrafterError(
@@ -84,10 +99,16 @@ class BlockDrafter(Drafter[BlockState]):
         # room for slots past the end; the last place is for the padding of shorter rows
         cache = RaggedCache(rows, slots + self.config.block_size)
         last = torch.zeros(rows, self.config.hidden_size, dtype=self.dtype, device=self.device)
-        return BlockState(cache, last)
+        return BlockState(cache, last, self.hot_start.history(rows))
 
     def admit(self, state: BlockState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.last[rows] = 0
+        if state.history is not None:
+            state.history.forget(rows)
+
+    def resume(self, state: BlockState, earlier: BlockState, rows: Int[Tensor, "R"]) -> None:
+        if state.history is not None and earlier.history is not None:
+            state.history.resume(earlier.history, rows)
 
     def propose(self, context: Context, state: BlockState, noise: Noise, draft_len: int) -> Draft:
         """One pass for all slots; then each token is drawn from exactly its row of `probs`.
@@ -102,16 +123,24 @@ class BlockDrafter(Drafter[BlockState]):
         columns = self.network.draft_ids
         tokens: list[Tensor] = []
         probs: list[Tensor | None] = []
+        predictions: list[Tensor] = []
+        tail = None if state.history is None else state.history.tail(context, K)
         previous = batch.anchor[:, None]
         for k in range(K):
             row = logits[:, k : k + 1]
             bias = self.network.markov(previous)
             row = row if bias is None else row + bias
+            if tail is not None:
+                row = tail.mixed(row, slice(k, k + 1))
+            predictions.append(row)
             drawn = torch.cat([batch.ids[:, :0], *tokens], dim=1)
             previous, q = draw_tokens(row, batch, drawn, uniform[:, k : k + 1], columns)
             tokens.append(previous)
             probs.append(q)
-        return drafted(torch.cat(tokens, dim=1), probs, params, columns)
+        draft = torch.cat(tokens, dim=1)
+        if state.history is not None:
+            state.history.store(batch, draft, torch.cat(predictions, dim=1), columns, tail)
+        return drafted(draft, probs, params, columns)
 
     def _logits(self, context: Context, state: BlockState, K: int) -> Float[Tensor, "B K C"]:
         """Of the first K drafted positions, without the Markov head."""
@@ -189,15 +218,21 @@ class BlockTreeDrafter(BlockDrafter):
 
 
 def block(
-    target: TargetInfo, folder: str | Path, *, draft_temperature: float = 1.0, tree: int = 0
+    target: TargetInfo,
+    folder: str | Path,
+    *,
+    draft_temperature: float = 1.0,
+    hot_start: float | str = 0.0,
+    tree: int = 0,
 ) -> BlockDrafter:
     """A block drafter from a folder or hub id, in any format of `nn.block_formats`.
 
     tree: draft the tree of the N most likely nodes of one pass (0: a chain).
 
-    Raises ConfigError, WeightsError or DrafterError naming what does not fit.
+    Raises ConfigError, WeightsError, DrafterError or UsageError naming what does not fit.
     """
     network = BlockNetwork.from_pretrained(locate(folder))
     if tree:
+        refuse_hot_trees(hot_start)
         return BlockTreeDrafter(network, target, tree, draft_temperature=draft_temperature)
-    return BlockDrafter(network, target, draft_temperature=draft_temperature)
+    return BlockDrafter(network, target, draft_temperature=draft_temperature, hot_start=hot_start)

@@ -9,15 +9,16 @@ Shapes: B rows, R rows looked up, K drafted positions, C columns of a draft's pr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
+from specdiff.drafters.hot_start import certain
 from specdiff.drafters.lookup import Match
 from specdiff.drafters.ngram import NGramDrafter, NGramState, point_masses
 from specdiff.errors import UsageError
@@ -29,12 +30,16 @@ LOOKUP_LEN = 8
 
 @dataclass(slots=True)
 class CascadeState:
-    """The states of both drafters; `skipped`: the inner one was not needed in the last round."""
+    """The states of both drafters, and what the last round took of them.
+
+    `skipped`: the inner one was not needed. `looked_up`: the rows that were looked up.
+    """
 
     lookup: NGramState
     inner: Any
     skipped: bool = False
     columns: "_Columns | None" = None
+    looked_up: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,10 @@ class CascadeDrafter(Drafter[CascadeState]):
         self.lookup.release(state.lookup, rows)
         self.inner.release(state.inner, rows)
 
+    def resume(self, state: CascadeState, earlier: CascadeState, rows: Int[Tensor, "R"]) -> None:
+        state.looked_up = earlier.looked_up
+        self.inner.resume(state.inner, earlier.inner, rows)
+
     def consumed(self, state: CascadeState) -> bool:
         return not state.skipped and self.inner.consumed(state.inner)
 
@@ -95,6 +104,8 @@ class CascadeDrafter(Drafter[CascadeState]):
         texts = [self._text(match, draft_len) for match in matches]
         inner_len = min(draft_len, self.inner.draft_len)
         missing = [live and not text for live, text in zip(state.lookup.live, texts, strict=True)]
+        context = _own_rounds(context, state.looked_up)
+        state.looked_up = [row for row, text in enumerate(texts) if text]
         state.skipped = not inner_len or not any(missing)
         if state.skipped:
             return point_masses(texts, batch)
@@ -105,6 +116,16 @@ class CascadeDrafter(Drafter[CascadeState]):
         if match is None:
             return []
         return match.following(min(draft_len, self.lookup_len, max(2 * match.size - 2, 1)))
+
+
+def _own_rounds(context: Context, looked_up: Sequence[int]) -> Context:
+    """The inner drafter's context: in these rows the last round verified no draft of its own."""
+    last = context.previous
+    if last is None or not looked_up:
+        return context
+    rows = torch.tensor(looked_up).to(last.emitted.device)
+    draft = replace(last.draft, size=last.draft.sizes.index_fill(0, rows, 0))
+    return replace(context, previous=replace(last, draft=draft))
 
 
 def _joined(
@@ -128,7 +149,7 @@ def _joined(
     mixture = replace(mixture, probs=F.pad(draft.probs, (0, 0, 0, K - draft.probs.shape[1])))
     mixture = _with_columns(mixture, {token for text in texts for token in text}, state)
     assert mixture.probs is not None
-    masses = _certain(new, mixture.columns, mixture.probs)
+    masses = certain(new, mixture.columns, mixture.probs)
     return replace(mixture, probs=mixture.probs.index_copy(0, rows, masses))
 
 
@@ -145,17 +166,6 @@ def _with_columns(draft: Draft, ids: set[int], state: CascadeState) -> Draft:
     wider = torch.cat([columns, torch.tensor(missing).to(columns)]).sort()
     probs = F.pad(draft.probs, (0, len(missing))).index_select(-1, wider.indices)
     return replace(draft, probs=probs, columns=wider.values)
-
-
-def _certain(
-    tokens: Int[Tensor, "R K"], columns: Int[Tensor, "C"] | None, like: Float[Tensor, "B K C"]
-) -> Float[Tensor, "R K C"]:
-    """Point masses on the tokens; padding, which does not count, may be in no column."""
-    index = tokens
-    if columns is not None:
-        index = column_index(tokens, columns).clamp(max=len(columns) - 1)
-    masses = like.new_zeros(*tokens.shape, like.shape[-1])
-    return masses.scatter_(-1, index[..., None], 1)
 
 
 def _padded(tokens: Int[Tensor, "B N"], width: int) -> Int[Tensor, "B K"]:

@@ -9,7 +9,7 @@ Shapes: B rows, K drafted positions, C columns (V, the target's vocabulary, or a
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
+from specdiff.drafters.hot_start import DraftHistory, HotStart
 from specdiff.errors import UsageError
 from specdiff.logits_processors import reachable
 from specdiff.noise import Noise, Purpose
@@ -31,13 +32,15 @@ class Denoiser(Protocol[DenoiserState]):
     """A network that maps a partly revealed canvas to logits of the clean tokens.
 
     Subclass it, set `mask_id` and implement `denoise`; the other methods are a drafter's, with the
-    same defaults. `draft_len` and `taps` are a drafter's too.
+    same defaults. `draft_len`, `taps` and `keeps_features` are a drafter's
+    too.
     """
 
     # the token of a position not yet revealed; None: the process's noise is no token of its own
     mask_id: int | None
     draft_len: int = 8
     taps: tuple[int, ...] = ()
+    keeps_features: bool = False
     # the ascending target ids that its logits are of; None: all of them
     columns: Int[Tensor, "C"] | None = None
 
@@ -67,13 +70,22 @@ class Denoiser(Protocol[DenoiserState]):
         """
 
 
+@dataclass(slots=True)
+class HotState:
+    """The denoiser's own state, and the last drafts; without a hot start it is the former alone."""
+
+    inner: Any
+    history: DraftHistory
+
+
 class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     """K tokens in `steps` (T) network passes.
 
     one-shot: T = 1, positions independent. left-to-right: the K positions form T contiguous groups,
     one pass each, and later groups see what earlier ones drew. `draft_temperature` sharpens or
     flattens what is drawn *and* verified (0: greedy drafts, point masses); always lossless, it only
-    moves the acceptance rate.
+    moves the acceptance rate. `hot_start`: the weight of the last draft's predictions, or "canvas"
+    to keep its confident tokens (see `hot_start.py`).
     """
 
     def __init__(
@@ -83,6 +95,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         steps: int = 1,
         order: str | None = None,
         draft_temperature: float = 1.0,
+        hot_start: float | str = 0.0,
     ) -> None:
         order = order or ("one-shot" if steps == 1 else "left-to-right")
         if order not in ORDERS:
@@ -102,21 +115,30 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         self.denoiser = denoiser
         self.steps = steps
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.hot_start = HotStart.of(hot_start)
         self.taps = denoiser.taps
+        self.keeps_features = denoiser.keeps_features
         self.draft_len = denoiser.draft_len
 
-    def open(self, rows: int, slots: int) -> DenoiserState:
-        return self.denoiser.open(rows, slots)
+    def open(self, rows: int, slots: int) -> Any:
+        inner = self.denoiser.open(rows, slots)
+        history = self.hot_start.history(rows)
+        return inner if history is None else HotState(inner, history)
 
-    def admit(self, state: DenoiserState, context: Context, rows: Int[Tensor, "R"]) -> None:
-        self.denoiser.admit(state, context, rows)
+    def admit(self, state: Any, context: Context, rows: Int[Tensor, "R"]) -> None:
+        inner, history = _parts(state)
+        self.denoiser.admit(inner, context, rows)
+        if history is not None:
+            history.forget(rows)
 
-    def release(self, state: DenoiserState, rows: Int[Tensor, "R"]) -> None:
-        self.denoiser.release(state, rows)
+    def release(self, state: Any, rows: Int[Tensor, "R"]) -> None:
+        self.denoiser.release(_parts(state)[0], rows)
 
-    def propose(
-        self, context: Context, state: DenoiserState, noise: Noise, draft_len: int
-    ) -> Draft:
+    def resume(self, state: Any, earlier: Any, rows: Int[Tensor, "R"]) -> None:
+        if isinstance(state, HotState):
+            state.history.resume(earlier.history, rows)
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
         """One pass a group; every token is drawn from exactly its row of `probs`.
 
         Where all rows are greedy, the tokens are point masses.
@@ -130,18 +152,38 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         canvas = uniform.new_full(uniform.shape, self.mask_id, dtype=torch.long)
         position = torch.arange(draft_len, device=canvas.device)
         probs: list[Tensor | None] = []
+        predictions: list[Tensor] = []
         columns = self.denoiser.columns
+        inner, history = _parts(state)
+        tail = None if history is None else history.tail(context, draft_len)
+        if tail is not None:
+            canvas = torch.where(tail.mask, tail.tokens, canvas)
         first = 0
         for group in position.tensor_split(min(self.steps, draft_len)):
             revealed = (position < first).expand_as(canvas)
-            logits = self.denoiser.denoise(context, state, canvas, revealed)
+            if tail is not None:
+                revealed = revealed | tail.mask
+            logits = self.denoiser.denoise(context, inner, canvas, revealed)
             logits = logits[:, group]
+            if tail is not None:
+                logits = tail.mixed(logits, group)
             earlier = canvas[:, :first]
             tokens, q = draw_tokens(logits, batch, earlier, uniform[:, group], columns)
+            if tail is not None:
+                tokens, q = tail.keep(tokens, q, group, columns)
             canvas = canvas.index_copy(1, group, tokens)
             probs.append(q)
+            predictions.append(logits)
             first += len(group)
+        if history is not None:
+            history.store(batch, canvas, torch.cat(predictions, dim=1), columns, tail)
         return drafted(canvas, probs, params, columns)
+
+
+def _parts(state: Any) -> tuple[Any, DraftHistory | None]:
+    if isinstance(state, HotState):
+        return state.inner, state.history
+    return state, None
 
 
 def checked_temperature(draft_temperature: float) -> float:

@@ -98,6 +98,11 @@ class GuardedDrafter(Drafter[GuardedState]):
         off = earlier.off.to(rows.device)
         state.off = state.off.to(rows.device).index_copy(0, rows, off[rows])
         state.warned = earlier.warned
+        try:
+            self.inner.resume(state.inner, earlier.inner, rows)
+        except Exception as error:
+            state.off = state.off.index_fill(0, rows, True)
+            self._warn(state, f"raised {type(error).__name__} as requests went on: {error}", error)
 
     def propose(self, context: Context, state: GuardedState, noise: Noise, draft_len: int) -> Draft:
         self._read(state)

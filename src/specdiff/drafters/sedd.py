@@ -3,7 +3,7 @@
 Canvas = the last `window` committed tokens, then K positions that are noise or already revealed.
 Only those K need logits. A network with causal context reads each committed token once and caches
 its keys and values; a bidirectional one (the authors' checkpoints) reads the window anew in every
-pass.
+pass. One with taps also reads its target's hidden states (`tapped`).
 
 Shapes: B rows, K drafted positions, W context tokens fed this pass, V target vocabulary; of a score
 also MASK.
@@ -20,7 +20,8 @@ from specdiff.diffusion.process import Absorbing, Process, Uniform
 from specdiff.diffusion.schedule import Geometric, Loglinear, Schedule
 from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.denoising import ORDERS, Denoiser, DenoisingDrafter
-from specdiff.drafters.tree import TreeDrafter
+from specdiff.drafters.tapped import TappedContext
+from specdiff.drafters.tree import TreeDrafter, refuse_hot_trees
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import ConfigError, DrafterError, UsageError
 from specdiff.models.cache import RaggedCache
@@ -37,10 +38,14 @@ CHUNK = 512  # most context tokens read in one pass, so that a long prompt's att
 
 @dataclass(slots=True)
 class SEDDState:
-    """Keys and values of the committed tokens (causal context only), and their count per row."""
+    """Keys and values of the committed tokens (causal context only), and their count per row.
+
+    tapped: those of a network that reads features.
+    """
 
     cache: RaggedCache | None
     read: Int[Tensor, "B"]
+    tapped: TappedContext | None = None
 
 
 class SEDDDenoiser(Denoiser[SEDDState]):
@@ -87,6 +92,13 @@ class SEDDDenoiser(Denoiser[SEDDState]):
                     f"which {target.name!r} does not offer"
                 )
             model = model.borrow(target.embedding, target.head)
+        if config.taps and max(config.taps) >= target.layers:
+            raise DrafterError(
+                f"this drafter reads layer {max(config.taps)} of its target, but {target.name!r} "
+                f"has {target.layers} (0 is the first)"
+            )
+        self.taps = config.taps
+        self.keeps_features = bool(config.taps)
         stream_weights(model)
         self.model = model.to(target.device).eval()
         self.device = target.device
@@ -99,10 +111,15 @@ class SEDDDenoiser(Denoiser[SEDDState]):
 
     def open(self, rows: int, slots: int) -> SEDDState:
         read = torch.zeros(rows, dtype=torch.long, device=self.device)
+        if self.taps:
+            width = self.model.config.hidden_size
+            return SEDDState(None, read, TappedContext.open(rows, slots, width, self.device))
         return SEDDState(RaggedCache(rows, slots) if self.cached else None, read)
 
     def admit(self, state: SEDDState, context: Context, rows: Int[Tensor, "R"]) -> None:
         state.read[rows] = 0
+        if state.tapped is not None:
+            state.tapped.admit(context, rows)
 
     def denoise(
         self,
@@ -154,7 +171,9 @@ class SEDDDenoiser(Denoiser[SEDDState]):
             ids = known_ids(context.batch.ids, words, self.vocab_size)
             context = replace(context, batch=replace(context.batch, ids=ids))
             canvas = canvas.clamp(max=self.model.config.vocab_size - 1)
-        if state.cache is not None:
+        if state.tapped is not None:
+            hidden = state.tapped.hidden(self.model, context, canvas)
+        elif state.cache is not None:
             hidden = self._cached(context, state, canvas)
         else:
             assert sigma is not None
@@ -252,6 +271,7 @@ def sedd(
     sampler: str | None = None,
     window: int | None = None,
     draft_temperature: float = 1.0,
+    hot_start: float | str = 0.0,
     tree: int = 0,
 ) -> DenoisingDrafter[SEDDState] | AnyOrderDrafter[SEDDState] | TreeDrafter[SEDDState]:
     """A SEDD drafter from a folder or hub id.
@@ -261,6 +281,7 @@ def sedd(
         order: "one-shot", "left-to-right" or "any". By default "any" where there is no MASK, else
             "one-shot" for one step and "left-to-right" for more.
         sampler: of order "any", "analytic" (the default) or "euler".
+        hot_start: of the other orders; as in DenoisingDrafter.
         tree: draft the tree of the N most likely nodes of one pass (0: a chain).
 
     Raises ConfigError, WeightsError, DrafterError or UsageError naming what does not fit.
@@ -286,6 +307,11 @@ def sedd(
     if order == "any" or (order is None and denoiser.mask_id is None and not tree):
         # its process runs over all of its own tokens
         demand_vocabulary(tokens, target, padded=False)
+        if hot_start:
+            raise UsageError(
+                f"hot_start={hot_start!r} needs order 'one-shot' or 'left-to-right': order 'any' "
+                "starts from noise"
+            )
         return AnyOrderDrafter(
             denoiser,
             steps=steps,
@@ -297,5 +323,12 @@ def sedd(
             f"sampler {sampler!r} runs the reverse process, which only order 'any' does"
         )
     if tree:
+        refuse_hot_trees(hot_start)
         return TreeDrafter(denoiser, tree, draft_temperature=draft_temperature)
-    return DenoisingDrafter(denoiser, steps=steps, order=order, draft_temperature=draft_temperature)
+    return DenoisingDrafter(
+        denoiser,
+        steps=steps,
+        order=order,
+        draft_temperature=draft_temperature,
+        hot_start=hot_start,
+    )

@@ -43,6 +43,15 @@ def checked_budget(tree: int) -> int:
     return tree
 
 
+def refuse_hot_trees(hot_start: float | str) -> None:
+    """Raises UsageError for a hot start: it mixes predictions along a chain."""
+    if hot_start:
+        raise UsageError(
+            f"hot_start={hot_start!r} starts chains only; leave out hot_start, or tree",
+            param="tree",
+        )
+
+
 class TreeDrafter(Drafter[Any], Generic[DenoiserState]):
     """The `tree` most likely nodes of one pass over the denoiser's `draft_len` positions.
 
@@ -69,6 +78,7 @@ class TreeDrafter(Drafter[Any], Generic[DenoiserState]):
         self.denoiser = denoiser
         self.draft_temperature = checked_temperature(draft_temperature)
         self.taps = denoiser.taps
+        self.keeps_features = denoiser.keeps_features
         self.draft_len = checked_budget(tree)
 
     def open(self, rows: int, slots: int) -> DenoiserState:

@@ -185,6 +185,12 @@ class SEDD(nn.Module):
         self.sigma_map = SigmaEmbedding(config.cond_dim)
         self.blocks = nn.ModuleList([Block(i, config) for i in range(config.n_blocks)])
         self.output_layer = OutputLayer(config)
+        if config.taps:
+            width = config.hidden_size
+            self.fc = nn.Linear(len(config.taps) * width, width, bias=False)
+            self.tap_norm = LayerNorm(width)
+            self.direct = nn.Linear(width, width, bias=False)
+            nn.init.zeros_(self.direct.weight)
         if config.draft_vocab_size is not None:
             self.register_buffer("draft_vocab", torch.full((config.draft_vocab_size,), -1))
 
@@ -235,6 +241,11 @@ class SEDD(nn.Module):
         self.register_buffer("head", head_rows(head, self.draft_ids), persistent=False)
         return self
 
+    def context(self, features: Float[Tensor, "B L T*H"]) -> Float[Tensor, "B L H"]:
+        """What a network with taps adds to the embeddings of tokens with these target features."""
+        states: Tensor = self.tap_norm(self.fc(features.to(self.fc.weight.dtype)))
+        return states.to(self.fc.weight.dtype)
+
     def hidden(
         self,
         ids: Int[Tensor, "B L"],
@@ -243,10 +254,12 @@ class SEDD(nn.Module):
         mask: Bool[Tensor, "B 1 L S"] | None = None,
         positions: Int[Tensor, "B L"] | None = None,
         cache: KeyValueStore | None = None,
+        extra: Float[Tensor, "B L H"] | None = None,
     ) -> Float[Tensor, "B L H"]:
         """The normed final states.
 
-        Without a `mask` every position attends to all; `positions` default to 0..L-1.
+        Without a `mask` every position attends to all; `positions` default to 0..L-1. `extra` is
+        added to the embeddings (of a network with taps: `context`, and `direct` of its last one).
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -257,6 +270,8 @@ class SEDD(nn.Module):
             sigma = torch.zeros_like(sigma)
         conditioning = self.sigma_map(sigma)
         x = self.vocab_embed(ids).float()  # the residual stream stays in fp32
+        if extra is not None:
+            x = x + extra.float()
         for block in self.blocks:
             x = block(x, conditioning, angle, mask, cache)
         states: Tensor = self.output_layer(x, conditioning)

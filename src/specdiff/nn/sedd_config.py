@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from specdiff import weights
 from specdiff.errors import ConfigError
+from specdiff.nn.block_config import layer_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,8 @@ class SEDDConfig:
     be cached; the canvas stays bidirectional. `output` names the training target: "score" (score
     entropy: its exponential is the score), or "denoiser" (cross-entropy, distillation, MDLM:
     softmax is p(x0 | x_t), and the scale is arbitrary). `time_conditioning=False` feeds sigma = 0:
-    the optimal absorbing denoiser does not depend on time (Ou et al. 2024).
+    the optimal absorbing denoiser does not depend on time (Ou et al. 2024). `taps` are the target's
+    layers (0 is the first) whose states after them it reads; their width is its own.
     """
 
     tokens: int
@@ -38,6 +40,7 @@ class SEDDConfig:
     context_window: int | None = None
     time_conditioning: bool = True
     output: str = "score"
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a width that cannot be split into heads of an even size.
@@ -52,6 +55,16 @@ class SEDDConfig:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} over n_heads {self.n_heads} gives heads of odd "
                 f"size {self.hidden_size // self.n_heads}; it must be even"
+            )
+        if not self.taps:
+            return
+        if min(self.taps) < 0:
+            raise ConfigError(f"taps must be layer numbers >= 0, not {list(self.taps)}")
+        cached = self.attention == "causal-context" and not self.time_conditioning
+        if not (cached and self.borrow_embeddings):
+            raise ConfigError(
+                "taps need attention 'causal-context', time_conditioning false and "
+                "borrow_embeddings true"
             )
 
     @property
@@ -86,6 +99,8 @@ class SEDDConfig:
             **_optional(noise, {"sigma_min": float, "sigma_max": float}, where),
             **_optional(data, _OURS, where),
         }
+        if data.get("taps") is not None:
+            values["taps"] = layer_numbers(data, "taps", where)
         try:
             config = cls(**values)
         except ConfigError as error:
@@ -122,6 +137,7 @@ class SEDDConfig:
             "noise": noise,
             "model": {key: getattr(self, key) for key in model},
             **{key: getattr(self, key) for key in _OURS},
+            **({"taps": list(self.taps)} if self.taps else {}),
         }
 
 

@@ -56,6 +56,7 @@ class CanvasBatch(TensorData):
     anchors: Int[Tensor, "B N"]  # the last clean token each canvas sees
     revealed: Int[Tensor, "B N"]  # how many of its leading tokens are revealed
     draft_len: int
+    features: Float[Tensor, "B L T*H"] | None = None  # for a network with taps
 
     @property
     def lengths(self) -> Int[Tensor, "B"]:

@@ -52,7 +52,9 @@ def sedd(recipe: Recipe, corpus: Corpus, rows: Sequence[int], target: PreTrained
         context_window=recipe.context_window if recipe.attention == "causal-context" else None,
         time_conditioning=recipe.time_conditioning,
         output=_output(recipe),
+        taps=recipe.taps or (),
     )
+    check_taps(config.taps, target)
     network = SEDD(config)
     if vocab is not None:
         network.draft_vocab.copy_(vocab)
@@ -74,11 +76,27 @@ def _earlier_sedd(recipe: Recipe, folder: str, target: PreTrainedModel) -> SEDD:
             f"but the recipe says {recipe.attention!r} and {recipe.process!r}; "
             f"set attention={config.attention} and process={config.process}"
         )
+    if recipe.taps not in (None, config.taps):
+        raise UsageError(
+            f"{folder} reads layers {list(config.taps)} of the target, but the recipe says "
+            f"{list(recipe.taps or ())}; leave taps null"
+        )
+    check_taps(config.taps, target)
     for block in network.blocks:
         assert isinstance(block, Block)
         block.dropout = recipe.dropout  # the run's, not the one the checkpoint was trained with
     network.config = replace(config, output=_output(recipe))
     return _borrow_from(network, target) if config.borrow_embeddings else network
+
+
+def check_taps(taps: Sequence[int], target: PreTrainedModel) -> None:
+    """Raise UsageError for layers that the target lacks, or cannot show."""
+    deepest = target.config.get_text_config().num_hidden_layers - 2
+    if taps and max(taps) > deepest:
+        raise UsageError(
+            f"taps {list(taps)}: the target's layers are 0..{deepest + 1}, and the last one's "
+            f"state is not readable unnormed; use layers up to {deepest}"
+        )
 
 
 def _output(recipe: Recipe) -> str:
@@ -177,6 +195,8 @@ def _open(network: SEDD, counts: Int[Tensor, "V"], norm: Float[Tensor, "H"] | No
     columns = counts[network.draft_vocab] if network.config.draft_vocab_size is not None else counts
     with torch.no_grad():
         table.mask_embedding.normal_(std=table.weight.std().item())
+        if network.config.taps:
+            network.tap_norm.weight.fill_(table.weight.std().item())  # as large as the embeddings
         for block in network.blocks:
             gates = block.get_parameter("adaLN_modulation.bias").view(6, width)
             gates[2] = 1.0

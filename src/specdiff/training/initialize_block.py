@@ -16,7 +16,7 @@ from specdiff.data.corpus import Corpus
 from specdiff.errors import ConfigError, UsageError
 from specdiff.nn.block import BlockConfig, BlockNetwork
 from specdiff.training.features import default_layers
-from specdiff.training.initialize import _final_norm
+from specdiff.training.initialize import _final_norm, check_taps
 from specdiff.training.recipe import Recipe
 from specdiff.training.task import most_frequent
 
@@ -44,12 +44,7 @@ def block(
         if recipe.init
         else _fresh(recipe, corpus, rows, target)
     )
-    deepest = text.num_hidden_layers - 2
-    if max(network.config.taps) > deepest:
-        raise UsageError(
-            f"taps {list(network.config.taps)}: the target's layers are 0..{deepest + 1}, and the "
-            f"last one's state is not readable unnormed; use layers up to {deepest}"
-        )
+    check_taps(network.config.taps, target)
     head: Any = target.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise UsageError(

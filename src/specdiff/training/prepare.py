@@ -186,11 +186,12 @@ def _task(
         layers = block.config.taps
         states = _teacher(recipe, corpus, target, target_weights, layers)
         return BlockTask(recipe, corpus, block, head, states, about)
-    teacher = _teacher(recipe, corpus, target, target_weights)
-    if recipe.kind == "autoregressive":
+    network = initialize.sedd(recipe, corpus, rows, model) if recipe.kind == "sedd" else None
+    layers = network.config.taps if network is not None else ()
+    teacher = _teacher(recipe, corpus, target, target_weights, layers)
+    if network is None:
         small = initialize.autoregressive(recipe, corpus, rows, model)
         return AutoregressiveTask(recipe, corpus, small, head, teacher, about)
-    network = initialize.sedd(recipe, corpus, rows, model)
     if network.config.attention == "causal-context":
         return CanvasTask(recipe, corpus, network, head, teacher, about)
     return ScoreEntropyTask(recipe, corpus, network, head, teacher, about)

@@ -39,7 +39,7 @@ class Recipe(BaseModel):
     time_conditioning: bool = False
     process: Literal["absorb", "uniform"] = "absorb"
     schedule: Literal["loglinear", "geometric"] = "loglinear"
-    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # target layers a block reads
+    taps: tuple[Annotated[int, Field(ge=0)], ...] | None = None  # block, sedd: target layers read
     markov_rank: Annotated[int, Field(ge=0)] = 64  # block: of the previous token's part; 0: none
     direct: bool = True  # block: a path from the last context state into every slot
     intermediate_size: Count | None = None  # block
@@ -122,6 +122,11 @@ class Recipe(BaseModel):
                 f"score_entropy trains a diffusion network; kind: {self.kind} takes denoise "
                 f"(cross-entropy) or distill"
             )
+        if self.taps and self.kind not in ("sedd", "block"):
+            raise ValueError(f"kind: {self.kind} reads no layers of the target: taps: null")
+        cached = self.attention == "causal-context" and self.borrow_embeddings
+        if self.taps and self.kind == "sedd" and not cached:
+            raise ValueError("taps need attention: causal-context and borrow_embeddings: true")
         longest = max(self.draft_lens)
         if self.kind == "block" and self.draft_len > longest:
             raise ValueError(
