@@ -19,10 +19,10 @@ from specdiff.rows import Request as Request
 from specdiff.rows import Rows
 from specdiff.rows import Slot as Slot
 from specdiff.targets.base import Target
-from specdiff.types import Logprobs, Round, check_grammar
+from specdiff.types import DraftPlan, Logprobs, Round, check_grammar
 from specdiff.verify import Verifier
 
-DraftLength = int | Callable[[Round | None], int]
+DraftLength = int | Callable[[Round | None], int | DraftPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +225,8 @@ def _serve(
         table.start()
         while table.running or table.reading:
             if table.running:
-                length, limits = table.draft_length(draft_len, last)
-                last = decode.step(table.state, length, limits=limits)
+                plan, limits = table.draft_length(draft_len, last)
+                last = decode.step(table.state, plan, limits=limits)
                 step = EngineStep(last, tuple(table.slots), table.ended(last))
                 yield step
                 table.release(step.ended)

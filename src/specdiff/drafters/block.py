@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, drafted, tempered
+from specdiff.drafters.base import Drafter, temperatures
+from specdiff.drafters.denoising import checked_temperature, drafted
 from specdiff.errors import DrafterError
 from specdiff.models.cache import RaggedCache
 from specdiff.models.packed import Int8Linear
@@ -24,7 +24,7 @@ from specdiff.nn.block import BlockNetwork
 from specdiff.nn.block_masks import layer_masks
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw_tokens
-from specdiff.types import Context, Draft, TargetInfo
+from specdiff.types import Context, Draft, TargetInfo, tempered
 from specdiff.weights import locate
 
 
@@ -55,6 +55,7 @@ class BlockDrafter(Drafter[BlockState]):
     ) -> None:
         config = network.config
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.temperatures = temperatures(draft_temperature)
         sizes = (target.vocab_size, target.hidden_size)
         if (config.tokens, config.hidden_size) != sizes or max(config.taps) >= target.layers:
             raise DrafterError(

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdiff.drafters.base import Drafter
+from specdiff.drafters.base import Drafter, temperatures
 from specdiff.errors import UsageError
 from specdiff.logits_processors import reachable
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw_tokens
-from specdiff.types import Context, Draft, Params
+from specdiff.types import Context, Draft, Params, tempered
 
 DenoiserState = TypeVar("DenoiserState")
 ORDERS = ("one-shot", "left-to-right")
@@ -102,6 +102,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         self.denoiser = denoiser
         self.steps = steps
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.temperatures = temperatures(draft_temperature)
         self.taps = denoiser.taps
         self.draft_len = denoiser.draft_len
 
@@ -168,15 +169,3 @@ def drafted(
     if not soft:
         return Draft(tokens, None, size)
     return Draft(tokens, torch.cat(soft, dim=1), size, columns=columns)
-
-
-def tempered(params: Params, factor: float) -> Params:
-    """The request's parameters with the draft temperature multiplied in (0: greedy)."""
-    if factor == 1.0:
-        return params
-    return replace(
-        params,
-        temperature=params.temperature * factor,
-        active=params.active | {"temperature", "greedy"},
-        all_greedy=params.all_greedy or factor == 0,
-    )

@@ -67,6 +67,8 @@ class GuardedDrafter(Drafter[GuardedState]):
         self.taps = inner.taps
         self.draft_len = inner.draft_len
         self.keeps_features = inner.keeps_features
+        self.branches = inner.branches
+        self.temperatures = inner.temperatures
         self.reproducible = inner.reproducible
 
     def open(self, rows: int, slots: int) -> GuardedState:
