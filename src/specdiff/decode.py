@@ -23,11 +23,20 @@ from specdiff.noise import Noise
 from specdiff.sampling import distribution, logprobs, most_likely
 from specdiff.stopwatch import stopwatch
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Context, Draft, Round, TargetOutput, Verification
+from specdiff.types import (
+    Batch,
+    Context,
+    Draft,
+    DraftPlan,
+    Round,
+    TargetOutput,
+    Verification,
+    tempered,
+)
 from specdiff.verify import VERIFIERS, Verifier, agree, block, refuse_trees, token
 
 Stop = Callable[[Round], Bool[Tensor, "B"]]
-DraftLength = Callable[[Round | None], int]
+DraftLength = Callable[[Round | None], int | DraftPlan]
 
 
 @dataclass(slots=True)
@@ -52,13 +61,15 @@ class DecodeState:
 @torch.inference_mode()
 def step(
     run: DecodeState,
-    draft_len: int,
+    plan: int | DraftPlan,
     stop: Stop | None = None,
     *,
     limits: Int[Tensor, "B"] | None = None,
 ) -> Round:
-    """One round of `draft_len` tokens (0: a plain one). Only this advances `run.batch`.
+    """One round. Only this advances `run.batch`.
 
+    plan: the draft length (0: a plain round), or all that is decided of the drafts. It must not
+        depend on what is drawn in this round.
     limits: the most draft tokens of each row (None: all of them). A row's limit must not depend on
         what was drawn in this round.
 
@@ -68,7 +79,8 @@ def step(
     clock = stopwatch(run.batch.length.device)
     noise = Noise.of(run.batch)
     run.grammars.advance(run.batch)
-    draft = _limited(_propose(run, noise, draft_len), limits)
+    plan = DraftPlan((plan,)) if isinstance(plan, int) else plan
+    draft = _limited(_confident(_propose(run, noise, plan), plan.confidence), limits)
     drafted = run.grammars.drafted(draft)
     clock.lap("draft")
     output = run.target.score(run.cache, run.batch, draft)
@@ -87,7 +99,7 @@ def step(
     if stop is not None:
         last = replace(last, batch=replace(batch, done=batch.done | stop(last)))
     run.batch = last.batch
-    consumed = draft_len > 0 and run.drafter.consumed(run.state)
+    consumed = plan.longest > 0 and run.drafter.consumed(run.state)
     run.context = features.following(run.context, last, output.features, consumed=consumed)
     run.read = run.batch.length - 1 - run.context.feature_size
     return last
@@ -221,7 +233,7 @@ def decode(
 
     Args:
         batch: the prompts (`Batch.of`); seeds and sampling parameters are per row.
-        draft_len: K, or a rule from the last round to the next K; None: the drafter's own.
+        draft_len: K, or a rule from the last round to the next K or plan; None: the drafter's own.
         stop: maps a Round to the rows that end with it.
 
     Raises UsageError as `start` does, and for a fixed `draft_len` below 1 (plain decoding is
@@ -292,14 +304,17 @@ def _failed(
     return torch.where((emitted == 0) & ~batch.done, position, -1)
 
 
-def _propose(run: DecodeState, noise: Noise, draft_len: int) -> Draft:
-    if draft_len == 0:
+def _propose(run: DecodeState, noise: Noise, plan: DraftPlan) -> Draft:
+    if plan.longest == 0:
         return Draft.empty(run.batch)
-    context = run.context
+    context = replace(run.context, plan=plan)
+    if plan.temperature != 1:
+        params = tempered(context.batch.params, plan.temperature)
+        context = replace(context, batch=replace(context.batch, params=params))
     if run.grammars:
         mask = run.grammars.next_mask(run.batch, run.target.info.vocab_size)
         context = replace(context, batch=replace(context.batch, next_mask=mask))
-    return run.drafter.propose(context, run.state, noise, draft_len)
+    return run.drafter.propose(context, run.state, noise, plan.longest)
 
 
 def _verify(
@@ -321,6 +336,23 @@ def _cut(draft: Draft, finite: Bool[Tensor, "B N"]) -> Draft:
     if draft.tokens.shape[1] == 0 or draft.parents is not None:
         return draft
     return replace(draft, size=torch.minimum(draft.sizes, finite.long().cumprod(1).sum(1)))
+
+
+def _confident(draft: Draft, confidence: float) -> Draft:
+    """Each row's draft up to the first position that is too unsure; narrower if all rows are.
+
+    Row k of `probs` depends on the tokens before k alone, and they all stay, so this is exact. (An
+    unlikely token that was drawn is no reason: it would be dropped for what it is.) Point masses
+    are sure, and so is a tree.
+    """
+    if not confidence or draft.probs is None or draft.parents is not None:
+        return draft
+    sure = (draft.probs.amax(-1) >= confidence).long().cumprod(1).sum(1)
+    size = torch.minimum(draft.sizes, sure)
+    if size.device.type != "cpu":
+        return replace(draft, size=size)  # reading it would wait for the device
+    K = int(size.max())
+    return replace(draft, tokens=draft.tokens[:, :K], probs=draft.probs[:, :K], size=size)
 
 
 def _limited(draft: Draft, limits: Int[Tensor, "B"] | None) -> Draft:

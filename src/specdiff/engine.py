@@ -22,10 +22,10 @@ from specdiff.request import Request as Request
 from specdiff.request import Slot as Slot
 from specdiff.rows import Rows
 from specdiff.targets.base import Target
-from specdiff.types import Logprobs, Round
+from specdiff.types import DraftPlan, Logprobs, Round
 from specdiff.verify import Verifier
 
-DraftLength = int | Callable[[Round | None], int]
+DraftLength = int | Callable[[Round | None], int | DraftPlan]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +234,8 @@ def _serve(
         table.start()
         while table.running or table.reading:
             if table.running:
-                length, limits = table.draft_length(draft_len, last)
-                last = decode.step(table.state, length, limits=limits)
+                plan, limits = table.draft_length(draft_len, last)
+                last = decode.step(table.state, plan, limits=limits)
                 step = EngineStep(last, tuple(table.slots), table.ended(last))
                 yield step
                 table.release(step.ended)

@@ -211,6 +211,18 @@ def _padded(table: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(table, (0, width - table.shape[1]), value=fill)
 
 
+def tempered(params: Params, factor: float) -> Params:
+    """The parameters with the draft temperature multiplied in (0: greedy)."""
+    if factor == 1.0:
+        return params
+    return replace(
+        params,
+        temperature=params.temperature * factor,
+        active=params.active | {"temperature", "greedy"},
+        all_greedy=params.all_greedy or factor == 0,
+    )
+
+
 def check_grammar(params: SamplingParams) -> None:
     """Raise UsageError for options that a request with a grammar cannot have.
 

@@ -17,7 +17,7 @@ from specdiff.reading import Reading, held
 from specdiff.request import Request as Request
 from specdiff.request import Slot as Slot
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Context, Round
+from specdiff.types import Batch, Context, DraftPlan, Round
 from specdiff.verify import Verifier
 
 PASS_TOKENS = 2048  # of prompts read together, padding included
@@ -87,25 +87,27 @@ class Rows:
 
     def draft_length(
         self, rule: int | decode.DraftLength, last: Round | None
-    ) -> tuple[int, Int[Tensor, "B"] | None]:
-        """The next round's length, and each row's limit where some row has a lower one.
+    ) -> tuple[int | DraftPlan, Int[Tensor, "B"] | None]:
+        """The next round's plan, and each row's limit where some row has a lower one.
 
-        The length is the rule's, or the highest limit where every request has its own.
+        The plan is the rule's, or the highest limit where every request has its own.
         """
         own = {row: slot.request.draft_len for row, slot in enumerate(self.slots) if slot}
         limits = {row: limit for row, limit in own.items() if limit is not None}
         previous = last if self.by_rule else None  # a rule learns from rounds of its own
         self.by_rule = len(limits) < len(own)
+        plan: int | DraftPlan
         if not self.by_rule:
-            length = max(limits.values())
+            plan = max(limits.values())
         elif callable(rule):
-            length = rule(previous)
+            plan = rule(previous)
         else:
-            length = rule
+            plan = rule
+        length = plan if isinstance(plan, int) else plan.longest
         if min(limits.values(), default=length) >= length:
-            return length, None
+            return plan, None
         most = [limits.get(row, length) for row in range(len(self.slots))]
-        return length, torch.tensor(most, device=self.device)
+        return plan, torch.tensor(most, device=self.device)
 
     def release(self, rows: Sequence[int]) -> None:
         if not rows:

@@ -22,6 +22,7 @@ from specdiff.params import TOP_LOGPROBS as TOP_LOGPROBS
 from specdiff.params import Params as Params
 from specdiff.params import SamplingParams as SamplingParams
 from specdiff.params import check_grammar as check_grammar
+from specdiff.params import tempered as tempered
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ class Draft:
     `columns` holds the target ids, ascending, whose probabilities the columns of `probs` are: every
     other id has probability 0 (None: all V ids). `size` is how many of the K count in each row
     (None: all). `parents[b, k]` makes a tree: the node each node continues, -1 for the anchor
-    (None: a chain).
+    (None: a chain). `branches`: which of the drafter's branches drafted for each row, on the host
+    (empty: the first).
     """
 
     tokens: Int[Tensor, "B K"]
@@ -117,6 +119,7 @@ class Draft:
     size: Int[Tensor, "B"] | None = None
     parents: Int[Tensor, "B K"] | None = None
     columns: Int[Tensor, "C"] | None = None
+    branches: tuple[int, ...] = ()
 
     @classmethod
     def empty(cls, batch: Batch) -> Self:
@@ -220,17 +223,43 @@ class Round:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftPlan:
+    """What is decided of a round's drafts before anything of them is drawn.
+
+    `lengths`: the most tokens of a draft by each branch of the drafter (one number: by any).
+    `temperature` multiplies the drafter's own (0: greedy drafts). With a `confidence`, a draft ends
+    before the first position whose most likely token has a lower probability in `Draft.probs`.
+    """
+
+    lengths: tuple[int, ...]
+    temperature: float = 1.0
+    confidence: float = 0.0
+
+    def length(self, branch: int) -> int:
+        """The most tokens of a draft by this branch."""
+        return self.lengths[branch] if len(self.lengths) > 1 else self.lengths[0]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of any draft; 0: the round is a plain one."""
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """All that a drafter may see.
 
     `features[b, :feature_size[b]]` belong to the positions that entered the target's cache since
     the row's last propose (prompt[:-1] on admission). `previous` is valid where `batch.round > 0`.
+    `plan` is the round's, with a length for each of the drafter's branches; its temperature is in
+    the batch's parameters already (None: `draft_len` is all that was decided).
     """
 
     batch: Batch
     features: Float[Tensor, "B N D"] | None
     feature_size: Int[Tensor, "B"]
     previous: Round | None
+    plan: DraftPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,17 @@ def test_cached_decoding_equals_one_pass_over_the_whole_text(
             torch.testing.assert_close(draft.probs[b, group], q[group], rtol=0, atol=2e-5)
 
 
+@torch.inference_mode()
+def test_rows_have_room_for_the_padding_of_others() -> None:
+    """The caches grow by need, and may have far fewer positions than they were opened with."""
+    batch = tiny.batch_of(PROMPTS, 14)
+    run = decode.start(TARGET, DenoisingDrafter(denoiser()), batch, slots=900)
+    decode.admit(run, torch.arange(len(PROMPTS)))
+    for _ in range(3):
+        decode.step(run, K)
+    assert not bool(run.state.off.any())
+
+
 @pytest.mark.parametrize("draft_len", [1, 4, 7])
 def test_greedy_text_is_the_targets(draft_len: int) -> None:
     batch = tiny.batch_of(PROMPTS, 24, temperature=0.0)

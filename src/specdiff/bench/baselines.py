@@ -21,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdiff import catalog, decode
 from specdiff.bench.settings import ASSISTED, DFLASH, LOOKUP, Cell
 from specdiff.bench.timing import Measurement, RoundTimer, Workload, energy_counter, watch_memory
-from specdiff.controller import Controller
+from specdiff.controller import Controller, profile_of
 from specdiff.drafters.base import Drafter
 from specdiff.errors import DrafterError, UnsupportedModelError, UsageError
 from specdiff.models.packed import formats
@@ -75,8 +75,9 @@ class OurDecoder(Decoder):
         """Raises DrafterError if the drafter fails."""
         drafter = self.drafter(cell.steps)
         batch = batch_of(work, self.target.info.device)
-        profile = self._profiles.setdefault(cell.steps, Profile(drafter.draft_len))
-        length = Controller(profile) if cell.draft_len == "auto" else cell.draft_len
+        profile = self._profiles.setdefault(cell.steps, profile_of(drafter))
+        greedy = cell.temperature == 0
+        length = Controller(profile, greedy) if cell.draft_len == "auto" else cell.draft_len
         assert not isinstance(length, str)
         with without_faults():
             watch = RoundTimer(self.target.info.device)

@@ -17,11 +17,11 @@ from specdiff.diffusion import reverse
 from specdiff.diffusion.process import Process
 from specdiff.diffusion.schedule import Schedule
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, tempered
+from specdiff.drafters.denoising import checked_temperature
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import probabilities
-from specdiff.types import Context, Draft
+from specdiff.types import Context, Draft, tempered
 
 ScorerState = TypeVar("ScorerState")
 

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, drafted, tempered
+from specdiff.drafters.base import Drafter, temperatures
+from specdiff.drafters.denoising import checked_temperature, drafted
 from specdiff.drafters.vocabulary import Agreement, demand_vocabulary, fitted, known_ids, never
 from specdiff.errors import DrafterError, UnsupportedModelError
 from specdiff.models.cache import RaggedCache
@@ -28,7 +28,7 @@ from specdiff.nn.linear import stream_weights
 from specdiff.nn.small_lm import SmallLM
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw_tokens
-from specdiff.types import Batch, Context, Draft, TargetInfo
+from specdiff.types import Batch, Context, Draft, TargetInfo, tempered
 from specdiff.weights import CONFIG, locate, positive, read_config
 
 CHUNK = 512  # most tokens read in one pass, so that a long prompt's attention stays small
@@ -69,6 +69,7 @@ class AutoregressiveDrafter(Drafter[AutoregressiveState]):
         demand_vocabulary(model.vocab_size, target, padded=padded and not model.borrows)
         self.draft_len = draft_len
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.temperatures = temperatures(draft_temperature)
         if model.borrows:
             if target.embedding is None or target.head is None:
                 raise DrafterError(

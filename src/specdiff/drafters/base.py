@@ -10,6 +10,7 @@ from specdiff.noise import Noise
 from specdiff.types import Context, Draft
 
 State = TypeVar("State")
+TEMPERATURES = (1.0, 0.7, 0.3, 0.0)  # draft temperatures to choose from
 
 
 class Drafter(ABC, Generic[State]):
@@ -24,6 +25,11 @@ class Drafter(ABC, Generic[State]):
     `keeps_features`: what its state holds of the features before a position depends on the tokens
     before that position alone, and stays valid when the row's next request shares them: it is then
     given the features of the rest only. Else the target reads such prompts whole.
+    `branches`: the longest draft of each of two ways to draft, between which it decides row by row
+    (empty: one, of `draft_len`); it says which in `Draft.branches`, and keeps to the lengths of
+    `Context.plan`.
+    `temperatures`: draft temperatures that a rule may choose from, the first one to begin with.
+    They reach it as a factor of the request's own temperature.
     `reproducible`: drafts depend on nothing but the row's text and noise. Otherwise a seed gives
     the same text only where no draft can change it (`match`, temperature 0).
     `trees`: its drafts may be trees (`Draft.parents`), of at most `draft_len` nodes.
@@ -32,6 +38,8 @@ class Drafter(ABC, Generic[State]):
     taps: tuple[int, ...] = ()
     draft_len: int = 8
     keeps_features: bool = False
+    branches: tuple[int, ...] = ()
+    temperatures: tuple[float, ...] = (1.0,)
     reproducible: bool = True
     trees: bool = False
 
@@ -71,6 +79,8 @@ class DrafterWrapper(Drafter[State]):
         self.taps = inner.taps
         self.draft_len = inner.draft_len
         self.keeps_features = inner.keeps_features
+        self.branches = inner.branches
+        self.temperatures = inner.temperatures
         self.reproducible = inner.reproducible
         self.trees = inner.trees
 
@@ -91,6 +101,11 @@ class DrafterWrapper(Drafter[State]):
 
     def resume(self, state: State, earlier: State, rows: Int[Tensor, "R"]) -> None:
         self.inner.resume(state, earlier, rows)
+
+
+def temperatures(draft_temperature: float) -> tuple[float, ...]:
+    """What a rule may multiply a drafter's own temperature by: by nothing but 1 if that was set."""
+    return TEMPERATURES if draft_temperature == 1 else (1.0,)
 
 
 class NoDrafter(Drafter[None]):

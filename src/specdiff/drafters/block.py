@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import checked_temperature, drafted, tempered
+from specdiff.drafters.base import Drafter, temperatures
+from specdiff.drafters.denoising import checked_temperature, drafted
 from specdiff.drafters.hot_start import DraftHistory, HotStart
 from specdiff.drafters.tree import best_first, checked_budget, refuse_hot_trees, soft
 from specdiff.errors import DrafterError, UsageError
@@ -26,7 +26,7 @@ from specdiff.nn.block import BlockNetwork
 from specdiff.nn.block_masks import layer_masks
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import distribution, draw_tokens
-from specdiff.types import Context, Draft, TargetInfo
+from specdiff.types import Context, Draft, TargetInfo, tempered
 from specdiff.weights import locate
 
 
@@ -65,6 +65,7 @@ class BlockDrafter(Drafter[BlockState]):
     ) -> None:
         config = network.config
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.temperatures = temperatures(draft_temperature)
         self.hot_start = HotStart.of(hot_start)
         if self.hot_start.canvas:
             raise UsageError(

@@ -23,7 +23,7 @@ from specdiff.drafters.lookup import Match
 from specdiff.drafters.ngram import NGramDrafter, NGramState, point_masses
 from specdiff.errors import UsageError
 from specdiff.noise import Noise
-from specdiff.types import PADDING, Batch, Context, Draft, TargetInfo, column_index
+from specdiff.types import PADDING, Batch, Context, Draft, DraftPlan, TargetInfo, column_index
 
 LOOKUP_LEN = 8
 
@@ -55,7 +55,7 @@ class CascadeDrafter(Drafter[CascadeState]):
 
     A match of n tokens gives a draft of 2n - 2: the longer the repetition, the longer it goes on.
     Lookup drafts at most `lookup_len` tokens, `inner` at most its own `draft_len`, and neither more
-    than the round's draft length. `longest` and `memory` are those of NGramDrafter.
+    than the round's plan says. `longest` and `memory` are those of NGramDrafter.
 
     Raises UsageError.
     """
@@ -77,6 +77,8 @@ class CascadeDrafter(Drafter[CascadeState]):
         self.lookup_len = lookup_len
         self.taps = inner.taps
         self.draft_len = max(lookup_len, inner.draft_len)
+        self.branches = (inner.draft_len, lookup_len)
+        self.temperatures = inner.temperatures
         self.keeps_features = inner.keeps_features
         self.reproducible = inner.reproducible and self.lookup.reproducible
 
@@ -101,19 +103,20 @@ class CascadeDrafter(Drafter[CascadeState]):
     def propose(self, context: Context, state: CascadeState, noise: Noise, draft_len: int) -> Draft:
         batch = context.batch
         matches = self.lookup.matches(batch, state.lookup)
-        texts = [self._text(match, draft_len) for match in matches]
-        inner_len = min(draft_len, self.inner.draft_len)
+        plan = context.plan or DraftPlan((draft_len,))
+        texts = [self._text(match, plan.length(1)) for match in matches]
+        inner_len = min(plan.length(0), self.inner.draft_len)
         missing = [live and not text for live, text in zip(state.lookup.live, texts, strict=True)]
         context = _own_rounds(context, state.looked_up)
         state.looked_up = [row for row, text in enumerate(texts) if text]
         state.skipped = not inner_len or not any(missing)
         if state.skipped:
-            return point_masses(texts, batch)
+            return _labeled(point_masses(texts, batch), texts)
         draft = self.inner.propose(context, state.inner, noise, inner_len)
-        return _joined(draft, texts, batch, state) if any(texts) else draft
+        return _labeled(_joined(draft, texts, batch, state), texts) if any(texts) else draft
 
     def _text(self, match: Match | None, draft_len: int) -> list[int]:
-        if match is None:
+        if match is None or not draft_len:
             return []
         return match.following(min(draft_len, self.lookup_len, max(2 * match.size - 2, 1)))
 
@@ -126,6 +129,11 @@ def _own_rounds(context: Context, looked_up: Sequence[int]) -> Context:
     rows = torch.tensor(looked_up).to(last.emitted.device)
     draft = replace(last.draft, size=last.draft.sizes.index_fill(0, rows, 0))
     return replace(context, previous=replace(last, draft=draft))
+
+
+def _labeled(draft: Draft, texts: Sequence[Sequence[int]]) -> Draft:
+    """The draft, with the branch of each row."""
+    return replace(draft, branches=tuple(int(len(text) > 0) for text in texts))
 
 
 def _joined(

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specdiff.drafters.base import Drafter
+from specdiff.drafters.base import Drafter, temperatures
 from specdiff.drafters.hot_start import DraftHistory, HotStart
 from specdiff.errors import UsageError
 from specdiff.logits_processors import reachable
 from specdiff.noise import Noise, Purpose
 from specdiff.sampling import draw_tokens
-from specdiff.types import Context, Draft, Params
+from specdiff.types import Context, Draft, Params, tempered
 
 DenoiserState = TypeVar("DenoiserState")
 ORDERS = ("one-shot", "left-to-right")
@@ -115,6 +115,7 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
         self.denoiser = denoiser
         self.steps = steps
         self.draft_temperature = checked_temperature(draft_temperature)
+        self.temperatures = temperatures(draft_temperature)
         self.hot_start = HotStart.of(hot_start)
         self.taps = denoiser.taps
         self.keeps_features = denoiser.keeps_features
@@ -210,15 +211,3 @@ def drafted(
     if not soft:
         return Draft(tokens, None, size)
     return Draft(tokens, torch.cat(soft, dim=1), size, columns=columns)
-
-
-def tempered(params: Params, factor: float) -> Params:
-    """The request's parameters with the draft temperature multiplied in (0: greedy)."""
-    if factor == 1.0:
-        return params
-    return replace(
-        params,
-        temperature=params.temperature * factor,
-        active=params.active | {"temperature", "greedy"},
-        all_greedy=params.all_greedy or factor == 0,
-    )

@@ -68,6 +68,8 @@ class GuardedDrafter(Drafter[GuardedState]):
         self.taps = inner.taps
         self.draft_len = inner.draft_len
         self.keeps_features = inner.keeps_features
+        self.branches = inner.branches
+        self.temperatures = inner.temperatures
         self.reproducible = inner.reproducible
         self.trees = inner.trees
 

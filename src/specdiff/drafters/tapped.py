@@ -54,22 +54,22 @@ class TappedContext:
         end = batch.length - 1
         lag, longest = torch.stack([(end - self.read).max(), end.max()]).tolist()
         while lag > CHUNK:
-            fresh = self._fresh(model, context, lag, CHUNK)
-            self._pass(model, fresh, longest)
+            fresh = self._fresh(model, context, lag, CHUNK, padding=longest)
+            self._pass(model, fresh, longest + 1)
             lag -= CHUNK
-        reach = longest + 1 + canvas.shape[1]
+        reach = min(longest + 2 + canvas.shape[1], self.cache.slots)
         if lag == 0:  # a later pass of the round
             return self._pass(model, self._opened(model, context, canvas), reach)
-        fresh = self._fresh(model, context, lag, lag)
+        fresh = self._fresh(model, context, lag, lag, padding=reach - 1)
         newest = fresh.states[:, -1]
         self.last = torch.where((end > self.read)[:, None], newest, self.last.to(newest.dtype))
         self.read = end
         opened = self._opened(model, context, canvas)
         return self._pass(model, fresh.with_canvas(opened), reach)
 
-    def _fresh(self, model: SEDD, context: Context, lag: int, count: int) -> "_Pass":
-        """The first `count` of the last `lag` context positions, as padding in rows that have read
-        them."""
+    def _fresh(self, model: SEDD, context: Context, lag: int, count: int, padding: int) -> "_Pass":
+        """The first `count` of the last `lag` context positions; in rows that have read them they
+        go to the slot `padding`."""
         batch = context.batch
         index = torch.arange(count, device=batch.length.device) - lag
         at = (batch.length[:, None] - 1 + index).clamp(min=0)
@@ -82,7 +82,7 @@ class TappedContext:
             batch.ids.gather(1, at),
             model.context(features),
             at,
-            torch.where(new, at, self.cache.slots - 1),
+            torch.where(new, at, padding),
             causal(at, self.cache.slots, model.config.context_window),
         )
 

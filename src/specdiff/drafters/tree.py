@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specdiff.drafters.base import Drafter
-from specdiff.drafters.denoising import Denoiser, checked_temperature, tempered
+from specdiff.drafters.denoising import Denoiser, checked_temperature
 from specdiff.errors import UsageError
 from specdiff.noise import Noise
 from specdiff.sampling import distribution
-from specdiff.types import Context, Draft, Params
+from specdiff.types import Context, Draft, Params, tempered
 
 DenoiserState = TypeVar("DenoiserState")
 BUDGET = range(2, 257)

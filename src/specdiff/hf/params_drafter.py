@@ -8,13 +8,15 @@ from torch import Tensor
 
 from specdiff.drafters.base import Drafter, DrafterWrapper
 from specdiff.noise import Noise
-from specdiff.types import Context, Draft, Params
+from specdiff.types import Context, Draft, Params, tempered
 
 State = TypeVar("State")
 
 
 class ParamsDrafter(DrafterWrapper[State]):
     """`inner`, which sees `params` (one entry for each row) in place of its batch's.
+
+    The draft temperature of a round applies to them as well.
 
     Its drafts are then closer to the target. The output does not depend on them: the drafter
     reports the distribution that its tokens were drawn from, as always.
@@ -31,4 +33,6 @@ class ParamsDrafter(DrafterWrapper[State]):
         return self.inner.propose(self._with_params(context), state, noise, draft_len)
 
     def _with_params(self, context: Context) -> Context:
-        return replace(context, batch=replace(context.batch, params=self.params))
+        factor = 1.0 if context.plan is None else context.plan.temperature
+        params = tempered(self.params, factor)
+        return replace(context, batch=replace(context.batch, params=params))

@@ -14,7 +14,7 @@ import torch
 
 from specdiff import catalog, engine
 from specdiff.arguments import brief, token_ids, whole
-from specdiff.controller import Controller
+from specdiff.controller import Controller, profile_of
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.on_device import across
 from specdiff.errors import DrafterError, UsageError
@@ -67,7 +67,7 @@ class SpeculativeLM:
         self.spec = drafter if isinstance(drafter, str) else None
         self.drafter_options = dict(drafter_options or {})
         self.drafter = self._build(drafter, self.drafter_options)
-        self.profile = Profile(self.drafter.draft_len)
+        self.profile = profile_of(self.drafter)
         self._drafters: OrderedDict[str, tuple[Drafter[Any], Profile]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -321,7 +321,7 @@ class SpeculativeLM:
         # built without the lock: building is slow, and the process may fork meanwhile
         if pair is None:
             drafter = self._build(self.spec, merged)
-            pair = drafter, Profile(drafter.draft_len)
+            pair = drafter, profile_of(drafter)
         with self._lock:
             pair = self._drafters.setdefault(key, pair)
             self._drafters.move_to_end(key)

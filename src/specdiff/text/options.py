@@ -196,4 +196,5 @@ class Options:
     def length(self, drafter: Drafter[Any], profile: Profile) -> int | Controller:
         """The draft length, or the controller that sets it; see `draft_len`. Raises UsageError."""
         steady = self.seed is not None
-        return draft_length(self.draft_len, drafter, steady=steady, profile=profile)
+        greedy = self.sampling.temperature == 0
+        return draft_length(self.draft_len, drafter, steady=steady, greedy=greedy, profile=profile)
