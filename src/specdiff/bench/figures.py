@@ -171,7 +171,9 @@ def positions(part: PartResult) -> Drawing | str:
 
 def _share_axes(panel: Axes, title: str) -> None:
     panel.set_ylim(-0.03, 1.03)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    # a single position is no interval of its own
+    panel.set_xlim(0.6, max(1.0, panel.dataLim.x1) + 0.4)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.set_xlabel("position in the draft")
     panel.set_title(title, loc="left")
 
@@ -192,7 +194,9 @@ def conditional(part: PartResult) -> Drawing | str:
         at = [k for k, _ in points]
         expected = [_number(p.overlap) for _, p in points]
         observed = [_number(p.acceptance) for _, p in points]
-        panel.plot(at, expected, color=INK, linestyle="--", linewidth=1.2, label="1 - TV(p, q)")
+        panel.plot(
+            at, expected, color=INK, linestyle="--", linewidth=1.2, marker="_", label="1 - TV(p, q)"
+        )
         color = hues.get(entry.baseline, INK)
         panel.plot(at, observed, color=color, marker="o", linestyle="none", label="accepted")
         setting = f"K={entry.draft_len}, temperature {entry.temperature:g}"
