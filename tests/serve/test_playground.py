@@ -346,8 +346,8 @@ def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Any, url: str
     for _ in range(26):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id"))
-    wanted = {"theme", "system", "prompt", "draft_len", "temperature", "top_p", "max_tokens", "seed", "run",
-              "stop", "compare", "clear", "scrub"}  # fmt: skip
+    wanted = {"theme", "system", "prompt", "draft_len", "temperature", "top_p", "max_tokens",
+              "seed", "run", "stop", "compare", "clear", "scrub"}  # fmt: skip
     assert wanted <= reached
 
 
