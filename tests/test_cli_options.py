@@ -19,7 +19,8 @@ class Odd(Exception):  # noqa: N818
 
 
 @pytest.mark.parametrize(
-    "verb", ["generate", "chat", "sample", "check", "data", "train", "convert", "bench", "env"]
+    "verb",
+    ["generate", "chat", "sample", "check", "data", "train", "convert", "bench", "env", "serve"],
 )
 def test_every_option_is_one_line_of_help(
     here: Here, monkeypatch: pytest.MonkeyPatch, verb: str

@@ -169,6 +169,7 @@ def test_the_answer_without_drafter_follows(lm: SpeculativeLM, page: Any, url: s
 def test_a_conversation_goes_on_and_starts_anew(lm: SpeculativeLM, page: Any, url: str) -> None:
     opened(page, url)
     page.fill("#temperature", "1")
+    page.fill("#max_tokens", "12")  # random bytes take many tokens when they are read again
     run(page)
     first = page.text_content("#drafted .text")
     page.fill("#prompt", "more <b>rain</b>")
@@ -181,10 +182,42 @@ def test_a_conversation_goes_on_and_starts_anew(lm: SpeculativeLM, page: Any, ur
         {"role": "assistant", "content": first},
         {"role": "user", "content": "more <b>rain</b>"},
     ]
-    want = lm.chat(messages, max_tokens=24, seed=3, draft_len=3)
+    want = lm.chat(messages, max_tokens=12, seed=3, draft_len=3)
     assert page.text_content("#drafted .text") == want.text
     page.click("#clear")
     assert page.is_hidden("#turns")
+
+
+def test_a_system_message_begins_a_conversation(lm: SpeculativeLM, page: Any, url: str) -> None:
+    opened(page, url)
+    assert page.is_visible("#system")
+    page.fill("#max_tokens", "12")
+    page.fill("#system", "in spain")
+    run(page)
+    first = page.text_content("#drafted .text")
+    system = {"role": "system", "content": "in spain"}
+    messages = [system, {"role": "user", "content": "the rain"}]
+    want = lm.chat(messages, max_tokens=12, seed=3, temperature=0, draft_len=3)
+    assert first == want.text
+    page.fill("#prompt", "more")
+    run(page)  # it stays the first message, and is no turn
+    assert page.locator("#turns li").all_text_contents() == ["the rain", first, "more"]
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "more"}]
+    want = lm.chat(messages, max_tokens=12, seed=3, temperature=0, draft_len=3)
+    assert page.text_content("#drafted .text") == want.text
+    page.check("[value=prompt]", force=True)
+    assert page.is_hidden("#system")
+
+
+def test_a_server_that_hides_its_rounds_streams_text(lm: SpeculativeLM, page: Any) -> None:
+    with running(build(lm, live(lm), name="tiny", stream_chunk=4)) as url:
+        opened(page, url)
+        page.check("[value=prompt]", force=True)
+        run(page)
+        want = lm.generate("the rain", raw=True, max_tokens=24, seed=3, temperature=0, draft_len=3)
+        assert page.text_content("#drafted .text") == want.text
+        assert "hides its rounds" in page.inner_text("#status")
+        assert page.is_hidden("#timeline") and page.is_hidden("#compare")
 
 
 def test_stop_leaves_the_text_so_far(lm: SpeculativeLM, page: Any) -> None:
@@ -310,11 +343,11 @@ def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Any, url: str
     assert unnamed == []
     page.focus("body")
     reached = set()
-    for _ in range(24):
+    for _ in range(26):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id"))
-    wanted = {"theme", "prompt", "draft_len", "temperature", "top_p", "max_tokens", "seed", "run",
-              "stop", "compare", "clear", "scrub"}  # fmt: skip
+    wanted = {"theme", "system", "prompt", "draft_len", "temperature", "top_p", "max_tokens",
+              "seed", "run", "stop", "compare", "clear", "scrub"}  # fmt: skip
     assert wanted <= reached
 
 

@@ -8,13 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from specdiff.errors import MissingExtraError, UsageError
 from specdiff.grammar import Grammar
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 Format = Literal["json_schema", "regex", "grammar", "choice"]  # options, and llguidance's names
 T = TypeVar("T")
@@ -54,8 +55,13 @@ class GrammarCompiler:
         tokenizer = self._tokenizer
         limits = LLParserLimits(verbose_errors=False)  # its errors would quote the text so far
 
+        words = -(-tokenizer.vocab_size // 32)
+
         def build() -> LLMatcher:
-            return LLMatcher(tokenizer, grammar_from(option, text), log_level=0, limits=limits)
+            matcher = LLMatcher(tokenizer, grammar_from(option, text), log_level=0, limits=limits)
+            if not matcher.is_error():
+                _warm(matcher, words)
+            return matcher
 
         try:
             matcher = deep(build)
@@ -64,7 +70,7 @@ class GrammarCompiler:
         if matcher.is_error():
             reason = " ".join(matcher.get_error().removesuffix("<non-verbose/>").split())
             raise UsageError(f"{option} is not valid: {reason[:MESSAGE]}", param=option)
-        return Grammar(matcher, -(-tokenizer.vocab_size // 32))
+        return Grammar(matcher, words)
 
     @cached_property
     def _tokenizer(self) -> "LLTokenizer":
@@ -84,6 +90,16 @@ class GrammarCompiler:
         return LLTokenizer(
             json.dumps(description), n_vocab=size, eos_token=list(dict.fromkeys(self.end_ids))
         )
+
+
+def _warm(matcher: "LLMatcher", words: int) -> None:
+    """Compute a first mask here, not in a round that others share.
+
+    It builds the automata that all copies of the matcher use.
+    """
+    from llguidance.numpy import fill_next_token_bitmask
+
+    fill_next_token_bitmask(matcher.deep_copy(), np.zeros((1, words), dtype=np.int32), 0)
 
 
 def deep(call: Callable[[], T]) -> T:

@@ -27,15 +27,18 @@ export async function model() {
   return (await answer.json()).data[0];
 }
 
-/** The parsed events of one streamed answer. Throws ApiError, or AbortError if stopped. */
-export async function* events(path, body, signal) {
+/**
+ * The parsed events of one streamed answer, with the records of its rounds if `rounds`.
+ * Throws ApiError, or AbortError if stopped.
+ */
+export async function* events(path, body, rounds, signal) {
   const options = {
     method: "POST",
     signal,
     body: JSON.stringify({
       ...body,
       stream: true,
-      stream_options: { include_rounds: true, include_usage: true },
+      stream_options: { include_rounds: rounds, include_usage: true },
     }),
   };
   const answer = await send(path, options);

@@ -48,7 +48,9 @@ function request() {
   }
   body.seed ??= Math.floor(Math.random() * 2 ** 31); // so that both answers share it
   if (!chatting()) return { path: "v1/completions", body: { ...body, prompt: text }, text };
-  const messages = [...turns, { role: "user", content: text }];
+  const system = fields.system.value;
+  const first = system.trim() ? [{ role: "system", content: system }] : [];
+  const messages = [...first, ...turns, { role: "user", content: text }];
   return { path: "v1/chat/completions", body: { ...body, messages }, text };
 }
 
@@ -59,7 +61,8 @@ async function stream({ path, body }, view, observe) {
   const figures = new Figures();
   view.start();
   try {
-    for await (const event of events(path, body, running.signal)) {
+    for await (const event of events(path, body, !served.stream_chunk, running.signal)) {
+      if (served.stream_chunk) view.add(event.choices.map(unmarked));
       const rounds = event.choices.flatMap((choice) => choice.rounds ?? []);
       if (!rounds.length) continue;
       figures.add(rounds, performance.now());
@@ -70,6 +73,11 @@ async function stream({ path, body }, view, observe) {
     view.end();
   }
   return figures;
+}
+
+/** The text of a choice as a round without drafts, where the server hides its rounds. */
+function unmarked({ delta, text }) {
+  return { text: [{ text: delta ? (delta.content ?? "") : text, accepted: false }] };
 }
 
 /** The answer with drafts. */
@@ -90,7 +98,11 @@ async function answer() {
   }).finally(() => timeline.end());
   drafted.note.textContent = `draft length ${next.body.draft_len}`;
   last = { ...next, figures };
-  say(`${figures.tokens} tokens in ${figures.rounds.length} rounds, seed ${next.body.seed}.`);
+  say(
+    served.stream_chunk
+      ? "Answered. This server hides its rounds."
+      : `${figures.tokens} tokens in ${figures.rounds.length} rounds, seed ${next.body.seed}.`,
+  );
   if (chatting()) remember(next);
 }
 
@@ -213,6 +225,7 @@ function showError(error) {
 async function load() {
   served = await model();
   byId("model").textContent = served.id;
+  byId("compare").hidden = Boolean(served.stream_chunk); // it compares rounds
   const length = fields.draft_len;
   length.max = served.max_draft_len;
   length.value = Math.min(DRAFT_LENGTH, served.max_draft_len);
@@ -228,6 +241,7 @@ function showLength() {
 }
 
 function showMode() {
+  byId("system-field").hidden = !chatting();
   byId("prompt-label").textContent = chatting() ? "Message" : "Prompt";
   const text = fields.prompt.value;
   if (text && !Object.values(PROMPTS).includes(text)) return;
