@@ -84,24 +84,32 @@ def test_drafts_are_soft_and_follow_the_context(target: CausalTarget) -> None:
     assert float(probs[:, 0].std(dim=0).max()) > 0.01
 
 
-class OffByOne(DenoisingDrafter[Any]):
-    """BUG: reports each position's probabilities one later."""
+class Stale(DenoisingDrafter[Any]):
+    """BUG: reports the probabilities that follow from the features of the round before."""
+
+    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
+        return _reported(super().propose, state.tapped.last, context, state, noise, draft_len)
+
+
+class OtherRow(DenoisingDrafter[Any]):
+    """BUG: reports the probabilities that follow from the features of another row."""
 
     def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
         draft = super().propose(context, state, noise, draft_len)
-        assert draft.probs is not None
-        return replace(draft, probs=draft.probs.roll(1, dims=1))
+        other = state.tapped.last.roll(1, dims=0)
+        wrong = _reported(super().propose, other, context, state, noise, draft_len)
+        return replace(draft, probs=wrong.probs)
 
 
-class OtherFeatures(DenoisingDrafter[Any]):
-    """BUG: draws after one context, reports the probabilities after another row's features."""
-
-    def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
-        draft = super().propose(context, state, noise, draft_len)
-        state.tapped.last = state.tapped.last.roll(1, dims=0)
-        other = super().propose(context, state, noise, draft_len)
-        state.tapped.last = state.tapped.last.roll(-1, dims=0)
-        return replace(draft, probs=other.probs)
+def _reported(propose: Any, last: torch.Tensor, *arguments: Any) -> Draft:
+    """A draft with the probabilities after another last context state."""
+    state = arguments[1]
+    draft: Draft = propose(*arguments)
+    own = state.tapped.last
+    state.tapped.last = last
+    probs = propose(*arguments).probs
+    state.tapped.last = own
+    return replace(draft, probs=probs)
 
 
 class SharedNoise(DenoisingDrafter[Any]):
@@ -112,7 +120,7 @@ class SharedNoise(DenoisingDrafter[Any]):
 
 
 @pytest.mark.parametrize("verifier", RATIO_TESTS)
-@pytest.mark.parametrize("bug", [OffByOne, OtherFeatures, SharedNoise])
+@pytest.mark.parametrize("bug", [Stale, OtherRow, SharedNoise])
 def test_bugs_are_caught(
     target: CausalTarget, verifier: str, bug: type[DenoisingDrafter[Any]]
 ) -> None:

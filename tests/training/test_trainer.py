@@ -51,6 +51,7 @@ def trained(
     [
         ("sedd", []),
         ("sedd", ["objective=denoise", "weights=streak"]),
+        ("sedd", ["taps=[0]"]),
         (
             "sedd",
             [
