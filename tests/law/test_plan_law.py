@@ -19,14 +19,14 @@ from specdiff.verify import VERIFIERS, Verifier
 
 PARAMS = SamplingParams(max_tokens=4)
 COUNT = 20_000
-CONFIDENCE = 0.45  # of three words: some positions are sure, others not
+CONFIDENCE = 0.6  # of three words: some positions are sure, others not
 RATIO_TESTS = ("token", "block")
 PLANS = {
     "temperature": [DraftPlan((3,), t) for t in (1.0, 0.0, 0.5, 2.5)],
     "confidence": [DraftPlan((3,), 1.0, CONFIDENCE)],
     "all": [
         DraftPlan((3,), 0.7, CONFIDENCE),
-        DraftPlan((2,), 1.0, 0.6),
+        DraftPlan((2,), 1.0, 0.5),
         DraftPlan((0,)),
         DraftPlan((3,), 0.0, 0.9),
     ],
