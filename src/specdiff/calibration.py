@@ -6,6 +6,7 @@ An automatic draft length then starts from the costs, and has only acceptance le
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def calibrate(
 ) -> None:
     """Add the costs of one row's rounds to the profile, from a few rounds on scratch states.
 
-    It ends after `seconds` and the round then running; a target of which one round takes longer
-    teaches nothing here. A drafter that fails is reported by the requests, not here.
+    It ends after `seconds` and the pass then running; a target that takes longer for the scratch
+    text teaches nothing here. A drafter that fails is reported by the requests, not here.
     """
     if not profile.draft_len:
         return
@@ -58,19 +59,21 @@ def calibrate(
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
             scoring = _start(target, _RepeatDrafter(), longest)
+            if clock() - begin > seconds:
+                return
             drafting = _start(target, drafter, longest)
-            for turn in range(TURNS):
-                for state, plans in ((scoring, dict.fromkeys(widths)), (drafting, drafts)):
-                    for plan in plans:
-                        if bool(state.batch.done.all()) or clock() - begin > seconds:
-                            return
-                        last = decode.step(state, plan)
-                        drafted = last.seconds["draft"]
-                        if turn and state is scoring:
-                            rest_of_it = sum(last.seconds.values()) - drafted
-                            costs.score.observe(last.draft.tokens.shape[1] + 1, rest_of_it)
-                        elif turn and not bool(state.state.off.any()):
-                            costs.draft.observe(plan.lengths[0], drafted)
+            rounds = [(scoring, plan) for plan in dict.fromkeys(widths)]
+            rounds += [(drafting, plan) for plan in drafts]
+            for turn, (state, plan) in product(range(TURNS), rounds):
+                if bool(state.batch.done.all()) or clock() - begin > seconds:
+                    return
+                last = decode.step(state, plan)
+                drafted = last.seconds["draft"]
+                if turn and state is scoring:
+                    scored = last.draft.tokens.shape[1] + 1
+                    costs.score.observe(scored, sum(last.seconds.values()) - drafted)
+                elif turn and not bool(state.state.off.any()):
+                    costs.draft.observe(plan.lengths[0], drafted)
         except Exception:  # the requests meet it again, and say whose fault it is
             return
         finally:
