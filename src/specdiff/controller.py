@@ -283,6 +283,11 @@ def _mixed_rate(
     return expected / seconds
 
 
+def free_of_drafts(verifier: str, *, greedy: bool) -> bool:
+    """Whether a seed's text depends on no draft, and so on no draft length."""
+    return greedy or verifier.startswith("match")
+
+
 def profile_of(drafter: Drafter[Any]) -> Profile:
     """An empty profile of a drafter."""
     return Profile(drafter.draft_len, drafter.branches, drafter.temperatures)

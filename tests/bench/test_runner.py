@@ -16,8 +16,9 @@ from specdiff.bench.baselines import Decoder, OurDecoder
 from specdiff.bench.equality import Divergence, first_difference, tie_at
 from specdiff.bench.journal import FailureRecord, Journal, Tuning, TuningPoint, Turn, as_json
 from specdiff.bench.results import BenchResults
-from specdiff.bench.settings import Baseline, BenchSettings, Cell, Part
+from specdiff.bench.settings import Baseline, BenchSettings, Cell, Part, baselines
 from specdiff.bench.timing import Measurement, Workload
+from specdiff.drafters.autoregressive import AutoregressiveDrafter
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.errors import UsageError
 from specdiff.targets.causal import CausalTarget
@@ -182,6 +183,35 @@ def test_the_default_drafter_runs_at_the_default_length(
     loaded.part = replace(loaded.part, baselines=(plain, replace(ngram, spec="cascade"), default))
     assert [c.baseline for c in runner.main_cells(loaded, 0.0)] == ["ours-vanilla", "ngram", "auto"]
     assert {c.baseline for c in runner.sweep_cells(loaded, 0.0)} == {"ours-vanilla"}
+
+
+def test_draft_temperatures_are_lines_of_their_own(
+    settings: Make, part: Make, drafters: dict[str, str]
+) -> None:
+    """Above temperature 0, and not of what looks up."""
+    chosen = settings(
+        drafters=(f"mine={drafters['small']}", "other=ngram"),
+        only=("mine", "ngram"),
+        draft_temperatures=(0.0, 0.3),
+    )
+    lines = baselines(chosen)
+    names = [line.name for line in lines if line.kind == "ours"]
+    assert names == ["ours-vanilla", "ngram", "mine", "mine-t0", "mine-t0.3"]
+    loaded = load(chosen, part(*(line for line in lines if line.kind == "ours")))
+    assert loaded.problems == {}
+    decoder = loaded.decoders["mine-t0.3"]
+    assert isinstance(decoder, OurDecoder)
+    drafter = decoder.drafter(None)
+    assert isinstance(drafter, AutoregressiveDrafter)
+    assert drafter.draft_temperature == 0.3 and drafter.temperatures == (1.0,)
+    greedy = {cell.baseline for cell in runner.main_cells(loaded, 0.0)}
+    assert greedy == {"ours-vanilla", "ngram", "mine"}
+    assert {cell.baseline for cell in runner.main_cells(loaded, 1.0)} == {*names}
+
+
+def test_a_full_curve_has_every_number_of_positions(settings: Make) -> None:
+    assert settings(widths=(1, 64), curves=True).scored == [*range(1, 33), 64]
+    assert settings(widths=(1, 64)).scored == [1, 64]
 
 
 def test_a_ratio_has_five_turns_however_few_prompts(settings: Make, part: Make) -> None:

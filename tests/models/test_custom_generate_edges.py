@@ -580,6 +580,34 @@ def test_a_seed_fixes_the_draft_length(net: PreTrainedModel, sampled: bool, veri
     assert automatic_stats.plain_rounds > 0
 
 
+def test_later_calls_start_from_what_earlier_ones_measured(net: PreTrainedModel) -> None:
+    drafter = Fixed([5] * 5)
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "drafter": drafter}
+    ours(net, input_ids=torch.tensor([[1, 2, 3]]), **options)
+    profile = custom_generate.PROFILES[attached(net)][drafter]
+    seconds = profile.seconds
+    assert seconds > 0
+    ours(net, input_ids=torch.tensor([[1, 2, 3]]), **options)
+    assert custom_generate.PROFILES[attached(net)][drafter] is profile
+    assert profile.seconds > seconds
+
+
+def test_a_drafter_with_a_memory_samples_only_by_match(net: PreTrainedModel) -> None:
+    """Two calls after the same set_seed would draw with the same noise."""
+    options: dict[str, Any] = {
+        "input_ids": torch.tensor([[1, 2, 3]]),
+        "max_new_tokens": 8,
+        "drafter": "ngram",
+        "drafter_options": {"memory": 100},
+    }
+    for verifier in ("token", "block"):
+        with pytest.raises(UsageError, match="remembers earlier requests") as error:
+            ours(net, **options, do_sample=True, verifier=verifier)
+        assert error.value.param == "drafter_options"
+    ours(net, **options, do_sample=True, verifier="match")
+    ours(net, **options, do_sample=False)
+
+
 # what else may come
 
 

@@ -187,7 +187,7 @@ def round_seconds(
 def target_cost(experiment: Experiment, context: int, times: int) -> CostRecord | FailureRecord:
     """One context's T_target(n)."""
     settings = experiment.settings
-    lengths = [n - 1 for n in settings.widths]
+    lengths = [n - 1 for n in settings.scored]
     target = experiment.lm.target
     try:
         rounds = round_seconds(target, RepeatDrafter(), context, lengths, times, settings.seed)

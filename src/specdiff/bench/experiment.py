@@ -71,6 +71,10 @@ class Experiment:
         loaded = [b for b in self.part.baselines if b.name in self.decoders]
         return [b for b in loaded if b.drafts or not drafting]
 
+    def distinct(self, temperature: float) -> list[Baseline]:
+        """The loaded baselines, without those that are like others at temperature 0."""
+        return [b for b in self.baselines() if temperature or b.draft_temperature is None]
+
     def takes_steps(self, baseline: Baseline) -> bool:
         """Whether a baseline's drafter has a number of network passes."""
         decoder = self.decoders[baseline.name]
@@ -216,6 +220,8 @@ def _decoder(
     if baseline.kind == "ours":
         spec = baseline.spec or "none"
         build: Callable[[Mapping[str, Any]], Any] = partial(catalog.drafter, spec, info)
+        if baseline.draft_temperature is not None:
+            build = partial(_at_draft_temperature, build, baseline.draft_temperature)
         decoder = OurDecoder(lm.target, build)
         plain = isinstance(decoder.drafter(baseline.steps), NoDrafter)
         if plain != (baseline.name == VANILLA):
@@ -235,6 +241,12 @@ def _decoder(
         assistant = _dflash_assistant(baseline.spec or "", info)
     assert baseline.kind in (HF, ASSISTED, DFLASH, LOOKUP)
     return TransformersDecoder(shared[HF], baseline.kind, assistant)
+
+
+def _at_draft_temperature(
+    build: Callable[[Mapping[str, Any]], Any], draft_temperature: float, options: Mapping[str, Any]
+) -> Any:
+    return build({**options, "draft_temperature": draft_temperature})
 
 
 def _dflash_assistant(spec: str, info: TargetInfo) -> nn.Module:

@@ -211,7 +211,7 @@ def _tuning(loaded: Experiment) -> Iterator[Unit]:
     drafting = _tunable(loaded)
     temperatures = settings.temperatures if settings.tune_each else settings.temperatures[:1]
     for temperature in temperatures:
-        for baseline in loaded.baselines():
+        for baseline in loaded.distinct(temperature):
             points = len(loaded.grid(baseline))
             # the speeds of all drafters must be known, to find the fastest
             if points > 1 or (baseline in drafting and len(drafting) > 1):
@@ -231,8 +231,9 @@ def _tunable(loaded: Experiment) -> list[Baseline]:
 def main_cells(loaded: Experiment, temperature: float) -> list[Cell]:
     """Every baseline at its best setting, and the fastest drafter once more at the default draft
     length, unless it is the default drafter too."""
-    cells = [loaded.cell("main", b, temperature, 1) for b in loaded.baselines()]
-    drafting = [b for b in _tunable(loaded) if b.name not in loaded.problems]
+    baselines = loaded.distinct(temperature)
+    cells = [loaded.cell("main", b, temperature, 1) for b in baselines]
+    drafting = [b for b in _tunable(loaded) if b in baselines and b.name not in loaded.problems]
     if drafting:
         best = max(drafting, key=lambda b: loaded.rates.get((b.name, temperature), 0.0))
         by_default = any(c.baseline == AUTO and c.draft_len == AUTO for c in cells)
@@ -249,7 +250,7 @@ def sweep_cells(loaded: Experiment, temperature: float) -> list[Cell]:
     references = [b for b in loaded.baselines() if b.name in (HF, VANILLA)]
     cells = [loaded.cell("sweep", b, temperature, 1) for b in references]
     for baseline in loaded.baselines(drafting=True):
-        if not baseline.looks_up:
+        if not baseline.looks_up and baseline.draft_temperature is None:
             settings = _sweep_settings(loaded, baseline)
             cells += [loaded.cell("sweep", baseline, temperature, 1, s) for s in settings]
     return cells
@@ -303,7 +304,8 @@ def _costs(loaded: Experiment) -> Iterator[Unit]:
     settings = loaded.settings
     weight = COST_TIMES * sum(1 + width / 16 for width in settings.widths)
     # on random text, which repeats nothing, a cascade costs what its inner drafter does
-    drafting = [b for b in _tunable(loaded) if b.spec == "ngram" or not b.looks_up]
+    own = [b for b in _tunable(loaded) if b.draft_temperature is None]
+    drafting = [b for b in own if b.spec == "ngram" or not b.looks_up]
     for context in costs.reachable(settings.contexts, loaded.lm.target.info.max_positions):
         yield Unit(
             key=f"cost/{context}",

@@ -4,7 +4,8 @@ All of it is plain data: nothing here loads a model.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from specdiff.bench.suites import PromptText
 from specdiff.errors import UsageError
@@ -22,6 +23,7 @@ PEERS = (LLAMA_CPP,)  # other engines, measured on request
 AUTO = "auto"  # the drafter that is the default, and the draft length that is chosen while decoding
 # drafters of this library, measured unless replaced; each is the spec of its own name
 OURS = ("autoregressive", "sedd", "block", "ngram", "cascade", AUTO)
+CURVE = 32  # positions of a full cost curve
 SCALES = ("paper", "embedded")
 LOOKING_UP = ("ngram", "cascade", AUTO)
 NAME = re.compile(r"([A-Za-z][A-Za-z0-9_.-]*)=(.+)", re.DOTALL)
@@ -36,7 +38,9 @@ class BenchSettings:
     and steps, which take `sample` prompts, as acceptance counts do. Tuning takes `tuning_tokens`
     per prompt, at every temperature (`tune_each`) or only at the first. `only` limits the
     baselines to these and the two references of speed-ups; () means all. `peers` are other engines
-    to measure. `scale`, `texts` and `finetune` belong to the paper suite: see paper_embedded.py.
+    to measure. Each drafter that is a network is measured at each of `draft_temperatures`, too, as
+    NAME-tT. `curves` scores every number of positions up to CURVE, besides `widths`. `scale`,
+    `texts` and `finetune` belong to the paper suite: see paper_embedded.py.
 
     Raises UsageError.
     """
@@ -54,6 +58,7 @@ class BenchSettings:
     batch: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     gammas: tuple[int, ...] = (2, 4, 8, 16)
     steps: tuple[int, ...] = (1, 2, 4)
+    draft_temperatures: tuple[float, ...] = ()
     verifier: str = "token"
     draft_len: int | None = None
     seed: int = 0
@@ -67,6 +72,7 @@ class BenchSettings:
     tune_each: bool = True
     contexts: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
     widths: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    curves: bool = False
     smoke: bool = False
     scale: str = "paper"
     texts: tuple[str, ...] = ()
@@ -84,8 +90,9 @@ class BenchSettings:
         for name in ("temperatures", "batch", "gammas", "steps"):
             values = getattr(self, name)
             _require(name, values, len(values) > 0, "one value at least")
-        for value in self.temperatures:
-            _require("temperatures", value, 0 <= value < float("inf"), "finite numbers >= 0")
+        for name in ("temperatures", "draft_temperatures"):
+            for value in getattr(self, name):
+                _require(name, value, 0 <= value < float("inf"), "finite numbers >= 0")
         verifiers = f"one of {', '.join(VERIFIERS)}"
         _require("verifier", self.verifier, self.verifier in VERIFIERS, verifiers)
         _require("dtype", self.dtype, self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
@@ -96,6 +103,11 @@ class BenchSettings:
         for name in self.peers:
             _require("baselines", name, name in PEERS, f"one of {', '.join(PEERS)}")
         drafter_specs(self.drafters)
+
+    @property
+    def scored(self) -> list[int]:
+        """The numbers of positions at which scoring is timed."""
+        return sorted({*self.widths, *range(1, CURVE + 1)} if self.curves else {*self.widths})
 
 
 def _require(name: str, value: object, valid: bool, allowed: str) -> None:
@@ -110,6 +122,7 @@ class Baseline:
     kind: "hf", "hf-assisted", "hf-dflash", "hf-prompt-lookup", "llama.cpp" or "ours".
     spec: the drafter's ("none": plain decoding).
     draft_len, steps: fixed values, or AUTO; None is tuned.
+    draft_temperature: of the drafts (None: the drafter's own). At temperature 0 it has no effect.
     required: the run fails if this baseline cannot be loaded.
     """
 
@@ -118,6 +131,7 @@ class Baseline:
     spec: str | None = None
     draft_len: int | str | None = None
     steps: int | None = None
+    draft_temperature: float | None = None
     required: bool = True
 
     @property
@@ -204,10 +218,27 @@ def baselines(settings: BenchSettings) -> tuple[Baseline, ...]:
         Baseline(LOOKUP, LOOKUP),
         Baseline(VANILLA, "ours", "none"),
         *ours,
+        *_at_draft_temperatures(ours, settings),
         *(Baseline(name, name) for name in settings.peers),
     )
     only = (*settings.only, *settings.peers) if settings.only else ()
+    if only:
+        only += tuple(b.name for b in _at_draft_temperatures(ours, settings) if _named(b, only))
     return select(everything, only)
+
+
+def _at_draft_temperatures(ours: Sequence[Baseline], settings: BenchSettings) -> list[Baseline]:
+    return [
+        replace(b, name=f"{b.name}-t{t:g}", draft_temperature=t, required=False)
+        for b in ours
+        if not b.looks_up
+        for t in settings.draft_temperatures
+    ]
+
+
+def _named(baseline: Baseline, only: tuple[str, ...]) -> bool:
+    """Whether the drafter is in `only` by its own name."""
+    return baseline.name.rpartition("-t")[0] in only
 
 
 def select(everything: tuple[Baseline, ...], only: tuple[str, ...]) -> tuple[Baseline, ...]:

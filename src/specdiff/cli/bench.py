@@ -96,6 +96,16 @@ def bench(
         str,
         params.option("Network passes to tune and sweep (default: 1,2,4).", panel=params.DRAFTING),
     ] = "",
+    draft_temperatures: Annotated[
+        str,
+        params.option(
+            "Also each network at these draft temperatures T,T,...", panel=params.DRAFTING
+        ),
+    ] = "",
+    curves: Annotated[
+        bool,
+        params.flag("Time scoring 1, 2, ..., 32 tokens, every number.", "--curves", panel=RUN),
+    ] = False,
     verifier: Annotated[
         str, params.option("token, block, match or match-gumbel.", panel=params.DRAFTING)
     ] = "token",
@@ -162,6 +172,7 @@ def bench(
         "batch": _numbers("--batch", batch, int),
         "gammas": _numbers("--gammas", gammas, int),
         "steps": _numbers("--steps", steps, int),
+        "draft_temperatures": _numbers("--draft-temperatures", draft_temperatures, float),
         "max_tokens": max_tokens,
         "prompts": prompts,
         "per_task": per_task,
@@ -180,6 +191,7 @@ def bench(
         "dtype": dtype,
         "quantize": quantize,
         "threads": params.thread_count(threads),
+        "curves": curves,
         "smoke": smoke,
         "scale": scale,
         "texts": tuple(texts or ()),

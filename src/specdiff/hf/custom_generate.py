@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from specdiff import catalog, decode
-from specdiff.controller import draft_length
+from specdiff.controller import draft_length, free_of_drafts, profile_of
 from specdiff.drafters.base import Drafter, NoDrafter
 from specdiff.errors import UsageError
 from specdiff.hf.inputs import check_types, refuse, unpadded
@@ -39,6 +39,7 @@ from specdiff.hf.params_drafter import ParamsDrafter
 from specdiff.hf.processed_target import ProcessedTarget
 from specdiff.hf.repeats import own
 from specdiff.noise import row_seed
+from specdiff.profile import Profile
 from specdiff.stats import Stats
 from specdiff.targets.causal import CausalTarget, attached
 from specdiff.types import Batch, Params, Round, SamplingParams
@@ -57,7 +58,10 @@ MOST_DRAFTERS = 8  # of each target, the most recently used
 CACHED_DRAFTERS: WeakKeyDictionary[CausalTarget, OrderedDict[str, Drafter[Any]]] = (
     WeakKeyDictionary()
 )
-LOCK = threading.Lock()  # around CACHED_DRAFTERS
+PROFILES: WeakKeyDictionary[CausalTarget, WeakKeyDictionary[Drafter[Any], Profile]] = (
+    WeakKeyDictionary()
+)
+LOCK = threading.Lock()  # around both
 
 
 def custom_generate(
@@ -96,8 +100,9 @@ def custom_generate(
             the text itself), or a Drafter.
         drafter_options: keyword arguments of a drafter given by spec.
         verifier: "token", "block", "match" or "match-gumbel".
-        draft_len: K, "auto" (drafting is off while it does not pay), or None: "auto" where the text
-            cannot depend on it (greedy and match), else the drafter's own.
+        draft_len: K, "auto" (drafting is off while it does not pay; later calls start from what
+            earlier ones measured), or None: "auto" where the text cannot depend on it (greedy and
+            match), else the drafter's own.
         text_streamer: a transformers streamer; gets the prompts, each column of tokens, and the
             end. So does generate's own `streamer`. (generate does not pass on `tokenizer`, which
             stop_strings need: pass stopping_criteria=[StopStringCriteria(tokenizer, strings)].)
@@ -105,7 +110,8 @@ def custom_generate(
         model_kwargs: the model inputs that transformers prepared.
 
     Raises UsageError for what is not supported (beams, assistants, outputs of inner layers, a cache
-    or embeddings as input, processors with a memory, padding that is not on the left), and
+    or embeddings as input, processors with a memory, padding that is not on the left, a
+    sampled text with a drafter that has a memory, unless by match), and
     UnsupportedModelError for a model that fails the self-test.
     """
     refuse(model, generation_config, model_kwargs)
@@ -128,7 +134,16 @@ def custom_generate(
     base = _drafter(target, drafter, drafter_options)
     processors, sampling = _sampling(logits_processor, bool(generation_config.do_sample))
     scorer = ProcessedTarget(target, processors, input_ids, rules.pad, drafted=base.draft_len > 0)
-    length = draft_length(draft_len, base, steady=sampling and not verifier.startswith("match"))
+    steady = not free_of_drafts(verifier, greedy=not sampling)
+    if steady and not base.reproducible:
+        raise UsageError(
+            "sampling takes its seed from torch, which gives no reproducible text under verifier "
+            f"{verifier!r} with a drafter that remembers earlier requests; use verifier 'match', "
+            "do_sample=False, or memory 0",
+            param="drafter_options",
+        )
+    profile = _profile(target, base)
+    length = draft_length(draft_len, base, steady=steady, greedy=not sampling, profile=profile)
     batch = _batch(prompts, rules, sampling, input_ids.device)
     proposer = ParamsDrafter(base, _hint(generation_config, batch, sampling))
     slots = reach + max(base.draft_len, length if isinstance(length, int) else 0) + 1
@@ -214,6 +229,16 @@ def _drafter(
         while len(cache) > MOST_DRAFTERS:
             cache.popitem(last=False)
     return built
+
+
+def _profile(target: CausalTarget, drafter: Drafter[Any]) -> Profile:
+    """What earlier calls with this target and drafter taught; none where it has no hash."""
+    profile = profile_of(drafter)
+    try:
+        with LOCK:
+            return PROFILES.setdefault(target, WeakKeyDictionary()).setdefault(drafter, profile)
+    except TypeError:
+        return profile
 
 
 def _sampling(processors: LogitsProcessorList, sampling: bool) -> tuple[LogitsProcessorList, bool]:

@@ -14,7 +14,8 @@ import torch
 
 from specdiff import catalog, engine
 from specdiff.arguments import brief, token_ids, whole
-from specdiff.controller import Controller, profile_of
+from specdiff.calibration import calibrate
+from specdiff.controller import Controller, free_of_drafts, profile_of
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.on_device import across
 from specdiff.errors import DrafterError, UsageError
@@ -234,10 +235,18 @@ class SpeculativeLM:
         )
         return engine.Request(ids, params, seed, grammar=self._grammar(options))
 
+    def calibrate(self) -> None:
+        """Time a few rounds, for 0.3 seconds at most.
+
+        `draft_len="auto"` then knows their costs before the first request. `specdiff.load` does
+        this already.
+        """
+        calibrate(self.target, self.drafter, self.profile)
+
     def drafting(self, options: Options) -> tuple[Drafter[Any], int | Controller]:
         """The drafter with its options, and its draft length. Raises UsageError or DrafterError."""
         drafter, profile = self._drafter(options.drafter_options or {})
-        free = options.verifier.startswith("match") or options.sampling.temperature == 0
+        free = free_of_drafts(options.verifier, greedy=options.sampling.temperature == 0)
         if options.seed is not None and not drafter.reproducible and not free:
             raise UsageError(
                 f"a seed gives no reproducible text under verifier {options.verifier!r} with a "

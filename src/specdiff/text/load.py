@@ -39,6 +39,7 @@ def load(
     model_options: Mapping[str, Any] | None = None,
     generation_config: str = "auto",
     threads: int | str | None = None,
+    calibrate: bool = True,
 ) -> SpeculativeLM:
     """Load a model and the drafter that accelerates it.
 
@@ -67,6 +68,8 @@ def load(
         threads: torch's number of CPU threads, for the whole process. "auto": the fastest for this
             target now, measured in 0.3 seconds or a few passes, unless OMP_NUM_THREADS is set.
             None: unchanged.
+        calibrate: time a few rounds, for 0.3 seconds at most, so that `draft_len="auto"` knows
+            their costs before the first request.
 
     Raises UnknownNameError, ConfigError, WeightsError, UnsupportedModelError or DrafterError, each
     naming the value and the fix.
@@ -106,6 +109,8 @@ def load(
     lm = SpeculativeLM(
         target, drafter, tokenizer_of(folder), max_len, drafter_options, own_device, sampling
     )
+    if calibrate:
+        lm.calibrate()
     config = getattr(network, "generation_config", None)
     if config is not None and config.eos_token_id is None and lm.end_ids:
         config.eos_token_id = [*lm.end_ids]  # so that transformers' own generate ends there too

@@ -1,0 +1,95 @@
+"""Calibration: what scoring and drafting cost here and now, timed before the first request.
+
+An automatic draft length then starts from the costs, and has only acceptance left to learn.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+
+from specdiff import decode
+from specdiff.drafters.base import Drafter
+from specdiff.noise import Noise
+from specdiff.profile import Costs, Profile
+from specdiff.targets.base import Target
+from specdiff.types import Batch, Context, Draft, DraftPlan, SamplingParams
+
+SECONDS = 0.3  # of timing
+CONTEXT = 64  # tokens of the scratch text
+TURNS = 3  # rounds of each length, of which the first warms up
+LENGTHS = (1, 2, 4, 8)
+
+
+class _RepeatDrafter(Drafter[None]):
+    """Drafts one token over and over: the cheapest way to have K + 1 positions scored."""
+
+    def propose(self, context: Context, state: None, noise: Noise, draft_len: int) -> Draft:
+        return Draft(context.batch.anchor[:, None].expand(-1, draft_len).contiguous())
+
+
+def calibrate(
+    target: Target[Any],
+    drafter: Drafter[Any],
+    profile: Profile,
+    *,
+    seconds: float = SECONDS,
+    clock: Callable[[], float] = time.perf_counter,
+) -> None:
+    """Add the costs of one row's rounds to the profile, from a few rounds on scratch states.
+
+    It ends after `seconds` and the pass then running; a target that takes longer for the scratch
+    text teaches nothing here. A drafter that fails is reported by the requests, not here.
+    """
+    if not profile.draft_len:
+        return
+    longest = profile.draft_len
+    widths = [DraftPlan((n,)) for n in (0, *LENGTHS, longest) if n <= longest]
+    rest = profile.branches[1:]
+    own = [n for n in (*LENGTHS, profile.branches[0]) if n <= profile.branches[0]]
+    drafts = [DraftPlan((n, *[0] * len(rest))) for n in dict.fromkeys(own)]
+    if rest:
+        drafts.insert(0, DraftPlan((0, *rest)))
+    begin = clock()
+    costs = Costs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        try:
+            scoring = _start(target, _RepeatDrafter(), longest)
+            if clock() - begin > seconds:
+                return
+            drafting = _start(target, drafter, longest)
+            rounds = [(scoring, plan) for plan in dict.fromkeys(widths)]
+            rounds += [(drafting, plan) for plan in drafts]
+            for turn, (state, plan) in product(range(TURNS), rounds):
+                if bool(state.batch.done.all()) or clock() - begin > seconds:
+                    return
+                last = decode.step(state, plan)
+                drafted = last.seconds["draft"]
+                if turn and state is scoring:
+                    scored = last.draft.tokens.shape[1] + 1
+                    costs.score.observe(scored, sum(last.seconds.values()) - drafted)
+                elif turn and not bool(state.state.off.any()):
+                    costs.draft.observe(plan.lengths[0], drafted)
+        except Exception:  # the requests meet it again, and say whose fault it is
+            return
+        finally:
+            if 1 in costs.score.medians and 1 not in profile.costs:
+                profile.costs[1] = costs
+
+
+def _start(target: Target[Any], drafter: Drafter[Any], longest: int) -> decode.DecodeState:
+    """A scratch state, which is not released: a drafter with a memory must not remember it."""
+    info = target.info
+    context = min(CONTEXT, info.max_positions // 2)
+    prompt: Sequence[int] = [i % info.vocab_size for i in range(context)]
+    needed = TURNS * (len(LENGTHS) + 2) * (longest + 1)
+    params = SamplingParams(max_tokens=max(1, min(needed, info.max_positions - context)))
+    batch = Batch.of([prompt], [params], [0], device=info.device)
+    slots = context + params.max_tokens + longest + 1
+    state = decode.start(target, drafter, batch, slots=slots)
+    decode.admit(state, torch.arange(1, device=info.device))
+    return state
