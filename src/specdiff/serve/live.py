@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specdiff import engine
+from specdiff.decode import check_trees
 from specdiff.drafters.base import Drafter
 from specdiff.errors import SpecdiffError, UsageError
 from specdiff.targets.base import Target
@@ -67,6 +68,7 @@ class LiveEngine:
         chunk: int = CHUNK,
         observe: Callable[[engine.EngineStep], None] | None = None,
     ) -> None:
+        check_trees(drafter, target, verifier)
         self.target = target
         self.drafter = drafter
         self.verifier = verifier
