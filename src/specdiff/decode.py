@@ -91,8 +91,9 @@ def step(
     verification = _with_logprobs(verification, output, run.batch)
     clock.lap("verify")
     run.target.keep(run.cache, run.batch, verification)
-    batch, emitted = commit(run.batch, verification, finite)
-    failed = _failed(run.batch, verification, finite, emitted)
+    sound = sound_tokens(verification, finite)
+    batch, emitted = commit(run.batch, verification, sound)
+    failed = torch.where((emitted == 0) & ~run.batch.done, run.batch.length + sound, -1)
     clock.lap("commit")
     errors = run.grammars.errors()
     last = Round(draft, verification, emitted, batch, clock.seconds, run.state.off, failed, errors)
@@ -106,12 +107,12 @@ def step(
 
 
 def commit(
-    batch: Batch, verification: Verification, finite: Bool[Tensor, "B N"] | None = None
+    batch: Batch, verification: Verification, sound: Int[Tensor, "B"] | None = None
 ) -> tuple[Batch, Int[Tensor, "B"]]:
     """Append the verified tokens, cut at the first stop id and the row's limit; also their counts.
 
-    finite: the scored rows that have a distribution (None: all). A row that would emit a token of
-        another one emits nothing, and is done.
+    sound: number of tokens before the first one whose scored row has no distribution (None: all). A
+        row that would emit that one emits nothing, and is done.
     """
     tokens = verification.tokens
     n = verification.accepted + 1
@@ -120,9 +121,7 @@ def commit(
     first = torch.where(stops, index, tokens.shape[1]).amin(1)
     emitted = torch.minimum(torch.minimum(n, first + 1), batch.params.limit - batch.length)
     emitted = emitted.masked_fill(batch.done, 0)
-    failed = torch.zeros_like(batch.done)
-    if finite is not None:
-        failed = emitted > _sound(verification, finite)
+    failed = torch.zeros_like(batch.done) if sound is None else emitted > sound
     emitted = emitted.masked_fill(failed, 0)
     offset = torch.arange(batch.ids.shape[1], device=tokens.device) - batch.length[:, None]
     new = (offset >= 0) & (offset < emitted[:, None])
@@ -158,8 +157,7 @@ def start(
             param="max_tokens",
         )
     slots = slots or limit + drafter.draft_len + 1
-    if drafter.trees:
-        _check_trees(target, verifier)
+    check_trees(drafter, target, verifier)
     guarded = GuardedDrafter(drafter, target.info.vocab_size)
     return DecodeState(
         target=target,
@@ -173,7 +171,13 @@ def start(
     )
 
 
-def _check_trees(target: Target[Any], verifier: Verifier) -> None:
+def check_trees(drafter: Drafter[Any], target: Target[Any], verifier: Verifier) -> None:
+    """Raise UsageError for a drafter of trees where the target or the verifier takes chains only.
+
+    A verifier of the user's own is trusted to read `Draft.parents`.
+    """
+    if not drafter.trees:
+        return
     if not target.trees:
         raise UsageError(
             f"the target {target.info.name!r} ({type(target).__name__}) scores no trees; "
@@ -288,20 +292,9 @@ def finite_rows(logits: Float[Tensor, "B N V"]) -> Bool[Tensor, "B N"]:
     return logits.amax(-1).isfinite()  # NaN if any is; single -inf entries are legitimate
 
 
-def _sound(verification: Verification, finite: Bool[Tensor, "B N"]) -> Int[Tensor, "B"]:
+def sound_tokens(verification: Verification, finite: Bool[Tensor, "B N"]) -> Int[Tensor, "B"]:
     """Number of tokens before the first one whose scored row has no distribution."""
     return finite.gather(1, verification.path).long().cumprod(1).sum(1)
-
-
-def _failed(
-    batch: Batch,
-    verification: Verification,
-    finite: Bool[Tensor, "B N"],
-    emitted: Int[Tensor, "B"],
-) -> Int[Tensor, "B"]:
-    """The position that ended a running row which emitted nothing, else -1."""
-    position = batch.length + _sound(verification, finite)
-    return torch.where((emitted == 0) & ~batch.done, position, -1)
 
 
 def _propose(run: DecodeState, noise: Noise, plan: DraftPlan) -> Draft:

@@ -1,12 +1,15 @@
 """The grammars of a running batch: one matcher for each row that has one.
 
 Between rounds a matcher stands after the row's committed tokens. A round reads the masks along its
-draft, and the matcher returns; what is committed afterwards advances it in the next round.
+draft, and the matcher returns; what is committed afterwards advances it in the next round. A tree
+is read line by line, from the anchor to each leaf.
 
-Shapes: B rows, K drafted tokens, N = K + 1 scored positions, V vocabulary.
+Shapes: B rows, R running rows with a grammar, K drafted tokens, N = K + 1 scored positions, L
+tokens of a line, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +23,20 @@ from specdiff.types import Batch, Draft
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """The running rows' drafts on the host: `lines[i][r]` is the i-th line of row r, of L tokens.
+
+    A chain is one line. `line` and `depth` [R, N] say where each scored row of a tree lies (None: a
+    chain's row n has depth n). Rows with fewer lines repeat one, shorter lines are padded: what no
+    scored row points to is not used.
+    """
+
+    lines: Sequence[Sequence[Sequence[int]]]
+    line: NDArray[np.int64] | None = None
+    depth: NDArray[np.int64] | None = None
 
 
 class GrammarRows:
@@ -77,28 +94,31 @@ class GrammarRows:
             len(batch.length), vocab_size, dtype=torch.bool, device=batch.length.device
         )
         rows = torch.tensor(self.running, device=mask.device)
-        words = self._fill([[] for _ in self.running])
+        words = self._fill(Drafted([[[] for _ in self.running]]))
         return mask.index_copy(0, rows, unpacked(words, vocab_size, mask.device)[:, 0])
 
-    def drafted(self, draft: Draft) -> Sequence[Sequence[int]]:
+    def drafted(self, draft: Draft) -> Drafted:
         """The draft tokens of the running rows, on the host.
 
         Read them before the target scores them: they are there earlier than its logits.
         """
         self.width = draft.tokens.shape[1] + 1
-        return draft.tokens[self.running].tolist() if self.running else []
+        if not self.running:
+            return Drafted([])
+        if draft.parents is None:
+            return Drafted([draft.tokens[self.running].tolist()])
+        tokens, parents = torch.stack([draft.tokens, draft.parents])[:, self.running].tolist()
+        return tree_lines(tokens, parents)
 
-    def masked(
-        self, logits: Float[Tensor, "B N V"], drafts: Sequence[Sequence[int]]
-    ) -> Float[Tensor, "B N V"]:
+    def masked(self, logits: Float[Tensor, "B N V"], drafted: Drafted) -> Float[Tensor, "B N V"]:
         """The logits, -inf where a row's grammar forbids the token; the same object if none does.
 
-        Row k is masked by the grammar's state after the first k of the `drafted` tokens. A position
-        at which the grammar fails has no finite logit: see `error`.
+        Row k is masked by the grammar's state after the `drafted` tokens before it. A position at
+        which the grammar fails has no finite logit: see `error`.
         """
         if not self.running:
             return logits
-        allowed = unpacked(self._fill(drafts), logits.shape[2], logits.device)
+        allowed = unpacked(self._fill(drafted), logits.shape[2], logits.device)
         if len(self.running) == len(logits):
             order = torch.tensor(self.running, device=logits.device).argsort()
             return logits.masked_fill(~allowed[order], -torch.inf)
@@ -114,12 +134,59 @@ class GrammarRows:
             if error is not None
         }
 
-    def _fill(self, drafts: Sequence[Sequence[int]]) -> NDArray[np.int32]:
+    def _fill(self, drafted: Drafted) -> NDArray[np.int32]:
+        """The packed masks [R, N, W] of the scored rows."""
         if self._executor is None:  # of this run alone: its threads do not survive a fork
             from llguidance import LLExecutor
 
             self._executor = LLExecutor()
-        return fill_masks([self.matchers[row] for row in self.running], drafts, self._executor)
+        matchers = [self.matchers[row] for row in self.running]
+        masks = []
+        errors: dict[int, str] = {}
+        for lines in drafted.lines:
+            masks.append(fill_masks(matchers, lines, self._executor))
+            for row, matcher in enumerate(matchers):
+                if matcher.error is not None:
+                    errors.setdefault(row, matcher.error)
+        for row, error in errors.items():
+            matchers[row].error = error
+        if drafted.line is None:
+            return masks[0]
+        rows = np.arange(len(matchers))[:, None]
+        scored: NDArray[np.int32] = np.stack(masks)[drafted.line, rows, drafted.depth]
+        return scored
+
+
+def tree_lines(tokens: Sequence[Sequence[int]], parents: Sequence[Sequence[int]]) -> Drafted:
+    """The lines from the anchor to the leaves of each row's tree."""
+    nodes = [_paths(row) for row in parents]
+    count = max(len(paths) for paths in nodes)
+    longest = max(len(path) for paths in nodes for path in paths)
+    shape = len(tokens), len(tokens[0]) + 1
+    line = np.zeros(shape, dtype=np.int64)
+    depth = np.zeros(shape, dtype=np.int64)
+    lines: list[list[list[int]]] = [[] for _ in range(count)]
+    for row, paths in enumerate(nodes):
+        for i in range(count):
+            path = paths[i] if i < len(paths) else paths[0]
+            text = [tokens[row][node] for node in path]
+            lines[i].append(text + [0] * (longest - len(text)))
+        for i, path in enumerate(paths):
+            for k, node in enumerate(path):
+                line[row, node + 1] = i
+                depth[row, node + 1] = k + 1
+    return Drafted(lines, line, depth)
+
+
+def _paths(parents: Sequence[int]) -> list[list[int]]:
+    """The nodes from the anchor to each leaf."""
+    paths = []
+    for leaf in sorted(set(range(len(parents))) - set(parents)):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        paths.append(path)
+    return paths
 
 
 def unpacked(

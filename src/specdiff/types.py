@@ -110,8 +110,9 @@ class Draft:
     `columns` holds the target ids, ascending, whose probabilities the columns of `probs` are: every
     other id has probability 0 (None: all V ids). `size` is how many of the K count in each row
     (None: all). `parents[b, k]` makes a tree: the node each node continues, -1 for the anchor
-    (None: a chain). `branches`: which of the drafter's branches drafted for each row, on the host
-    (empty: the first).
+    (None: a chain). They come before their children, and of all nodes before x_k only its ancestors
+    and earlier siblings count in x_<k: siblings drawn without replacement lack each other's tokens.
+    `branches`: which of the drafter's branches drafted for each row, on the host (empty: the first).
     """
 
     tokens: Int[Tensor, "B K"]

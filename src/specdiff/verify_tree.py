@@ -1,4 +1,4 @@
-"""Verifying a tree: the path of draft tokens that stands, and the law of the token after it.
+"""Verifying a tree: the path of draft tokens that stands, and the distribution of the next token.
 
 A walk begins at the anchor and descends to the first child that passes, until none does. With the
 target's own tokens, drawn at each row, this is `match`: a child passes if it is the one drawn.
@@ -28,8 +28,8 @@ class TreePlan:
     """The decision before any draw.
 
     Node k passes if its uniform is below `thresholds[:, k]`, provided that its parent stands and no
-    earlier sibling does. `residual[b, n]` is the law of the token after row n if no child of it
-    passes.
+    earlier sibling does. `residual[b, n]` is the distribution of the token after row n if no child
+    of it passes.
     """
 
     thresholds: Float[Tensor, "B K"]
@@ -39,10 +39,10 @@ class TreePlan:
 def tree_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> TreePlan:
     """Recursive rejection sampling from the top (Miao et al. 2023; Chen et al. 2024, Sequoia).
 
-    Node k passes with probability min(1, b(x_k)/q_k(x_k)), where b is its row's law, p at first.
-    If it fails, b becomes (b - q_k)+, normalized. q_k is what the node was drawn from, given its
-    earlier siblings: without replacement it has none of their tokens, a token that was not drawn is
-    a point mass.
+    Node k passes with probability min(1, b(x_k)/q_k(x_k)), where b is its row's distribution, at
+    first p. If it fails, b becomes (b - q_k)+, normalized. q_k is what the node was drawn from,
+    given its earlier siblings: without replacement it has none of their tokens, a token that was
+    not drawn is a point mass.
     """
     residual = p.clone()
     counts = counted(draft)
@@ -50,7 +50,7 @@ def tree_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> TreePlan:
     thresholds = []
     for k, row in enumerate(parent_rows(draft).unbind(1)):
         b = residual[rows, row]
-        q = _node_law(draft, k, b)
+        q = _node_q(draft, k, b)
         x = draft.tokens[:, k, None]
         target = b.gather(1, x)[:, 0]
         ratio = torch.where(target > 0, target / q.gather(1, x)[:, 0], 0)
@@ -63,7 +63,7 @@ def tree_plan(draft: Draft, p: Float[Tensor, "B N V"]) -> TreePlan:
     return TreePlan(torch.stack(thresholds, dim=1), residual)
 
 
-def _node_law(draft: Draft, k: int, like: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+def _node_q(draft: Draft, k: int, like: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """What node k was drawn from; without probabilities a point mass."""
     if draft.probs is None:
         return torch.zeros_like(like).scatter(1, draft.tokens[:, k, None], 1)

@@ -23,6 +23,7 @@ from specdiff import decode, grammar_rows, verify
 from specdiff.check.goodness_of_fit import compare, written
 from specdiff.drafters.base import NoDrafter
 from specdiff.drafters.denoising import DenoisingDrafter
+from specdiff.drafters.tree import TreeDrafter
 from specdiff.engine import Request, run
 from specdiff.errors import TargetError
 from specdiff.grammar import Grammar
@@ -46,6 +47,7 @@ DRAFTERS: dict[str, Any] = {
     "point": PointMasses(V),
 }
 PAIRS = [(d, v) for d, v in itertools.product(DRAFTERS, VERIFIERS) if d != "none" or v == "token"]
+TREE = TreeDrafter(DENOISER, 8)
 PASSES = 1e-3 / (2 * len(PAIRS))
 CAUGHT = 1e-6
 PARAMS = {
@@ -168,6 +170,40 @@ def test_rows_with_other_grammars_and_none_do_not_feel_each_other() -> None:
             assert text[0].tolist()[2:4] == [2, END]
 
 
+@pytest.mark.parametrize("verifier", ["token", "match-gumbel"])
+@pytest.mark.parametrize("setting", PARAMS)
+def test_texts_of_trees_have_the_law_of_plain_constrained_decoding(
+    setting: str, verifier: str
+) -> None:
+    params = PARAMS[setting]
+    assert compare(sample(TREE, verifier, params, 8000), law(params)) > PASSES
+
+
+def test_rows_of_trees_with_other_grammars_do_not_feel_each_other() -> None:
+    """Their trees have other numbers of lines."""
+    params = PARAMS["T=1"]
+    grammars = [grammar(), None, grammar("c*a"), grammar("b(a|b)c")]
+    together = Batch.of([[1]] * 4, [params] * 4, range(4), grammars=grammars)
+    texts = written(deque(decode.decode(TARGET, TREE, together), maxlen=1)[0].batch)
+    for row, one in enumerate(grammars):
+        alone = Batch.of([[1]], [params], [row], grammars=[one])
+        text = written(deque(decode.decode(TARGET, TREE, alone), maxlen=1)[0].batch)
+        assert texts[row].tolist() == text[0].tolist()
+
+
+def test_a_tree_whose_nodes_have_the_masks_of_a_chain_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drafted = GrammarRows.drafted
+    monkeypatch.setattr(
+        GrammarRows,
+        "drafted",
+        lambda self, draft: drafted(self, replace(draft, parents=None)),
+    )
+    texts = sample(TREE, "match", PARAMS["T=1"], 4000)
+    assert compare(texts, law(PARAMS["T=1"])) < CAUGHT
+
+
 # ---- planted bugs ----
 
 
@@ -187,7 +223,7 @@ class Forward(GrammarRows):
 
     def masked(self, logits: Any, drafts: Any) -> Any:
         result = super().masked(logits, drafts)
-        for row, draft in zip(self.running, drafts, strict=True):
+        for row, draft in zip(self.running, drafts.lines[0], strict=True):
             self.matchers[row].inner.try_consume_tokens(draft)
         return result
 

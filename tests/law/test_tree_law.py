@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specdiff import decode, engine, sampling, verify, verify_tree
 from specdiff.drafters.base import Drafter
+from specdiff.drafters.cascade import CascadeDrafter
 from specdiff.drafters.tree import TreeDrafter
 from specdiff.errors import UsageError
 from specdiff.noise import Noise, Purpose
@@ -86,6 +87,8 @@ DRAFTERS: dict[str, Drafter[Any]] = {
     "without replacement": SampledTree(),
     "with replacement": SampledTree(replacement=True),
     "ragged": SampledTree(ragged=True),
+    "cascade": CascadeDrafter(TARGET.info, TreeDrafter(DENOISER, 6), shortest=1, lookup_len=4),
+    "cascade of sampled trees": CascadeDrafter(TARGET.info, SampledTree(), shortest=1, longest=2),
 }
 
 

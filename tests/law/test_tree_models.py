@@ -22,9 +22,12 @@ from specdiff import decode
 from specdiff.drafters.base import Drafter
 from specdiff.drafters.block import BlockTreeDrafter
 from specdiff.drafters.tree import TreeDrafter
+from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks, ragged
 from specdiff.models.cache import RaggedCache
+from specdiff.models.self_test import tree_test
 from specdiff.noise import Noise
+from specdiff.targets import causal
 from specdiff.targets.causal import CausalTarget
 from specdiff.tree import above
 from specdiff.types import Context, Draft, Verification
@@ -109,6 +112,12 @@ def test_every_node_has_the_logits_of_its_own_path(family: str) -> None:
     assert tree_error(network(family)) < CLOSE
 
 
+def test_the_test_of_trees_runs_once_before_the_first() -> None:
+    target = CausalTarget(network("mistral"))
+    assert target.tree_error is None
+    assert tree_test(target.ragged) < CLOSE
+
+
 # ---- planted bugs ----
 
 
@@ -136,12 +145,17 @@ def wrong_mask(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return str(request.param)
 
 
-def test_a_wrong_mask_is_caught(wrong_mask: str) -> None:
+def test_a_wrong_mask_is_caught(wrong_mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = CausalTarget(network("llama"))
+    with pytest.raises(UnsupportedModelError, match=r"scoring trees .* differs"):
+        tree_test(target.ragged)
+    monkeypatch.setattr(causal, "tree_test", lambda model: 0.0)
     assert tree_error(network("llama")) > 100 * CLOSE
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_slots_as_position_ids_are_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "tree_test", lambda model: 0.0)
     forward = ragged.RaggedModel.forward
 
     def by_slot(self: Any, cache: Any, ids: Tensor, at: Tensor, **options: Any) -> Any:
@@ -153,6 +167,7 @@ def test_slots_as_position_ids_are_caught(family: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("family", ["mistral", "gpt_neo"])
 def test_a_window_that_counts_slots_is_caught(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "tree_test", lambda model: 0.0)
     right = masks._tree
 
     def by_slot(at: Tensor, slot: Tensor, window: int | None, related: Tensor) -> Tensor:
@@ -164,11 +179,13 @@ def test_a_window_that_counts_slots_is_caught(family: str, monkeypatch: pytest.M
 
 
 def test_a_stale_slot_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "tree_test", lambda model: 0.0)
     monkeypatch.setattr(RaggedCache, "move", lambda self, source, to: None)
     assert tree_error(network("llama")) > 100 * CLOSE
 
 
 def test_a_path_moved_one_slot_too_far_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(causal, "tree_test", lambda model: 0.0)
     move = RaggedCache.move
     monkeypatch.setattr(RaggedCache, "move", lambda self, source, to: move(self, source, to + 1))
     assert tree_error(network("llama")) > 100 * CLOSE

@@ -95,7 +95,13 @@ class _Census:
     impossible: int = 0
 
     def look(self, context: Context, noise: Noise, draft: Draft, draft_len: int) -> None:
-        shaped(draft, context.batch, draft_len, self.vocab_size)
+        trees = draft.parents is not None
+        shaped(draft, context.batch, draft_len, self.vocab_size, trees=trees)
+        if trees and draft.probs is not None:
+            raise UsageError(
+                "trees with probabilities are not checked yet: their contract is about ancestors "
+                "and earlier siblings; check the drafter of chains, or trees of point masses"
+            )
         live = ~context.batch.done
         half = draft.probs is not None and draft.probs.dtype in (torch.float16, torch.bfloat16)
         fault = faults(draft, self.vocab_size, tolerance=1e-2 if half else 1e-4)

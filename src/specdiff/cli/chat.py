@@ -28,6 +28,7 @@ def chat(
     order: params.Order = None,
     sampler: params.Sampler = None,
     draft_temperature: params.DraftTemperature = None,
+    tree: params.Tree = None,
     verifier: params.VerifierName = "token",
     drafter_device: params.DrafterDevice = None,
     max_tokens: params.MaxTokens = 512,
@@ -67,6 +68,7 @@ def chat(
         "order": order,
         "sampler": sampler,
         "draft_temperature": draft_temperature,
+        "tree": tree,
         "show_accepted": show_accepted,
     }
     loading: dict[str, Any] = {
@@ -76,7 +78,7 @@ def chat(
         "threads": params.thread_count(threads),
         "max_len": max_model_len,
         "drafter_device": drafter_device,
-        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature),
+        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature, tree),
         "model_options": params.json_object("--model-options", model_options),
         **params.sampling_defaults(generation_config),
     }

@@ -30,7 +30,7 @@ COMMANDS = {
     "!save FILE.json": "write messages, settings and statistics",
     "!exit": "leave (so do Ctrl-D, and Ctrl-C at the prompt)",
 }
-DRAFTER_OPTIONS = ("steps", "order", "sampler", "draft_temperature")
+DRAFTER_OPTIONS = ("steps", "order", "sampler", "draft_temperature", "tree")
 
 
 ENDINGS = {
@@ -64,6 +64,7 @@ SETTINGS: dict[str, tuple[Callable[[str], Any], str]] = {
     "steps": WHOLE,
     **dict.fromkeys(("order", "sampler"), NAME),
     "draft_temperature": NUMBER,
+    "tree": WHOLE,
     "show_accepted": (_switch, "on or off"),
 }
 

@@ -121,10 +121,12 @@ def _findings(
         if verifier is not None:
             yield from check_verifier(catalog.verifier(verifier), quick=quick)
         return
-    names = RATIO_AND_MATCH if verifier is None else (verifier,)
+    names: tuple[str, ...] = RATIO_AND_MATCH if verifier is None else (verifier,)
     model = model or catalog.target_of(drafter)
     options = {} if model is None else {"target": catalog.target(model, torch.float32, cpu)[0]}
     pair = Subject(lambda info: catalog.drafter(drafter, info), **options)
+    if verifier is None and pair.build(pair.target.info).trees:
+        names = tuple(name for name in names if name != "block")  # it takes chains only
     yield from check_drafter(pair, {name: catalog.verifier(name) for name in names}, quick=quick)
 
 

@@ -42,6 +42,7 @@ def generate(
     order: params.Order = None,
     sampler: params.Sampler = None,
     draft_temperature: params.DraftTemperature = None,
+    tree: params.Tree = None,
     verifier: params.VerifierName = "token",
     drafter_device: params.DrafterDevice = None,
     max_tokens: params.MaxTokens = 256,
@@ -130,7 +131,7 @@ def generate(
         "threads": params.thread_count(threads),
         "max_len": max_model_len,
         "drafter_device": drafter_device,
-        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature),
+        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature, tree),
         "model_options": params.json_object("--model-options", model_options),
         **params.sampling_defaults(generation_config),
     }

@@ -130,6 +130,12 @@ DraftTemperature = Annotated[
         variable="DRAFT_TEMPERATURE",
     ),
 ]
+Tree = Annotated[
+    int | None,
+    option(
+        "Draft a tree of N nodes instead of a chain (2 to 256).", panel=DRAFTING, variable="TREE"
+    ),
+]
 VerifierName = Annotated[
     str, option("token, block, match or match-gumbel.", panel=DRAFTING, variable="VERIFIER")
 ]
@@ -204,10 +210,14 @@ def without_unset(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def drafter_options(
-    steps: int | None, order: str | None, sampler: str | None, draft_temperature: float | None
+    steps: int | None,
+    order: str | None,
+    sampler: str | None,
+    draft_temperature: float | None,
+    tree: int | None,
 ) -> dict[str, Any]:
     """The drafter's own options, as `specdiff.load` takes them."""
-    options = {"steps": steps, "order": order, "sampler": sampler}
+    options = {"steps": steps, "order": order, "sampler": sampler, "tree": tree}
     return without_unset({**options, "draft_temperature": draft_temperature})
 
 

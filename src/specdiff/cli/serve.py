@@ -22,6 +22,7 @@ def serve(
     order: params.Order = None,
     sampler: params.Sampler = None,
     draft_temperature: params.DraftTemperature = None,
+    tree: params.Tree = None,
     verifier: params.VerifierName = "token",
     drafter_device: params.DrafterDevice = None,
     host: Annotated[str, params.option("Address.", panel=SERVER, variable="HOST")] = "127.0.0.1",
@@ -122,7 +123,7 @@ def serve(
         "dtype": dtype,
         "max_len": max_model_len,
         "drafter_device": drafter_device,
-        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature),
+        "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature, tree),
         "model_options": params.json_object("--model-options", model_options),
         **params.sampling_defaults(generation_config),
     }

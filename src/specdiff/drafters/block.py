@@ -207,7 +207,7 @@ class BlockTreeDrafter(BlockDrafter):
         logits = self._logits(context, state, depth)
         columns = self.network.draft_ids
 
-        def law(level: int, tokens: Int[Tensor, "B W"]) -> Float[Tensor, "B W C"]:
+        def following(level: int, tokens: Int[Tensor, "B W"]) -> Float[Tensor, "B W C"]:
             row = logits[:, level, None]
             bias = self.network.markov(tokens)
             row = row if bias is None else row + bias
@@ -215,7 +215,7 @@ class BlockTreeDrafter(BlockDrafter):
             rows = batch if level == 0 else replace(batch, next_mask=None)
             return distribution(row, rows, batch.ids[:, :0], columns)
 
-        return best_first(law, batch.anchor, depth, draft_len, columns)
+        return best_first(following, batch.anchor, depth, draft_len, columns)
 
 
 def block(

@@ -81,6 +81,7 @@ class CascadeDrafter(Drafter[CascadeState]):
         self.temperatures = inner.temperatures
         self.keeps_features = inner.keeps_features
         self.reproducible = inner.reproducible and self.lookup.reproducible
+        self.trees = inner.trees
 
     def open(self, rows: int, slots: int) -> CascadeState:
         return CascadeState(self.lookup.open(rows, slots), self.inner.open(rows, slots))
@@ -152,6 +153,10 @@ def _joined(
     tokens = tokens.index_copy(0, rows, new)
     size = draft.sizes.long().index_copy(0, rows, own.sizes[rows])
     mixture = replace(draft, tokens=tokens, size=size)
+    if draft.parents is not None:
+        chain = torch.arange(-1, K - 1, device=tokens.device).expand(len(tokens), -1)
+        parents = torch.cat([draft.parents, chain[:, draft.parents.shape[1] :]], dim=1)
+        mixture = replace(mixture, parents=parents.index_copy(0, rows, chain[: len(rows)]))
     if draft.probs is None:
         return mixture
     mixture = replace(mixture, probs=F.pad(draft.probs, (0, 0, 0, K - draft.probs.shape[1])))

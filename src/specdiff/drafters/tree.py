@@ -29,8 +29,8 @@ from specdiff.types import Context, Draft, Params, tempered
 
 DenoiserState = TypeVar("DenoiserState")
 BUDGET = range(2, 257)
-# the law of the tokens after each of the W nodes of a depth (0: the anchor), given their own tokens
-Law = Callable[[int, Int[Tensor, "B W"]], Float[Tensor, "B #W C"]]
+# the distributions after each of the W nodes of a depth (0: the anchor), given their own tokens
+Following = Callable[[int, Int[Tensor, "B W"]], Float[Tensor, "B #W C"]]
 
 
 def checked_budget(tree: int) -> int:
@@ -114,7 +114,7 @@ def soft(params: Params, factor: float) -> Params:
 
 
 def best_first(
-    law: Law,
+    following: Following,
     anchor: Int[Tensor, "B"],
     depth: int,
     budget: int,
@@ -123,29 +123,35 @@ def best_first(
     """The `budget` heaviest nodes of each row, parents first. Nodes without weight do not count."""
     weight = torch.zeros(len(anchor), 1, device=anchor.device)
     tokens = anchor[:, None]
-    parent = torch.full_like(tokens, -1)
     levels = []
-    first = -1  # the place of the depth's first node among all of them
+    first = -1  # the index of the depth's first node among those of all depths
     for level in range(depth):
-        q = law(level, tokens)
+        q = following(level, tokens)
         own = q.topk(min(budget, q.shape[-1]), dim=-1)
         scores = (weight[..., None] + own.values.float().log()).flatten(1)
         best = scores.topk(min(budget, scores.shape[1]), dim=1)
-        above = best.indices // own.indices.shape[-1]
+        parents = best.indices // own.indices.shape[-1] + first
         ids = own.indices.expand(-1, tokens.shape[1], -1).flatten(1).gather(1, best.indices)
-        parent = above + first
         first += tokens.shape[1]
         weight = best.values
         tokens = ids if columns is None else columns[ids]
-        levels.append((weight, tokens, parent))
-    weight, tokens, parent = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
+        levels.append((weight, tokens, parents))
+    weight, tokens, parents = (torch.cat(part, dim=1) for part in zip(*levels, strict=True))
+    return _heaviest(weight, tokens, parents, budget)
+
+
+def _heaviest(
+    weight: Float[Tensor, "B M"],
+    tokens: Int[Tensor, "B M"],
+    parents: Int[Tensor, "B M"],
+    budget: int,
+) -> Draft:
+    """The draft of the heaviest candidates. `parents` are candidates too, -1 the anchor."""
     # stable: a child that weighs as much as its parent stays after it
     order = weight.sort(dim=1, descending=True, stable=True)
-    chosen = order.indices[:, :budget]
-    place = torch.full_like(order.indices, -1).scatter(
-        1, order.indices, torch.arange(weight.shape[1], device=weight.device).expand_as(weight)
-    )
-    parent = parent.gather(1, chosen)
-    place = torch.where(parent < 0, -1, place.gather(1, parent.clamp(min=0)))
+    rank = order.indices.argsort(dim=1)
+    nodes = order.indices[:, :budget]
+    parents = parents.gather(1, nodes)
+    parents = torch.where(parents < 0, -1, rank.gather(1, parents.clamp(min=0)))
     size = (order.values[:, :budget] > -torch.inf).sum(1)
-    return Draft(tokens.gather(1, chosen), None, size, place)
+    return Draft(tokens.gather(1, nodes), None, size, parents)

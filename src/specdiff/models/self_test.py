@@ -14,7 +14,7 @@ to the tests of the masks.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from specdiff.errors import UnsupportedModelError
 from specdiff.models.cache import BUCKET, RaggedCache
 from specdiff.models.loading import home
 from specdiff.models.ragged import RaggedModel
+from specdiff.tree import related
+from specdiff.types import Draft
 
 LENGTH = 12  # tokens of a row
 SHORT = 4  # tokens read before the first draft, of the first row
@@ -45,13 +47,25 @@ def self_test(model: RaggedModel) -> float:
     Returns the error relative to the largest logit. Raises UnsupportedModelError if it is out of
     tolerance, or if the model raised an exception.
     """
+    return _largest(model, _errors, "scoring over the ragged cache")
+
+
+@torch.inference_mode()
+def tree_test(model: RaggedModel) -> float:
+    """A tree with a wrong branch, and a chain after its right one was kept. As `self_test`."""
+    return _largest(model, _tree_errors, "scoring trees over the ragged cache")
+
+
+def _largest(
+    model: RaggedModel, errors_of: Callable[[RaggedModel], list[Tensor]], task: str
+) -> float:
     net = model.model
     try:
         with model.lock:
-            errors = _errors(model)
+            errors = errors_of(model)
             if model.masks.window is not None and model.masks.window > NARROW:
                 with model.masks.narrowed(NARROW):
-                    errors += _errors(model)
+                    errors += errors_of(model)
     except torch.OutOfMemoryError:
         raise
     except (
@@ -65,15 +79,14 @@ def self_test(model: RaggedModel) -> float:
     ) as exception:
         message = f"{type(exception).__name__}: {' '.join(str(exception).split())[:200]}"
         raise UnsupportedModelError(
-            f"this {net.config.model_type} model fails the self-test, "
-            f"scoring over the ragged cache: {message}"
+            f"this {net.config.model_type} model fails the self-test, {task}: {message}"
         ) from exception
     error = float(torch.stack(errors).max())  # a NaN stays one
     allowed = TOLERANCE.get(net.dtype, COARSE)
     if not error <= allowed:
         raise UnsupportedModelError(
-            f"this {net.config.model_type} model fails the self-test: scoring over the ragged "
-            f"cache differs from a plain forward by {error:.1e} of its largest logit "
+            f"this {net.config.model_type} model fails the self-test: {task} "
+            f"differs from a plain forward by {error:.1e} of its largest logit "
             f"(allowed {allowed:.0e} in {net.dtype}), so its output could not be exact"
         )
     return error
@@ -135,6 +148,38 @@ def _errors(model: RaggedModel) -> list[Tensor]:
         text.error(batch, rows, span(start, 1)),
         text.error(batch, rows, span(start + 1, DRAFT)),
     ]
+
+
+def _tree_errors(model: RaggedModel) -> list[Tensor]:
+    """The error at the right nodes of a tree, and at the tokens after them.
+
+    Nodes by slot: the anchor, a wrong token, the right one, and one more after each of these.
+    """
+    text = _text(model)
+    device = text.ids.device
+    rows = torch.arange(len(text.ids), device=device)
+    parents = torch.tensor([[-1, -1, 0, 1]], device=device)
+    right = torch.tensor([0, 2, 4], device=device)
+    depth = torch.tensor([0, 1, 1, 2, 2], device=device)
+    cache = RaggedCache(len(rows), LENGTH + BUCKET)
+    start = torch.full_like(rows, LONG)[:, None]
+    prompt = torch.arange(LONG, device=device).expand(len(rows), -1)
+    errors = [text.error(cache, rows, prompt)]
+    ids = text.ids.gather(1, start + depth)
+    ids[:, [1, 3]] = (ids[:, [1, 3]] + 1) % text.logits.shape[-1]
+    logits, _ = model.forward(
+        cache,
+        ids,
+        start + torch.arange(len(depth), device=device),
+        positions=text.positions.gather(1, start + depth),
+        related=related(Draft(parents, parents=parents)),
+    )
+    index = (start + depth[right])[..., None].expand(-1, -1, logits.shape[-1])
+    difference = (logits[:, right].float() - text.logits.gather(1, index)).abs().max()
+    errors.append(difference / text.logits.abs().max().clamp(min=1e-9))
+    cache.move(start + right, start + depth[right])
+    following = start + torch.arange(len(right), len(right) + 2, device=device)
+    return [*errors, text.error(cache, rows, following)]
 
 
 def _text(model: RaggedModel) -> _Text:

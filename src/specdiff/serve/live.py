@@ -13,6 +13,7 @@ from typing import Any
 
 from specdiff import engine
 from specdiff.capacity import Capacity
+from specdiff.decode import check_trees
 from specdiff.devices import out_of_memory
 from specdiff.drafters.base import Drafter
 from specdiff.errors import SpecdiffError, TargetError, UsageError
@@ -87,6 +88,7 @@ class LiveEngine:
         positions: int | None = None,
         observe: Callable[[engine.EngineStep], None] | None = None,
     ) -> None:
+        check_trees(drafter, target, verifier)
         self.target = target
         self.drafter = drafter
         self.verifier = verifier

@@ -15,7 +15,7 @@ from specdiff.models.cache import RaggedCache
 from specdiff.models.loading import home
 from specdiff.models.packed import PackedLinear
 from specdiff.models.ragged import RaggedModel, lock_of
-from specdiff.models.self_test import self_test
+from specdiff.models.self_test import self_test, tree_test
 from specdiff.nn.linear import stream_weights
 from specdiff.targets.base import Target
 from specdiff.tree import related
@@ -40,7 +40,8 @@ class CausalCache:
 class CausalTarget(Target[CausalCache]):
     """Scores drafts with `model`.
 
-    The self-test runs here: a model that cannot be scored exactly is refused.
+    The self-test runs here: a model that cannot be scored exactly is refused. That of trees runs
+    before the first one is scored.
     """
 
     trees = True
@@ -49,6 +50,7 @@ class CausalTarget(Target[CausalCache]):
         stream_weights(model)
         self.ragged = RaggedModel(model)
         self.error = self_test(self.ragged)
+        self.tree_error: float | None = None  # of the test of trees, once it has run
         self.model = model
         text = model.config.get_text_config()
         self.info = TargetInfo(
@@ -101,6 +103,8 @@ class CausalTarget(Target[CausalCache]):
         at = batch.length[:, None] - 1 + torch.arange(ids.shape[1], device=ids.device)
         at = at.clamp(max=cache.store.slots - 1)
         cache.tree = draft.parents is not None
+        if cache.tree and self.tree_error is None:
+            self.tree_error = tree_test(self.ragged)
         nodes = related(draft) if cache.tree else None
         logits, features = self.ragged.forward(cache.store, ids, at, taps=cache.taps, related=nodes)
         return TargetOutput(logits, features)
