@@ -112,7 +112,8 @@ class Draft:
     (None: all). `parents[b, k]` makes a tree: the node each node continues, -1 for the anchor
     (None: a chain). They come before their children, and of all nodes before x_k only its ancestors
     and earlier siblings count in x_<k: siblings drawn without replacement lack each other's tokens.
-    `branches`: which of the drafter's branches drafted for each row, on the host (empty: the first).
+    `branches`: which of the drafter's branches drafted for each row, on the host (empty: the
+    first).
     """
 
     tokens: Int[Tensor, "B K"]
