@@ -99,9 +99,9 @@ class Controller:
 
     def __call__(self, last: Round | None) -> DraftPlan:
         if last is not None and self.profile.draft_len:
-            seen = Observation.of(last)
-            if seen.counts:
-                self.observe(seen)
+            observation = Observation.of(last)
+            if observation.counts:
+                self.observe(observation)
         self.plan = self._next()
         return self.plan
 
@@ -204,8 +204,8 @@ class Controller:
             return temperatures[0]
         drafts = {}
         for temperature in temperatures:
-            seen = profile.acceptance.get((0, temperature))
-            reached = seen.reached if seen else [0.0] * profile.branches[0]
+            shared = profile.acceptance.get((0, temperature))
+            reached = shared.reached if shared else [0.0] * profile.branches[0]
             rates = hoped(profile.rates(0, temperature), reached, TASTE)
             drafts[temperature] = expected_tokens(rates)[-1]
         return max(drafts, key=drafts.__getitem__)
