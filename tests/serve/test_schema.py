@@ -95,7 +95,7 @@ def both(server: Running, folder: Path, *options: str) -> None:
     file = folder / "narrow.json"
     file.write_text(json.dumps(narrowed(httpx.get(schema).json())))
     before = tokens(server)
-    run(server.url, str(file), *options, "--mode", "positive")
+    run(server.url, str(file), *options, "--mode", "positive", "--phases", "fuzzing")
     assert tokens(server) > before, "no generated request has reached the engine"
     assert server.engine.healthy
 
