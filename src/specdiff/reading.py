@@ -1,9 +1,10 @@
-"""Prompts that are being read in pieces, and the features that their drafter is still to be given.
+"""Prompts that are being read: in pieces, with the features that their drafter is still to be
+given, or together with others.
 
 Shapes: R rows, N positions of a piece, W features, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,3 +39,19 @@ def held(readings: Sequence[Reading]) -> tuple[Float[Tensor, "R W D"], Int[Tenso
     rows = [torch.cat([empty, *reading.features]) for reading in readings]
     sizes = torch.tensor([len(row) for row in rows], device=empty.device)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), sizes
+
+
+def alike(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Groups of indices, shortest first, each of at most `tokens` tokens once it is padded.
+
+    One long prompt among many would have all of them padded to its length. All of them are one
+    group if they fit; a longer one is a group of its own.
+    """
+    group: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if group and (len(group) + 1) * lengths[index] > tokens:
+            yield sorted(group)
+            group = []
+        group.append(index)
+    if group:
+        yield sorted(group)

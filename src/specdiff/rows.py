@@ -1,6 +1,6 @@
 """Rows: the rows of a running batch, which requests join and leave between decoding steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from specdiff.devices import mapped
 from specdiff.drafters.base import Drafter
 from specdiff.prefix_cache import seats
 from specdiff.reading import Reading, held
+from specdiff.reading import alike as alike
 from specdiff.request import Request as Request
 from specdiff.request import Slot as Slot
 from specdiff.targets.base import Target
@@ -321,22 +322,6 @@ def need(slot: Slot, capacity: Capacity, longest: int) -> int:
     """The positions that a request may take: prompt, answer, and a draft of `longest` tokens."""
     request = slot.request
     return capacity.need(len(request.prompt) + request.params.max_tokens + longest + 1)
-
-
-def alike(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Groups of indices, shortest first, each of at most `tokens` tokens once it is padded.
-
-    One long prompt among many would have all of them padded to its length. All of them are one
-    group if they fit; a longer one is a group of its own.
-    """
-    group: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if group and (len(group) + 1) * lengths[index] > tokens:
-            yield sorted(group)
-            group = []
-        group.append(index)
-    if group:
-        yield sorted(group)
 
 
 def _tiled(last: Round | None, source: Int[Tensor, "R"]) -> Round | None:

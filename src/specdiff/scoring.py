@@ -60,7 +60,7 @@ class PromptScoring:
         batch = replace(batch, length=torch.full_like(batch.length, start + 1))
         draft = Draft(batch.ids[:, start + 1 : end])
         logits = self.target.score(cache, batch, draft).logits[0]
-        finite = int(decode.finite_rows(logits[None])[0])
+        finite = int(decode.finite_rows(logits[None])[0].long().cumprod(0).sum())
         if finite < len(logits):
             raise TargetError(decode.reason(start + finite + 1))
         logits = logits if logits.dtype == torch.float64 else logits.float()

@@ -19,7 +19,8 @@ from specdiff.engine import EngineStep, Request
 from specdiff.scoring import PromptScore, PromptScoring
 from specdiff.serve.app import build
 from specdiff.serve.live import Job, LiveEngine
-from specdiff.types import SamplingParams
+from specdiff.targets.base import TargetWrapper
+from specdiff.types import Batch, Draft, SamplingParams, TargetOutput
 from specdiff.verify import token
 from test_lm import END, lm, target, tokenizer  # noqa: F401
 
@@ -129,6 +130,25 @@ def test_logits_that_are_nan_fail_the_scores_alone(lm: SpeculativeLM) -> None:
         assert answer.status_code == 500
         assert "not finite" in answer.json()["error"]["message"]
         assert post(address, seed=3).status_code == 200
+
+
+class Full(TargetWrapper[Any]):
+    """Has memory for rounds, and none for the pieces of a prompt."""
+
+    def score(self, cache: Any, batch: Batch, draft: Draft) -> TargetOutput:
+        if draft.tokens.shape[1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.inner.score(cache, batch, draft)
+
+
+def test_a_full_memory_fails_the_scores_alone(lm: SpeculativeLM) -> None:
+    engine = LiveEngine(Full(lm.target), lm.drafter, token, 3, max_len=lm.max_len)
+    with running(build(lm, engine, name="tiny")) as address:
+        answer = post(address, logprobs=1)
+        assert answer.status_code == 503
+        assert "out of memory" in answer.json()["error"]["message"]
+        assert post(address).status_code == 200
+        assert engine.healthy and not engine.waiting
 
 
 def test_rounds_go_on_between_the_pieces_of_a_prompt(lm: SpeculativeLM) -> None:

@@ -21,6 +21,7 @@ from specdiff.scoring import PromptScore, PromptScoring
 from specdiff.targets.base import Target
 from specdiff.verify import Verifier, match, match_gumbel
 
+FULL = "out of memory; try again later, or with a shorter prompt"
 CHUNK = 512  # prompt tokens read between two rounds
 
 NOTHING = engine.RequestOutput(0, [], 0, 0, "length", False, {})  # of a job that generates nothing
@@ -277,8 +278,12 @@ class LiveEngine:
             scoring = self._scoring = PromptScoring(self.target, prompt, job.scores)
         try:
             scoring.advance()
-        except TargetError as error:
-            _send(job, error)
+        except Exception as error:
+            full = out_of_memory(error)
+            if not full and not isinstance(error, TargetError):
+                raise
+            self._scoring = None
+            _send(job, MemoryFullError(FULL) if full else error)
             self.cancel(job)
             return
         if scoring.done:
@@ -320,7 +325,7 @@ class LiveEngine:
             self._running.clear()
             self._pulled = 0
         for job in jobs:
-            _send(job, MemoryFullError("out of memory; try again later, or with a shorter prompt"))
+            _send(job, MemoryFullError(FULL))
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
