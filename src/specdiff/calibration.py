@@ -16,11 +16,11 @@ from specdiff.drafters.base import Drafter
 from specdiff.noise import Noise
 from specdiff.profile import Costs, Profile
 from specdiff.targets.base import Target
-from specdiff.types import Batch, Context, Draft, DraftPlan, SamplingParams
+from specdiff.types import Batch, Context, Draft, DraftPlan, Round, SamplingParams
 
 SECONDS = 0.3  # of timing
-CONTEXT = 64  # tokens of the scratch text
-TURNS = 3  # rounds of each length, of which the first warms up
+CONTEXT = 32  # tokens of the scratch text
+TURNS = 2  # rounds of each length: the first ones warm up, and the faster one of two counts
 LENGTHS = (1, 2, 4, 8)
 
 
@@ -46,34 +46,27 @@ def calibrate(
     """
     if not profile.draft_len:
         return
-    longest = profile.draft_len
-    widths = [DraftPlan((n,)) for n in (0, *LENGTHS, longest) if n <= longest]
-    rest = profile.branches[1:]
-    own = [n for n in (*LENGTHS, profile.branches[0]) if n <= profile.branches[0]]
-    drafts = [DraftPlan((n, *[0] * len(rest))) for n in dict.fromkeys(own)]
-    if rest:
-        drafts.insert(0, DraftPlan((0, *rest)))
     begin = clock()
     costs = Costs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         try:
-            scoring = _start(target, _RepeatDrafter(), longest)
-            if clock() - begin > seconds:
-                return
-            drafting = _start(target, drafter, longest)
-            rounds = [(scoring, plan) for plan in dict.fromkeys(widths)]
-            rounds += [(drafting, plan) for plan in drafts]
-            for turn, (state, plan) in product(range(TURNS), rounds):
+            states: list[decode.DecodeState] = []
+            for proposer in (_RepeatDrafter(), drafter):
+                states.append(_start(target, proposer, profile.draft_len))
+                if clock() - begin > seconds:
+                    return
+            came: set[DraftPlan] = set()
+            for _, (own, plan) in product(range(TURNS), _rounds(profile)):
+                state = states[own]
+                if not own and plan in came:
+                    continue  # the drafter's own rounds time the scoring, too
                 if bool(state.batch.done.all()) or clock() - begin > seconds:
                     return
                 last = decode.step(state, plan)
-                drafted = last.seconds["draft"]
-                if turn and state is scoring:
-                    scored = last.draft.tokens.shape[1] + 1
-                    costs.score.observe(scored, sum(last.seconds.values()) - drafted)
-                elif turn and not bool(state.state.off.any()):
-                    costs.draft.observe(plan.lengths[0], drafted)
+                if own and last.draft.tokens.shape[1] == plan.longest:
+                    came.add(DraftPlan((plan.longest,)))
+                _observe(costs, last, plan, own=own)
         except Exception:  # the requests meet it again, and say whose fault it is
             return
         finally:
@@ -81,12 +74,34 @@ def calibrate(
                 profile.costs[1] = costs
 
 
+def _rounds(profile: Profile) -> list[tuple[bool, DraftPlan]]:
+    """Whether the drafter itself drafts, and the plan; shorter drafts come first."""
+    longest = profile.draft_len
+    network, *others = profile.branches
+    rounds = []
+    for n in dict.fromkeys((0, *(n for n in LENGTHS if n < longest), longest)):
+        if 0 < n <= network:
+            rounds.append((True, DraftPlan((n, *[0] * len(others)))))
+        rounds.append((False, DraftPlan((n,))))
+    if others:
+        rounds.append((True, DraftPlan((0, *others))))
+    return rounds
+
+
+def _observe(costs: Costs, last: Round, plan: DraftPlan, *, own: bool) -> None:
+    drafting = last.seconds["draft"]
+    if own and not bool(last.disabled.any()):
+        costs.draft.observe(plan.lengths[0], drafting)
+    scored = last.draft.tokens.shape[1] + 1
+    costs.score.observe(scored, sum(last.seconds.values()) - drafting)
+
+
 def _start(target: Target[Any], drafter: Drafter[Any], longest: int) -> decode.DecodeState:
     """A scratch state, which is not released: a drafter with a memory must not remember it."""
     info = target.info
     context = min(CONTEXT, info.max_positions // 2)
     prompt: Sequence[int] = [i % info.vocab_size for i in range(context)]
-    needed = TURNS * (len(LENGTHS) + 2) * (longest + 1)
+    needed = TURNS * (len(LENGTHS) + 3) * (longest + 1)
     params = SamplingParams(max_tokens=max(1, min(needed, info.max_positions - context)))
     batch = Batch.of([prompt], [params], [0], device=info.device)
     slots = context + params.max_tokens + longest + 1
