@@ -9,6 +9,7 @@ D head width.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,7 @@ class RaggedCache:
     index: tuple[Int[Tensor, "R 1"], Int[Tensor, "R N"]] | None = None  # rows and slots to write
     whole: bool = True  # whether those are all rows, in order
     bound: int = 0
+    graphs: dict[Any, Any] = field(default_factory=dict)  # captured forwards over this cache
 
     def place(
         self,
@@ -50,11 +52,18 @@ class RaggedCache:
     ) -> tuple[Float[Tensor, "R A S D"], Float[Tensor, "R A S D"]]:
         """Store this forward's keys and values; return all that may be attended."""
         if layer not in self.keys:
-            self.keys[layer] = keys.new_zeros(self.rows, keys.shape[1], self.slots, keys.shape[3])
-            self.values[layer] = values.new_zeros(
-                self.rows, values.shape[1], self.slots, values.shape[3]
-            )
+            self.allocate(layer, keys, values)
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    def allocate(
+        self, layer: int, keys: Float[Tensor, "R A N D"], values: Float[Tensor, "R A N D"]
+    ) -> None:
+        """Zeros for a layer whose keys and values have the heads, widths and dtypes of these.
+
+        A compiled layer takes the attended slots to be a part of all, hence one more.
+        """
+        for stores, new in ((self.keys, keys), (self.values, values)):
+            stores[layer] = new.new_zeros(self.rows, new.shape[1], self.slots + 1, new.shape[3])
 
     def _write(self, store: Tensor, new: Tensor) -> Tensor:
         assert self.index is not None, "place comes first"
