@@ -110,6 +110,9 @@ def bench(
     dtype: params.Dtype = "auto",
     quantize: params.Quantize = "auto",
     threads: params.Threads = "auto",
+    compile: Annotated[
+        bool, params.flag("Measure compiled layers.", "--compile", panel=params.MODEL)
+    ] = False,
     config: params.Config = None,
     out: Annotated[
         Path | None,
@@ -163,6 +166,7 @@ def bench(
         "dtype": dtype,
         "quantize": quantize,
         "threads": params.thread_count(threads),
+        "compile": compile,
         "smoke": smoke,
     }
     base = (PAPER if suite == "paper" else {}) | (QUICK if quick else {}) | (SMOKE if smoke else {})

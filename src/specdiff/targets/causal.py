@@ -10,6 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdiff.compiled.background import start
+from specdiff.compiled.compilation import Compilation
+from specdiff.compiled.graphs import Graphs
 from specdiff.models.cache import RaggedCache
 from specdiff.models.loading import home
 from specdiff.models.packed import PackedLinear
@@ -42,6 +45,7 @@ class CausalTarget(Target[CausalCache]):
         self.ragged = RaggedModel(model)
         self.error = self_test(self.ragged)
         self.model = model
+        self.compilation: Compilation | Graphs | None = None
         text = model.config.get_text_config()
         self.info = TargetInfo(
             name=name or str(model.config.name_or_path),
@@ -55,7 +59,14 @@ class CausalTarget(Target[CausalCache]):
             head=_head(model),
         )
 
+    def compile(self, mode: bool | str = True) -> Compilation | Graphs | None:
+        """Compile the model's layers: see `specdiff.compiled.background.start` for `mode`."""
+        self.compilation = start(self.ragged, mode)
+        return self.compilation
+
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
+        if self.ragged.runner is not None:
+            self.ragged.runner.refresh()
         return CausalCache(RaggedCache(rows, slots), tuple(taps))
 
     def admit(
