@@ -194,7 +194,9 @@ def load(part: Part, settings: BenchSettings, texts: list[suites.PromptText]) ->
         quantize=settings.quantize,
         max_len=1 << 30,
         threads=settings.threads,
+        compile=settings.compile,
     )
+    lm.wait_for_compilation()
     prompts, notes = suites.encode(texts, lm, part.prefix)
     if not prompts:
         reason = notes[0] if notes else "there are none"

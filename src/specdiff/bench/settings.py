@@ -66,6 +66,7 @@ class BenchSettings:
     dtype: str = "auto"
     quantize: str = "auto"
     threads: int | str | None = None
+    compile: bool = False
     sweeps: bool = True
     sample: int = 5
     tuning_tokens: int = 32

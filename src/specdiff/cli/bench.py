@@ -118,6 +118,9 @@ def bench(
     dtype: params.Dtype = "auto",
     quantize: params.Quantize = "auto",
     threads: params.Threads = "auto",
+    compile: Annotated[
+        bool, params.flag("Measure compiled layers.", "--compile", panel=params.MODEL)
+    ] = False,
     config: params.Config = None,
     out: Annotated[
         Path | None,
@@ -192,6 +195,7 @@ def bench(
         "quantize": quantize,
         "threads": params.thread_count(threads),
         "curves": curves,
+        "compile": compile,
         "smoke": smoke,
         "scale": scale,
         "texts": tuple(texts or ()),

@@ -148,6 +148,7 @@ def data(
             quantize="none" if features and quantize == "auto" else quantize,
             max_len=max_model_len,
             threads=count,
+            compile=False,  # so that a corpus does not depend on what is on disk
         )
     job = _Corpus(lm, out, tokens, batch, shard_tokens, notes)
     longest = lm.max_len if verbatim else lm.max_len - max_tokens

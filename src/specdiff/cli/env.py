@@ -13,6 +13,7 @@ def env(
     import torch
 
     from specdiff import devices, environment
+    from specdiff.compiled import background, store
     from specdiff.models.gguf import cache_home
 
     cpu = torch.device("cpu")
@@ -30,6 +31,8 @@ def env(
             "gguf weights": "as they are" if native else "expanded to float32",
             "default dtype": devices.weights_dtype_in_words(torch.device("cuda") if cuda else cpu),
             "cache": str(cache_home()),
+            "compiler": background.no_compiler() or "found",
+            "compiled layers": store.summary(),
             "converted models": sorted(
                 p.name for p in (cache_home() / "gguf").glob("*") if not p.name.startswith(".")
             ),

@@ -66,6 +66,14 @@ Threads = Annotated[
     str,
     option("CPU threads: N, or auto (the fastest now).", panel=MODEL, variable="THREADS"),
 ]
+Compile = Annotated[
+    bool,
+    flag("Compile layers in the background.", "--compile", panel=MODEL, variable="COMPILE"),
+]
+NoCompile = Annotated[
+    bool,
+    flag("Use no compiled layers.", "--no-compile", panel=MODEL, variable="NO_COMPILE"),
+]
 MaxModelLen = Annotated[
     int, option("Maximum tokens of prompt and answer.", panel=MODEL, variable="MAX_MODEL_LEN")
 ]
@@ -219,6 +227,13 @@ def drafter_options(
     """The drafter's own options, as `specdiff.load` takes them."""
     options = {"steps": steps, "order": order, "sampler": sampler, "tree": tree}
     return without_unset({**options, "draft_temperature": draft_temperature})
+
+
+def compile_mode(compile: bool, no_compile: bool) -> bool | str:
+    """The argument `compile` of `specdiff.load`. Raises UsageError if both flags are there."""
+    if compile and no_compile:
+        raise UsageError("--compile and --no-compile contradict each other; give one of them")
+    return compile if compile or no_compile else "auto"
 
 
 def sampling_defaults(generation_config: str) -> dict[str, str]:

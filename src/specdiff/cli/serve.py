@@ -13,6 +13,8 @@ def serve(
     model: params.Model = "smollm2-135m",
     device: params.Device = "auto",
     dtype: params.Dtype = "auto",
+    compile: params.Compile = False,
+    no_compile: params.NoCompile = False,
     max_model_len: params.MaxModelLen = 2048,
     model_options: params.ModelOptions = "{}",
     generation_config: params.GenerationConfig = "auto",
@@ -121,6 +123,7 @@ def serve(
     loading: dict[str, Any] = {
         "device": device,
         "dtype": dtype,
+        "compile": params.compile_mode(compile, no_compile),
         "max_len": max_model_len,
         "drafter_device": drafter_device,
         "drafter_options": params.drafter_options(steps, order, sampler, draft_temperature, tree),

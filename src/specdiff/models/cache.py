@@ -10,6 +10,7 @@ D head width.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +33,7 @@ class RaggedCache:
     whole: bool = True  # whether those are all rows, in order
     bound: int = 0
     width: int = 0  # slots that the stores must have
+    graphs: dict[Any, Any] = field(default_factory=dict)  # captured forwards over this cache
 
     def place(
         self,
@@ -48,28 +50,38 @@ class RaggedCache:
         self.index = rows[:, None], at
         reach = int(at.max()) + 1 if length is None else length
         self.bound = min(self.slots, -(-reach // BUCKET) * BUCKET)
-        self.width = self.slots if length is not None else min(self.slots, rounded(self.bound))
+        width = self.slots if length is not None else min(self.slots, rounded(self.bound))
+        self.width = width + 1  # a compiled layer takes the attended slots to be a part of all
 
     def update(
         self, keys: Float[Tensor, "R A N D"], values: Float[Tensor, "R A N D"], layer: int
     ) -> tuple[Float[Tensor, "R A S D"], Float[Tensor, "R A S D"]]:
         """Store this forward's keys and values; return all that may be attended."""
-        if layer not in self.keys or self.keys[layer].shape[2] < self.width:
-            self.keys[layer] = self._grown(self.keys.get(layer), keys)
-            self.values[layer] = self._grown(self.values.get(layer), values)
+        self.reserve(layer, keys, values)
         return self._write(self.keys[layer], keys), self._write(self.values[layer], values)
+
+    def reserve(
+        self, layer: int, keys: Float[Tensor, "R A N D"], values: Float[Tensor, "R A N D"]
+    ) -> None:
+        """Room for `width` slots in a layer's stores, of the heads, widths and dtypes of these."""
+        for stores, new in ((self.keys, keys), (self.values, values)):
+            old = stores.get(layer)
+            if old is not None and old.shape[2] >= self.width:
+                continue
+            self.graphs.clear()  # they read and write the old store
+            stores[layer] = new.new_zeros(self.rows, new.shape[1], self.width, new.shape[3])
+            if old is not None:
+                stores[layer][:, :, : old.shape[2]] = old
+
+    @property
+    def reserved(self) -> bool:
+        """Whether the stores of the first layer have room for this forward."""
+        return 0 in self.keys and self.keys[0].shape[2] >= self.width
 
     @property
     def nbytes(self) -> int:
         """Bytes of the keys and values."""
         return sum(store.nbytes for store in (*self.keys.values(), *self.values.values()))
-
-    def _grown(self, store: Tensor | None, new: Tensor) -> Tensor:
-        """The store with room for `width` slots."""
-        grown = new.new_zeros(self.rows, new.shape[1], self.width, new.shape[3])
-        if store is not None:
-            grown[:, :, : store.shape[2]] = store
-        return grown
 
     def move(self, source: Int[Tensor, "R N"], to: Int[Tensor, "R N"]) -> None:
         """Copy the keys and values of every row from slots `source` to slots `to`."""

@@ -7,8 +7,10 @@ Shapes: R rows of one forward, N positions of it, V vocabulary.
 
 import inspect
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +82,7 @@ class _Layer(CacheLayerMixin):
         return self.store.slots
 
 
-class _View(Cache):
+class View(Cache):
     """The ragged cache in the shape transformers expects."""
 
     def __init__(self, store: RaggedCache, layers: int) -> None:
@@ -98,6 +100,36 @@ class _View(Cache):
         return self.store.update(key_states, value_states, layer_idx)
 
 
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The arguments of one forward.
+
+    last: logits for that many final positions (0: for all).
+    related: of a tree, which tokens each attends to.
+    """
+
+    ids: Int[Tensor, "R N"]
+    at: Int[Tensor, "R N"]
+    positions: Int[Tensor, "R N"]
+    taps: tuple[int, ...]
+    last: int
+    related: Bool[Tensor, "#R N N"] | None = None
+
+
+class Runner(ABC):
+    """Another way to compute a model's forwards, with the same results up to rounding."""
+
+    @abstractmethod
+    def run(
+        self, cache: RaggedCache, forward: Forward
+    ) -> tuple[Float[Tensor, "R N V"], list[Float[Tensor, "R N D"]]]:
+        """What `RaggedModel.eager` returns. The model's lock is held."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Follow changes of the model; called when a cache is opened."""
+
+
 class RaggedModel:
     """forward(cache, ids, at) -> logits, and the hidden states of `taps`.
 
@@ -110,6 +142,7 @@ class RaggedModel:
         self.model = model.eval()
         self.masks = masks_for(model)
         self.lock = lock_of(model)
+        self.runner: Runner | None = None  # None: eager
         if getattr(model.config, "_attn_implementation", None) == "sdpa":
             model.set_attn_implementation(ATTENTION)
         text = model.config.get_text_config()
@@ -144,24 +177,34 @@ class RaggedModel:
             positions = at if related is None else at[:, :1] + related.sum(-1) - 1
             # only tokens that no row may reach lie beyond the last position
             positions = positions.clamp(max=self.max_positions - 1)
-        trim = {"logits_to_keep": last} if last and self.trims else {}
-        with self.lock, self.masks.applied(at, cache.bound, self.model.dtype, related) as mask:
-            out = self.model(
-                ids,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=_View(cache, self.layers),
-                use_cache=True,
-                # the others are not held; an empty list would still install transformers' hooks
-                output_hidden_states=[tap + 1 for tap in taps] or False,
-                **trim,
-            )
+        forward = Forward(ids, at, positions, tuple(taps), last, related)
+        run = self.eager if self.runner is None else self.runner.run
+        with self.lock:
+            logits, states = run(cache, forward)
         # a model's layers may lie on several devices; the results go to that of the tokens
-        logits = out.logits[:, -last:].to(ids.device)
+        logits = logits[:, -last:].to(ids.device)
         if not taps:
             return logits, None
-        states = [out.hidden_states[t + 1].to(ids.device) for t in taps]
-        return logits, torch.cat(states, dim=-1)
+        return logits, torch.cat([state.to(ids.device) for state in states], dim=-1)
+
+    def eager(
+        self, cache: RaggedCache, forward: Forward
+    ) -> tuple[Float[Tensor, "R N V"], list[Float[Tensor, "R N D"]]]:
+        """The model's own forward: logits, and the hidden states of each tap. Hold the lock."""
+        trim = {"logits_to_keep": forward.last} if forward.last and self.trims else {}
+        dtype = self.model.dtype
+        with self.masks.applied(forward.at, cache.bound, dtype, forward.related) as mask:
+            out = self.model(
+                forward.ids,
+                position_ids=forward.positions,
+                attention_mask=mask,
+                past_key_values=View(cache, self.layers),
+                use_cache=True,
+                # the others are not held; an empty list would still install transformers' hooks
+                output_hidden_states=[tap + 1 for tap in forward.taps] or False,
+                **trim,
+            )
+        return out.logits, [out.hidden_states[tap + 1] for tap in forward.taps]
 
     @contextmanager
     def untouched(self) -> Iterator[None]:

@@ -11,6 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdiff.compiled.background import start
+from specdiff.compiled.compilation import Compilation
+from specdiff.compiled.graphs import Graphs
 from specdiff.models.cache import RaggedCache
 from specdiff.models.loading import home
 from specdiff.models.packed import PackedLinear
@@ -52,6 +55,7 @@ class CausalTarget(Target[CausalCache]):
         self.error = self_test(self.ragged)
         self.tree_error: float | None = None  # of the test of trees, once it has run
         self.model = model
+        self.compilation: Compilation | Graphs | None = None
         text = model.config.get_text_config()
         self.info = TargetInfo(
             name=name or str(model.config.name_or_path),
@@ -70,9 +74,16 @@ class CausalTarget(Target[CausalCache]):
         store = RaggedCache(1, 1)
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.info.device)
         self.ragged.forward(store, zero, zero)
-        return store.nbytes
+        return store.nbytes // store.width
+
+    def compile(self, mode: bool | str = True) -> Compilation | Graphs | None:
+        """Compile the model's layers: see `specdiff.compiled.background.start` for `mode`."""
+        self.compilation = start(self.ragged, mode)
+        return self.compilation
 
     def open(self, rows: int, slots: int, taps: Sequence[int] = ()) -> CausalCache:
+        if self.ragged.runner is not None:
+            self.ragged.runner.refresh()
         return CausalCache(RaggedCache(rows, slots), tuple(taps))
 
     def admit(

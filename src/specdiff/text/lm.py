@@ -256,6 +256,14 @@ class SpeculativeLM:
             )
         return drafter, options.length(drafter, profile)
 
+    def wait_for_compilation(self) -> bool:
+        """Wait for the layers that `load(..., compile=True)` compiles in the background.
+
+        Returns whether all of them are in use; until then, and without them, decoding is eager.
+        """
+        compilation = getattr(self.target, "compilation", None)
+        return compilation is not None and compilation.wait()
+
     @property
     def end_ids(self) -> tuple[int, ...]:
         """The token ids that end an answer: see `defaults.end_ids`."""

@@ -12,6 +12,7 @@ from specdiff.arguments import brief, whole
 from specdiff.drafters.base import Drafter
 from specdiff.errors import ConfigError, UsageError
 from specdiff.models.packed import FORMS
+from specdiff.targets.causal import CausalTarget
 from specdiff.text import defaults
 from specdiff.text.lm import SpeculativeLM
 from specdiff.text.threads import checked, set_threads
@@ -40,6 +41,7 @@ def load(
     generation_config: str = "auto",
     threads: int | str | None = None,
     calibrate: bool = True,
+    compile: bool | str = "auto",
 ) -> SpeculativeLM:
     """Load a model and the drafter that accelerates it.
 
@@ -70,6 +72,9 @@ def load(
             None: unchanged.
         calibrate: time a few rounds, for 0.3 seconds at most, so that `draft_len="auto"` knows
             their costs before the first request.
+        compile: compile the decoder layers of a CPU target with a C++ compiler, and store them on
+            disk for later processes. True: in the background, while eager layers serve. "auto": use
+            what is on disk. False: eager layers only. Results differ from eager ones by rounding.
 
     Raises UnknownNameError, ConfigError, WeightsError, UnsupportedModelError or DrafterError, each
     naming the value and the fix.
@@ -87,6 +92,10 @@ def load(
     if dtype not in DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}", param="dtype")
     count = checked(threads)
+    if compile not in (True, False, "auto"):
+        raise UsageError(
+            f"compile must be True, False or 'auto', not {brief(compile)}", param="compile"
+        )
     max_len = whole("max_len", max_len)
     if max_len < 2:
         raise UsageError(f"max_len must be at least 2, not {max_len}", param="max_len")
@@ -104,6 +113,8 @@ def load(
     own_device = None if drafter_device is None else _device("drafter_device", drafter_device)
     target, folder = catalog.target(model, weights_dtype, target_device, model_options, form)
     set_threads(count, target)
+    if isinstance(target, CausalTarget):
+        target.compile(compile)
     network = getattr(target, "model", None)
     sampling = defaults.sampling_defaults(network) if generation_config == "auto" else {}
     lm = SpeculativeLM(
