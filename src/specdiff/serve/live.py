@@ -122,8 +122,7 @@ class LiveEngine:
         idle = self.max_rows - self.running
         if self.waiting + count > self.max_queue + idle:
             raise QueueFullError(
-                f"{self.waiting} requests wait, and the queue holds {self.max_queue}; "
-                "try again later"
+                f"the queue holds {self.max_queue} requests and is full; try again later"
             )
 
     def submit(self, *jobs: Job) -> None:
