@@ -78,24 +78,23 @@ def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
-def run(url: str, schema: str, *options: str) -> str:
-    """Send generated requests. Returns the report; a 5xx or a slow answer fails."""
+def run(folder: Path, url: str, schema: str, *options: str) -> None:
+    """Send generated requests; a 5xx or a slow answer fails. Its cache is written to the folder."""
     command = [sys.executable, "-m", "schemathesis.cli", "run", schema, "--url", url]
     command += ["--checks", "not_a_server_error", "--max-response-time", "10", "--no-color"]
     command += ["--suppress-health-check", "all", "--continue-on-failure", "--seed", "0", *options]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=3600, cwd=folder)
     assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
 
 
 def both(server: Running, folder: Path, *options: str) -> None:
     """The schema as it is, and narrowed so that most requests are good."""
     schema = f"{server.url}/openapi.json"
-    run(server.url, schema, *options)
+    run(folder, server.url, schema, *options)
     file = folder / "narrow.json"
     file.write_text(json.dumps(narrowed(httpx.get(schema).json())))
     before = tokens(server)
-    run(server.url, str(file), *options, "--mode", "positive", "--phases", "fuzzing")
+    run(folder, server.url, str(file), *options, "--mode", "positive", "--phases", "fuzzing")
     assert tokens(server) > before, "no generated request has reached the engine"
     assert server.engine.healthy
 
