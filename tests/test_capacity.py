@@ -103,7 +103,7 @@ def test_a_store_that_grows_keeps_its_entries() -> None:
         keys, values = cache.update(part, -part, 0)
     assert torch.equal(keys[:, :, :800], torch.cat(parts, dim=2))
     assert torch.equal(values, -keys)
-    assert cache.keys[0].shape[2] == 900  # all there are: less than a whole step
+    assert cache.keys[0].shape[2] == 901  # all there are, less than a whole step, and one
 
 
 def test_a_request_that_waits_for_room_may_leave(target: CausalTarget) -> None:
