@@ -2,7 +2,8 @@
 
 Every setting decodes every prompt at batch 1, in turns, and is compared with the cold start of the
 same drafter and number of passes: tau and tokens per second as ratios, per task and over all tasks,
-with bootstrap intervals over the prompts (95 %). Runs that the file already holds are not repeated.
+with bootstrap intervals over the prompts (95 %). Runs that the file already holds are not repeated:
+take another file for other tokens, draft lengths or verifiers.
 
 sedd, or a folder of its kind: each weight, and the canvas, at each number of passes
 a block drafter's folder: each weight
@@ -57,9 +58,10 @@ def measured(
     prompt: EncodedPrompt,
     temperature: float,
     a: argparse.Namespace,
+    repeat: int = 0,
 ) -> Run:
     params = SamplingParams(max_tokens=a.tokens, temperature=temperature, stop_token_ids=lm.end_ids)
-    batch = Batch.of([prompt.ids], [params], [row_seed(a.seed, hash_of(prompt.id))])
+    batch = Batch.of([prompt.ids], [params], [row_seed(a.seed + repeat, hash_of(prompt.id))])
     length = a.draft_len or drafter.draft_len
     tokens = rounds = 0
     begin = time.perf_counter()
@@ -94,7 +96,7 @@ def run(lm: SpeculativeLM, a: argparse.Namespace) -> None:
                 line = {"drafter": spec, "passes": passes, "hot_start": str(hot)}
                 line |= {"temperature": temperature, "prompt": prompt.id, "task": prompt.task}
                 line |= {"repeat": repeat}
-                line |= measured(lm, drafters[passes, hot], prompt, temperature, a)
+                line |= measured(lm, drafters[passes, hot], prompt, temperature, a, repeat)
                 with a.out.open("a") as file:
                     file.write(json.dumps(line) + "\n")
 
@@ -105,6 +107,10 @@ def lines(path: Path) -> list[Run]:
 
 def key_of(line: Run) -> Key:
     return line["drafter"], line["passes"], line["hot_start"], line["temperature"]
+
+
+def parts(runs: list[Run]) -> set[tuple[str, int]]:
+    return {(line["prompt"], line["repeat"]) for line in runs}
 
 
 def totals(runs: list[Run]) -> torch.Tensor:
@@ -141,7 +147,7 @@ def report(path: Path) -> None:
     for (key, task), runs in groups.items():
         spec, passes, hot, temperature = key
         cold = groups.get(((spec, passes, "0.0", temperature), task), [])
-        if hot == "0.0" or len(cold) != len(runs):
+        if hot == "0.0" or parts(cold) != parts(runs):
             continue
         one = totals(runs)
         other = totals(cold)
