@@ -63,7 +63,7 @@ class Costs:
     def sure(self) -> bool:
         """Whether no median may be an outlier."""
         curves = (self.score, self.draft)
-        return all(len(seen) >= SURE for curve in curves for seen in curve.latest.values())
+        return all(len(passes) >= SURE for curve in curves for passes in curve.latest.values())
 
     def scaled(self, factor: float) -> "Costs":
         """A guess for `factor` times as many rows: their positions take what one row's would."""
@@ -173,11 +173,11 @@ class Profile:
         self, branch: int, temperature: float | None, own: Acceptance | None = None
     ) -> list[float]:
         """Acceptance by position, given that it is reached; apart from what a stream saw itself."""
-        seen = self.acceptance.get((branch, temperature)) or Acceptance.of(self.branches[branch])
+        counts = self.acceptance.get((branch, temperature)) or Acceptance.of(self.branches[branch])
         first = None if temperature is None else self.temperatures[0]
         if temperature != first:
-            return seen.rates(self.rates(branch, first, own), WEIGHT)
-        return (seen if own is None else seen.without(own)).chained(EXPECTED, WEIGHT)
+            return counts.rates(self.rates(branch, first, own), WEIGHT)
+        return (counts if own is None else counts.without(own)).chained(EXPECTED, WEIGHT)
 
     def observe_acceptance(
         self,
