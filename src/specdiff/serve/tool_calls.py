@@ -58,9 +58,9 @@ class ToolCallReader:
             before, _, after = self._buffer.partition(OPEN)
             inside, end, after = after.partition(CLOSE)
             if not end:  # the call is not complete; the space before it waits too
-                kept = before.rstrip()
-                self._buffer = self._buffer[len(kept) :]
-                return content + kept, calls
+                head = before.rstrip()
+                self._buffer = self._buffer[len(head) :]
+                return content + head, calls
             call = self._call(inside)
             if call is None:
                 content += before + OPEN + inside + CLOSE
