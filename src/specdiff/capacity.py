@@ -13,7 +13,7 @@ def rounded(positions: int) -> int:
 
 
 def stored(positions: int) -> int:
-    """The slots of a row that reserves a number of positions: one is spare."""
+    """The slots of a row that reserves a number of positions: one more, which holds nothing."""
     return rounded(positions) + 1
 
 
