@@ -21,7 +21,7 @@ from specdiff.types import Batch, Draft, SamplingParams, TargetOutput
 from specdiff.verify import token
 from test_lm import VOCAB, tokenizer  # noqa: F401
 
-POSITIONS = 4 * STEP  # four short rows, or one long one
+POSITIONS = 4 * (STEP + 1)  # four short rows, or one long one
 
 
 class Measured(TargetWrapper[Any]):
@@ -90,7 +90,7 @@ def test_texts_are_those_of_requests_alone_and_memory_is_bounded(
 def test_the_cache_is_as_wide_as_the_texts(target: CausalTarget) -> None:
     measured = Measured(target)
     texts(measured, [Request([1, 2, 3], SamplingParams(9), 0)], slots=900)
-    assert {size for _, size in measured.shapes} == {STEP * target.position_bytes}
+    assert {size for _, size in measured.shapes} == {(STEP + 1) * target.position_bytes}
 
 
 def test_a_store_that_grows_keeps_its_entries() -> None:
@@ -103,7 +103,7 @@ def test_a_store_that_grows_keeps_its_entries() -> None:
         keys, values = cache.update(part, -part, 0)
     assert torch.equal(keys[:, :, :800], torch.cat(parts, dim=2))
     assert torch.equal(values, -keys)
-    assert cache.keys[0].shape[2] == 901  # all there are, less than a whole step, and one
+    assert cache.keys[0].shape[2] == 901  # all there are and a spare one: less than a whole step
 
 
 def test_a_request_that_waits_for_room_may_leave(target: CausalTarget) -> None:
@@ -142,12 +142,12 @@ def test_a_grammar_moves_with_its_row(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize("positions", [STEP, 3 * STEP])
 def test_a_row_that_never_fits_is_refused(target: CausalTarget, positions: int) -> None:
-    with pytest.raises(UsageError, match=f"may take {4 * STEP} positions .* {positions}"):
+    with pytest.raises(UsageError, match=f"may take {4 * STEP + 1} positions .* {positions}"):
         texts(target, iter([]), slots=900, positions=positions)
 
 
 def test_rows_double_as_long_as_they_have_room() -> None:
-    room = Capacity(8, 1000, 10 * STEP)
+    room = Capacity(8, 1000, 10 * (STEP + 1))
     assert room.grown(2, 1, STEP) == 4
     assert room.grown(4, 1, 2 * STEP) == 5
     assert room.grown(1, 3, 2 * STEP) == 4

@@ -12,6 +12,11 @@ def rounded(positions: int) -> int:
     return -(-positions // STEP) * STEP
 
 
+def stored(positions: int) -> int:
+    """The slots of a row that reserves a number of positions: one more, which holds nothing."""
+    return rounded(positions) + 1
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """At most `rows` rows of `width` positions, and `positions` in all (None: no such limit).
@@ -27,7 +32,7 @@ class Capacity:
         """Raise UsageError if one row of full width has no room."""
         if not self.holds(1, self.width):
             raise UsageError(
-                f"a request may take {rounded(self.width)} positions of the cache, and there is "
+                f"a request may take {stored(self.width)} positions of the cache, and there is "
                 f"memory for {self.positions}; give more memory, or lower the context length",
                 param="slots",
             )
@@ -39,7 +44,7 @@ class Capacity:
     def holds(self, rows: int, width: int) -> bool:
         """Whether there is room for rows of a width."""
         return rows <= self.rows and (
-            self.positions is None or rows * rounded(width) <= self.positions
+            self.positions is None or rows * stored(width) <= self.positions
         )
 
     def grown(self, rows: int, missing: int, width: int) -> int:
@@ -47,5 +52,5 @@ class Capacity:
         they have room."""
         more = rows + max(missing, min(rows, self.rows - rows))
         if self.positions is not None:
-            more = min(more, self.positions // rounded(width))
+            more = min(more, self.positions // stored(width))
         return max(more, rows + missing)

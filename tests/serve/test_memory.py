@@ -49,14 +49,16 @@ def test_one_request_must_fit(target: CausalTarget) -> None:
     assert unit == 2 * 4 * config.num_hidden_layers * width  # keys and values in float32
     assert memory.positions(target, None, 132) is None
     assert memory.positions(target, 3 * STEP * unit, 132) == 3 * STEP
-    with pytest.raises(UsageError, match=f"at least {STEP * unit} bytes, or lower --max-model-len"):
-        memory.positions(target, STEP * unit - 1, 132)
+    with pytest.raises(
+        UsageError, match=f"at least {(STEP + 1) * unit} bytes, or lower --max-model-len"
+    ):
+        memory.positions(target, STEP * unit, 132)
 
 
 def test_the_report(target: CausalTarget) -> None:
-    assert memory.report(target, 8, 132, None) == "cache: 256 bytes per token, at most 512.0 KiB"
+    assert memory.report(target, 8, 132, None) == "cache: 256 bytes per token, at most 514.0 KiB"
     line = memory.report(target, 8, 132, 2 * STEP)
-    assert "at most 128.0 KiB (all 8 requests of full length would take 512.0 KiB)" in line
+    assert "at most 128.0 KiB (all 8 requests of full length would take 514.0 KiB)" in line
 
 
 def test_what_never_fits_is_refused_before_it_is_tokenized(
@@ -65,7 +67,7 @@ def test_what_never_fits_is_refused_before_it_is_tokenized(
     def fail(*args: Any, **options: Any) -> None:
         raise AssertionError("tokenized")
 
-    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_len=lm.max_len, positions=STEP)
+    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_len=lm.max_len, positions=STEP + 1)
     long = "x" * 100_000
     chat = {"role": "user", "content": [{"type": "text", "text": long}]}
     with running(build(lm, engine, name="tiny")) as url:
@@ -84,7 +86,7 @@ def test_what_never_fits_is_refused_before_it_is_tokenized(
 
 def test_requests_wait_for_room_and_all_are_answered(lm: SpeculativeLM) -> None:
     """One row has room: four requests take turns."""
-    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_len=lm.max_len, positions=STEP)
+    engine = LiveEngine(lm.target, lm.drafter, token, 3, max_len=lm.max_len, positions=STEP + 1)
     with running(build(lm, engine, name="tiny")) as url:
         body = {"prompt": ["the rain", "in spain"], "n": 2, "max_tokens": 9, "seed": 3}
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from specdiff.capacity import rounded
+from specdiff.capacity import stored
 from specdiff.errors import UsageError
 from specdiff.targets.base import Target
 
@@ -49,11 +49,11 @@ def positions(target: Target[Any], memory: int | None, width: int) -> int | None
             "--kv-cache-memory: it is unknown how much memory this target's cache takes"
         )
     count = memory // unit
-    if count < rounded(width):
+    if count < stored(width):
         raise UsageError(
             f"--kv-cache-memory of {spelled(memory)} holds {count} positions of {spelled(unit)}, "
-            f"and one request may take {rounded(width)}; raise it to at least "
-            f"{rounded(width) * unit} bytes, or lower --max-model-len"
+            f"and one request may take {stored(width)}; raise it to at least "
+            f"{stored(width) * unit} bytes, or lower --max-model-len"
         )
     return count
 
@@ -61,7 +61,7 @@ def positions(target: Target[Any], memory: int | None, width: int) -> int | None
 def report(target: Target[Any], rows: int, width: int, positions: int | None) -> str:
     """A line on the most memory that the cache can take."""
     unit = target.position_bytes
-    whole = rows * rounded(width)
+    whole = rows * stored(width)
     most = whole if positions is None else min(whole, positions)
     if not unit:
         return "cache: of unknown size"
