@@ -11,7 +11,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdiff.capacity import STEP
 from specdiff.compiled.background import start
 from specdiff.compiled.compilation import Compilation
 from specdiff.compiled.graphs import Graphs
@@ -72,10 +71,10 @@ class CausalTarget(Target[CausalCache]):
 
     @cached_property
     def position_bytes(self) -> int:
-        store = RaggedCache(1, STEP)
+        store = RaggedCache(1, 1)
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.info.device)
         self.ragged.forward(store, zero, zero)
-        return -(-store.nbytes // STEP)  # a row has one slot more than it reserves
+        return store.nbytes // store.width
 
     def compile(self, mode: bool | str = True) -> Compilation | Graphs | None:
         """Compile the model's layers: see `specdiff.compiled.background.start` for `mode`."""
