@@ -9,6 +9,9 @@ import torch
 import tiny
 from specdiff import SpeculativeLM, engine
 from specdiff.capacity import STEP, Capacity
+from specdiff.drafters.base import Drafter
+from specdiff.drafters.cascade import CascadeDrafter
+from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.ngram import NGramDrafter
 from specdiff.engine import Request
 from specdiff.errors import UsageError
@@ -56,13 +59,15 @@ def mixed(count: int) -> list[Request]:
 
 
 def texts(
-    target: Target[Any], stream: Sequence[Request] | Iterator[Request | None], **options: Any
+    target: Target[Any],
+    stream: Sequence[Request] | Iterator[Request | None],
+    drafter: Drafter[Any] | None = None,
+    **options: Any,
 ) -> tuple[dict[int, list[int]], list[int]]:
     """The tokens of each request, and the requests in the order of their first round."""
     tokens: dict[int, list[int]] = {}
-    steps = engine.serve(
-        target, NGramDrafter(target.info), stream, verifier=token, draft_len=3, **options
-    )
+    drafter = drafter or NGramDrafter(target.info)
+    steps = engine.serve(target, drafter, stream, verifier=token, draft_len=3, **options)
     for step in steps:
         for output in step.outputs():
             tokens.setdefault(output.request, []).extend(output.tokens)
@@ -138,6 +143,21 @@ def test_a_grammar_moves_with_its_row(tokenizer: Any) -> None:
     got, _ = texts(measured, iter(requests), rows=4, slots=900, positions=POSITIONS)
     assert got == want
     assert [rows for rows, _ in measured.shapes][-1] == 2
+
+
+@pytest.mark.parametrize("looked_up", [False, True])
+def test_a_hot_start_moves_with_its_row(target: CausalTarget, looked_up: bool) -> None:
+    """As above, the third request runs on in the first row, and drafts what it would alone."""
+    drafter: Drafter[Any] = DenoisingDrafter(tiny.drafter(target.info).denoiser, hot_start=0.9)
+    if looked_up:
+        drafter = CascadeDrafter(target.info, drafter, shortest=1)
+    requests = [
+        Request([1 + i] * size, SamplingParams(most), row_seed(1, i))
+        for i, (size, most) in enumerate([(2, 4), (2, 6), (2, 60), (300, 8)])
+    ]
+    want, _ = texts(target, requests, drafter, rows=1)
+    got, _ = texts(target, iter(requests), drafter, rows=4, slots=900, positions=POSITIONS)
+    assert got == want
 
 
 @pytest.mark.parametrize("positions", [STEP, 3 * STEP])

@@ -217,6 +217,19 @@ def test_costs_of_more_rows_are_guessed_from_those_of_one() -> None:
     assert 4 not in profile.costs
 
 
+def test_another_stream_may_add_costs_meanwhile() -> None:
+    class Meanwhile(dict[int, float]):
+        def __len__(self) -> int:
+            profile.costs[2] = Costs()
+            return super().__len__()
+
+    profile = Profile(8)
+    measure(profile, {n: 1 + 0.25 * n for n in (0, 1, 2, 4, 7)})
+    score = profile.costs[1].score
+    score.medians = Meanwhile(score.medians)
+    assert profile.costs_of(4).score.at(2) == pytest.approx(score.at(8))
+
+
 def test_a_draft_that_did_not_come_is_a_plain_round() -> None:
     """The drafter is disabled, or found nothing."""
     controller = controller_of(DRAFT)

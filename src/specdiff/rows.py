@@ -305,7 +305,6 @@ class Rows:
             grammars={places[row]: one for row, one in old.grammars.items() if row in places},
         )
         earlier = state.state
-        earlier.off = earlier.off.to(self.device)[source]
         previous = _tiled(state.context.previous, source)
         state.cache = cache
         state.state = drafting
@@ -314,7 +313,7 @@ class Rows:
         state.read = torch.zeros_like(batch.length)
         if len(running):
             self._prefill([(row, 0) for row in self.running])
-            state.drafter.resume(drafting, earlier, running)
+            state.drafter.resume(drafting, earlier, running, source[running])
         self.reading = {places[row]: one.again() for row, one in self.reading.items()}
 
 

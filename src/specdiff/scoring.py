@@ -37,7 +37,7 @@ class PromptScoring:
     def __init__(self, target: Target[Any], prompt: Sequence[int], top: int) -> None:
         self.target = target
         self.prompt = prompt
-        self.top = min(top, target.info.vocab_size)
+        self.top = top
         self.score = PromptScore()
         self.start = 0  # of the next piece
         self.row: tuple[Any, Batch] | None = None  # its cache and its tokens
@@ -67,7 +67,7 @@ class PromptScoring:
         logprobs = logits.log_softmax(-1)
         tokens = batch.ids[0, start + 1 : end + 1]
         self.score.logprobs.extend(logprobs.gather(1, tokens[:, None])[:, 0].tolist())
-        best = logprobs.topk(self.top)
+        best = logprobs.topk(min(self.top, logprobs.shape[-1]))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         self.score.top_logprobs.extend(list(zip(*pair, strict=True)) for pair in pairs)
         self.start = end

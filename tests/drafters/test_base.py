@@ -69,7 +69,7 @@ def calls_of(role: type, names: list[str]) -> tuple[Any, list[tuple[str, tuple[A
         (
             Drafter,
             DrafterWrapper,
-            {"open": 2, "admit": 3, "propose": 4, "consumed": 1, "release": 2, "resume": 3},
+            {"open": 2, "admit": 3, "propose": 4, "consumed": 1, "release": 2, "resume": 4},
         ),
         (Target, TargetWrapper, {"open": 3, "admit": 4, "score": 3, "keep": 3, "release": 2}),
     ],

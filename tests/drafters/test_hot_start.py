@@ -114,6 +114,31 @@ def test_a_canvas_shows_the_network_what_it_keeps(monkeypatch: pytest.MonkeyPatc
     assert kept > 3
 
 
+@pytest.mark.parametrize("schedule", ["loglinear", "geometric"])
+def test_a_shorter_draft_may_keep_its_whole_canvas(
+    schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tiny.drafter(INFO, schedule=schedule).denoiser
+    denoise = inner.denoise
+    whole: list[bool] = []
+
+    def recorded(context: Context, state: Any, canvas: Tensor, revealed: Tensor) -> Tensor:
+        whole.append(bool((revealed.all(1) & ~context.batch.done).any()))
+        return 20 * denoise(context, state, canvas, revealed)  # so that tokens are certain enough
+
+    monkeypatch.setattr(inner, "denoise", recorded)
+    drafter = DenoisingDrafter(inner, hot_start="canvas")
+    rounds = decode.decode(
+        TARGET,
+        drafter,
+        tiny.batch_of(PROMPTS, 24),
+        verifier=VERIFIERS["token"],
+        draft_len=lambda last: 1 if last and last.draft.tokens.shape[1] > 1 else 6,
+    )
+    assert not any(bool(last.disabled.any()) for last in rounds)
+    assert any(whole)
+
+
 @pytest.mark.parametrize("verifier", ["token", "block"])
 @pytest.mark.parametrize("option", [0.5, "canvas"])
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -14,7 +14,7 @@ from specdiff.drafters.any_order import AnyOrderDrafter
 from specdiff.drafters.base import Drafter, DrafterWrapper
 from specdiff.drafters.denoising import DenoisingDrafter
 from specdiff.drafters.sedd import SEDDDenoiser
-from specdiff.engine import Request, run
+from specdiff.engine import Request, run, serve
 from specdiff.errors import ConfigError, DrafterError
 from specdiff.nn.ddit import SEDD
 from specdiff.noise import Noise
@@ -153,6 +153,25 @@ def test_a_text_is_the_same_in_any_batch_and_after_a_shared_prefix(rows: int) ->
     requests = pairs if rows == 1 else [*first, *later]
     alone = [answers(Whole(drafter), [request], 1)[0] for request in requests]
     assert answers(drafter, requests, rows) == alone
+
+
+def test_a_prompt_that_is_being_read_gives_its_drafter_nothing() -> None:
+    """The first request's single token has no feature, and other rows have none to look at."""
+    params = SamplingParams(max_tokens=12)
+    requests = [Request([7], params, 1), Request([3, 1, 4] * 30, params, 2)]
+    drafter = DenoisingDrafter(denoiser())
+    target = tiny.target("llama", positions=256)
+    texts = [[*request.prompt] for request in requests]
+    for step in serve(
+        target, drafter, iter(requests), verifier=VERIFIERS["token"], draft_len=K, rows=2,
+        slots=200, chunk=20,
+    ):  # fmt: skip
+        for output in step.outputs():
+            assert not output.disabled
+            texts[output.request] += output.tokens
+    for request, text in zip(requests, texts, strict=True):
+        batch = tiny.batch_of([request.prompt], 12, [request.seed])
+        assert tiny.decoded(target, drafter, batch, draft_len=K) == [text]
 
 
 def test_a_checkpoint_keeps_its_taps(tmp_path: Path) -> None:

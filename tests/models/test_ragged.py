@@ -14,7 +14,7 @@ import tiny
 from specdiff.errors import UnsupportedModelError
 from specdiff.models import masks
 from specdiff.models.cache import RaggedCache
-from specdiff.models.ragged import RaggedModel
+from specdiff.models.ragged import Forward, RaggedModel, Runner
 from specdiff.models.self_test import self_test
 from specdiff.targets.causal import CausalTarget
 from specdiff.types import Draft, Verification
@@ -496,3 +496,21 @@ def test_the_model_still_generates_on_its_own(family: str) -> None:
     before = net.generate(ids, **options)
     CausalTarget(net)
     assert torch.equal(net.generate(ids, **options), before)
+
+
+def test_a_position_is_measured_over_as_many_slots_as_a_compiled_layer_takes() -> None:
+    bounds: list[int] = []
+
+    class Watched(Runner):
+        def run(self, cache: RaggedCache, forward: Forward) -> Any:
+            bounds.append(cache.bound)
+            return ragged.eager(cache, forward)
+
+        def refresh(self) -> None: ...
+
+    target = CausalTarget(tiny.model("llama"))
+    size = target.position_bytes
+    ragged = target.ragged
+    ragged.runner = Watched()
+    del target.position_bytes
+    assert target.position_bytes == size and bounds == [2]

@@ -15,11 +15,13 @@ from test_live import WAIT, Inbox
 
 from doubles import SICKNESS, Sick
 from specdiff import SpeculativeLM, scoring
+from specdiff.drafters.base import NoDrafter
 from specdiff.engine import EngineStep, Request
 from specdiff.scoring import PromptScore, PromptScoring
 from specdiff.serve.app import build
 from specdiff.serve.live import Job, LiveEngine
 from specdiff.targets.base import TargetWrapper
+from specdiff.targets.table import TableTarget
 from specdiff.types import Batch, Draft, SamplingParams, TargetOutput
 from specdiff.verify import token
 from test_lm import END, lm, target, tokenizer  # noqa: F401
@@ -202,3 +204,15 @@ def test_pieces_of_any_size_give_the_same(
         scores.append(one.score.logprobs)
     for values in scores:
         assert values == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_more_alternatives_than_tokens_are_all_tokens() -> None:
+    """A prompt of several pieces is scored to its end."""
+    table = TableTarget.random(6, seed=1)
+    engine = LiveEngine(table, NoDrafter(), token, 0, max_len=32)
+    inbox = Inbox()
+    engine.submit(Job(Request([1, 2, 3] * 4, SamplingParams(max_tokens=2), 0), inbox.put, scores=9))
+    score = inbox.get(timeout=WAIT)
+    assert isinstance(score, PromptScore)
+    assert [len(pairs) for pairs in score.top_logprobs] == [6] * 11
+    assert engine.close(WAIT)

@@ -51,8 +51,8 @@ class Geometric:
 
     def time_of_masked_share(self, share: float) -> float:
         """The t with 1 - e^-sigma(t) = share, clamped to [0, 1]."""
-        if share >= 1:
-            return 1.0
+        if not 0 < share < 1:  # nothing is noise in a canvas that keeps all of an earlier draft
+            return float(share > 0)
         ratio = math.log(self.sigma_max / self.sigma_min)
         t = math.log(-math.log1p(-share) / self.sigma_min) / ratio
         return min(1.0, max(0.0, t))

@@ -65,10 +65,12 @@ class Drafter(ABC, Generic[State]):
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         """The requests in `rows` have left. By default nothing is done."""
 
-    def resume(self, state: State, earlier: State, rows: Int[Tensor, "R"]) -> None:
-        """The requests in `rows` of an `earlier` state, which is closed, go on in the same rows of
-        `state`: it has at least as many rows, and they were admitted with their texts so far. Take
-        over what drafts depend on other than the text. By default nothing is done."""
+    def resume(
+        self, state: State, earlier: State, rows: Int[Tensor, "R"], sources: Int[Tensor, "R"]
+    ) -> None:
+        """The requests in the rows `sources` of an `earlier` state, which is closed, go on in
+        `rows` of `state`, which may have more rows or fewer. They were admitted with their texts so
+        far. Take over what drafts depend on other than the text. By default nothing is done."""
 
 
 class DrafterWrapper(Drafter[State]):
@@ -99,8 +101,10 @@ class DrafterWrapper(Drafter[State]):
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         self.inner.release(state, rows)
 
-    def resume(self, state: State, earlier: State, rows: Int[Tensor, "R"]) -> None:
-        self.inner.resume(state, earlier, rows)
+    def resume(
+        self, state: State, earlier: State, rows: Int[Tensor, "R"], sources: Int[Tensor, "R"]
+    ) -> None:
+        self.inner.resume(state, earlier, rows, sources)
 
 
 def temperatures(draft_temperature: float) -> tuple[float, ...]:

@@ -107,9 +107,15 @@ class BlockDrafter(Drafter[BlockState]):
         if state.history is not None:
             state.history.forget(rows)
 
-    def resume(self, state: BlockState, earlier: BlockState, rows: Int[Tensor, "R"]) -> None:
+    def resume(
+        self,
+        state: BlockState,
+        earlier: BlockState,
+        rows: Int[Tensor, "R"],
+        sources: Int[Tensor, "R"],
+    ) -> None:
         if state.history is not None and earlier.history is not None:
-            state.history.resume(earlier.history, rows)
+            state.history.resume(earlier.history, rows, sources)
 
     def propose(self, context: Context, state: BlockState, noise: Noise, draft_len: int) -> Draft:
         """One pass for all slots; then each token is drawn from exactly its row of `probs`.

@@ -94,9 +94,16 @@ class CascadeDrafter(Drafter[CascadeState]):
         self.lookup.release(state.lookup, rows)
         self.inner.release(state.inner, rows)
 
-    def resume(self, state: CascadeState, earlier: CascadeState, rows: Int[Tensor, "R"]) -> None:
-        state.looked_up = earlier.looked_up
-        self.inner.resume(state.inner, earlier.inner, rows)
+    def resume(
+        self,
+        state: CascadeState,
+        earlier: CascadeState,
+        rows: Int[Tensor, "R"],
+        sources: Int[Tensor, "R"],
+    ) -> None:
+        moves = zip(sources.tolist(), rows.tolist(), strict=True)
+        state.looked_up = [row for source, row in moves if source in earlier.looked_up]
+        self.inner.resume(state.inner, earlier.inner, rows, sources)
 
     def consumed(self, state: CascadeState) -> bool:
         return not state.skipped and self.inner.consumed(state.inner)

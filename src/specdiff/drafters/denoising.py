@@ -135,9 +135,11 @@ class DenoisingDrafter(Drafter[Any], Generic[DenoiserState]):
     def release(self, state: Any, rows: Int[Tensor, "R"]) -> None:
         self.denoiser.release(_parts(state)[0], rows)
 
-    def resume(self, state: Any, earlier: Any, rows: Int[Tensor, "R"]) -> None:
+    def resume(
+        self, state: Any, earlier: Any, rows: Int[Tensor, "R"], sources: Int[Tensor, "R"]
+    ) -> None:
         if isinstance(state, HotState):
-            state.history.resume(earlier.history, rows)
+            state.history.resume(earlier.history, rows, sources)
 
     def propose(self, context: Context, state: Any, noise: Noise, draft_len: int) -> Draft:
         """One pass a group; every token is drawn from exactly its row of `probs`.

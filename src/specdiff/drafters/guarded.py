@@ -94,14 +94,20 @@ class GuardedDrafter(Drafter[GuardedState]):
         except Exception as error:  # the rows' requests are answered: nothing is lost
             self._warn(state, f"raised {type(error).__name__} as requests left: {error}", error)
 
-    def resume(self, state: GuardedState, earlier: GuardedState, rows: Int[Tensor, "R"]) -> None:
+    def resume(
+        self,
+        state: GuardedState,
+        earlier: GuardedState,
+        rows: Int[Tensor, "R"],
+        sources: Int[Tensor, "R"],
+    ) -> None:
         """`rows` continue from an earlier state: disabled rows stay so, and no warning repeats."""
         self._read(earlier)
         off = earlier.off.to(rows.device)
-        state.off = state.off.to(rows.device).index_copy(0, rows, off[rows])
+        state.off = state.off.to(rows.device).index_copy(0, rows, off[sources])
         state.warned = earlier.warned
         try:
-            self.inner.resume(state.inner, earlier.inner, rows)
+            self.inner.resume(state.inner, earlier.inner, rows, sources)
         except Exception as error:
             state.off = state.off.index_fill(0, rows, True)
             self._warn(state, f"raised {type(error).__name__} as requests went on: {error}", error)

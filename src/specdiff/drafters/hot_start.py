@@ -14,7 +14,6 @@ Shapes: B rows, R of them, K drafted positions, M of the last draft, N drawn at 
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -80,18 +79,23 @@ class DraftHistory:
         if self.last is not None:
             self.last = replace(self.last, round=self.last.round.index_fill(0, rows, NO_ROUND))
 
-    def resume(self, earlier: "DraftHistory", rows: Int[Tensor, "R"]) -> None:
-        """`rows` go on from an earlier history, of as many rows or fewer."""
+    def resume(
+        self, earlier: "DraftHistory", rows: Int[Tensor, "R"], sources: Int[Tensor, "R"]
+    ) -> None:
+        """`rows` go on from the rows `sources` of an earlier history."""
         last = earlier.last
         if last is None:
             return
-        missing = self.rows - earlier.rows
-        none = torch.full((self.rows,), NO_ROUND, device=rows.device)
+
+        def placed(part: Tensor, fill: int = 0) -> Tensor:
+            empty = part.new_full((self.rows, *part.shape[1:]), fill)
+            return empty.index_copy(0, rows, part[sources])
+
         self.last = LastDraft(
-            F.pad(last.tokens, (0, 0, 0, missing)),
-            F.pad(last.values, (0, 0, 0, 0, 0, missing)),
-            F.pad(last.start, (0, missing)),
-            none.index_copy(0, rows, last.round[rows]),
+            placed(last.tokens),
+            placed(last.values),
+            placed(last.start),
+            placed(last.round, NO_ROUND),
         )
 
     def tail(self, context: Context, draft_len: int) -> "Tail | None":

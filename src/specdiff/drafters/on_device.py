@@ -37,8 +37,10 @@ class OnDevice(DrafterWrapper[State]):
     def release(self, state: State, rows: Int[Tensor, "R"]) -> None:
         self.inner.release(state, rows.to(self.device))
 
-    def resume(self, state: State, earlier: State, rows: Int[Tensor, "R"]) -> None:
-        self.inner.resume(state, earlier, rows.to(self.device))
+    def resume(
+        self, state: State, earlier: State, rows: Int[Tensor, "R"], sources: Int[Tensor, "R"]
+    ) -> None:
+        self.inner.resume(state, earlier, rows.to(self.device), sources.to(self.device))
 
 
 def across(drafter: Drafter[State], device: torch.device, home: torch.device) -> Drafter[State]:

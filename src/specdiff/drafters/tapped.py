@@ -52,6 +52,8 @@ class TappedContext:
         """Read what is new of the context, then the anchor and the canvas; states end with its."""
         batch = context.batch
         end = batch.length - 1
+        # a row whose prompt is still being read has no features to read yet
+        self.read = torch.maximum(self.read, end - context.feature_size)
         lag, longest = torch.stack([(end - self.read).max(), end.max()]).tolist()
         while lag > CHUNK:
             fresh = self._fresh(model, context, lag, CHUNK, padding=longest)

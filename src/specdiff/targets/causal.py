@@ -71,7 +71,7 @@ class CausalTarget(Target[CausalCache]):
 
     @cached_property
     def position_bytes(self) -> int:
-        store = RaggedCache(1, 1)
+        store = RaggedCache(1, 2)  # a compiled layer attends to two slots at least
         zero = torch.zeros(1, 1, dtype=torch.long, device=self.info.device)
         self.ragged.forward(store, zero, zero)
         return store.nbytes // store.width
