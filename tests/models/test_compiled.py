@@ -115,6 +115,8 @@ def test_logits_states_and_cache_equal_the_eager_ones(name: str) -> None:
     assert float((values - expected).norm()) <= allowed
     assert [layer.loaders[count].runs for count in range(1, 17)] == [4] * 16
     assert all("forward" not in vars(part) for part in compilation.layers)
+    target.open(1, SLOTS)  # the hooks that recorded hidden states are no change
+    assert compilation.ready == frozenset(range(1, 17))
 
 
 def exact(name: str) -> PreTrainedModel:

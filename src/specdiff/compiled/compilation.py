@@ -18,6 +18,7 @@ from specdiff.compiled.layer import CompiledLayer, CompiledLayerError, first_lin
 from specdiff.compiled.layers import (
     LayerKind,
     decoder_layers,
+    hooked,
     kinds,
     recorded,
 )
@@ -200,7 +201,7 @@ def _kinds(ragged: RaggedModel, layers: list[nn.Module]) -> list[LayerKind]:
 def _modules(layers: list[nn.Module]) -> list[int]:
     """What must not change: the modules of the layers, and their hooks."""
     return [
-        id(module) if not (module._forward_hooks or module._forward_pre_hooks) else -1
+        -1 if hooked(module) else id(module)
         for layer in layers
         for module in layer.modules()
         if module is not layer

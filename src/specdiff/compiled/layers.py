@@ -21,6 +21,7 @@ from specdiff.models.masks import ATTENTION, ConfigMasks
 from specdiff.models.ragged import RaggedModel
 
 STREAMED = "specdiff.nn.linear"  # a faster forward of float32 linear layers
+RECORDER = "transformers.utils.output_capturing"  # of hidden states, once a drafter has read some
 OWN = ("layer_idx", "training")  # attributes that may differ between layers of one description
 # what the model passes on, and no layer computes with
 UNUSED = frozenset({"output_attentions", "output_hidden_states", "output_router_logits"})
@@ -198,8 +199,7 @@ def _module(name: str, module: nn.Module) -> list[Any]:
     """The name, class and plain attributes of a module, and whether its weights are streamed."""
     forward = vars(module).get("forward")
     own = isinstance(forward, MethodType) and forward.__func__.__module__ == STREAMED
-    hooks = (module._forward_hooks, module._forward_pre_hooks) if name else ()
-    if any(hooks) or (forward is not None and not own):
+    if (name and hooked(module)) or (forward is not None and not own):
         raise UnsupportedModelError(
             f"another library has changed what its {name or 'layers'} compute"
         )
@@ -209,6 +209,12 @@ def _module(name: str, module: nn.Module) -> list[Any]:
         if isinstance(value, PLAIN) and not key.startswith("_") and key not in OWN
     }
     return [name, _path(module), facts, own]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, apart from transformers' own, which record what was computed."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(getattr(hook, "__module__", None) != RECORDER for hook in hooks)
 
 
 def _path(thing: object) -> list[str]:
