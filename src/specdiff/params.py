@@ -178,7 +178,8 @@ class Params:
 def _uses(rows: Sequence[SamplingParams]) -> dict[str, Any]:
     """The fields of Params that the host knows."""
     active = {name for name in (*_NUMBERS, *_OTHERS) if _in_use(rows, name)}
-    cold = torch.tensor(_column(rows, "temperature"), dtype=torch.float32) < COLD
+    # on the host, whatever the default device is where a stream ends
+    cold = torch.tensor(_column(rows, "temperature"), dtype=torch.float32, device="cpu") < COLD
     if bool(cold.any()):
         active.add("greedy")
     logprobs = [row.logprobs for row in rows if row.logprobs is not None]

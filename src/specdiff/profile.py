@@ -155,8 +155,8 @@ class Profile:
         own = self.costs.get(rows)
         if own is not None and 1 in own.score.medians:
             return own
-        known = list(self.costs.items())  # at once: other threads add to it
-        others = [n for n, costs in known if len(costs.score.medians) > 1]
+        entries = list(self.costs.items())  # at once: other threads add to it
+        others = [n for n, costs in entries if len(costs.score.medians) > 1]
         if not others:
             return own or Costs()
         nearest = min(others, key=lambda n: abs(n - rows))

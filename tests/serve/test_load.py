@@ -204,7 +204,7 @@ def test_flags_come_before_the_environment_and_that_before_the_file(server: Proc
 
 def test_a_soak_has_no_faults(server: Process) -> None:
     pytest.importorskip("llguidance", reason="the structured extra is not installed")
-    assert soak(server, 20) == []
+    assert soak(server, 6) == []
     until(lambda: server.load() == 0)
 
 
