@@ -21,7 +21,7 @@ from specdiff.types import Batch, Context, Draft, DraftPlan, Round, SamplingPara
 SECONDS = 0.3  # of timing
 CONTEXT = 32  # tokens of the scratch text
 TURNS = 2  # rounds of each length: the first ones warm up, and the faster one of two counts
-LENGTHS = (1, 3, 4, 8)  # CPU kernels compute four positions at once, and a fifth costs more
+LENGTHS = (1, 3, 4, 8)  # on a CPU the fifth scored position costs most
 
 
 class _RepeatDrafter(Drafter[None]):
